@@ -1,0 +1,56 @@
+"""Every error that sparsekit raises on purpose, with the exit code that the command line returns."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsekitError(Exception):
+    """A failure that is explained to the user in one line.
+
+    Args:
+        message: What went wrong, where, and why.
+        hint: What to do next; empty when there is nothing to add.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(SparsekitError):
+    """The command or its options cannot be carried out as given."""
+
+    exit_code = 2
+
+
+class DataError(SparsekitError):
+    """An input (checkpoint, text, token rows) is missing, broken or unsuited."""
+
+    exit_code = 2
+
+
+class PatternError(SparsekitError):
+    """A weight does not have the sparsity pattern that it should have."""
+
+
+class NumericalError(SparsekitError):
+    """A computation gave NaN or Inf, or a matrix could not be factorised."""
+
+
+class StorageError(SparsekitError):
+    """The output could not be written."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The closest known words as a hint, or the list of all of them when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    return f"known: {', '.join(known[:40])}"

@@ -1,0 +1,113 @@
+"""Writing files so that a crash leaves either the old state or the new one."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import DataError, StorageError, UsageError
+
+CHUNK = 1 << 24
+
+
+def cache_dir() -> Path:
+    """The user's cache directory for sparsekit (`$SPARSEKIT_CACHE`, else `$XDG_CACHE_HOME`)."""
+    if "SPARSEKIT_CACHE" in os.environ:
+        return Path(os.environ["SPARSEKIT_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "sparsekit"
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The sha256 of a JSON value in canonical form, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`, durably and in one step.
+
+    Raises:
+        StorageError: The data could not be written; the old file is untouched.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value for people to read, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        DataError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write below `path` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}",
+            "finished work is kept beside the output: make room, then run the same command again",
+        ) from error
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`.
+
+    Raises:
+        UsageError: Another process holds it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another process is writing {path.parent}", "wait for it or choose another output"
+            ) from error
+        yield

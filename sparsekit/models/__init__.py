@@ -1,0 +1,1 @@
+"""Checkpoints on disk, the stream of their blocks, and token rows."""

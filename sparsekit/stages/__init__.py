@@ -1,0 +1,1 @@
+"""The verbs: each takes a configuration and gives back a report."""
