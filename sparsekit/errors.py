@@ -1,4 +1,4 @@
-"""Every error that sparsekit raises on purpose, with the exit code that the command line returns."""
+"""Every error that sparsekit raises on purpose, each with its exit code."""
 
 import difflib
 from collections.abc import Iterable

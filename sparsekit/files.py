@@ -22,6 +22,11 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "sparsekit"
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

@@ -1,0 +1,133 @@
+"""The folder is the registry: which methods there are, and their options, without importing them.
+
+The files are parsed, not run, so that listing methods and refusing a wrong option needs no torch.
+"""
+
+import ast
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a method: a field of its dataclass."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method's file says of it."""
+
+    name: str
+    summary: str
+    source: str
+    data_free: bool
+    options: tuple[Option, ...]
+
+
+def names(kind: str) -> list[str]:
+    """The names of all methods of a kind (`pruners`)."""
+    folder = Path(__file__).with_name(kind)
+    return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+
+
+def describe(kind: str, name: str) -> Method:
+    """What a method's file says of it.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if name not in names(kind):
+        raise UsageError(f"no method {name!r} among the {kind}", did_you_mean(name, names(kind)))
+    tree = ast.parse((Path(__file__).with_name(kind) / f"{name}.py").read_text(encoding="utf-8"))
+    text = ast.get_docstring(tree) or ""
+    summary, _, rest = text.partition("\n")
+    source = rest.partition("Source:")[2].partition("Differs:")[0]
+    body = _method_class(tree).body
+    return Method(
+        name=name,
+        summary=summary.partition(": ")[2] or summary,
+        source=" ".join(source.split()),
+        data_free=not any(_field(node) == "needs" for node in body),
+        options=tuple(_options(body)),
+    )
+
+
+def load(kind: str, name: str, options: Mapping[str, str]) -> Any:
+    """The method, with options given as text.
+
+    Raises:
+        UsageError: There is no such method or option, or a value does not fit its type.
+    """
+    values = check(kind, name, options)
+    module = importlib.import_module(f"sparsekit.{kind}.{name}")
+    return getattr(module, name.capitalize())(**values)
+
+
+def check(kind: str, name: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """The options' values, without importing the method.
+
+    Raises:
+        UsageError: There is no such method or option, or a value does not fit its type.
+    """
+    method = describe(kind, name)
+    known = {option.name: option for option in method.options}
+    values = {}
+    for key, text in options.items():
+        if key not in known:
+            hint = did_you_mean(key, known) if known else f"{name} has no options"
+            raise UsageError(f"{name} has no option {key!r}", hint)
+        values[key] = _parse(text, known[key], name)
+    return values
+
+
+def _parse(text: str, option: Option, method: str) -> Any:
+    kinds = {"int": int, "float": float, "str": str}
+    try:
+        value = kinds[option.type](text)
+    except ValueError as error:
+        raise UsageError(
+            f"option {option.name} of {method} takes {option.type}, not {text!r}",
+            f"its default is {option.default}",
+        ) from error
+    if isinstance(value, int | float) and not 0 <= value < float("inf"):
+        raise UsageError(f"option {option.name} of {method} must not be negative: {text}")
+    return value
+
+
+def _method_class(tree: ast.Module) -> ast.ClassDef:
+    """The one class that derives from the abstract class of its kind."""
+    return next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.bases)
+
+
+def _options(body: list[ast.stmt]) -> list[Option]:
+    found = []
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
+            continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
+        found.append(
+            Option(
+                name=_field(node),
+                type=ast.unparse(node.annotation),
+                default=ast.unparse(node.value) if node.value else "",
+                help=text,
+            )
+        )
+    return found
+
+
+def _field(node: ast.stmt) -> str:
+    named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    return node.target.id if named else ""

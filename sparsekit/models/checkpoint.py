@@ -1,0 +1,310 @@
+"""A Hugging Face checkpoint on disk, read lazily: names and places first, bytes when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import DataError, UsageError
+from sparsekit.files import CHUNK, read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+INDEX = "model.safetensors.index.json"
+PROVENANCE = "sparsekit.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where a tensor lies on disk."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte offset in the file
+    stop: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `config.json` and safetensors weights."""
+
+    path: Path
+    places: Mapping[str, TensorPlace]
+    """Every tensor by name, in name order."""
+    headers: Mapping[str, int]
+    """Weight files by name, with the length in bytes of what precedes their data."""
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """The checkpoint in a local folder; its headers are read and checked, its data is not.
+
+        Raises:
+            DataError: The folder is missing, incomplete, or not in the safetensors format.
+        """
+        if not path.is_dir():
+            raise DataError(f"no such model folder: {path}")
+        if not (path / "config.json").is_file():
+            raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
+        files = _weight_files(path)
+        places: dict[str, TensorPlace] = {}
+        headers: dict[str, int] = {}
+        for file, names in files.items():
+            found, headers[file] = _read_header(path / file)
+            for name in sorted(found if names is None else names):
+                if name not in found:
+                    raise DataError(f"{path / INDEX} says {name} is in {file}, but it is not there")
+                places[name] = found[name]
+        return cls(path, dict(sorted(places.items())), headers)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            DataError: It cannot be read, needs code of its own, or is unknown to transformers.
+        """
+        import transformers
+
+        raw = read_json(self.path / "config.json")
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        try:
+            return transformers.AutoConfig.from_pretrained(self.path)
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            if isinstance(raw, dict) and "auto_map" in raw:
+                reason, hint = "it needs remote code, which sparsekit does not run", ""
+            elif kind and kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+                reason = f"transformers {transformers.__version__} does not know it"
+                hint = "a newer one may: pip install -U transformers"
+            else:
+                reason, hint = str(error).strip().split("\n")[0], ""
+            raise DataError(
+                f"{self.path}: model type {kind!r} cannot be loaded: {reason}", hint
+            ) from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights.
+
+        Raises:
+            DataError: There is none.
+        """
+        from transformers import AutoTokenizer
+
+        wanted = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        hint = "copy the tokenizer files there, or pass token rows (rows.safetensors) as text"
+        if not any((self.path / file).is_file() for file in wanted):
+            raise DataError(f"{self.path} has no tokenizer", hint)
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(
+                f"the tokenizer in {self.path} cannot be loaded: {reason}", hint
+            ) from error
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all weight files."""
+        return sum((self.path / file).stat().st_size for file in self.headers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The result of `scan`, which runs on first use and raises what it raises."""
+        return self.scan()
+
+    def provenance(self) -> dict[str, Any]:
+        """What `sparsekit.json` says of this checkpoint; an empty history when there is none."""
+        file = self.path / PROVENANCE
+        if not file.is_file():
+            return {"history": []}
+        found = read_json(file)
+        if not isinstance(found, dict) or not isinstance(found.get("history"), list):
+            raise DataError(f"{file} has no history", "delete it if it is not sparsekit's")
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, in their dtype on disk, in memory of their own."""
+        tensors = {}
+        for name in names:
+            place = self.places[name]
+            data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+            with self._opened(place.file) as handle:
+                _read_into(handle, data, place.start, self.path / place.file)
+            tensors[name] = data.view(place.dtype).view(place.shape)
+        return tensors
+
+    def scan(self) -> str:
+        """Read every byte once: the fingerprint, after making sure that all numbers are finite.
+
+        The fingerprint is the sha256 over name and raw bytes of all tensors in name order.
+
+        Raises:
+            DataError: A tensor holds NaN or Inf, or the bytes are not those that
+                `sparsekit.json` recorded.
+        """
+        digest = hashlib.sha256()
+        buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        for name, place in self.places.items():
+            digest.update(name.encode())
+            with self._opened(place.file) as handle:
+                for start in range(place.start, place.stop, CHUNK):
+                    data = buffer[: min(CHUNK, place.stop - start)]
+                    _read_into(handle, data, start, self.path / place.file)
+                    digest.update(data.numpy())
+                    if not _finite(data.view(place.dtype)):
+                        raise DataError(f"{self.path}: {name} holds NaN or Inf")
+        fingerprint = digest.hexdigest()
+        recorded = self.provenance().get("fingerprint")
+        if recorded not in (None, fingerprint):
+            raise DataError(
+                f"the weights in {self.path} are not those that {PROVENANCE} recorded",
+                f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}",
+            )
+        return fingerprint
+
+    @contextlib.contextmanager
+    def _opened(self, file: str) -> Iterator[int]:
+        handle = os.open(self.path / file, os.O_RDONLY)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+
+def resolve(reference: str) -> Path:
+    """The local folder of a model: a folder as it is, a hub id after its download.
+
+    Raises:
+        DataError: There is no such folder, and no such model can be fetched.
+        UsageError: The reference is empty.
+    """
+    if not reference:
+        raise UsageError("the model's name is empty", "pass a folder, a hub id or 'demo'")
+    path = Path(reference).expanduser()
+    if path.exists() or reference.count("/") != 1 or reference.startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise DataError(
+                f"no such model folder: {reference}", "pass a folder, a hub id (org/name) or 'demo'"
+            )
+        return path
+    return _download(reference)
+
+
+def _download(repo: str) -> Path:
+    """The hub's snapshot of a model, in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    kept = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=kept))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"no folder {repo}, and the hub did not give a model of that name: {reason}",
+            "pass a local folder, or check the name and the connection",
+        ) from error
+
+
+def _weight_files(path: Path) -> dict[str, list[str] | None]:
+    """Weight files by name with the tensors to take from each (None: all)."""
+    if (path / INDEX).is_file():
+        index = read_json(path / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DataError(f"{path / INDEX} has no weight_map")
+        files: dict[str, list[str] | None] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise DataError(f"{path / INDEX} places {name} outside the folder: {file!r}")
+            if not (path / file).is_file():
+                raise DataError(f"{path / INDEX} names {file}, which is missing")
+            names = files.setdefault(file, [])
+            assert names is not None
+            names.append(name)
+        return dict(sorted(files.items()))
+    if (path / "model.safetensors").is_file():
+        return {"model.safetensors": None}
+    others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    if others:
+        raise DataError(
+            f"{path} has no safetensors weights, only {others[0]}",
+            "convert it once: load it with AutoModelForCausalLM.from_pretrained and write it "
+            "with save_pretrained",
+        )
+    raise DataError(f"{path} has no weights (model.safetensors or {INDEX})")
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:
+    """The tensors of a safetensors file, and the offset of its data."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):  # the library's own checks of header and length
+            pass
+    except (SafetensorError, OSError) as error:
+        reason = "the file is empty" if not file.stat().st_size else str(error)
+        raise DataError(
+            f"{file} is not a whole safetensors file: {reason}", "copy or download it again"
+        ) from error
+    with file.open("rb") as stream:
+        offset = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(offset - 8))
+    places = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise DataError(f"{file}: {name} has the type {entry['dtype']}, which is not supported")
+        start, stop = (offset + at for at in entry["data_offsets"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise DataError(f"{file}: {name} has {stop - start} bytes for the shape {shape}")
+        places[name] = TensorPlace(file.name, dtype, shape, start, stop)
+    return places, offset
+
+
+def _read_into(handle: int, data: Tensor, start: int, file: Path) -> None:
+    """Fill a byte tensor from a file."""
+    view = memoryview(data.numpy())
+    while view:
+        count = os.preadv(handle, [view], start)
+        if count == 0:
+            raise DataError(f"{file} ends at byte {start}", "copy or download it again")
+        view, start = view[count:], start + count
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether a tensor of any dtype has neither NaN nor Inf."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.float16)
+    low, high = values.aminmax()  # NaN spreads to both
+    return bool(low.isfinite() & high.isfinite())

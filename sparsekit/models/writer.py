@@ -1,0 +1,279 @@
+"""Writing a checkpoint of the same layout as its source: `OUT` exists exactly when it is complete.
+
+Names, shapes and dtypes of a pruned checkpoint are those of its source, so each weight file has
+the source's header, and a tensor's bytes have a known place in it. The files are laid out at full
+size in `OUT.partial` (a full disk shows at once); each finished part is written to its place,
+made durable and entered into a journal; one rename publishes the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import DataError, StorageError, UsageError
+from sparsekit.files import (
+    CHUNK,
+    exclusive,
+    fsync_dir,
+    read_json,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
+from sparsekit.models.checkpoint import INDEX, PROVENANCE, Checkpoint
+
+JOURNAL = "journal.jsonl"
+RECIPE = "recipe.json"
+LOCK = "lock"
+# Room for everything that is not a weight: tokenizer, configuration, provenance.
+SPARE_BYTES = 64 << 20
+# What is not carried over from the source: weights in any format, and what sparsekit writes.
+LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
+
+
+class CheckpointWriter:
+    """Writes one checkpoint, part by part; use it as a context manager.
+
+    Args:
+        out: The folder to make. An interrupted run's parts are found beside it.
+        source: The checkpoint whose layout and other files the output takes.
+        recipe: Everything that decides the output's bytes. A run with the same recipe goes on
+            where an interrupted one stopped.
+        overwrite: Replace an existing output of sparsekit when the new one is complete.
+
+    Raises:
+        UsageError: The output exists, is being written by another process, or an interrupted
+            run with another recipe is in the way.
+        StorageError: The disk has no room.
+    """
+
+    def __init__(
+        self, out: Path, source: Checkpoint, recipe: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        self.out = out
+        self.source = source
+        self.partial = out.with_name(out.name + ".partial")
+        self.finished: dict[str, Any] = {}
+        """Part name to the note it was written with; filled from the journal of an earlier run."""
+        self._written: set[str] = set()
+        self._closing = contextlib.ExitStack()
+        refuse_output(out, source.path, overwrite=overwrite)
+        self._recipe = json.loads(json.dumps(recipe))
+
+    def __enter__(self) -> CheckpointWriter:
+        with contextlib.ExitStack() as stack:
+            with storage_errors(self.partial):
+                self.partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(self.partial / LOCK))
+            if (self.partial / RECIPE).is_file():
+                self._resume()
+            else:
+                self._begin()
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], note: Any) -> None:
+        """Put tensors in their places and enter the part into the journal, durably.
+
+        Args:
+            part: The name under which the part is found again after an interruption.
+            tensors: By name on disk, each with the source's shape and dtype.
+            note: A JSON value kept with the part.
+        """
+        with storage_errors(self.partial):
+            for name, tensor in tensors.items():
+                self._put(name, tensor)
+            for file in {self.source.places[name].file for name in tensors}:
+                _fsync_file(self.partial / file)
+            line = json.dumps({"part": part, "tensors": sorted(tensors), "note": note})
+            with (self.partial / JOURNAL).open("a") as journal:
+                journal.write(line + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        self.finished[part] = note
+        self._written.update(tensors)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of finished parts, as they were written."""
+        written = Checkpoint(self.partial, self.source.places, self.source.headers)
+        return written.read(names)
+
+    def commit(self, entry: Mapping[str, Any], card: str) -> Checkpoint:
+        """Copy what was not written, add provenance and card, and publish the folder.
+
+        Args:
+            entry: This stage's entry of the history.
+            card: The text of README.md.
+
+        Returns:
+            The finished checkpoint.
+        """
+        with storage_errors(self.partial):
+            self._carry_over()
+            for file in self.source.headers:
+                _fsync_file(self.partial / file)
+        made = Checkpoint.open(self.partial)
+        fingerprint = made.scan()
+        history = [*self.source.provenance()["history"], dict(entry)]
+        write_json(self.partial / PROVENANCE, {"fingerprint": fingerprint, "history": history})
+        write_atomic(self.partial / "README.md", card.encode())
+        with storage_errors(self.out):
+            fsync_dir(self.partial)
+            self._publish()
+            for name in (JOURNAL, RECIPE, LOCK):
+                (self.out / name).unlink(missing_ok=True)
+        return Checkpoint.open(self.out)
+
+    def _begin(self) -> None:
+        needed = self.source.n_bytes + SPARE_BYTES
+        free = shutil.disk_usage(self.partial).free
+        if free < needed:
+            self._discard()
+            raise StorageError(
+                f"{self.out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                "make room or choose another disk",
+            )
+        try:
+            with storage_errors(self.partial):
+                for file, header in self.source.headers.items():
+                    _lay_out(self.source.path / file, self.partial / file, header)
+        except StorageError:
+            self._discard()
+            raise
+        write_json(self.partial / RECIPE, self._recipe)
+
+    def _resume(self) -> None:
+        earlier = read_json(self.partial / RECIPE)
+        if earlier != self._recipe:
+            keys = sorted(earlier.keys() | self._recipe.keys())
+            differing = [key for key in keys if earlier.get(key) != self._recipe.get(key)]
+            raise UsageError(
+                f"{self.partial} holds an interrupted run with another {', '.join(differing)}",
+                "repeat that run, delete the folder, or choose another output",
+            )
+        journal = self.partial / JOURNAL
+        lines = journal.read_bytes().split(b"\n") if journal.is_file() else []
+        whole = lines[:-1]  # a line without its end was cut off by the interruption
+        write_atomic(journal, b"".join(line + b"\n" for line in whole))
+        for line in whole:
+            row = json.loads(line)
+            self.finished[row["part"]] = row["note"]
+            self._written.update(row["tensors"])
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        place = self.source.places[name]
+        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
+            raise DataError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place in the file is "
+                f"{place.dtype} {place.shape}"
+            )
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        handle = os.open(self.partial / place.file, os.O_WRONLY)
+        try:
+            _write_at(handle, memoryview(data), place.start)
+        finally:
+            os.close(handle)
+
+    def _carry_over(self) -> None:
+        """Copy the tensors that no part wrote, and every file that is not a weight."""
+        for name, place in self.source.places.items():
+            if name not in self._written:
+                _copy_range(
+                    self.source.path / place.file,
+                    self.partial / place.file,
+                    place.start,
+                    place.stop,
+                )
+        for file in sorted(self.source.path.iterdir()):
+            own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(".")
+            if file.is_file() and not own and file.suffix not in LEFT_OUT:
+                write_atomic(self.partial / file.name, file.read_bytes())
+        if (self.source.path / INDEX).is_file():
+            write_atomic(self.partial / INDEX, (self.source.path / INDEX).read_bytes())
+
+    def _publish(self) -> None:
+        if not self.out.exists():
+            os.rename(self.partial, self.out)
+            fsync_dir(self.out.parent)
+            return
+        replaced = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
+        os.rename(self.out, replaced)
+        os.rename(self.partial, self.out)
+        fsync_dir(self.out.parent)
+        shutil.rmtree(replaced)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def refuse_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder whose writing could cost the user data.
+
+    Raises:
+        UsageError: The folder exists and is not to be, or must not be, overwritten.
+    """
+    if out.resolve() == source.resolve():
+        raise UsageError(f"the output {out} is the model itself", "choose another output folder")
+    if out.resolve() in source.resolve().parents:
+        raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / PROVENANCE).is_file()):
+        raise UsageError(
+            f"{out} was not written by sparsekit and is not overwritten",
+            "delete it yourself or choose another folder",
+        )
+
+
+def _lay_out(source: Path, target: Path, header: int) -> None:
+    """A file of the source's size that begins with the source's header."""
+    size = source.stat().st_size
+    handle = os.open(target, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+    try:
+        os.posix_fallocate(handle, 0, size)
+        with source.open("rb") as stream:
+            _write_at(handle, memoryview(stream.read(header)), 0)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy_range(source: Path, target: Path, start: int, stop: int) -> None:
+    handle = os.open(target, os.O_WRONLY)
+    try:
+        with source.open("rb") as stream:
+            stream.seek(start)
+            while start < stop:
+                data = stream.read(min(CHUNK, stop - start))
+                _write_at(handle, memoryview(data), start)
+                start += len(data)
+    finally:
+        os.close(handle)
+
+
+def _write_at(handle: int, data: memoryview, start: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, start)
+        data, start = data[count:], start + count
+
+
+def _fsync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

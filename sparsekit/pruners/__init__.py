@@ -1,0 +1,52 @@
+"""One pruning method a file: the file's name is the method's, its dataclass fields the options.
+
+To add a method, add a file with one `Pruner` subclass; nothing else needs an edit.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import InputSums, Want
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What a method made of one weight."""
+
+    weight: Tensor  # [out, in] float32, exact zeros where the mask is False
+    mask: Tensor  # [out, in] bool, True = keep
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the report should tell of this weight, for example the damping that was needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(ABC):
+    """A pruning method with its options."""
+
+    needs: ClassVar[Want | None] = None
+    """Which sums of the inputs the method reads; None needs no calibration."""
+    propagate: ClassVar[bool] = True
+    """Whether a block's inputs come from the pruned blocks before it, or from the dense model."""
+
+    @abstractmethod
+    def prune(
+        self,
+        weight: Tensor,  # [out, in] float32, not to be changed
+        sums: InputSums | None,
+        pattern: Pattern,
+    ) -> Pruned:
+        """The pruned weight and its mask, which has exactly the pattern.
+
+        Raises:
+            NumericalError: The sums or the solution are not finite.
+        """
+
+
+def keep_on(mask: Tensor, weight: Tensor) -> Tensor:
+    """The weight with exact positive zeros off the mask."""
+    return weight.masked_fill(~mask, 0.0)

@@ -1,0 +1,61 @@
+"""The one loop over blocks: observe, rewrite, write, advance; and go on after an interruption."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sparsekit.models.architecture import Target
+from sparsekit.models.blocks import Block, BlockStream
+from sparsekit.models.writer import CheckpointWriter
+from sparsekit.progress import Progress
+from sparsekit.tensors.sums import InputSums, Want
+
+Rewrite = Callable[[Block, dict[str, InputSums]], list[dict[str, Any]]]
+
+
+def rewrite(
+    stream: BlockStream,
+    writer: CheckpointWriter,
+    targets: list[Target],
+    transform: Rewrite,
+    *,
+    want: Want | None,
+    propagate: bool,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Rewrite every block of a stream; gives the report rows of all blocks, in order.
+
+    A block that an earlier run has finished is not computed again: its written weights only
+    carry the hidden states on, which gives the next block bit for bit the same inputs.
+
+    Args:
+        stream: The source's blocks; fed with token rows when `want` is given.
+        writer: Where finished blocks go.
+        targets: The weights to rewrite.
+        transform: Replaces the weights of a block, given sums by weight name.
+        want: What to sum over the inputs; None runs no forward pass.
+        propagate: Whether hidden states come from the rewritten blocks or from the dense ones.
+        progress: Told of each block.
+    """
+    wanted = {target.name for target in targets}
+    rows: list[dict[str, Any]] = []
+    for block in stream:
+        last = block.index == len(stream) - 1
+        if block.name in writer.finished:
+            rows += writer.finished[block.name]
+            if want and not last:
+                block.load(writer.read(block.disk_names) if propagate else None)
+                block.advance()
+        else:
+            block.load()
+            sums: dict[str, InputSums] = {}
+            chosen = [target for target in block.targets if target.name in wanted]
+            if want and chosen:
+                sums = block.observe(chosen, want, advance=not propagate and not last)
+            note = transform(block, sums)
+            sums.clear()
+            writer.write(block.name, block.tensors(), note)
+            rows += note
+            if want and not last and (propagate or not chosen):
+                block.advance()
+        progress.step(block.name)
+    return rows

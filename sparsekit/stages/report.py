@@ -1,0 +1,124 @@
+"""What a stage did: rows for people and scripts, and the entry in `sparsekit.json`."""
+
+import importlib.metadata
+import platform
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sparsekit
+
+# Raised with every change that alters the bytes a stage writes for the same inputs.
+NUMERICS = 1
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRow:
+    """What became of one weight."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    zeros: int
+    size: int
+    error: float | None
+    """‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on sampled calibration tokens; None without calibration."""
+    seconds: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneReport:
+    """The outcome of `prune`."""
+
+    out: Path
+    entry: Mapping[str, Any]
+    """This run's entry of the history."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return {"out": str(self.out), **self.entry}
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the numbers."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"sparsekit": sparsekit.__version__, "python": platform.python_version(), **found}
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def weight_rows(parts: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all parts as plain JSON values, in order."""
+    return [dict(row) for part in parts for row in part]
+
+
+def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Zeros, size and sparsity over weights, and their mean output error."""
+    rows = list(rows)
+    zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    return {
+        "weights": len(rows),
+        "zeros": zeros,
+        "size": size,
+        "sparsity": zeros / size if size else 0.0,
+        "mean_error": sum(errors) / len(errors) if errors else None,
+    }
+
+
+def row_json(row: WeightRow) -> dict[str, Any]:
+    """A row as JSON."""
+    return {**asdict(row), "shape": list(row.shape)}
+
+
+def model_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a pruned checkpoint."""
+    recipe, summary = entry["recipe"], entry["totals"]
+    calibration = entry["calibration"]
+    if calibration:
+        text = (
+            f"{calibration['samples']} rows of {calibration['length']} tokens from "
+            f"`{calibration['source']}` (sha256 `{calibration['fingerprint'][:16]}…`)"
+        )
+    else:
+        text = "none (the method needs no data)"
+    error = summary["mean_error"]
+    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    rows = [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        ("pattern", recipe["pattern"]),
+        ("reconstruction", recipe["reconstruct"]),
+        ("pruned", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
+        ("calibration", text),
+        ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags:
+- sparsekit
+- pruned
+---
+
+# {base}, pruned to {recipe["pattern"]}
+
+A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
+zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
+runs faster because of the zeros.
+
+| | |
+|---|---|
+{table}
+
+The whole history, with one row for each weight, is in `sparsekit.json`. Check the zeros with
+`sparsekit verify . --pattern {recipe["pattern"]}`.
+
+Linear weights left dense:{skipped or " none"}
+"""

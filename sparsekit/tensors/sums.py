@@ -1,0 +1,108 @@
+"""Running sums of what enters a weight: all that a pruner knows of the calibration rows."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Want = Literal["norms", "gram"]
+
+# A Gram matrix is symmetric: panels of this many rows, from the diagonal to the right edge,
+# need about 5/8 of the multiplications of the full product.
+PANEL = 256
+# How many calibration tokens, evenly spaced over all rows, the output error is measured on.
+SAMPLE_TOKENS = 512
+
+
+class InputSums:
+    """Sums over the inputs of one or more weights that read the same tensor.
+
+    Rows are added one at a time and in order, so the sums do not depend on any batch size.
+    Products within a row are float32. Column sums over rows are float64; the Gram matrix is
+    float32, as in the published implementations.
+
+    Args:
+        columns: Number of inputs.
+        want: `norms` keeps the sum of squares of each input, `gram` the whole Gram matrix.
+        device: Where the sums live.
+    """
+
+    def __init__(self, columns: int, want: Want, device: torch.device | str = "cpu") -> None:
+        self.columns = columns
+        self.rows = 0
+        self.tokens = 0
+        self._sample: list[Tensor] = []
+        self._derived: dict[Any, Any] = {}
+        self._squares: Tensor | None = None
+        self._gram: Tensor | None = None
+        if want == "gram":
+            self._gram = torch.zeros(columns, columns, device=device)
+        else:
+            self._squares = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    def update(self, inputs: Tensor, sample: int = 0) -> None:
+        """Add one calibration row.
+
+        Args:
+            inputs: `[tokens, in]`, any float dtype.
+            sample: How many of these tokens, evenly spaced, to keep for `relative_error`.
+        """
+        x = inputs.float()
+        self.rows += 1
+        self.tokens += len(x)
+        self._derived.clear()
+        if self._gram is not None:
+            for top in range(0, self.columns, PANEL):
+                panel = x[:, top : top + PANEL]
+                self._gram[top : top + PANEL, top:].addmm_(panel.T, x[:, top:])
+        if self._squares is not None:
+            self._squares += x.square().sum(0)
+        if sample:
+            index = torch.arange(sample, device=x.device) * len(x) // sample
+            self._sample.append(x[index])
+
+    @property
+    def squares(self) -> Tensor:
+        """Sum over all tokens of the squared input, `[in]` float32."""
+        if self._gram is not None:
+            return self._gram.diagonal().clone()
+        assert self._squares is not None
+        return self._squares.float()
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum over all tokens of x xᵀ, `[in, in]` float32; not to be changed in place."""
+        if self._gram is None:
+            raise ValueError("these sums hold norms only; ask for want='gram'")
+        return self.derived("gram", self._mirror)
+
+    def _mirror(self) -> Tensor:
+        """Copy the panels above the diagonal to below it, in place."""
+        assert self._gram is not None
+        for top in range(0, self.columns, PANEL):
+            bottom = top + PANEL
+            self._gram[bottom:, top:bottom] = self._gram[top:bottom, bottom:].T
+        return self._gram
+
+    def derived(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """A result of these sums that several weights share, computed once."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
+
+    def relative_error(
+        self,
+        dense: Tensor,  # W [out, in]
+        pruned: Tensor,  # Ŵ [out, in]
+    ) -> float | None:
+        """‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled inputs X; None when nothing was sampled.
+
+        The same tokens serve every method, so the figures are comparable between methods.
+        """
+        if not self._sample:
+            return None
+        x = torch.cat(self._sample)  # [sampled tokens, in]
+        total = (x @ dense.float().T).square().sum()
+        lost = (x @ (dense.float() - pruned.float()).T).square().sum()
+        return float(lost / total) if total > 0 else 0.0
