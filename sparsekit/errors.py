@@ -39,6 +39,10 @@ class PatternError(SparsekitError):
     """A weight does not have the sparsity pattern that it should have."""
 
 
+class CheckFailedError(SparsekitError):
+    """A check that was asked for found an offender."""
+
+
 class NumericalError(SparsekitError):
     """A computation gave NaN or Inf, or a matrix could not be factorised."""
 

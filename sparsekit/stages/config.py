@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from sparsekit import methods
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
+from sparsekit.models.texts import check_source
 from sparsekit.tensors.patterns import Pattern
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,3 +62,44 @@ def one_of(flag: str, value: Any, choices: Sequence[str]) -> None:
     """Refuse a value that is not among the choices of a flag."""
     if value not in choices:
         raise UsageError(f"{flag} {value!r} is not known", f"one of: {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The options of `eval`; the command's flags have the same names and defaults."""
+
+    text: str | None = None
+    """Where the windows for perplexity come from; None: `builtin` when no task is named."""
+    length: int | None = None
+    tasks: Sequence[str] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    """At most this many windows, and samples of each task."""
+    batch_size: int = 8
+    """Samples of a task in one forward pass."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever the model is.
+
+        Raises:
+            UsageError: An unknown device or dtype, or a number out of range.
+            DataError: The text cannot be used.
+        """
+        if self.text is not None:
+            check_source(self.text)
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UsageError(f"--include-path {self.include_path} is not a folder")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        one_of("--device", self.device, DEVICES)
+        one_of("--dtype", self.dtype, DTYPES)
+
+    @property
+    def windows_of(self) -> str | None:
+        """The text that perplexity is measured on."""
+        return self.text or (None if self.tasks else "builtin")

@@ -1,0 +1,183 @@
+"""What the user sees: progress, tables and errors on stderr, one result on stdout, exit codes."""
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from sparsekit.errors import SparsekitError
+from sparsekit.progress import SILENT, Progress
+
+INTERRUPTED = 130
+# Plain progress lines come no faster than this.
+LINE_SECONDS = 2.0
+
+
+class Terminal:
+    """The two streams of one command.
+
+    Args:
+        json: Whether the result is JSON.
+        quiet: Whether to leave out progress, notes and tables; errors are always shown.
+        debug: Whether an error comes with its traceback.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, debug: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+        self.debug = debug
+        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def result(self, text: Any, value: Any) -> None:
+        """The command's one result: `value` as JSON when asked for, else `text`, on stdout."""
+        print(json.dumps(value, ensure_ascii=False) if self.json else text, flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """A table on stderr; columns of numbers are right-aligned."""
+        if self.quiet:
+            return
+        cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
+        )
+        for index, column in enumerate(columns):
+            numeric = all(row[index][:1] in "+-0123456789" for row in cells)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        self.stderr.print(table, soft_wrap=False)
+
+    def note(self, text: str) -> None:
+        """A line on stderr."""
+        if not self.quiet:
+            self.stderr.print(text, markup=False)
+
+    @contextmanager
+    def working(self) -> Iterator[Progress]:
+        """A progress display, and one line for an error that ends the work."""
+        display = SILENT if self.quiet else _display(self.stderr)
+        try:
+            quiet_libraries()
+            yield display
+        except SparsekitError as error:
+            display.end()
+            self._fail(f"error: {error.message}", error.hint, error.exit_code)
+        except KeyboardInterrupt:
+            display.end()
+            self._fail("interrupted", "the same command goes on from here", INTERRUPTED)
+        except MemoryError:
+            display.end()
+            self._fail("error: out of memory", "fewer --samples or a shorter --length take less", 1)
+        except Exception as error:
+            display.end()
+            lines = str(error).strip().split("\n")
+            reason = f"{type(error).__name__}: {lines[0]}"
+            self._fail(f"error: unexpected {reason}", "--debug shows where", 1)
+        else:
+            display.end()
+
+    def _fail(self, message: str, hint: str, code: int) -> None:
+        if self.debug:
+            traceback.print_exc(file=sys.stderr)
+        self.stderr.print(f"{message}; {hint}" if hint else message, markup=False)
+        raise typer.Exit(code)
+
+
+class _Bars:
+    """Progress as a bar that moves, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}  {task.fields[label]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = None
+
+    def begin(self, title: str, total: int) -> None:
+        self.end()
+        self._bars.start()
+        self._task = self._bars.add_task(title, total=total, label="", memory=_memory())
+
+    def step(self, label: str) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, advance=1, label=label, memory=_memory())
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(f"note: {text}", markup=False)
+
+    def end(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._bars.stop()
+            self._task = None
+
+
+class _Lines:
+    """Progress as plain lines, for a file or a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._title = ""
+        self._total = self._done = 0
+        self._started = self._last = 0.0
+
+    def begin(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._started = time.monotonic()
+
+    def step(self, label: str) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._done < self._total and now - self._last < LINE_SECONDS:
+            return
+        self._last = now
+        spent = now - self._started
+        left = spent / self._done * (self._total - self._done)
+        self._print(
+            f"{self._title}: {self._done}/{self._total} {label}, "
+            f"{spent:.0f} s, {left:.0f} s left, {_memory()}"
+        )
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}")
+
+    def end(self) -> None:
+        self._total = 0
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries off stderr."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+def _display(console: Console) -> Progress:
+    return _Bars(console) if console.is_terminal else _Lines(console)
+
+
+def _memory() -> str:
+    """The largest resident size so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{peak / 1e6:.0f} MB peak"

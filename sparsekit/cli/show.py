@@ -1,0 +1,216 @@
+"""How each report looks: a table for people on stderr, and the one result on stdout."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekit import methods as registry
+from sparsekit.cli.console import Terminal
+
+if TYPE_CHECKING:
+    from sparsekit.stages.demo import DemoRow
+    from sparsekit.stages.evaluate import Score
+    from sparsekit.stages.inspect import Inspection
+    from sparsekit.stages.report import PruneReport
+
+
+def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
+    """What a dry run found; nothing was written, so stdout names the output that would be."""
+    rows = [
+        ("model", plan["model"]),
+        ("output", plan["out"]),
+        ("method", f"{plan['method']}, {plan['pattern']}"),
+        ("weights", f"{plan['weights']} in {plan['blocks']} blocks"),
+        ("zeros", f"{plan['zeros']:,} of {plan['size']:,}"),
+        (
+            "to write",
+            f"{plan['bytes_to_write'] / 1e9:.2f} GB of {plan['bytes_free'] / 1e9:.2f} free",
+        ),
+        ("peak memory", f"{plan['peak_memory_estimate_bytes'] / 1e9:.2f} GB above the libraries"),
+        ("compute", f"{plan['dtype']} on {plan['device']}"),
+        *(("left dense", f"{row['name']}: {row['reason']}") for row in plan["skipped"]),
+    ]
+    terminal.table("plan (nothing was written)", ("", ""), rows)
+    terminal.result(plan["out"], plan)
+
+
+def pruned(terminal: Terminal, report: "PruneReport") -> None:
+    """The outcome of `prune`, by kind of weight."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in report.entry["weights"]:
+        kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+    rows = [_kind_row(name, group) for name, group in kinds.items()]
+    rows.append(_kind_row("all", report.entry["weights"]))
+    recipe = report.entry["recipe"]
+    terminal.table(
+        f"{recipe['method']} {recipe['pattern']} in {report.entry['seconds']:.0f} s",
+        ("weights", "count", "zeros", "relative error", "worst", "solve s"),
+        rows,
+    )
+    terminal.result(report.out, report.to_json())
+
+
+def _kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
+    return (
+        name,
+        len(rows),
+        f"{zeros:.2%}",
+        f"{sum(errors) / len(errors):.4f}" if errors else "-",
+        f"{max(errors):.4f}" if errors else "-",
+        f"{sum(row['seconds'] for row in rows):.1f}",
+    )
+
+
+def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) -> None:
+    """One table for perplexity and one for tasks, all models together."""
+    measured = [score for score in scores if score.perplexity]
+    if measured:
+        first = measured[0].perplexity
+        assert first is not None
+        rows = [
+            (
+                score.model,
+                f"{math.exp(score.perplexity.log):.3f}",
+                f"{score.perplexity.log:.4f}",
+                _paired(score.difference.get("log_perplexity")),
+            )
+            for score in measured
+            if score.perplexity
+        ]
+        title = f"perplexity on {first.text}: {first.windows} windows of {first.length} tokens"
+        terminal.table(title, ("model", "perplexity", "log", "log difference"), rows)
+    rows = []
+    for score in scores:
+        for task in score.tasks:
+            for name, metric in task.metrics.items():
+                rows.append(
+                    (
+                        score.model,
+                        task.task,
+                        task.version,
+                        name,
+                        f"{metric.value:.4f}",
+                        "-" if metric.stderr is None else f"{metric.stderr:.4f}",
+                        task.n,
+                        _paired(score.difference.get(f"{task.task}.{name}")),
+                    )
+                )
+    if rows:
+        columns = ("model", "task", "version", "metric", "value", "stderr", "n", "difference")
+        terminal.table(f"lm-eval {_lm_eval_version()}, zero-shot", columns, rows)
+    value = {"lm_eval": _lm_eval_version(), "models": [score.to_json() for score in scores]}
+    terminal.result("\n".join(names), value)
+
+
+def _paired(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    stderr = difference["stderr"]
+    return f"{difference['value']:+.4f} ± " + ("-" if stderr is None else f"{stderr:.4f}")
+
+
+def _lm_eval_version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("lm_eval")
+
+
+def inspection(terminal: Terminal, report: "Inspection") -> None:
+    """Sparsity by block and by weight type, and the history."""
+    columns = ("", "weights", "zeros", "sparsity", "pattern")
+    for title, rows in (("by block", report.blocks), ("by weight type", report.types)):
+        terminal.table(title, columns, [_sparsity_row(row) for row in [*rows, report.total]])
+    steps = [
+        (
+            entry["stage"],
+            f"{entry['recipe'].get('method', '')} {entry['recipe'].get('pattern', '')}",
+            f"{entry.get('seconds', 0):.0f} s",
+            entry["source"]["path"],
+        )
+        for entry in report.history
+    ]
+    if steps:
+        terminal.table("history", ("stage", "what", "time", "source"), steps)
+    terminal.note(f"{report.path}: {report.n_bytes / 1e6:.1f} MB of weights")
+    terminal.result(report.path, report.to_json())
+
+
+def _sparsity_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    zeros = f"{row['zeros']:,}"
+    return (row["name"], f"{row['size']:,}", zeros, f"{row['sparsity']:.2%}", row["pattern"])
+
+
+def verified(terminal: Terminal, result: dict[str, Any]) -> None:
+    """A check that held."""
+    pattern = result["pattern"]
+    named = pattern if isinstance(pattern, str) else ", ".join(pattern)
+    terminal.note(
+        f"{result['path']}: {result['weights']} weights are {named}, {result['zeros']:,} of "
+        f"{result['size']:,} zero; {result['tensors']} tensors are finite"
+    )
+    terminal.result(result["path"], result)
+
+
+def methods(terminal: Terminal) -> None:
+    """The pruning methods; stdout has one name a line unless it is the terminal itself."""
+    found = [registry.describe("pruners", name) for name in registry.names("pruners")]
+    terminal.table(
+        "pruning methods",
+        ("method", "what it does", "data", "source"),
+        [(m.name, m.summary, "none" if m.data_free else "calibration", m.source) for m in found],
+    )
+    options = [(m.name, o.name, o.type, o.default, o.help) for m in found for o in m.options]
+    terminal.table(
+        "options (--option NAME=VALUE)", ("method", "name", "type", "default", ""), options
+    )
+    if terminal.json or not sys.stdout.isatty():
+        names = "\n".join(m.name for m in found)
+        terminal.result(names, [asdict(m) for m in found])
+
+
+def demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
+    """The demo's table."""
+    cells, values = [], []
+    for row in rows:
+        measured = row.score.perplexity
+        assert measured is not None
+        name = Path(row.score.model).name
+        cells.append(
+            (
+                name,
+                f"{math.exp(measured.log):.2f}",
+                _paired(row.score.difference.get("log_perplexity")),
+                "" if row.seconds is None else f"{row.seconds:.0f} s",
+            )
+        )
+        values.append({**row.score.to_json(), "prune_seconds": row.seconds})
+    first = rows[0].score.perplexity
+    assert first is not None
+    title = f"perplexity on {first.text}: {first.windows} windows of {first.length} tokens"
+    terminal.table(title, ("model", "perplexity", "log difference", "pruned in"), cells)
+    terminal.result(out, {"out": str(out), "models": values})
+
+
+def bench(terminal: Terminal, result: dict[str, Any]) -> None:
+    """Times, their ratio, and memory."""
+    ratio = result["ratio"]
+    rows = [
+        (
+            "model",
+            f"{result['model']}: {result['model_bytes'] / 1e9:.2f} GB, {result['blocks']} blocks",
+        ),
+        ("rows", "{} of {} tokens".format(*result["rows"])),
+        ("prune s", " ".join(f"{s:.1f}" for s in result["prune_seconds"])),
+        ("one forward s", " ".join(f"{s:.1f}" for s in result["floor_seconds"]) or "not run"),
+        ("prune / forward (medians)", "-" if ratio is None else f"{ratio:.2f}"),
+        ("solve s", f"{result['solve_seconds']:.1f}"),
+        ("peak memory above start", f"{result['peak_bytes_above_start'] / 1e6:.0f} MB"),
+        ("threads", result["threads"]),
+    ]
+    terminal.table(f"{result['method']} {result['pattern']}", ("", ""), rows)
+    terminal.result("-" if ratio is None else f"{ratio:.3f}", result)

@@ -1,0 +1,99 @@
+"""Token rows sampled from the dense model itself, for calibration without any text.
+
+Every row is exactly as long as asked for: the end-of-text token is drawn like any other and does
+not stop a row, as it would not stop a window cut from concatenated documents.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsekit.errors import DataError
+from sparsekit.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from sparsekit.models.checkpoint import Checkpoint
+
+# Fixed, because the random numbers of a row depend on the rows drawn beside it.
+BATCH = 8
+
+
+def sample_rows(
+    checkpoint: Checkpoint, samples: int, length: int, seed: int, progress: Progress = SILENT
+) -> Tensor:
+    """Token ids [samples, length] drawn from the model, in float32 on the CPU.
+
+    Plain ancestral sampling: temperature 1, no top-k, no top-p, none of the checkpoint's own
+    generation settings. A row opens with the BOS token of tokenizer or config, else with EOS, else
+    with a random id. The global random generators are left as they were.
+
+    Raises:
+        DataError: The float32 model does not fit into the available memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    check_memory(checkpoint.config)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    sampling = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
+    )
+    # generate() fills what is unset here from the model's own settings, EOS among them.
+    model.generation_config = sampling
+    start = start_token(checkpoint)
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    batches = []
+    progress.begin("sampling calibration rows from the model", -(-samples // BATCH))
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the CUDA generators too, and nothing would restore those.
+        torch.default_generator.manual_seed(seed)
+        for done in range(0, samples, BATCH):
+            first = torch.randint(vocabulary, (min(BATCH, samples - done), 1))
+            if start is not None:
+                first.fill_(start)
+            mask = torch.ones_like(first)
+            batches.append(model.generate(first, attention_mask=mask, generation_config=sampling))
+            progress.step(f"{done + len(first)} of {samples} rows")
+    progress.end()
+    return torch.cat(batches)
+
+
+def start_token(checkpoint: Checkpoint) -> int | None:
+    """The id that opens every row: BOS, else EOS; None when tokenizer and config have neither."""
+    config = checkpoint.config.get_text_config()
+    try:
+        holders = [checkpoint.tokenizer(), config]
+    except DataError:
+        holders = [config]  # sampling needs the ids only, so a missing tokenizer is no obstacle
+    for field in ("bos_token_id", "eos_token_id"):
+        for holder in holders:
+            token = getattr(holder, field, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int) and 0 <= token < config.vocab_size:
+                return token
+    return None
+
+
+def check_memory(config: PretrainedConfig) -> None:
+    """Refuse a model whose float32 weights would not fit into the available memory.
+
+    Raises:
+        DataError: They would not fit.
+    """
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    available = psutil.virtual_memory().available
+    if n_bytes > available:
+        raise DataError(
+            f"calibration 'self' needs {n_bytes / 1e9:.1f} GB of memory for the float32 model, "
+            f"{available / 1e9:.1f} GB are available",
+            "use --calibration builtin or a file",
+        )

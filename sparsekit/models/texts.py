@@ -1,0 +1,199 @@
+"""Where text comes from: the interpreter, the hub or a local file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sparsekit.errors import DataError, UsageError, did_you_mean
+
+SOURCES = ("builtin", "self", "c4", "wikitext2")
+C4 = "allenai/c4"
+WIKITEXT2 = "Salesforce/wikitext"
+TRAIN_FILES = {
+    "c4": (C4, "en/c4-train.00000-of-01024.json.gz"),
+    "wikitext2": (WIKITEXT2, "wikitext-2-raw-v1/train-*.parquet"),
+}
+EVALUATION_FILES = {
+    "c4": (C4, "en/c4-validation.00000-of-00008.json.gz"),
+    "wikitext2": (WIKITEXT2, "wikitext-2-raw-v1/test-*.parquet"),
+}
+TEXT_FILES = (".txt", ".raw", ".md")
+DOCUMENT_FILES = (".jsonl", ".json.gz", ".parquet")
+ROW_FILE = ".safetensors"
+C4_DOCUMENTS = 1100
+ELSEWHERE = "use builtin or a local file instead"
+
+
+def check_source(source: str) -> None:
+    """Refuse a source that is neither a known name nor a readable file of a known kind.
+
+    Raises:
+        UsageError: The name or the kind of file is unknown.
+        DataError: The file is missing, empty or unreadable.
+    """
+    if source in SOURCES:
+        return
+    path = Path(source)
+    if not path.exists() and "/" not in source and "." not in source:
+        raise UsageError(f"unknown source of text '{source}'", did_you_mean(source, SOURCES))
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{source} {problem}", f"name a file, or one of {', '.join(SOURCES)}")
+    kinds = (*TEXT_FILES, *DOCUMENT_FILES, ROW_FILE)
+    if not is_kind(source, *kinds):
+        raise UsageError(f"{source} is of an unknown kind of file", f"known: {', '.join(kinds)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{source} is empty")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{source} may not be read", "check its permissions")
+
+
+def is_kind(source: str, *endings: str) -> bool:
+    """Whether a source is a file with one of these name endings."""
+    return source not in SOURCES and source.lower().endswith(endings)
+
+
+def is_documents(source: str) -> bool:
+    """Whether windows are drawn from single documents, not from one running text."""
+    return source == "c4" or is_kind(source, *DOCUMENT_FILES)
+
+
+def calibration_texts(source: str) -> Sequence[str]:
+    """The documents to draw windows from; exactly one when the text is a running one."""
+    if source == "builtin":
+        return [builtin_text(held_out=False)]
+    if source == "c4":
+        return hub_texts(*TRAIN_FILES["c4"])
+    if source == "wikitext2":
+        return [" ".join(hub_texts(*TRAIN_FILES["wikitext2"]))]
+    return file_texts(Path(source))
+
+
+def evaluation_text(source: str) -> str:
+    """The one text that perplexity is measured on."""
+    if source == "builtin":
+        return builtin_text(held_out=True)
+    if source == "c4":
+        return " ".join(hub_texts(*EVALUATION_FILES["c4"])[:C4_DOCUMENTS])
+    if source == "wikitext2":
+        return "\n\n".join(hub_texts(*EVALUATION_FILES["wikitext2"]))
+    return "\n\n".join(file_texts(Path(source)))
+
+
+def builtin_text(held_out: bool) -> str:
+    """Python's help text: every fifth topic in sorted order is held out for evaluation."""
+    from pydoc_data.topics import topics
+
+    kept = (name for i, name in enumerate(sorted(topics)) if (i % 5 == 4) == held_out)
+    return "\n\n".join(topics[name] for name in kept)
+
+
+def hub_texts(repo: str, files: str) -> Sequence[str]:
+    """The `text` fields in files of a hub dataset, or of a local folder with the same layout.
+
+    Raises:
+        DataError: The hub cannot be reached, or the files cannot be loaded.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # of httpx, under the name its version goes by
+
+    try:
+        return load_dataset(repo, data_files={"train": files}, split="train")["text"]
+    except ConnectionError as error:
+        raise DataError(
+            f"the Hugging Face hub cannot be reached to load {repo}: {error}", ELSEWHERE
+        ) from error
+    except (OSError, HTTPError, DatasetsError) as error:
+        reason = str(error)[:200]
+        raise DataError(f"{files} of {repo} cannot be loaded: {reason}", ELSEWHERE) from error
+
+
+def file_texts(path: Path) -> list[str]:
+    """The documents of a file, one for a plain text file.
+
+    Raises:
+        DataError: It is damaged, not UTF-8, or a record has no text; the message names the place.
+    """
+    if is_kind(path.name, *TEXT_FILES):
+        return [decode(path.read_bytes(), path, 0)]
+    texts = parquet_texts(path) if is_kind(path.name, ".parquet") else list(json_texts(path))
+    if not texts:
+        raise DataError(f"{path} holds no documents")
+    return texts
+
+
+def json_texts(path: Path) -> Iterator[str]:
+    """The field `text` of every line of a JSON lines file, compressed or not.
+
+    Raises:
+        DataError: A line is not such a record, or the compressed file is damaged.
+    """
+    opener = gzip.open if is_kind(path.name, ".gz") else open
+    offset = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
+                if line.strip():
+                    yield record_text(decode(line, path, offset), place)
+                offset += len(line)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a complete gzip file: {error}") from error
+
+
+def record_text(line: str, place: str) -> str:
+    """The field `text` of a JSON object.
+
+    Raises:
+        DataError: It is not JSON, or has no such field.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise DataError(f"{place}: no field 'text' that is a string")
+    return record["text"]
+
+
+def parquet_texts(path: Path) -> list[str]:
+    """The column `text` of a parquet file.
+
+    Raises:
+        DataError: The file is damaged, or a row has no text.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            texts = file.read(["text"])["text"].to_pylist() if "text" in names else None
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a valid parquet file: {error}") from error
+    if texts is None:
+        raise DataError(f"{path} has no column 'text'", f"its columns: {', '.join(names)}")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{path}, row {row}: no field 'text' that is a string")
+    return texts
+
+
+def decode(data: bytes, path: Path, offset: int) -> str:
+    """UTF-8 bytes, found at `offset` of the (uncompressed) file, as text.
+
+    Raises:
+        DataError: They are not UTF-8; the message says at which byte of the file.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 at byte {offset + error.start}", "convert it with iconv"
+        ) from error

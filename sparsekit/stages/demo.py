@@ -1,0 +1,69 @@
+"""The main job on a small real model: prune it three ways, score each, leave the checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import UsageError
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import Checkpoint, resolve
+from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.evaluate import Score, evaluate
+from sparsekit.stages.prune import prune
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+PATTERN = "2:4"
+# Small enough for two cores in a few minutes; the two parts of `builtin` do not overlap.
+CALIBRATION = Calibration(source="builtin", samples=16, length=512)
+SCORING = EvalConfig(text="builtin", length=512, limit=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRow:
+    """One line of the demo's table."""
+
+    score: Score
+    seconds: float | None
+    """Time that pruning took; None for the dense model."""
+
+
+def demo(model: str, out: Path, progress: Progress = SILENT) -> list[DemoRow]:
+    """Prune a model to 2:4 with every method of the demo and score the results.
+
+    A checkpoint that an earlier demo finished is scored again, not made again.
+
+    Args:
+        model: A folder or hub id.
+        out: Folder for the checkpoints.
+        progress: Told of each block.
+
+    Returns:
+        The dense model first, then one row for each method.
+    """
+    source = Checkpoint.open(resolve(model))
+    entries = [_made(source, method, model, out, progress) for method in METHODS]
+    folders = [str(_folder(out, method)) for method in METHODS]
+    scores = evaluate(SCORING, folders, baseline=model, progress=progress)
+    seconds = [None, *(entry["seconds"] for entry in entries)]
+    return [DemoRow(score=s, seconds=t) for s, t in zip(scores, seconds, strict=True)]
+
+
+def _folder(out: Path, method: str) -> Path:
+    return out / f"{method}-{PATTERN.replace(':', 'of')}"
+
+
+def _made(
+    source: Checkpoint, method: str, model: str, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """The history entry of a method's checkpoint, made now unless it is there."""
+    folder = _folder(out, method)
+    if not folder.exists():
+        config = PruneConfig(method=method, pattern=PATTERN, calibration=CALIBRATION)
+        return dict(prune(config, model, folder, progress=progress).entry)
+    history = Checkpoint.open(folder).provenance()["history"]
+    entry = history[-1] if history else {}
+    if entry.get("source", {}).get("fingerprint") != source.fingerprint:
+        raise UsageError(f"{folder} was made from another model", "choose another --out")
+    progress.note(f"{folder} is there from an earlier demo and is kept")
+    return entry

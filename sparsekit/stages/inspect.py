@@ -1,0 +1,182 @@
+"""What a checkpoint folder holds, and whether its bytes keep what they promise."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit.errors import CheckFailedError, DataError, PatternError, UsageError
+from sparsekit.models.architecture import Target
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.progress import SILENT, Progress
+from sparsekit.tensors.patterns import Pattern
+
+# Patterns that `inspect` looks for, the strictest first.
+SOUGHT = ("2:4", "4:8", "8:16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is in a checkpoint."""
+
+    path: Path
+    n_bytes: int
+    blocks: list[dict[str, Any]]
+    """Rows of `name`, `size`, `zeros`, `sparsity`, `pattern`."""
+    types: list[dict[str, Any]]
+    """The same by kind of weight, over all blocks."""
+    total: dict[str, Any]
+    history: list[dict[str, Any]]
+    fingerprint: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the single weights of the history."""
+        return {
+            "path": str(self.path),
+            "bytes": self.n_bytes,
+            "fingerprint": self.fingerprint,
+            "total": self.total,
+            "blocks": self.blocks,
+            "types": self.types,
+            "history": [{k: v for k, v in e.items() if k != "weights"} for e in self.history],
+        }
+
+
+def inspect(path: Path, progress: Progress = SILENT) -> Inspection:
+    """Count zeros and look for patterns in the prunable weights of every block.
+
+    Raises:
+        DataError: The folder is no readable checkpoint.
+    """
+    source = Checkpoint.open(path)
+    stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    progress.begin("inspect", len(stream))
+    by_block: dict[str, list[dict[str, Any]]] = {}
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for name, target, weight in _weights(source, stream, progress):
+        zeros = int((weight == 0).sum())
+        row = {"size": weight.numel(), "zeros": zeros, "patterns": _patterns(weight)}
+        by_block.setdefault(name, []).append(row)
+        by_type.setdefault(target.module, []).append(row)
+    progress.end()
+    provenance = source.provenance()
+    return Inspection(
+        path=path,
+        n_bytes=source.n_bytes,
+        blocks=[_sum(name, rows) for name, rows in by_block.items()],
+        types=[_sum(name, rows) for name, rows in by_type.items()],
+        total=_sum("total", [row for rows in by_block.values() for row in rows]),
+        history=provenance["history"],
+        fingerprint=provenance.get("fingerprint"),
+    )
+
+
+def verify(path: Path, pattern: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+    """Re-check every tensor of a checkpoint from its bytes.
+
+    Every weight that the history says was pruned (without a history: every linear weight of a
+    block) must have the pattern and no negative zero; nothing may be NaN or Inf; the bytes must
+    be those that were recorded; tied weights must be equal.
+
+    Args:
+        path: The folder.
+        pattern: The pattern; None takes that of the history.
+        progress: Told of each block.
+
+    Raises:
+        PatternError: The first weight without the pattern.
+        CheckFailedError: The first other offender: NaN or Inf, -0.0, other bytes, untied weights.
+        UsageError: There is no pattern to check.
+        DataError: The folder is no readable checkpoint.
+    """
+    given = Pattern.parse(pattern) if pattern else None
+    source = Checkpoint.open(path)
+    pruned = [e for e in source.provenance()["history"] if e.get("stage") == "prune"]
+    if given is None and not pruned:
+        raise UsageError(f"{path} has no history that names a pattern", "pass --pattern 2:4")
+    try:
+        fingerprint = source.fingerprint
+    except DataError as error:
+        raise CheckFailedError(error.message, error.hint) from error
+    stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    expected = {row["name"]: row["pattern"] for entry in pruned for row in entry["weights"]}
+    progress.begin("verify", len(stream))
+    checked = zeros = size = 0
+    for _, target, weight in _weights(source, stream, progress):
+        if expected and target.name not in expected:
+            continue
+        wanted = given or Pattern.parse(expected[target.name])
+        wanted.check(weight, target.name)
+        _refuse_negative_zero(weight, target.name)
+        checked, zeros, size = checked + 1, zeros + int((weight == 0).sum()), size + weight.numel()
+    progress.end()
+    _check_tied(source, stream)
+    if not checked:
+        raise UsageError(f"{path}: no weight to check")
+    return {
+        "path": str(path),
+        "pattern": str(given) if given else sorted(set(expected.values())),
+        "weights": checked,
+        "tensors": len(source.places),
+        "zeros": zeros,
+        "size": size,
+        "fingerprint": fingerprint,
+    }
+
+
+def _weights(
+    source: Checkpoint, stream: BlockStream, progress: Progress
+) -> Iterator[tuple[str, Target, torch.Tensor]]:
+    """Block name, target and weight `[out, in]` in the dtype on disk, one at a time."""
+    for index in range(len(stream)):
+        block = stream.block(index)
+        for target in block.targets:
+            weight = source.read([target.name])[target.name]
+            yield block.name, target, weight.T if target.transposed else weight
+        progress.step(block.name)
+
+
+def _patterns(weight: torch.Tensor) -> list[str]:
+    """Which of the sought patterns a weight has."""
+    found = []
+    for text in SOUGHT:
+        try:
+            Pattern.parse(text).check(weight, "")
+        except PatternError:
+            continue
+        found.append(text)
+    return found
+
+
+def _sum(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    size, zeros = sum(row["size"] for row in rows), sum(row["zeros"] for row in rows)
+    shared = [text for text in SOUGHT if all(text in row["patterns"] for row in rows)]
+    pattern = shared[0] if shared else ("unstructured" if zeros else "dense")
+    return {
+        "name": name,
+        "size": size,
+        "zeros": zeros,
+        "sparsity": zeros / size if size else 0.0,
+        "pattern": pattern,
+    }
+
+
+def _refuse_negative_zero(weight: torch.Tensor, name: str) -> None:
+    negative = (weight == 0) & weight.signbit()
+    if negative.any():
+        row, column = negative.nonzero()[0].tolist()
+        raise CheckFailedError(
+            f"{name}: row {row}, input {column} is -0.0, which some kernels take for a value"
+        )
+
+
+def _check_tied(source: Checkpoint, stream: BlockStream) -> None:
+    """Weights that the configuration ties must be equal where both are on disk."""
+    for name, origin in getattr(stream.model, "all_tied_weights_keys", {}).items():
+        if name in source.places and origin in source.places:
+            both = source.read([name, origin])
+            if not torch.equal(both[name], both[origin]):
+                raise CheckFailedError(f"{name} is tied to {origin} but differs from it")
