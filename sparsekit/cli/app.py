@@ -1,6 +1,7 @@
 """The verbs of the command line. A command parses, calls one stage, and shows its report."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -352,7 +353,12 @@ def _prune_config(
     if rows is None and config.rows is not None:
         rows = Calibration(samples=samples, length=length, seed=seed)
         rows.check()
-        config = PruneConfig(**{**vars(config), "calibration": rows})
+        return replace(config, calibration=rows)
+    if rows is None and (samples is not None or length is not None):
+        raise UsageError(
+            f"{method} reads no calibration: --samples and --length have no effect",
+            "leave them out, or pass --calibration to have the output error measured",
+        )
     return config
 
 

@@ -1,10 +1,10 @@
 """ALPS: the mask and the weights together, by ADMM; then conjugate gradients on the support.
 
 Source: Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
-Large Language Models", algorithms 1 and 2; mazumder-lab/ALPS.
+Large Language Models", algorithms 1 and 2; mazumder-lab/ALPS@bbdad62, `alps.py`.
 Differs: the published code projects unstructured patterns over the whole tensor (`50%/tensor`
-here); the eigendecomposition is float64 as published, while the products of the iteration are
-float32, since only their ranking counts and the final solve starts from the dense weight.
+here); the final support is that of the sparse copy, as in the paper (the code ranks the dense
+copy once more); a row's conjugate gradients stop by its own residual.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from sparsekit.tensors.sums import InputSums, Want
 # The penalty is looked at every third iteration and grows with the share of the support that
 # has changed since.
 CHECK_EVERY = 3
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+SLOW = 0.005
+GROWTH = ((0.1, 1.3), (SLOW, 1.2), (0.0, 1.1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,11 @@ class Alps(Pruner):
         """The mask, the sparse copy (both `[out, in]`) and the number of steps."""
         penalty = self.penalty
         pull = weight @ system.gram
-        kept = int(weight.numel()) - pattern.zeros(*weight.shape)
-        sparse, dual = weight.clone(), torch.zeros_like(weight)
-        mask = checked = pattern.mask(weight.abs())
+        kept = max(weight.numel() - pattern.zeros(*weight.shape), 1)
+        first = checked = pattern.mask(weight.abs())
+        sparse, dual = keep_on(first, weight), torch.zeros_like(weight)
+        mask, settled_in = first, False
         inverse = _inverse(values, vectors, penalty)
-        moved = False
         for step in range(1, self.iterations + 1):
             dense = (pull + penalty * sparse - dual) @ inverse
             target = dense + dual / penalty
@@ -71,16 +72,17 @@ class Alps(Pruner):
             dual += penalty * (dense - sparse)
             if step % CHECK_EVERY:
                 continue
-            change = int((mask & ~checked).sum()) / max(kept, 1)
+            change = int((mask ^ checked).sum()) / kept
             checked = mask
-            if change == 0 and not moved and penalty > 1e-6:
-                # The first penalty froze the support at the start: begin again with a softer one.
+            settled_in |= change > SLOW
+            if not settled_in:
+                # The penalty holds the support from the start: begin again with a softer one.
                 penalty /= 5
-                sparse, dual = weight.clone(), torch.zeros_like(weight)
+                if change > 0:
+                    sparse, dual = keep_on(first, weight), torch.zeros_like(weight)
             elif change == 0 or (step > 30 and change < self.settled):
                 return mask, sparse, step
             else:
-                moved = True
                 penalty *= next(factor for floor, factor in GROWTH if change > floor)
             inverse = _inverse(values, vectors, penalty)
         return mask, sparse, self.iterations

@@ -1,8 +1,8 @@
 """RIA: relative importance of a weight in its row and column, times a power of the input norm.
 
 Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
-Language Models", section 3; biomedical-cybernetics/Relative-importance-and-activation-pruning,
-`lib/prune.py`.
+Language Models", section 3; biomedical-cybernetics/Relative-importance-and-activation-pruning
+@b87b897, `lib/prune.py`.
 Differs: counts are exact (published unstructured pruning uses a threshold over the whole
 tensor, the pattern `50%/tensor` here). The input norm is the root mean square over tokens. The
 channel permutation is left out: its result is not N:M in the order in which weights are stored.

@@ -92,6 +92,10 @@ class EvalConfig:
             check_source(self.text)
         if self.include_path is not None and not self.include_path.is_dir():
             raise UsageError(f"--include-path {self.include_path} is not a folder")
+        if self.include_path is not None and not self.tasks:
+            raise UsageError("--include-path has no effect without --tasks")
+        if self.length is not None and self.windows_of is None:
+            raise UsageError("--length has no effect on tasks", "name a text: --text builtin")
         for name in ("limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -198,9 +198,12 @@ def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], lis
         targets = [target for target in targets if target not in matched]
     if not targets:
         raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
-    head = stream.model.get_output_embeddings()
-    if head is not None:
-        skipped.append({"name": "output embeddings", "reason": "only decoder blocks are pruned"})
+    linear = {target.name for target in stream.targets()}
+    skipped += [
+        {"name": name, "reason": "no linear weight of a decoder block"}
+        for name, place in stream.source.places.items()
+        if len(place.shape) >= 2 and name not in linear
+    ]
     return targets, skipped
 
 

@@ -120,5 +120,5 @@ runs faster because of the zeros.
 The whole history, with one row for each weight, is in `sparsekit.json`. Check the zeros with
 `sparsekit verify . --pattern {recipe["pattern"]}`.
 
-Linear weights left dense:{skipped or " none"}
+Matrices left dense:{skipped or " none"}
 """
