@@ -49,7 +49,12 @@ class Terminal:
             return
         cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
         table = Table(
-            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            pad_edge=False,
+            show_header=any(columns),
         )
         for index, column in enumerate(columns):
             numeric = all(row[index][:1] in "+-0123456789" for row in cells)

@@ -26,6 +26,7 @@ from sparsekit.models.architecture import (
     match_names,
     refuse_hidden_weights,
 )
+from sparsekit.models.calls import Call, Seen, same
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.tap import Tap
 from sparsekit.tensors.sums import InputSums, Want
@@ -36,19 +37,6 @@ TESTED_FAMILIES = frozenset(
 )
 # Logits are made for as many tokens at a time as fit into this many bytes.
 LOGIT_BYTES = 1 << 28
-
-
-# Comparisons of one row's arguments, by identity; the second tensor is held so that no other
-# tensor can take its identity meanwhile.
-_Seen = dict[tuple[int, int], tuple[bool, Tensor]]
-
-
-@dataclass
-class _Call:
-    """What a block is called with, besides the hidden states."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
 
 
 class BlockStream:
@@ -74,8 +62,8 @@ class BlockStream:
         refuse_hidden_weights(self.model, self._modules, self._prefix, source)
         self.hidden: list[Tensor] = []
         """For each token row the input of the current block, `[1, length, hidden]`."""
-        self._calls: list[list[_Call]] = []
-        self._seen: _Seen = {}
+        self._calls: list[list[Call]] = []
+        self._seen: Seen = {}
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -152,24 +140,24 @@ class BlockStream:
         keep = {} if wanted is None else {"logits_to_keep": wanted}
         return self.model(inputs_embeds=dummy, use_cache=False, **keep).logits
 
-    def _record(self, index: int, hidden: Tensor, call: _Call) -> Tensor:
+    def _record(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         if index == 0:
             self.hidden.append(hidden.to("cpu"))
             self._seen = {}
         calls = self._calls[index]
         # Rows of one length are called alike; then one copy serves them all.
-        alike = calls and _same(calls[0], call, self._seen)
+        alike = calls and same(calls[0], call, self._seen)
         calls.append(calls[0] if alike else call)
         return hidden
 
     @contextmanager
-    def _stubs(self, answer: Callable[[int, Tensor, _Call], Tensor]) -> Iterator[None]:
+    def _stubs(self, answer: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
         """Let every block answer by a function instead of computing."""
 
         def stub(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-                return answer(index, hidden, _Call(args[1:], kwargs)).to(self.device)
+                return answer(index, hidden, Call(args[1:], kwargs)).to(self.device)
 
             return forward
 
@@ -337,33 +325,3 @@ def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[last] = tensor
-
-
-def _same(first: Any, second: Any, seen: _Seen) -> bool:
-    """Whether two recorded values are equal, tensors by content."""
-    if first is second:
-        return True
-    if type(first) is not type(second):
-        return False
-    if isinstance(first, _Call):
-        return _same(first.positional, second.positional, seen) and _same(
-            first.named, second.named, seen
-        )
-    if isinstance(first, Tensor):
-        key = (id(first), id(second))
-        if key not in seen:
-            equal = first.shape == second.shape and torch.equal(first, second)
-            seen[key] = (equal, second)
-        return seen[key][0]
-    if isinstance(first, (tuple, list)):
-        return len(first) == len(second) and all(
-            _same(a, b, seen) for a, b in zip(first, second, strict=True)
-        )
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(
-            _same(first[k], second[k], seen) for k in first
-        )
-    try:
-        return bool(first == second)
-    except (RuntimeError, ValueError, TypeError):
-        return False

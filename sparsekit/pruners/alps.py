@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner, keep_on
 from sparsekit.tensors.curvature import UnitGram, solve_on_support, unit_gram
 from sparsekit.tensors.patterns import Pattern
@@ -44,6 +45,8 @@ class Alps(Pruner):
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
+        if self.penalty == 0:
+            raise UsageError("option penalty of alps must be above 0", "its default is 0.1")
         system = unit_gram(sums, self.damping)
         values, vectors = sums.derived(("eigh", self.damping), lambda: _eigh(system))
         mask, sparse, steps = self._admm(weight * system.scale, system, values, vectors, pattern)
@@ -62,7 +65,7 @@ class Alps(Pruner):
         kept = max(weight.numel() - pattern.zeros(*weight.shape), 1)
         first = checked = pattern.mask(weight.abs())
         sparse, dual = keep_on(first, weight), torch.zeros_like(weight)
-        mask, settled_in = first, False
+        mask, moved = first, False
         inverse = _inverse(values, vectors, penalty)
         for step in range(1, self.iterations + 1):
             dense = (pull + penalty * sparse - dual) @ inverse
@@ -74,14 +77,14 @@ class Alps(Pruner):
                 continue
             change = int((mask ^ checked).sum()) / kept
             checked = mask
-            settled_in |= change > SLOW
-            if not settled_in:
+            moved |= change > SLOW
+            if (moved and change == 0) or (step > 30 and change < self.settled):
+                return mask, sparse, step
+            if not moved:
                 # The penalty holds the support from the start: begin again with a softer one.
                 penalty /= 5
                 if change > 0:
                     sparse, dual = keep_on(first, weight), torch.zeros_like(weight)
-            elif change == 0 or (step > 30 and change < self.settled):
-                return mask, sparse, step
             else:
                 penalty *= next(factor for floor, factor in GROWTH if change > floor)
             inverse = _inverse(values, vectors, penalty)

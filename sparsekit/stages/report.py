@@ -85,7 +85,7 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
     if calibration:
         text = (
             f"{calibration['samples']} rows of {calibration['length']} tokens from "
-            f"`{calibration['source']}` (sha256 `{calibration['fingerprint'][:16]}…`)"
+            f"`{Path(calibration['source']).name}` (sha256 `{calibration['fingerprint'][:16]}…`)"
         )
     else:
         text = "none (the method needs no data)"

@@ -50,7 +50,7 @@ def _factorise(sums: InputSums, damping: float) -> InverseFactor:
     mean = float(diagonal.mean())
     bare = diagonal.clone()
     used = damping
-    while used <= MOST_DAMPING:
+    while used <= max(damping, MOST_DAMPING):
         diagonal.copy_(bare + used * mean)
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:

@@ -78,11 +78,13 @@ class InputSums:
         return self.derived("gram", self._mirror)
 
     def _mirror(self) -> Tensor:
-        """Copy the panels above the diagonal to below it, in place."""
+        """Copy what is above the diagonal to below it, in place."""
         assert self._gram is not None
         for top in range(0, self.columns, PANEL):
             bottom = top + PANEL
             self._gram[bottom:, top:bottom] = self._gram[top:bottom, bottom:].T
+            square = self._gram[top:bottom, top:bottom]
+            square.copy_(square.triu() + square.triu(1).T)
         return self._gram
 
     def derived(self, key: Any, compute: Callable[[], Any]) -> Any:

@@ -1,0 +1,678 @@
+"""Every command as a user meets it: exit codes, the one result on stdout, tables on stderr."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.main import get_command
+
+import sparsekit
+from sparsekit import methods
+from sparsekit.cli.app import app
+from sparsekit.files import sha256_file
+from sparsekit.stages.config import EvalConfig, PruneConfig
+
+WEIGHTS = "model.safetensors"
+UP = "model.layers.0.mlp.up_proj.weight"
+TASK = """\
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: label
+doc_to_choice: [" yes", " no, never"]
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.5}}
+"""
+
+
+def strict_json(text: str):
+    """The one JSON value in a text; NaN and Infinity are not JSON."""
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def commands() -> dict[str, object]:
+    found = {}
+    for name, command in get_command(app).commands.items():
+        for inner, sub in getattr(command, "commands", {"": command}).items():
+            found[f"{name} {inner}".strip()] = sub
+    return found
+
+
+def assert_one_line_error(result, code: int, match: str) -> None:
+    assert result.code == code, result.stderr
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert re.search(match, result.stderr), result.stderr
+
+
+def edit(folder: Path, change, file: str = WEIGHTS) -> Path:
+    """Change the tensors of a folder; without a history, so that the change itself is found."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, {"format": "pt"})
+    (folder / "sparsekit.json").unlink(missing_ok=True)
+    return folder
+
+
+# prune
+
+
+def test_prune_writes_the_path_to_stdout_and_the_table_to_stderr(cli, family, row_file, tmp_path):
+    found = cli("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file)
+    assert found.code == 0
+    assert found.stdout == f"{tmp_path / 'out'}\n"
+    assert "wanda 2:4" in found.stderr
+    for word in ("relative error", "q_proj", "down_proj", "50.00%"):
+        assert word in found.stderr
+    assert "wanda 2:4: 2/2 model.layers.1" in found.stderr  # progress as plain lines
+
+
+def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):
+    found = cli(
+        "prune", family("llama"), "-o", tmp_path / "out", "--method", "sparsegpt",
+        "-O", "block=64", "--option", "damping=0.05", "--pattern", "4:8", "--skip", "o_proj",
+        "--calibration", row_file, "--samples", 3, "--length", 20, "--no-propagate",
+        "--dtype", "bfloat16", "--device", "cpu", "--reconstruct", "cg", "--json",
+    )  # fmt: skip
+    report = strict_json(found.stdout)
+    assert report["out"] == str(tmp_path / "out")
+    assert report["recipe"]["options"] == {"block": "64", "damping": "0.05"}
+    assert report["recipe"]["pattern"] == "4:8"
+    assert report["recipe"]["skip"] == ["o_proj"]
+    assert report["recipe"]["propagate"] is False
+    assert report["recipe"]["dtype"] == "bfloat16"
+    assert report["recipe"]["reconstruct"] == "cg"
+    assert (report["calibration"]["samples"], report["calibration"]["length"]) == (3, 20)
+    assert report["totals"]["weights"] == 12
+    history = json.loads((tmp_path / "out" / "sparsekit.json").read_text())["history"]
+    assert history == [{key: value for key, value in report.items() if key != "out"}]
+
+
+def test_quiet_leaves_stderr_empty(cli, family, pruned, row_file, tmp_path):
+    for command in (
+        ("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file),
+        ("eval", pruned, "--text", row_file),
+        ("inspect", pruned),
+        ("verify", pruned),
+    ):
+        found = cli(*command, "--quiet")
+        assert (found.code, found.stderr) == (0, "")
+        assert found.stdout.count("\n") == 1
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(cli, family, row_file, tmp_path):
+    command = ("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file)
+    found = cli(*command, "--dry-run")
+    assert (found.code, found.stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert "nothing was written" in found.stderr
+    for word in ("to write", "peak memory", "14 in 2 blocks", "float32 on cpu", "lm_head"):
+        assert word in found.stderr
+    plan = strict_json(cli(*command, "--dry-run", "--json").stdout)
+    assert plan["weights"] == 14
+    assert plan["zeros"] * 2 == plan["size"]
+    assert plan["bytes_to_write"] == (family("llama") / WEIGHTS).stat().st_size
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_needs_overwrite_and_then_is_replaced(cli, family, row_file, tmp_path):
+    command = ("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file)
+    assert cli(*command).code == 0
+    first = sha256_file(tmp_path / "out" / WEIGHTS)
+    assert_one_line_error(cli(*command), 2, r"out exists; .*--overwrite")
+    assert cli(*command, "--pattern", "1:4", "--overwrite").code == 0
+    assert sha256_file(tmp_path / "out" / WEIGHTS) != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    command = ("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file)
+    assert_one_line_error(cli(*command, "--overwrite"), 2, "not written by sparsekit")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--method", "sparsgpt"], r"no method 'sparsgpt'.*did you mean 'sparsegpt'"),
+        (["--pattern", "2-4"], r"pattern '2-4' is not understood; write N:M"),
+        (["--pattern", "5:4"], r"pattern '5:4'"),
+        (["--pattern", "100%"], r"pattern '100%'"),
+        (["--method", "alps", "-O", "dampin=1"], r"no option 'dampin'; did you mean 'damping'"),
+        (["--method", "alps", "-O", "damping=x"], r"damping of alps takes float, not 'x'"),
+        (["--method", "alps", "-O", "damping=-1"], r"must not be negative"),
+        (["-O", "damping"], r"--option 'damping' has no value; write --option KEY=VALUE"),
+        (["--calibration", "bultin"], r"'bultin'; did you mean 'builtin'"),
+        (["--calibration", "no/such.txt"], r"no/such\.txt does not exist"),
+        (["--reconstruct", "qr"], r"--reconstruct 'qr' is not known; one of: none, cg"),
+        (["--device", "tpu"], r"--device 'tpu' is not known; one of: auto, cpu, cuda"),
+        (["--dtype", "int8"], r"--dtype 'int8' is not known"),
+        (["--samples", "0"], r"samples is 0"),
+        (["--length", "1"], r"length is 1"),
+        (["--seed", "-1"], r"seed is -1"),
+        (["--skip", "o_prj"], r"--skip 'o_prj' matches no weight; did you mean 'o_proj'"),
+        (["--method", "magnitude", "--samples", "4"], r"magnitude reads no calibration"),
+    ],
+)
+def test_wrong_option_of_prune_is_one_line_and_exit_2(cli, family, tmp_path, arguments, match):
+    found = cli("prune", family("llama"), "-o", tmp_path / "out", *arguments)
+    assert_one_line_error(found, 2, match)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", r"t\.txt is empty"),
+        (b"caf\xe9 " * 1000, r"t\.txt.*UTF-8"),
+        (b"too short", r"t\.txt has 9 tokens, rows of 24 need more; use --length 8"),
+    ],
+)
+def test_unusable_calibration_text_is_one_line_and_exit_2(cli, family, tmp_path, content, match):
+    (tmp_path / "t.txt").write_bytes(content)
+    found = cli(
+        "prune", family("llama"), "-o", tmp_path / "out",
+        "--calibration", tmp_path / "t.txt", "--length", 24,
+    )  # fmt: skip
+    assert_one_line_error(found, 2, match)
+    assert not (tmp_path / "out").exists()
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def only_bin(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def truncated(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-3])
+
+
+def too_new(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        config.replace('"model_type": "llama"', '"model_type": "llama7"')
+    )
+
+
+def with_nan(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors[UP].view(-1)[0].fill_(math.nan))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (no_config, r"has no config\.json"),
+        (no_weights, r"has no weights"),
+        (only_bin, r"only pytorch_model\.bin; convert it once"),
+        (truncated, r"not a whole safetensors file"),
+        (too_new, r"'llama7'.*pip install -U transformers"),
+        (with_nan, rf"{UP} holds NaN or Inf"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "verify"])
+def test_broken_model_is_one_line_and_a_failing_exit_code(
+    cli, copy_of, row_file, tmp_path, command, damage, match
+):
+    folder = copy_of("llama")
+    damage(folder)
+    more = {
+        "prune": ["-o", tmp_path / "out", "--calibration", row_file],
+        "eval": ["--text", row_file],
+        "inspect": [],
+        "verify": ["--pattern", "2:4"],
+    }[command]
+    found = cli(command, folder, *more)
+    if damage is with_nan and command == "inspect":  # it counts zeros; `verify` is the check
+        assert found.code == 0
+        return
+    # For `verify`, a weight that is not finite is an offender, not a file that cannot be read.
+    assert_one_line_error(found, 1 if (command, damage) == ("verify", with_nan) else 2, match)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c"])
+def test_model_that_does_not_exist_is_one_line(cli, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    found = cli("prune", name, "-o", "out")
+    assert_one_line_error(found, 2, rf"no such model folder: {name}; pass a folder, a hub id")
+
+
+def test_hub_id_without_a_connection_is_one_line(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    found = cli("prune", "org/no-such-model", "-o", "out")
+    assert_one_line_error(found, 2, r"no folder org/no-such-model, and the hub did not give")
+
+
+def test_debug_shows_the_traceback_of_an_error(cli, tmp_path):
+    plain = cli("inspect", tmp_path / "nowhere")
+    debug = cli("inspect", tmp_path / "nowhere", "--debug")
+    assert plain.code == debug.code == 2
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+    assert debug.stderr.endswith(plain.stderr)
+
+
+def test_unforeseen_error_is_one_line_too(cli, copy_of):
+    """A folder in place of a file is a surprise that nothing foresees."""
+    folder = copy_of("llama")
+    (folder / "config.json").rename(folder / "kept")
+    (folder / "kept").unlink()
+    (folder / "config.json").mkdir()
+    found = cli("inspect", folder)
+    assert found.code in (1, 2)
+    assert re.fullmatch(r"error: [^\n]+\n", found.stderr)
+
+
+# stdin and pipelines
+
+
+def test_dash_reads_the_model_from_stdin(cli, pruned, family, row_file, tmp_path):
+    found = cli("verify", "-", stdin=f"{pruned}\n")
+    assert (found.code, found.stdout) == (0, f"{pruned}\n")
+    assert cli("inspect", "-", stdin=f"{pruned}\n").stdout == f"{pruned}\n"
+    found = cli("eval", "-", "--text", row_file, stdin=f"\n{pruned}\n\n")
+    assert (found.code, found.stdout) == (0, f"{pruned}\n")
+    found = cli(
+        "prune", "-", "-o", tmp_path / "out", "--method", "magnitude", stdin=f"{family('llama')}\n"
+    )
+    assert (found.code, found.stdout) == (0, f"{tmp_path / 'out'}\n")
+
+
+def test_dash_without_a_model_on_stdin_is_one_line(cli):
+    assert_one_line_error(cli("verify", "-", stdin="\n"), 2, "no model on stdin; pipe a path")
+
+
+def test_prune_verify_eval_work_as_a_shell_pipeline(family, row_file, tmp_path):
+    tool = f"{sys.executable} -m sparsekit"
+    line = (
+        f"set -o pipefail; {tool} prune {family('llama')} -o out --calibration {row_file} -q "
+        f"| {tool} verify - --pattern 2:4 -q | {tool} eval - --text {row_file} --json -q"
+    )
+    found = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    (score,) = strict_json(found.stdout)["models"]
+    assert score["model"] == "out"
+    assert score["perplexity"]["windows"] == 5
+
+
+# eval
+
+
+def test_eval_of_several_models_is_one_table_in_the_order_asked(cli, family, pruned, row_file):
+    dense = family("llama")
+    found = cli("eval", pruned, dense, "--text", row_file)
+    assert found.code == 0
+    assert found.stdout == f"{pruned}\n{dense}\n"
+    assert found.stderr.count("perplexity on ") == 1
+    words = "".join(found.stderr.split())  # long paths are folded
+    assert f"perplexityon{row_file}:5windowsof24tokens" in words
+    scores = strict_json(cli("eval", pruned, dense, "--text", row_file, "--json").stdout)
+    assert [score["model"] for score in scores["models"]] == [str(pruned), str(dense)]
+    assert all(score["difference"] == {} for score in scores["models"])
+    shown = [f"{score['perplexity']['perplexity']:.3f}" for score in scores["models"]]
+    assert 0 < found.stderr.index(shown[0]) < found.stderr.index(shown[1])
+
+
+def test_eval_with_a_baseline_gives_the_paired_difference(cli, family, pruned, row_file):
+    dense = family("llama")
+    found = cli("eval", pruned, "--baseline", dense, "--text", row_file, "--json")
+    base, score = strict_json(found.stdout)["models"]
+    assert (base["model"], score["model"]) == (str(dense), str(pruned))
+    assert base["difference"] == {}
+    difference = score["difference"]["log_perplexity"]
+    expected = score["perplexity"]["log_perplexity"] - base["perplexity"]["log_perplexity"]
+    assert difference["value"] == pytest.approx(expected)
+    assert difference["n"] == 5
+    assert 0 < difference["stderr"] < math.inf
+    assert score["perplexity"]["perplexity"] == pytest.approx(
+        math.exp(score["perplexity"]["log_perplexity"])
+    )
+    table = cli("eval", pruned, "--baseline", dense, "--text", row_file)
+    assert f"{difference['value']:+.4f} ± {difference['stderr']:.4f}" in table.stderr
+    assert table.stdout == f"{pruned}\n"
+
+
+def test_eval_of_one_window_has_no_standard_error_and_still_is_json(cli, pruned, family, row_file):
+    found = cli(
+        "eval", pruned, "--baseline", family("llama"), "--text", row_file, "--limit", 1, "--json"
+    )
+    _, score = strict_json(found.stdout)["models"]
+    assert score["difference"]["log_perplexity"]["stderr"] is None
+    assert score["perplexity"]["log_stderr"] is None
+
+
+def test_eval_on_token_rows_needs_no_tokenizer(cli, family, row_file):
+    assert cli("eval", family("llama_tied"), "--text", row_file).code == 0
+    found = cli("eval", family("llama_tied"), "--length", 32)
+    assert_one_line_error(found, 2, r"has no tokenizer; .*token rows")
+
+
+def test_eval_without_a_text_takes_the_builtin_one(cli, family):
+    found = cli("eval", family("llama"), "--length", 32, "--limit", 3, "--json")
+    (score,) = strict_json(found.stdout)["models"]
+    assert score["perplexity"]["text"] == "builtin"
+    assert (score["perplexity"]["windows"], score["perplexity"]["length"]) == (3, 32)
+    # A random model of 260 tokens knows nothing: about the logarithm of 260, or worse.
+    assert score["perplexity"]["perplexity"] > 100
+
+
+def test_eval_of_an_own_task_has_both_accuracies_with_errors(
+    cli, family, pruned, tmp_path, monkeypatch
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [{"question": f"Is {i} prime?", "label": i % 2} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
+    command = (
+        "eval", pruned, "--baseline", family("llama"),
+        "--tasks", "tiny_choice", "--include-path", tmp_path / "tasks",
+    )  # fmt: skip
+    found = cli(*command, "--json")
+    base, score = strict_json(found.stdout)["models"]
+    (task,) = score["tasks"]
+    assert (task["task"], task["version"], task["n"], task["n_shot"]) == (
+        "tiny_choice",
+        "1.5",
+        6,
+        0,
+    )
+    assert set(task["metrics"]) == {"acc", "acc_norm"}
+    assert score["perplexity"] is None
+    assert set(score["difference"]) == {"tiny_choice.acc", "tiny_choice.acc_norm"}
+    difference = score["difference"]["tiny_choice.acc"]
+    (other,) = base["tasks"]
+    expected = task["metrics"]["acc"]["value"] - other["metrics"]["acc"]["value"]
+    assert difference["value"] == pytest.approx(expected)
+    table = cli(*command, "--limit", 4)
+    assert table.code == 0
+    assert "acc_norm" in table.stderr
+    assert re.search(r"lm-eval \S+, zero-shot", table.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--tasks", "hellaswga"], r"hellaswga.*did you mean.*hellaswag"),
+        (["--text", "bultin"], r"'bultin'; did you mean 'builtin'"),
+        (["--text", "self"], r"cannot be measured on text of the model itself"),
+        (["--limit", "0"], r"--limit must be at least 1, not 0"),
+        (["--batch-size", "0"], r"--batch-size must be at least 1, not 0"),
+        (["--include-path", "no/such"], r"--include-path no/such is not a folder"),
+        (["--include-path", "."], r"no effect without --tasks"),
+        (["--tasks", "arc_easy", "--length", "32"], r"--length has no effect on tasks"),
+        (["--dtype", "int8"], r"--dtype 'int8' is not known"),
+    ],
+)
+def test_wrong_option_of_eval_is_one_line_and_exit_2(cli, family, arguments, match):
+    assert_one_line_error(cli("eval", family("llama"), *arguments), 2, match)
+
+
+def test_second_broken_model_is_seen_before_the_first_is_measured(cli, family, row_file, tmp_path):
+    found = cli("eval", family("llama"), tmp_path / "nowhere", "--text", row_file)
+    assert_one_line_error(found, 2, r"nowhere")  # no progress line before it
+
+
+# inspect and verify
+
+
+def test_inspect_shows_blocks_types_and_history(cli, pruned, family):
+    found = cli("inspect", pruned)
+    assert (found.code, found.stdout) == (0, f"{pruned}\n")
+    for word in ("by block", "by weight type", "model.layers.1", "mlp.down_proj", "2:4", "history"):
+        assert word in found.stderr
+    value = strict_json(cli("inspect", pruned, "--json").stdout)
+    assert value["total"]["sparsity"] == 0.5
+    assert value["total"]["pattern"] == "2:4"
+    assert [row["name"] for row in value["blocks"]] == ["model.layers.0", "model.layers.1"]
+    assert value["history"][0]["recipe"]["method"] == "wanda"
+    dense = strict_json(cli("inspect", family("llama"), "--json").stdout)
+    assert dense["total"] == {**value["total"], "zeros": 0, "sparsity": 0.0, "pattern": "dense"}
+    assert dense["history"] == []
+
+
+def test_verify_of_a_good_checkpoint_says_so(cli, pruned):
+    found = cli("verify", pruned, "--pattern", "2:4")
+    assert (found.code, found.stdout) == (0, f"{pruned}\n")
+    assert "14 weights are 2:4" in found.stderr
+    value = strict_json(cli("verify", pruned, "--json").stdout)
+    assert value["weights"] == 14
+    assert value["pattern"] == ["2:4"]
+    assert value["zeros"] * 2 == value["size"]
+
+
+def one_weight_too_many(tensors) -> None:
+    row = tensors[UP][3]
+    row[8:12] = torch.tensor([1.0, 0.0, 2.0, 3.0])
+
+
+def negative_zero(tensors) -> None:
+    weight = tensors[UP]
+    row, column = (weight == 0).nonzero()[5].tolist()
+    weight[row, column] = -0.0
+
+
+def infinite(tensors) -> None:
+    tensors["model.norm.weight"][0] = math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (one_weight_too_many, rf"{UP}: row 3, inputs 8 to 11: 1 zeros, 2:4 asks for 2"),
+        (negative_zero, rf"{UP}: row \d+, input \d+ is -0\.0"),
+        (infinite, r"model\.norm\.weight holds NaN or Inf"),
+    ],
+)
+def test_verify_names_the_first_offender_with_exit_1(cli, copy_of, pruned, change, match):
+    folder = edit(copy_of(pruned), change)
+    assert_one_line_error(cli("verify", folder, "--pattern", "2:4"), 1, match)
+
+
+def test_verify_of_a_dense_checkpoint_names_its_first_weight(cli, family):
+    found = cli("verify", family("llama"), "--pattern", "2:4")
+    assert_one_line_error(found, 1, r"model\.layers\.0\.self_attn\.q_proj\.weight: row 0, inputs 0")
+
+
+def test_verify_sees_tied_weights_that_differ(cli, copy_of, tmp_path):
+    folder = copy_of("llama_tied")
+    assert cli("prune", folder, "-o", tmp_path / "out", "--method", "magnitude").code == 0
+
+    def untie(tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    def tie(tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    assert cli("verify", edit(tmp_path / "out", tie), "--pattern", "2:4").code == 0
+    found = cli("verify", edit(tmp_path / "out", untie), "--pattern", "2:4", "--quiet")
+    assert_one_line_error(found, 1, r"lm_head\.weight is tied to model\.embed_tokens\.weight but")
+
+
+def test_verify_sees_bytes_that_are_not_those_that_were_written(cli, copy_of, pruned):
+    folder = copy_of(pruned)
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    assert_one_line_error(cli("verify", folder), 1, r"not those that sparsekit\.json recorded")
+
+
+def test_verify_without_a_pattern_or_history_says_what_to_pass(cli, family):
+    found = cli("verify", family("llama"))
+    assert_one_line_error(found, 2, r"no history that names a pattern; pass --pattern 2:4")
+
+
+def test_verify_of_a_wrong_pattern_is_a_usage_error(cli, pruned):
+    assert_one_line_error(cli("verify", pruned, "--pattern", "two"), 2, r"pattern 'two'")
+    assert_one_line_error(cli("verify", pruned, "--pattern", "1:4"), 1, r"2 zeros, 1:4 asks for 3")
+
+
+# methods, bench, demo
+
+
+def test_methods_lists_every_method_with_source_options_and_defaults(cli):
+    found = cli("methods")
+    assert found.code == 0
+    assert found.stdout.split() == methods.names("pruners")
+    assert {"alps", "magnitude", "nowag", "ria", "sparsegpt", "wanda"} <= set(found.stdout.split())
+    listed = strict_json(cli("methods", "--json").stdout)
+    for method in listed:
+        assert method["summary"]
+        assert "20" in method["source"]  # the year of the paper
+        for option in method["options"]:
+            assert option["help"]
+            assert option["default"]
+            assert option["name"] in found.stderr
+    free = [method["name"] for method in listed if method["data_free"]]
+    assert free == ["magnitude"]
+    sparsegpt = next(method for method in listed if method["name"] == "sparsegpt")
+    assert [(o["name"], o["type"], o["default"]) for o in sparsegpt["options"]] == [
+        ("damping", "float", "0.01"),
+        ("block", "int", "128"),
+    ]
+
+
+def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tmp_path):
+    command = ("bench", "prune", family("llama"), "--calibration", row_file, "--repeat", 1)
+    found = cli(*command, "--scratch", tmp_path)
+    assert found.code == 0
+    assert float(found.stdout) > 0
+    assert "prune / forward (medians)" in found.stderr
+    value = strict_json(cli(*command, "--json").stdout)
+    assert value["ratio"] == pytest.approx(value["prune_seconds"][0] / value["floor_seconds"][0])
+    assert cli(*command, "--no-floor", "-q").stdout == "-\n"
+    assert list(tmp_path.iterdir()) == []
+    assert_one_line_error(cli(*command[:-1], 0), 2, r"--repeat must be at least 1, not 0")
+
+
+def test_bench_generate_writes_a_checkpoint_that_prune_takes(cli, tmp_path):
+    folder = tmp_path / "random"
+    command = ("bench", "generate", "-o", folder, "--blocks", 1, "--hidden", 64)
+    found = cli(*command)
+    assert (found.code, found.stdout) == (0, f"{folder}\n")
+    assert cli("prune", folder, "-o", tmp_path / "out", "--method", "magnitude").code == 0
+    assert_one_line_error(cli(*command), 2, r"random exists")
+    odd = cli("bench", "generate", "-o", tmp_path / "odd", "--hidden", 65)
+    assert_one_line_error(odd, 2, r"--hidden a multiple of 64")
+
+
+def test_demo_prunes_three_ways_scores_each_and_keeps_the_checkpoints(cli, family, tmp_path):
+    command = ("demo", family("llama"), "-o", tmp_path / "demo")
+    found = cli(*command, "--json")
+    assert found.code == 0, found.stderr
+    value = strict_json(found.stdout)
+    made = ["magnitude-2of4", "wanda-2of4", "sparsegpt-2of4"]
+    assert [Path(row["model"]).name for row in value["models"]] == ["llama", *made]
+    assert [row["prune_seconds"] is None for row in value["models"]] == [True, False, False, False]
+    for row in value["models"][1:]:
+        assert row["difference"]["log_perplexity"]["n"] == row["perplexity"]["windows"]
+        assert cli("verify", row["model"], "--pattern", "2:4").code == 0
+    before = {name: sha256_file(tmp_path / "demo" / name / WEIGHTS) for name in made}
+    stamps = {name: (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns for name in made}
+    again = cli(*command)
+    assert again.stdout == f"{tmp_path / 'demo'}\n"
+    assert again.stderr.count("is there from an earlier demo and is kept") == 3
+    for name in made:
+        assert sha256_file(tmp_path / "demo" / name / WEIGHTS) == before[name]
+        assert (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
+    other = cli("demo", family("llama_tied"), "-o", tmp_path / "demo")
+    assert_one_line_error(other, 2, r"was made from another model")
+
+
+# The command line as a whole
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_no_command_shows_help(cli, arguments):
+    found = cli(*arguments)
+    assert "Usage:" in found.stdout + found.stderr
+    assert found.code in (0, 2)
+
+
+def test_version_is_shown(cli):
+    found = cli("--version")
+    assert (found.code, found.stdout) == (0, f"{sparsekit.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["prune", "x", "-o", "y", "--patern", "2:4"], r"No such option: --patern.*--pattern"),
+        (["prnue"], r"No such command 'prnue'.*prune"),
+        (["prune", "x"], r"Missing option.*--out"),
+        (["prune"], r"Missing argument"),
+        (["prune", "x", "-o", "y", "--samples", "many"], r"'--samples'.*integer"),
+        (["eval"], r"Missing argument"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_says_what_is_meant(cli, arguments, match):
+    found = cli(*arguments)
+    assert (found.code, found.stdout) == (2, "")
+    assert re.search(match, found.stderr.replace("\n", " ")), found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_command_and_option_has_help_and_an_example(cli, name):
+    command = commands()[name]
+    assert re.search(rf"Example: sparsekit {name}\b", command.help)
+    for parameter in command.params:
+        if parameter.name != "help":
+            assert parameter.help, parameter.name
+    found = cli(*name.split(), "--help")
+    assert found.code == 0
+    assert found.stderr == ""
+    assert f"Example: sparsekit {name}" in found.stdout
+    assert cli(*name.split(), "-h").stdout == found.stdout
+
+
+@pytest.mark.parametrize(("name", "config"), [("prune", PruneConfig), ("eval", EvalConfig)])
+def test_flags_have_the_names_and_defaults_of_the_configuration(name, config):
+    flags = {parameter.name: parameter for parameter in commands()[name].params}
+    renamed = {"options": "option"}
+    for field in fields(config):
+        flag = flags[renamed.get(field.name, field.name)]
+        if field.name in ("options", "tasks"):
+            continue  # text on the command line
+        default = getattr(config(), field.name)
+        given = flag.default
+        assert (list(given) if isinstance(given, (list, tuple)) else given) == (
+            list(default) if isinstance(default, tuple) else default
+        ), field.name
+
+
+@pytest.mark.parametrize("name", sorted(set(commands()) - {"methods", "bench generate"}))
+def test_every_working_command_has_the_three_common_flags(name):
+    flags = {flag for parameter in commands()[name].params for flag in parameter.opts}
+    assert {"--json", "--quiet", "--debug"} <= flags

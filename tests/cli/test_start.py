@@ -1,0 +1,81 @@
+"""A question or a mistake is answered at once: without torch, in under half a second."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy", "huggingface_hub")
+SECONDS = 0.5
+
+
+def imported(*arguments: str) -> tuple[set[str], int, str]:
+    """The top-level packages that a command imports, its exit code, and what it says."""
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "sparsekit", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    lines = found.stderr.splitlines()
+    modules = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    said = [line for line in lines if not line.startswith("import time:")]
+    return (
+        {name.split(".")[0] for name in modules},
+        found.returncode,
+        found.stdout + "\n".join(said),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "answer"),
+    [
+        (["--help"], 0, "Prune Hugging Face"),
+        (["prune", "--help"], 0, "Example: sparsekit prune"),
+        (["eval", "--help"], 0, "Example: sparsekit eval"),
+        (["bench", "prune", "--help"], 0, "Example: sparsekit bench prune"),
+        (["methods"], 0, "wanda"),
+        (["prune", "m", "-o", "o", "--patern", "2:4"], 2, "--pattern"),
+        (["prune", "m", "-o", "o", "--method", "wandaa"], 2, "did you mean 'wanda'"),
+        (["prune", "m", "-o", "o", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
+        (["prune", "m", "-o", "o", "--method", "alps", "-O", "x=1"], 2, "alps has no option 'x'"),
+        (["prune", "m", "-o", "o", "--calibration", "no.txt"], 2, "no.txt does not exist"),
+        (["prune", "m", "-o", "o", "--dtype", "int4"], 2, "--dtype 'int4' is not known"),
+        (["eval", "m", "--limit", "0"], 2, "--limit must be at least 1"),
+        (["verify", "m", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_answer_comes_without_importing_torch(arguments, code, answer):
+    packages, found, said = imported(*arguments)
+    assert answer in said
+    assert found == code
+    assert "typer" in packages  # the list of imports is really there
+    assert packages & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["prune", "--wrong-flag"]])
+def test_answer_takes_less_than_half_a_second_of_cpu_time(arguments):
+    """CPU time, and the best of five: a busy machine must not fail this."""
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "sparsekit", *arguments],
+            capture_output=True,
+            env={**os.environ, "COLUMNS": "100"},
+            check=False,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0.01 < min(spent) < SECONDS
+
+
+def test_help_names_every_command():
+    _, _, said = imported("--help")
+    for command in ("prune", "eval", "inspect", "verify", "methods", "demo", "bench"):
+        assert re.search(rf"^\s+{command}\s+\w", said, re.MULTILINE)

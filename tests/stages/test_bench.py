@@ -1,0 +1,110 @@
+"""The benches: a ratio of measured times, and a checkpoint of random weights."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sparsekit.errors import UsageError
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.stages import bench
+from sparsekit.stages.bench import bench_prune, generate
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.prune import prune
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_bench_gives_positive_times_and_their_ratio(family, row_file, tmp_path, method):
+    config = PruneConfig(method=method, calibration=Calibration(source=str(row_file)))
+    found = bench_prune(config, str(family("llama")), repeat=3, scratch=tmp_path)
+    assert len(found["prune_seconds"]) == len(found["floor_seconds"]) == 3
+    for seconds in found["prune_seconds"] + found["floor_seconds"]:
+        assert 0 < seconds < math.inf
+    assert found["ratio"] == pytest.approx(
+        sorted(found["prune_seconds"])[1] / sorted(found["floor_seconds"])[1]
+    )
+    assert 0 < found["solve_seconds"] < min(found["prune_seconds"])
+    assert found["rows"] == [5, 24]
+    assert found["blocks"] == 2
+    assert found["threads"] == torch.get_num_threads()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert list(tmp_path.iterdir()) == []  # the output is deleted
+
+
+def test_bench_without_the_floor_runs_no_forward_of_the_whole_model(family, row_file, monkeypatch):
+    monkeypatch.setattr(bench, "_forward_seconds", None)  # a call would fail
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    found = bench_prune(config, str(family("llama")), repeat=1, floor=False)
+    assert found["floor_seconds"] == []
+    assert found["ratio"] is None
+
+
+def test_floor_runs_on_the_rows_that_pruning_reads(family, row_file):
+    config = PruneConfig(calibration=Calibration(source=str(row_file), samples=2, length=10))
+    assert bench_prune(config, str(family("llama")), repeat=1)["rows"] == [2, 10]
+
+
+def test_repeat_below_one_is_refused(family):
+    with pytest.raises(UsageError, match="--repeat must be at least 1, not 0"):
+        bench_prune(PruneConfig(), str(family("llama")), repeat=0)
+
+
+def test_peak_memory_of_a_fresh_process_is_that_of_a_block_and_not_of_the_model(
+    spawn, tmp_path, row_file
+):
+    """Only a fresh process shows a peak: in this one earlier tests may have needed more."""
+    folder = generate(tmp_path / "random", blocks=40, hidden=512, vocabulary=300)
+    found = spawn(
+        "bench", "prune", folder, "--calibration", row_file, "--no-floor", "--repeat", 1, "--json"
+    )
+    value = json.loads(found.stdout)
+    assert value["model_bytes"] > 250e6
+    block = value["model_bytes"] // 40
+    # A block on disk and as float32 is three times its size; Python and torch take some more.
+    assert 2 * block < value["peak_bytes_above_start"] < value["model_bytes"] / 2
+
+
+@pytest.mark.parametrize("shard", [1 << 29, 100_000])
+def test_generated_checkpoint_loads_and_can_be_pruned(tmp_path, monkeypatch, rows, shard):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(bench, "SHARD_BYTES", shard)
+    folder = generate(tmp_path / "random", blocks=3, hidden=64, vocabulary=300)
+    index = json.loads((folder / INDEX).read_text())
+    assert (len(set(index["weight_map"].values())) > 1) == (shard == 100_000)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    assert len(model.model.layers) == 3
+    with torch.no_grad():
+        assert model(input_ids=rows).logits.isfinite().all()
+    weight = model.model.layers[2].mlp.down_proj.weight
+    assert weight.float().std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.05)
+    made = prune(PruneConfig(method="magnitude"), str(folder), tmp_path / "out")
+    assert made.entry["totals"]["weights"] == 21
+
+
+def test_generated_weights_depend_on_the_seed_alone(tmp_path):
+    def fingerprint(name: str, seed: int) -> str:
+        return Checkpoint.open(
+            generate(tmp_path / name, blocks=1, hidden=64, vocabulary=64, seed=seed)
+        ).scan()
+
+    first = fingerprint("a", 1)
+    assert fingerprint("b", 1) == first
+    assert fingerprint("c", 2) != first
+
+
+@pytest.mark.parametrize(("blocks", "hidden"), [(0, 64), (1, 0), (1, 100), (1, -64)])
+def test_sizes_that_do_not_fit_are_refused(tmp_path, blocks, hidden):
+    with pytest.raises(UsageError, match="--blocks must be at least 1 and --hidden a multiple"):
+        generate(tmp_path / "random", blocks=blocks, hidden=hidden)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folder_is_not_generated_over(tmp_path):
+    with pytest.raises(UsageError, match="exists"):
+        generate(tmp_path, blocks=1, hidden=64)
