@@ -14,6 +14,7 @@ from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
 from sparsekit.progress import Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.tensors.patterns import Pattern
 
 app = typer.Typer(
     help="Prune Hugging Face language-model checkpoints on disk, and know what it cost.",
@@ -72,13 +73,20 @@ Propagate = Annotated[
 ]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(sparsekit.__version__)
         raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -215,6 +223,8 @@ def verify(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working() as progress:
+        if pattern is not None:
+            Pattern.parse(pattern)
         path = Path(_model(folder, progress))
         from sparsekit.stages.inspect import verify as stage
 

@@ -20,6 +20,8 @@ from sparsekit.errors import SparsekitError
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
+# Columns of a table that goes to a file or pipe.
+FILE_WIDTH = 160
 # Plain progress lines come no faster than this.
 LINE_SECONDS = 2.0
 
@@ -38,6 +40,8 @@ class Terminal:
         self.quiet = quiet
         self.debug = debug
         self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        if not self.stderr.is_terminal:
+            self.stderr.width = FILE_WIDTH
 
     def result(self, text: Any, value: Any) -> None:
         """The command's one result: `value` as JSON when asked for, else `text`, on stdout."""

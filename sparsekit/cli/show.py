@@ -1,6 +1,5 @@
 """How each report looks: a table for people on stderr, and the one result on stdout."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -75,7 +74,7 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
         rows = [
             (
                 score.model,
-                f"{math.exp(score.perplexity.log):.3f}",
+                f"{score.perplexity.value:.3f}",
                 f"{score.perplexity.log:.4f}",
                 _paired(score.difference.get("log_perplexity")),
             )
@@ -183,7 +182,7 @@ def demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
         cells.append(
             (
                 name,
-                f"{math.exp(measured.log):.2f}",
+                f"{measured.value:.2f}",
                 _paired(row.score.difference.get("log_perplexity")),
                 "" if row.seconds is None else f"{row.seconds:.0f} s",
             )

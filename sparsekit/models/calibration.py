@@ -107,6 +107,17 @@ class Calibration:
             write_cache(path, tokens)
         return token_rows(tokens, self.source, checkpoint.config, notes)
 
+    def shape(self, config: PretrainedConfig) -> tuple[int, int]:
+        """Samples and length of the rows for a model, without drawing them.
+
+        Raises:
+            DataError: A row file is broken or does not fit the model.
+        """
+        if is_kind(self.source, ROW_FILE):
+            samples, length = self._stored(config).tokens.shape
+            return samples, length
+        return self.samples or SAMPLES, capped(self.length or LENGTH, config)[0]
+
     def _draw(
         self, checkpoint: Checkpoint, samples: int, length: int, progress: Progress
     ) -> Tensor:

@@ -77,10 +77,12 @@ class Checkpoint:
         headers: dict[str, int] = {}
         for file, names in files.items():
             found, headers[file] = _read_header(path / file)
-            for name in sorted(found if names is None else names):
+            for name in names or ():
                 if name not in found:
                     raise DataError(f"{path / INDEX} says {name} is in {file}, but it is not there")
-                places[name] = found[name]
+            for name in found.keys() & places.keys():
+                raise DataError(f"{path}: {name} is in {places[name].file} and again in {file}")
+            places |= found
         return cls(path, dict(sorted(places.items())), headers)
 
     @cached_property

@@ -61,12 +61,12 @@ class CheckpointWriter:
     ) -> None:
         self.out = out
         self.source = source
-        self.partial = out.with_name(out.name + ".partial")
         self.finished: dict[str, Any] = {}
         """Part name to the note it was written with; filled from the journal of an earlier run."""
         self._written: set[str] = set()
         self._closing = contextlib.ExitStack()
         refuse_output(out, source.path, overwrite=overwrite)
+        self.partial = out.with_name(out.name + ".partial")
         self._recipe = json.loads(json.dumps(recipe))
 
     def __enter__(self) -> CheckpointWriter:
@@ -228,6 +228,8 @@ def refuse_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise UsageError(f"the output {out} is the model itself", "choose another output folder")
     if out.resolve() in source.resolve().parents:
         raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"the output {out} is the current folder or contains it")
     if not out.exists():
         return
     if not overwrite:

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, NumericalError
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import TokenRows, evaluation_rows
 from sparsekit.models.checkpoint import Checkpoint, resolve
@@ -21,6 +21,8 @@ from sparsekit.stages.tasks import TaskScore, check_tasks, compare_tasks, score_
 # Share of the free memory that the hidden states of all windows may take; more windows than fit
 # are measured in several passes over the blocks.
 HIDDEN_SHARE = 0.4
+# exp of more than this is no float.
+LARGEST_LOG = 709.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,11 @@ class Perplexity:
         """Mean of the window means."""
         return sum(self.losses) / len(self.losses)
 
+    @property
+    def value(self) -> float:
+        """The perplexity; infinite beyond what a float holds."""
+        return math.exp(self.log) if self.log < LARGEST_LOG else math.inf
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the single losses."""
         spread = paired_difference(self.losses, [0.0] * len(self.losses)).stderr
@@ -48,7 +55,7 @@ class Perplexity:
             "windows": self.windows,
             "length": self.length,
             "fingerprint": self.fingerprint,
-            "perplexity": math.exp(self.log),
+            "perplexity": self.value if self.value < math.inf else None,
             "log_perplexity": self.log,
             "log_stderr": _number(spread),
         }
@@ -136,6 +143,12 @@ def perplexity(
             progress.step(block.name)
         losses += stream.losses(tokens).tolist()
     progress.end()
+    if not all(map(math.isfinite, losses)):
+        raise NumericalError(
+            f"{source.path}: the loss is not a number on window "
+            f"{next(i for i, loss in enumerate(losses) if not math.isfinite(loss))}",
+            "compute in a wider type (--dtype float32), or the model is broken",
+        )
     return Perplexity(
         text=rows.source,
         windows=count,

@@ -35,7 +35,7 @@ from sparsekit.stages.report import (
     totals,
     versions,
 )
-from sparsekit.tensors.curvature import solve_on_support, unit_gram
+from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -187,24 +187,23 @@ def _prepare(config: PruneConfig, path: Path, out: Path, *, overwrite: bool) -> 
 
 def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
     """The weights to prune, and the linear weights to leave dense with the reason."""
-    targets = stream.targets()
-    skipped = []
+    linear = {target.name: target for target in stream.targets()}
+    reasons: dict[str, str] = {}
     for glob in skip:
-        matched = [target for target in targets if _matches(target.name, glob)]
+        matched = [name for name in linear if _matches(name, glob)]
         if not matched:
-            parts = {part for target in targets for part in target.name.split(".")}
+            parts = {part for name in linear for part in name.split(".")}
             raise UsageError(f"--skip {glob!r} matches no weight", did_you_mean(glob, parts))
-        skipped += [{"name": t.name, "reason": f"--skip {glob}"} for t in matched]
-        targets = [target for target in targets if target not in matched]
+        reasons = {name: f"--skip {glob}" for name in matched} | reasons
+    targets = [target for name, target in linear.items() if name not in reasons]
     if not targets:
         raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
-    linear = {target.name for target in stream.targets()}
-    skipped += [
-        {"name": name, "reason": "no linear weight of a decoder block"}
+    reasons |= {
+        name: "no linear weight of a decoder block"
         for name, place in stream.source.places.items()
         if len(place.shape) >= 2 and name not in linear
-    ]
-    return targets, skipped
+    }
+    return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -233,6 +232,8 @@ def _prune_weight(job: _Job, block: Block, target: Target, sums: InputSums | Non
     started = time.perf_counter()
     weight = block.weight(target)
     try:
+        if sums:
+            require_finite(sums.squares)
         pruned = job.pruner.prune(weight, sums, job.pattern)
         if job.config.reconstruct == "cg":
             pruned = _reconstruct(weight, pruned, sums)
@@ -281,6 +282,7 @@ def _recipe(job: _Job, fingerprint: str, rows: TokenRows | None) -> dict[str, An
         "calibration": rows.fingerprint if rows else None,
         "device": job.stream.device.type,
         "dtype": str(job.stream.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
     }
 
@@ -304,7 +306,6 @@ def _entry(
         "stage": "prune",
         "recipe": {k: v for k, v in recipe.items() if k not in ("stage", "versions", "source")},
         "versions": recipe["versions"],
-        "threads": torch.get_num_threads(),
         "calibration": calibration,
         "tested_family": job.stream.tested,
         "totals": totals(weights),
@@ -329,7 +330,7 @@ def _peak_estimate(job: _Job) -> int:
     outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
     hidden = 0
     if job.calibration:
-        samples, length = job.calibration.samples or 128, job.calibration.length or 2048
+        samples, length = job.calibration.shape(job.source.config)
         width = job.source.config.get_text_config().hidden_size
         hidden = samples * length * width * wide
     return hidden + max(max(blocks), outside)

@@ -66,9 +66,9 @@ def _factorise(sums: InputSums, damping: float) -> InverseFactor:
     )
 
 
-def require_finite(gram: Tensor) -> None:
+def require_finite(sums: Tensor) -> None:
     """Raise `NumericalError` when the sums of the calibration inputs are not finite."""
-    if not gram.isfinite().all():
+    if not sums.isfinite().all():
         raise NumericalError(
             "the calibration inputs hold NaN or Inf", "compute in a wider type: --dtype float32"
         )

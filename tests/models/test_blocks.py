@@ -299,6 +299,30 @@ def test_mixture_of_experts_is_refused_with_every_weight_that_would_be_left_alon
         assert f"experts.*.{weight}.weight (8)" in text  # 2 blocks of 4 experts
 
 
+def test_experts_that_are_packed_on_disk_too_are_refused_by_name(tmp_path):
+    """Here every name matches, but the experts are no linear layers and would stay dense."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=258,
+        eos_token_id=257,
+    )
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "oss")
+    with pytest.raises(DataError, match="keeps weights in packed tensors") as caught:
+        stream_of(tmp_path / "oss")
+    for part in ("gate_up_proj", "down_proj"):
+        assert f"model.layers.*.mlp.experts.{part} (2)" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_only_one_block_is_in_memory_at_a_time(family, rows, name):
     stream = stream_of(family(name))

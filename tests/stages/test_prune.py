@@ -368,13 +368,15 @@ def test_history_is_carried_when_an_output_is_pruned_again(run, pruned):
     assert second["source"] == {"path": str(pruned), "fingerprint": recorded}
 
 
-def test_model_card_tells_how_it_was_made(run, family, rows):
+def test_model_card_tells_how_it_was_made(run, family, rows, row_file):
     text = (run(family("llama"), skip=["layers.1.mlp.*"]).out / "README.md").read_text()
     assert text.startswith("---\ntags:\n- sparsekit\n")
     assert "# llama, pruned to 2:4" in text
     assert "| method | wanda |" in text
     assert "11 linear weights, 50.00% of them zero" in text
     assert fingerprint(rows)[:16] in text
+    assert f"`{row_file.name}`" in text
+    assert str(row_file.parent) not in text  # nobody else has that folder
     assert "- `model.layers.1.mlp.up_proj.weight`: --skip layers.1.mlp.*" in text
     assert "sparsekit verify . --pattern 2:4" in text
 
