@@ -314,7 +314,8 @@ def bench_generate(
 ) -> None:
     """Write a Llama checkpoint of random weights for memory benches.
 
-    Example: sparsekit bench generate -o random-3gb
+    Example: sparsekit bench generate -o random-3gb; then sparsekit bench prune random-3gb
+    --calibration random-3gb/rows.safetensors --no-floor --repeat 1
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working():

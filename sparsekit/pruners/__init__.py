@@ -30,6 +30,9 @@ class Pruner(ABC):
 
     needs: ClassVar[Want | None] = None
     """Which sums of the inputs the method reads; None needs no calibration."""
+    rowwise: ClassVar[bool] = False
+    """Whether a row's result depends on no other row, unless the pattern compares them; weights
+    with the same inputs are then solved as one."""
     propagate: ClassVar[bool] = True
     """Whether a block's inputs come from the pruned blocks before it, or from the dense model."""
 

@@ -29,6 +29,7 @@ class Sparsegpt(Pruner):
     """Score W² / U_jj², with an optimal-brain-surgeon update of the columns to the right."""
 
     needs: ClassVar[Want | None] = "gram"
+    rowwise: ClassVar[bool] = True
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     block: int = 128

@@ -22,7 +22,9 @@ from sparsekit.stages.prune import prune
 from sparsekit.stages.report import peak_memory
 
 # A generated shard is written when it has grown to this size.
-SHARD_BYTES = 1 << 29
+SHARD_BYTES = 1 << 28
+# Random token rows beside a generated model, which has no tokenizer.
+ROWS = "rows.safetensors"
 
 
 def bench_prune(
@@ -99,6 +101,8 @@ def _forward_seconds(source: Checkpoint, rows: TokenRows, dtype: str) -> float:
 def generate(out: Path, *, blocks: int, hidden: int, seed: int = 0, vocabulary: int = 4096) -> Path:
     """Write a Llama checkpoint of random bfloat16 weights, shard by shard, for memory benches.
 
+    Token rows to calibrate on lie beside the weights, in `rows.safetensors`.
+
     Args:
         out: The folder to make.
         blocks: Number of decoder blocks.
@@ -143,6 +147,8 @@ def generate(out: Path, *, blocks: int, hidden: int, seed: int = 0, vocabulary: 
             shard = {}
             number += 1
     config.save_pretrained(out)
+    rows = torch.randint(vocabulary, (8, 256), generator=generator)
+    save_file({"tokens": rows}, out / ROWS)
     (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return out
 

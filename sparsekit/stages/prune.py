@@ -219,39 +219,59 @@ def _matches(name: str, glob: str) -> bool:
 
 def _prune_block(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[dict[str, Any]]:
     """Prune the chosen weights of one block; gives their report rows."""
-    chosen = {target.name for target in job.targets}
     rows = []
-    for target in block.targets:
-        if target.name in chosen:
-            row = _prune_weight(job, block, target, sums.get(target.name))
-            rows.append(row_json(row))
-    return rows
+    for group in _groups(job, block, sums):
+        rows += _prune_group(job, block, group, sums.get(group[0].name))
+    return [row_json(row) for row in rows]
 
 
-def _prune_weight(job: _Job, block: Block, target: Target, sums: InputSums | None) -> WeightRow:
+def _groups(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[list[Target]]:
+    """The chosen weights of a block, those together that are solved as one."""
+    wanted = {target.name for target in job.targets}
+    chosen = [target for target in block.targets if target.name in wanted]
+    if not job.pruner.rowwise or job.pattern.scope == "tensor":
+        return [[target] for target in chosen]
+    groups: dict[int, list[Target]] = {}
+    for target in chosen:
+        groups.setdefault(id(sums[target.name]), []).append(target)
+    return list(groups.values())
+
+
+def _prune_group(
+    job: _Job, block: Block, group: list[Target], sums: InputSums | None
+) -> list[WeightRow]:
+    """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()
-    weight = block.weight(target)
+    weights = [block.weight(target) for target in group]
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     try:
         if sums:
             require_finite(sums.squares)
-        pruned = job.pruner.prune(weight, sums, job.pattern)
+        pruned = job.pruner.prune(stacked, sums, job.pattern)
         if job.config.reconstruct == "cg":
-            pruned = _reconstruct(weight, pruned, sums)
-        on_disk = block.replace(target, pruned.weight)
+            pruned = _reconstruct(stacked, pruned, sums)
     except NumericalError as error:
-        raise NumericalError(f"{target.name}: {error.message}", error.hint) from error
-    job.pattern.check(on_disk, target.name)
-    error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
-    return WeightRow(
-        name=target.name,
-        shape=target.shape,
-        pattern=str(job.pattern),
-        zeros=int((on_disk == 0).sum()),
-        size=on_disk.numel(),
-        error=error,
-        seconds=round(time.perf_counter() - started, 4),
-        numbers=pruned.numbers,
-    )
+        names = ", ".join(target.name for target in group)
+        raise NumericalError(f"{names}: {error.message}", error.hint) from error
+    parts = pruned.weight.split([len(weight) for weight in weights])
+    rows = []
+    for target, weight, part in zip(group, weights, parts, strict=True):
+        on_disk = block.replace(target, part)
+        job.pattern.check(on_disk, target.name)
+        error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
+        row = WeightRow(
+            name=target.name,
+            shape=target.shape,
+            pattern=str(job.pattern),
+            zeros=int((on_disk == 0).sum()),
+            size=on_disk.numel(),
+            error=error,
+            seconds=0.0,
+            numbers=pruned.numbers,
+        )
+        rows.append(row)
+    each = (time.perf_counter() - started) / sum(row.size for row in rows)
+    return [replace(row, seconds=round(each * row.size, 4)) for row in rows]
 
 
 def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums | None) -> Pruned:

@@ -27,6 +27,7 @@ class WeightRow:
     error: float | None
     """‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on sampled calibration tokens; None without calibration."""
     seconds: float
+    """Of weights that were solved as one, the share by size."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 

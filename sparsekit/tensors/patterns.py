@@ -155,10 +155,11 @@ def _group_mask(scores: Tensor, keep: int, group: int) -> Tensor:
     if group > PAIRWISE_GROUP:
         return _rank_mask(grouped.flatten(0, 1), keep).view_as(scores)
     member = grouped.unbind(-1)
-    rank = [torch.zeros(member[0].shape, dtype=torch.uint8, device=scores.device) for _ in member]
+    # How many members beat each one: all the later ones until a comparison shows otherwise.
+    rank = [torch.full_like(m, group - 1 - i, dtype=torch.int8) for i, m in enumerate(member)]
     for low in range(group):
         for high in range(low + 1, group):
-            low_stays = (member[low] >= member[high]).to(torch.uint8)
+            low_stays = (member[low] >= member[high]).view(torch.int8)
             rank[high] += low_stays
-            rank[low] += 1 - low_stays
-    return torch.stack([r < keep for r in rank], dim=-1).flatten(-2)
+            rank[low] -= low_stays
+    return torch.stack(rank, dim=-1).flatten(-2) < keep

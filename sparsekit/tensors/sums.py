@@ -12,7 +12,7 @@ Want = Literal["norms", "gram"]
 # need about 5/8 of the multiplications of the full product.
 PANEL = 256
 # How many calibration tokens, evenly spaced over all rows, the output error is measured on.
-SAMPLE_TOKENS = 512
+SAMPLE_TOKENS = 256
 
 
 class InputSums:
