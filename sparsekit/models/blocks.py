@@ -38,6 +38,8 @@ TESTED_FAMILIES = frozenset(
 )
 # Logits are made for as many tokens at a time as fit into this many bytes.
 LOGIT_BYTES = 1 << 28
+# Blocks after which freed memory goes back to the system; it returns by page faults.
+TRIM_EVERY = 8
 
 
 class BlockStream:
@@ -243,7 +245,8 @@ class Block:
             for name in self._names:
                 self.stream._assign(name, None)
             self._disk = {}
-            _trim_heap()
+            if self.index % TRIM_EVERY == TRIM_EVERY - 1:
+                _trim_heap()
 
     @property
     def disk_names(self) -> list[str]:

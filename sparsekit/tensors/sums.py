@@ -10,7 +10,7 @@ Want = Literal["norms", "gram"]
 
 # A Gram matrix is symmetric: panels of this many rows, from the diagonal to the right edge,
 # need about 5/8 of the multiplications of the full product.
-PANEL = 256
+PANEL = 384
 # How many calibration tokens, evenly spaced over all rows, the output error is measured on.
 SAMPLE_TOKENS = 256
 
