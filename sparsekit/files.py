@@ -12,6 +12,8 @@ from typing import Any
 from sparsekit.errors import DataError, StorageError, UsageError
 
 CHUNK = 1 << 24
+KEPT = "finished work is kept beside the output: make room, then run the same command again"
+CACHED = "make room there, or set SPARSEKIT_CACHE to a folder that can be written"
 
 
 def cache_dir() -> Path:
@@ -90,14 +92,14 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, hint: str = KEPT) -> Iterator[None]:
     """Turn a failed write below `path` into a `StorageError` that says what to do."""
     try:
         yield
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}",
-            "finished work is kept beside the output: make room, then run the same command again",
+            hint,
         ) from error
 
 
@@ -108,10 +110,12 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises:
         UsageError: Another process holds it.
     """
-    with path.open("w") as file:
+    with storage_errors(path):
+        file = path.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UsageError(
                 f"another process is writing {path.parent}", "wait for it or choose another output"
             ) from error

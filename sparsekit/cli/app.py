@@ -120,11 +120,21 @@ def prune(
     Example: sparsekit prune demo -o pruned --method sparsegpt --samples 32 --length 512
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working() as progress:
+    with terminal.working(resumable=True) as progress:
         config = _prune_config(
-            method, pattern, option, calibration, samples, length, seed, skip,
-            reconstruct, propagate, device, dtype,
-        )  # fmt: skip
+            method=method,
+            pattern=pattern,
+            option=option,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            skip=skip,
+            reconstruct=reconstruct,
+            propagate=propagate,
+            device=device,
+            dtype=dtype,
+        )
         name = _model(model, progress)
         from sparsekit.stages import prune as stage
 
@@ -255,7 +265,7 @@ def demo(
     Example: sparsekit demo
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working() as progress:
+    with terminal.working(resumable=True) as progress:
         name = _model(model, progress)
         from sparsekit.stages.demo import demo as stage
 
@@ -292,9 +302,19 @@ def bench_prune(
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working() as progress:
         config = _prune_config(
-            method, pattern, option, calibration, samples, length, seed, [],
-            reconstruct, propagate, device, dtype,
-        )  # fmt: skip
+            method=method,
+            pattern=pattern,
+            option=option,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            skip=[],
+            reconstruct=reconstruct,
+            propagate=propagate,
+            device=device,
+            dtype=dtype,
+        )
         name = _model(model, progress)
         from sparsekit.stages.bench import bench_prune as stage
 
@@ -326,6 +346,7 @@ def bench_generate(
 
 
 def _prune_config(
+    *,
     method: str,
     pattern: str,
     option: list[str],
@@ -381,7 +402,9 @@ def _model(name: str, progress: Progress) -> str:
             raise UsageError(
                 "no model on stdin", "pipe a path, as: sparsekit prune … | sparsekit eval -"
             )
-        name = lines[-1]
+        if len(lines) > 1:
+            raise UsageError(f"{len(lines)} models on stdin, one is wanted", "pass them by name")
+        name = lines[0]
     if name == "demo":
         from sparsekit.models.demo import demo_model
 

@@ -73,8 +73,12 @@ class Terminal:
             self.stderr.print(text, markup=False)
 
     @contextmanager
-    def working(self) -> Iterator[Progress]:
-        """A progress display, and one line for an error that ends the work."""
+    def working(self, *, resumable: bool = False) -> Iterator[Progress]:
+        """A progress display, and one line for an error that ends the work.
+
+        Args:
+            resumable: Whether the same command goes on where an interruption stopped it.
+        """
         display = SILENT if self.quiet else _display(self.stderr)
         try:
             quiet_libraries()
@@ -84,7 +88,8 @@ class Terminal:
             self._fail(f"error: {error.message}", error.hint, error.exit_code)
         except KeyboardInterrupt:
             display.end()
-            self._fail("interrupted", "the same command goes on from here", INTERRUPTED)
+            hint = "the same command goes on from here" if resumable else ""
+            self._fail("interrupted", hint, INTERRUPTED)
         except MemoryError:
             display.end()
             self._fail("error: out of memory", "fewer --samples or a shorter --length take less", 1)
@@ -178,6 +183,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     if "transformers" in sys.modules:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 

@@ -69,11 +69,11 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
     """One table for perplexity and one for tasks, all models together."""
     measured = [score for score in scores if score.perplexity]
     if measured:
-        first = measured[0].perplexity
-        assert first is not None
         rows = [
             (
                 score.model,
+                score.perplexity.windows,
+                score.perplexity.length,
                 f"{score.perplexity.value:.3f}",
                 f"{score.perplexity.log:.4f}",
                 _paired(score.difference.get("log_perplexity")),
@@ -81,8 +81,9 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
             for score in measured
             if score.perplexity
         ]
-        title = f"perplexity on {first.text}: {first.windows} windows of {first.length} tokens"
-        terminal.table(title, ("model", "perplexity", "log", "log difference"), rows)
+        title = f"perplexity on {measured[0].perplexity.text}"
+        columns = ("model", "windows", "of tokens", "perplexity", "log", "log difference")
+        terminal.table(title, columns, rows)
     rows = []
     for score in scores:
         for task in score.tasks:
@@ -92,6 +93,7 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
                         score.model,
                         task.task,
                         task.version,
+                        task.n_shot,
                         name,
                         f"{metric.value:.4f}",
                         "-" if metric.stderr is None else f"{metric.stderr:.4f}",
@@ -100,8 +102,18 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
                     )
                 )
     if rows:
-        columns = ("model", "task", "version", "metric", "value", "stderr", "n", "difference")
-        terminal.table(f"lm-eval {_lm_eval_version()}, zero-shot", columns, rows)
+        columns = (
+            "model",
+            "task",
+            "version",
+            "shots",
+            "metric",
+            "value",
+            "stderr",
+            "n",
+            "difference",
+        )
+        terminal.table(f"lm-eval {_lm_eval_version()}", (*columns, "difference"), rows)
     value = {"lm_eval": _lm_eval_version(), "models": [score.to_json() for score in scores]}
     terminal.result("\n".join(names), value)
 
@@ -206,7 +218,8 @@ def bench(terminal: Terminal, result: dict[str, Any]) -> None:
         ("rows", "{} of {} tokens".format(*result["rows"])),
         ("prune s", " ".join(f"{s:.1f}" for s in result["prune_seconds"])),
         ("one forward s", " ".join(f"{s:.1f}" for s in result["floor_seconds"]) or "not run"),
-        ("prune / forward (medians)", "-" if ratio is None else f"{ratio:.2f}"),
+        ("prune / forward", " ".join(f"{r:.2f}" for r in result["ratios"]) or "-"),
+        ("their median", "-" if ratio is None else f"{ratio:.2f}"),
         ("solve s", f"{result['solve_seconds']:.1f}"),
         ("peak memory above start", f"{result['peak_bytes_above_start'] / 1e6:.0f} MB"),
         ("threads", result["threads"]),

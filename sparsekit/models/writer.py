@@ -31,9 +31,10 @@ from sparsekit.files import (
 )
 from sparsekit.models.checkpoint import INDEX, PROVENANCE, Checkpoint
 
-JOURNAL = "journal.jsonl"
-RECIPE = "recipe.json"
-LOCK = "lock"
+# Dot files, so that no file of a checkpoint has such a name and none is ever carried over.
+JOURNAL = ".sparsekit-journal.jsonl"
+RECIPE = ".sparsekit-recipe.json"
+LOCK = ".sparsekit-lock"
 # Room for everything that is not a weight: tokenizer, configuration, provenance.
 SPARE_BYTES = 64 << 20
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
@@ -65,12 +66,14 @@ class CheckpointWriter:
         """Part name to the note it was written with; filled from the journal of an earlier run."""
         self._written: set[str] = set()
         self._closing = contextlib.ExitStack()
+        self._overwrite = overwrite
         refuse_output(out, source.path, overwrite=overwrite)
         self.partial = out.with_name(out.name + ".partial")
         self._recipe = json.loads(json.dumps(recipe))
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
+            refuse_foreign(self.partial)
             with storage_errors(self.partial):
                 self.partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(self.partial / LOCK))
@@ -137,15 +140,8 @@ class CheckpointWriter:
         return Checkpoint.open(self.out)
 
     def _begin(self) -> None:
-        needed = self.source.n_bytes + SPARE_BYTES
-        free = shutil.disk_usage(self.partial).free
-        if free < needed:
-            self._discard()
-            raise StorageError(
-                f"{self.out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-                "make room or choose another disk",
-            )
         try:
+            require_space(self.partial, self.source)
             with storage_errors(self.partial):
                 for file, header in self.source.headers.items():
                     _lay_out(self.source.path / file, self.partial / file, header)
@@ -204,6 +200,8 @@ class CheckpointWriter:
             write_atomic(self.partial / INDEX, (self.source.path / INDEX).read_bytes())
 
     def _publish(self) -> None:
+        # The run may have taken hours: what is at the output now is looked at again.
+        refuse_output(self.out, self.source.path, overwrite=self._overwrite)
         if not self.out.exists():
             os.rename(self.partial, self.out)
             fsync_dir(self.out.parent)
@@ -212,7 +210,10 @@ class CheckpointWriter:
         os.rename(self.out, replaced)
         os.rename(self.partial, self.out)
         fsync_dir(self.out.parent)
-        shutil.rmtree(replaced)
+        # Also what a run left that was killed between its two renames.
+        for old in self.out.parent.glob(f"{self.out.name}.replaced-*"):
+            if (old / PROVENANCE).is_file():
+                shutil.rmtree(old)
 
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -241,6 +242,37 @@ def refuse_output(out: Path, source: Path, *, overwrite: bool) -> None:
         )
 
 
+def refuse_foreign(partial: Path) -> None:
+    """Refuse to work in a folder beside the output that no run of sparsekit made.
+
+    Raises:
+        UsageError: The folder holds something and has no lock file.
+    """
+    if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
+        raise UsageError(
+            f"{partial} is in the way and was not made by sparsekit",
+            "move it or choose another output",
+        )
+
+
+def require_space(folder: Path, source: Checkpoint) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Args:
+        folder: An existing folder on the output's disk.
+        source: The checkpoint that the output is as large as.
+
+    Raises:
+        StorageError: Says how much is missing.
+    """
+    needed, free = source.n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"the output needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+            "make room or choose another disk",
+        )
+
+
 def _lay_out(source: Path, target: Path, header: int) -> None:
     """A file of the source's size that begins with the source's header."""
     size = source.stat().st_size
@@ -261,6 +293,8 @@ def _copy_range(source: Path, target: Path, start: int, stop: int) -> None:
             stream.seek(start)
             while start < stop:
                 data = stream.read(min(CHUNK, stop - start))
+                if not data:
+                    raise DataError(f"{source} ends at byte {start}", "copy or download it again")
                 _write_at(handle, memoryview(data), start)
                 start += len(data)
     finally:

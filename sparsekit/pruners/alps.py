@@ -42,11 +42,15 @@ class Alps(Pruner):
     solve_iterations: int = 10
     """Conjugate-gradient steps on the final support."""
 
+    def __post_init__(self) -> None:
+        if self.penalty <= 0 or self.iterations < 1:
+            raise UsageError(
+                "penalty and iterations of alps must be above 0", "0.1 and 300 are usual"
+            )
+
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
-        if self.penalty == 0:
-            raise UsageError("option penalty of alps must be above 0", "its default is 0.1")
         system = unit_gram(sums, self.damping)
         values, vectors = sums.derived(("eigh", self.damping), lambda: _eigh(system))
         mask, sparse, steps = self._admm(weight * system.scale, system, values, vectors, pattern)

@@ -37,8 +37,8 @@ class Nowag(Pruner):
 
 
 def _importance(squares: Tensor) -> Tensor:
-    """The squared inputs, `[in]`; unusable entries count as the mean of the others."""
-    valid = squares.isfinite() & (squares > 0)
+    """The squared inputs, `[in]`; zero entries count as the mean of the others."""
+    valid = squares > 0
     if not valid.any():
-        raise NumericalError("every calibration input is zero or not finite")
+        raise NumericalError("every calibration input is zero")
     return torch.where(valid, squares, squares[valid].mean())

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner
 from sparsekit.tensors.curvature import inverse_factor
 from sparsekit.tensors.patterns import Pattern
@@ -34,6 +35,10 @@ class Sparsegpt(Pruner):
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     block: int = 128
     """Columns that are masked (unstructured) and updated together."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise UsageError("option block of sparsegpt must be above 0", "its default is 128")
 
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""

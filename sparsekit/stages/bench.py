@@ -4,8 +4,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ def bench_prune(
     """Time whole `prune` runs (reading, checking and writing included) against the floor.
 
     The floor is one plain forward of the model's decoder, as transformers loads it, over the
-    same calibration rows in the same process and compute type. Memory is the peak of the first
-    run, before anything else is loaded, above the process with torch and transformers imported.
+    same calibration rows in the same process and compute type, run right after each `prune`; the
+    ratio is the median over these pairs, since a machine's speed drifts. Memory is the peak of the
+    first run, before anything else is loaded, above the process with its libraries imported.
 
     Args:
         config: What to prune with.
@@ -53,9 +53,7 @@ def bench_prune(
     if repeat < 1:
         raise UsageError(f"--repeat must be at least 1, not {repeat}")
     source = Checkpoint.open(resolve(model))
-    calibration = config.rows or Calibration()
-    config = replace(config, calibration=calibration)
-    rows = calibration.rows(source, progress)
+    rows = (config.rows or Calibration()).rows(source, progress)
     build_without_weights(source, torch.float32)  # transformers' code of this family is loaded
     before = psutil.Process().memory_info().rss
     seconds: list[float] = []
@@ -68,7 +66,8 @@ def bench_prune(
             seconds.append(time.perf_counter() - started)
         peak = peak or max(0, peak_memory() - before)
         if floor:
-            floors.append(_forward_seconds(source, rows, report.entry["recipe"]["dtype"]))
+            floors.append(_forward_seconds(source, rows, report.entry["recipe"]))
+    ratios = [pruned / plain for pruned, plain in zip(seconds, floors, strict=False)]
     return {
         "model": model,
         "method": config.method,
@@ -78,23 +77,31 @@ def bench_prune(
         "blocks": source.config.get_text_config().num_hidden_layers,
         "prune_seconds": seconds,
         "floor_seconds": floors,
-        "ratio": statistics.median(seconds) / statistics.median(floors) if floors else None,
+        "ratio": statistics.median(ratios) if ratios else None,
+        "ratios": ratios,
         "solve_seconds": sum(row["seconds"] for row in report.entry["weights"]),
         "peak_bytes_above_start": peak,
         "threads": torch.get_num_threads(),
+        "device": report.entry["recipe"]["device"],
+        "dtype": report.entry["recipe"]["dtype"],
     }
 
 
 @torch.no_grad()
-def _forward_seconds(source: Checkpoint, rows: TokenRows, dtype: str) -> float:
+def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, Any]) -> float:
+    """Seconds of the plain forward, on the device and in the type that pruning used."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).eval()
-    decoder = model.base_model
-    decoder(input_ids=rows.tokens[:1], use_cache=False)  # not timed: first-call set-up
+    dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval().to(device)
+    tokens, decoder = rows.tokens.to(device), model.base_model
+    decoder(input_ids=tokens[:1], use_cache=False)  # not timed: first-call set-up
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
-    for row in rows.tokens:
+    for row in tokens:
         decoder(input_ids=row[None], use_cache=False)
+    wait()
     return time.perf_counter() - started
 
 

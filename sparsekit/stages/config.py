@@ -96,6 +96,8 @@ class EvalConfig:
             raise UsageError("--include-path has no effect without --tasks")
         if self.length is not None and self.windows_of is None:
             raise UsageError("--length has no effect on tasks", "name a text: --text builtin")
+        if self.seed < 0:
+            raise UsageError(f"--seed must not be negative, not {self.seed}")
         for name in ("limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

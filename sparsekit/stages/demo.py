@@ -11,6 +11,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate
 from sparsekit.stages.prune import prune
+from sparsekit.stages.report import NUMERICS
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 PATTERN = "2:4"
@@ -63,7 +64,10 @@ def _made(
         return dict(prune(config, model, folder, progress=progress).entry)
     history = Checkpoint.open(folder).provenance()["history"]
     entry = history[-1] if history else {}
-    if entry.get("source", {}).get("fingerprint") != source.fingerprint:
-        raise UsageError(f"{folder} was made from another model", "choose another --out")
+    recipe = entry.get("recipe", {})
+    found = [entry.get("source", {}).get("fingerprint")]
+    found += [recipe.get(key) for key in ("numerics", "method", "pattern")]
+    if found != [source.fingerprint, NUMERICS, method, PATTERN]:
+        raise UsageError(f"{folder} was made in another way", "choose another --out")
     progress.note(f"{folder} is there from an earlier demo and is kept")
     return entry

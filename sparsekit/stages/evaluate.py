@@ -15,7 +15,7 @@ from sparsekit.models.checkpoint import Checkpoint, resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig
 from sparsekit.stages.device import compute_dtype, pick_device
-from sparsekit.stages.paired import PairedDifference, paired_difference
+from sparsekit.stages.paired import PairedDifference, mean_stderr, paired_difference
 from sparsekit.stages.tasks import TaskScore, check_tasks, compare_tasks, score_tasks
 
 # Share of the free memory that the hidden states of all windows may take; more windows than fit
@@ -32,6 +32,9 @@ class Perplexity:
     text: str
     windows: int
     length: int
+    dtype: str
+    """Compute type."""
+    device: str
     fingerprint: str
     """Of the token rows; figures compare only when it is the same."""
     losses: tuple[float, ...]
@@ -49,15 +52,16 @@ class Perplexity:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single losses."""
-        spread = paired_difference(self.losses, [0.0] * len(self.losses)).stderr
         return {
             "text": self.text,
             "windows": self.windows,
             "length": self.length,
+            "dtype": self.dtype,
+            "device": self.device,
             "fingerprint": self.fingerprint,
             "perplexity": self.value if self.value < math.inf else None,
             "log_perplexity": self.log,
-            "log_stderr": _number(spread),
+            "log_stderr": mean_stderr(self.losses),
         }
 
 
@@ -153,6 +157,8 @@ def perplexity(
         text=rows.source,
         windows=count,
         length=length,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
         fingerprint=rows.fingerprint,
         losses=tuple(losses),
     )
@@ -163,7 +169,7 @@ def _perplexity(config: EvalConfig, source: Checkpoint, progress: Progress) -> P
         return None
     rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
     for note in rows.notes:
-        progress.note(note)
+        progress.note(f"{source.path.name}: {note}")
     device = pick_device(config.device)
     dtype = compute_dtype(config.dtype, device, source)
     return perplexity(source, rows, device=device, dtype=dtype, progress=progress)
@@ -195,6 +201,12 @@ def _compared(score: Score, baseline: Score) -> Score:
     difference: dict[str, PairedDifference] = {}
     ours, theirs = score.perplexity, baseline.perplexity
     if ours and theirs:
+        if ours.length != theirs.length:
+            raise DataError(
+                f"{score.model} was measured on windows of {ours.length} tokens, {baseline.model} "
+                f"of {theirs.length}",
+                f"give both the same: --length {min(ours.length, theirs.length)}",
+            )
         if ours.fingerprint != theirs.fingerprint:
             raise DataError(
                 f"{score.model} and {baseline.model} cut {ours.text} into different tokens",

@@ -15,7 +15,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.patterns import Pattern
 
 # Patterns that `inspect` looks for, the strictest first.
-SOUGHT = ("2:4", "4:8", "8:16")
+SOUGHT = ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +104,24 @@ def verify(path: Path, pattern: str | None = None, progress: Progress = SILENT) 
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     expected = {row["name"]: row["pattern"] for entry in pruned for row in entry["weights"]}
     progress.begin("verify", len(stream))
-    checked = zeros = size = 0
+    checked: set[str] = set()
+    zeros = size = 0
     for _, target, weight in _weights(source, stream, progress):
         if expected and target.name not in expected:
             continue
         wanted = given or Pattern.parse(expected[target.name])
         wanted.check(weight, target.name)
         _refuse_negative_zero(weight, target.name)
-        checked, zeros, size = checked + 1, zeros + int((weight == 0).sum()), size + weight.numel()
+        checked.add(target.name)
+        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
     progress.end()
+    if missing := sorted(expected.keys() - checked):
+        raise CheckFailedError(f"{missing[0]} is in the history of {path} but not in its blocks")
     _check_tied(source, stream)
-    if not checked:
-        raise UsageError(f"{path}: no weight to check")
     return {
         "path": str(path),
         "pattern": str(given) if given else sorted(set(expected.values())),
-        "weights": checked,
+        "weights": len(checked),
         "tensors": len(source.places),
         "zeros": zeros,
         "size": size,

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from sparsekit import methods
 from sparsekit.errors import NumericalError, UsageError, did_you_mean
-from sparsekit.files import existing_parent
+from sparsekit.files import existing_parent, sha256_json
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block, BlockStream
 from sparsekit.models.calibration import Calibration, TokenRows
 from sparsekit.models.checkpoint import Checkpoint, resolve
-from sparsekit.models.writer import CheckpointWriter, refuse_output
+from sparsekit.models.writer import (
+    CheckpointWriter,
+    refuse_foreign,
+    refuse_output,
+    require_space,
+)
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruners import Pruned, Pruner
 from sparsekit.stages import blockwise
@@ -42,6 +47,8 @@ from sparsekit.tensors.sums import InputSums, Want
 # Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
 RECONSTRUCT_STEPS = 20
 RECONSTRUCT_DAMPING = 0.01
+# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
+UNTOLD = ("stage", "versions", "source", "config", "layout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +120,7 @@ def prune(
             progress=progress,
         )
         progress.end()
+        _tell_damping(weights, progress)
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": model, "fingerprint": fingerprint},
             "resumed_blocks": resumed,
@@ -156,6 +164,10 @@ def _prepare(config: PruneConfig, path: Path, out: Path, *, overwrite: bool) -> 
     config.check()
     refuse_output(out, path, overwrite=overwrite)
     source = Checkpoint.open(path)
+    partial = out.with_name(out.name + ".partial")
+    refuse_foreign(partial)
+    if not partial.exists():
+        require_space(existing_parent(out), source)
     pruner = methods.load("pruners", config.method, config.options)
     pattern = Pattern.parse(config.pattern)
     device = pick_device(config.device)
@@ -233,7 +245,7 @@ def _groups(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[list[Ta
         return [[target] for target in chosen]
     groups: dict[int, list[Target]] = {}
     for target in chosen:
-        groups.setdefault(id(sums[target.name]), []).append(target)
+        groups.setdefault(id(sums.get(target.name)), []).append(target)
     return list(groups.values())
 
 
@@ -258,7 +270,10 @@ def _prune_group(
     for target, weight, part in zip(group, weights, parts, strict=True):
         on_disk = block.replace(target, part)
         job.pattern.check(on_disk, target.name)
-        error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
+        try:
+            error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
+        except NumericalError as failure:
+            raise NumericalError(f"{target.name}: {failure.message}", failure.hint) from failure
         row = WeightRow(
             name=target.name,
             shape=target.shape,
@@ -293,6 +308,8 @@ def _recipe(job: _Job, fingerprint: str, rows: TokenRows | None) -> dict[str, An
         "stage": "prune",
         "numerics": NUMERICS,
         "source": fingerprint,
+        "config": sha256_json(job.source.config.to_dict()),
+        "layout": job.source.layout,
         "method": job.config.method,
         "pattern": str(job.pattern),
         "options": {key: str(value) for key, value in asdict(job.pruner).items()},
@@ -324,7 +341,7 @@ def _entry(
         }
     return {
         "stage": "prune",
-        "recipe": {k: v for k, v in recipe.items() if k not in ("stage", "versions", "source")},
+        "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
         "versions": recipe["versions"],
         "calibration": calibration,
         "tested_family": job.stream.tested,
@@ -332,6 +349,17 @@ def _entry(
         "weights": weights,
         "skipped": job.skipped,
     }
+
+
+def _tell_damping(weights: list[dict[str, Any]], progress: Progress) -> None:
+    """Say when a Gram matrix needed more damping than the least of the run."""
+    used = [row["numbers"]["damping"] for row in weights if "damping" in row["numbers"]]
+    raised = sum(damping > min(used) for damping in used)
+    if raised:
+        progress.note(
+            f"{raised} weights needed their damping raised, up to {max(used):g}: "
+            "more calibration rows would help"
+        )
 
 
 def _peak_estimate(job: _Job) -> int:
@@ -343,10 +371,14 @@ def _peak_estimate(job: _Job) -> int:
         block = stream.block(index)
         stored = sum(places[name].stop - places[name].start for name in block.disk_names)
         numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
-        inputs = {target.shape[1] for target in block.targets}
-        grams = 4 * sum(width * width for width in inputs) if job.want == "gram" else 0
-        largest = max(math.prod(target.shape) for target in block.targets)
-        blocks.append(stored + wide * numbers + 3 * grams + 6 * 4 * largest)
+        # Which weights share an input shows in the forward only: at most one Gram matrix for each,
+        # and for the largest its factors (ALPS: eigenvectors in float64 and their inverse).
+        widths = [target.shape[1] for target in block.targets]
+        grams = 0
+        if job.want == "gram":
+            grams = 4 * sum(w * w for w in widths) + 8 * 4 * max(widths) ** 2
+        solving = 2 * max(math.prod(target.shape) for target in block.targets)
+        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
     outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
     hidden = 0
     if job.calibration:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import resource
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,6 @@ def versions() -> dict[str, str]:
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def weight_rows(parts: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all parts as plain JSON values, in order."""
-    return [dict(row) for part in parts for row in part]
 
 
 def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparsekit.errors import NumericalError
+
 Want = Literal["norms", "gram"]
 
 # A Gram matrix is symmetric: panels of this many rows, from the diagonal to the right edge,
@@ -101,10 +103,15 @@ class InputSums:
         """‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled inputs X; None when nothing was sampled.
 
         The same tokens serve every method, so the figures are comparable between methods.
+
+        Raises:
+            NumericalError: An output is NaN or Inf.
         """
         if not self._sample:
             return None
         x = torch.cat(self._sample)  # [sampled tokens, in]
-        total = (x @ dense.float().T).square().sum()
-        lost = (x @ (dense.float() - pruned.float()).T).square().sum()
-        return float(lost / total) if total > 0 else 0.0
+        total = torch.linalg.matrix_norm((x @ dense.float().T).double())
+        lost = torch.linalg.matrix_norm((x @ (dense.float() - pruned.float()).T).double())
+        if not (total.isfinite() and lost.isfinite()):
+            raise NumericalError("the outputs on sampled inputs are not finite")
+        return float((lost / total) ** 2) if total > 0 else 0.0

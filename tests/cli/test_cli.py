@@ -228,7 +228,7 @@ def with_nan(folder: Path) -> None:
     ("damage", "match"),
     [
         (no_config, r"has no config\.json"),
-        (no_weights, r"has no weights"),
+        (no_weights, r"has no safetensors weights"),
         (only_bin, r"only pytorch_model\.bin; convert it once"),
         (truncated, r"not a whole safetensors file"),
         (too_new, r"'llama7'.*pip install -U transformers"),
@@ -334,7 +334,9 @@ def test_eval_of_several_models_is_one_table_in_the_order_asked(cli, family, pru
     assert found.stdout == f"{pruned}\n{dense}\n"
     assert found.stderr.count("perplexity on ") == 1
     words = "".join(found.stderr.split())  # long paths are folded
-    assert f"perplexityon{row_file}:5windowsof24tokens" in words
+    assert f"perplexityon{row_file}" in words
+    assert "modelwindowsoftokensperplexity" in words
+    assert re.search(r"524\d+\.\d{3}", words)  # five windows of 24 tokens, then the figure
     scores = strict_json(cli("eval", pruned, dense, "--text", row_file, "--json").stdout)
     assert [score["model"] for score in scores["models"]] == [str(pruned), str(dense)]
     assert all(score["difference"] == {} for score in scores["models"])
@@ -418,7 +420,8 @@ def test_eval_of_an_own_task_has_both_accuracies_with_errors(
     table = cli(*command, "--limit", 4)
     assert table.code == 0
     assert "acc_norm" in table.stderr
-    assert re.search(r"lm-eval \S+, zero-shot", table.stderr)
+    assert re.search(r"lm-eval \d+\.\d+", table.stderr)
+    assert "shots" in table.stderr
 
 
 @pytest.mark.parametrize(
@@ -568,7 +571,7 @@ def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tm
     found = cli(*command, "--scratch", tmp_path)
     assert found.code == 0
     assert float(found.stdout) > 0
-    assert "prune / forward (medians)" in found.stderr
+    assert "their median" in found.stderr
     value = strict_json(cli(*command, "--json").stdout)
     assert value["ratio"] == pytest.approx(value["prune_seconds"][0] / value["floor_seconds"][0])
     assert cli(*command, "--no-floor", "-q").stdout == "-\n"
@@ -607,7 +610,7 @@ def test_demo_prunes_three_ways_scores_each_and_keeps_the_checkpoints(cli, famil
         assert sha256_file(tmp_path / "demo" / name / WEIGHTS) == before[name]
         assert (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
     other = cli("demo", family("llama_tied"), "-o", tmp_path / "demo")
-    assert_one_line_error(other, 2, r"was made from another model")
+    assert_one_line_error(other, 2, r"was made in another way")
 
 
 # The command line as a whole

@@ -31,7 +31,7 @@ def arguments(family, rows: Path, out: Path, method: str = "sparsegpt") -> list:
 
 
 def journal_lines(out: Path) -> int:
-    journal = out.with_name(out.name + ".partial") / "journal.jsonl"
+    journal = out.with_name(out.name + ".partial") / ".sparsekit-journal.jsonl"
     return journal.read_bytes().count(b"\n") if journal.is_file() else 0
 
 
@@ -93,7 +93,7 @@ def test_run_killed_at_a_block_is_finished_by_the_same_command_to_the_same_bytes
     assert f"going on after {finished} finished blocks" in found.stderr
     assert hashes(out) == uninterrupted(method)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not (out / "journal.jsonl").exists()
+    assert not (out / ".sparsekit-journal.jsonl").exists()
     assert cli("verify", out, "--pattern", "2:4").code == 0
     weights = json.loads((out / "sparsekit.json").read_text())["history"][0]["weights"]
     assert len(weights) == len({row["name"] for row in weights}) == 7 * BLOCKS
@@ -123,6 +123,7 @@ def test_run_killed_while_its_weights_are_laid_out_is_finished_too(
     """Before the recipe is written nothing is promised: the next run begins anew."""
     out = tmp_path / "out"
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".sparsekit-lock").touch()
     (tmp_path / "out.partial" / "model-00001-of-00007.safetensors").write_bytes(b"half")
     assert cli(*arguments(family, many_rows, out)).code == 0
     assert hashes(out) == uninterrupted("sparsegpt")

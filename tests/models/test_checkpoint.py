@@ -173,7 +173,7 @@ def test_folder_without_config_is_refused(copy_of):
 def test_folder_without_weights_is_refused(copy_of):
     folder = copy_of("llama")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(DataError, match=r"has no weights \(model\.safetensors"):
+    with pytest.raises(DataError, match=r"has no safetensors weights \(model\.safetensors"):
         Checkpoint.open(folder)
 
 

@@ -226,6 +226,33 @@ def test_output_that_another_process_writes_is_refused(family, tmp_path):
     write_all(family("llama"), tmp_path / "out", {})  # the lock went with its holder
 
 
+def test_folder_that_appears_at_the_output_meanwhile_is_not_replaced(family, tmp_path):
+    source, out = family("llama"), tmp_path / "out"
+    with writer(source, out) as opened:
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+        with pytest.raises(UsageError, match="exists"):
+            opened.commit({"stage": "test"}, "card\n")
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_foreign_folder_beside_the_output_is_left_alone(family, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_text("mine")
+    with pytest.raises(UsageError, match="not made by sparsekit"):
+        write_all(family("llama"), tmp_path / "out", {})
+    assert (tmp_path / "out.partial" / "model.safetensors").read_text() == "mine"
+
+
+def test_source_files_named_like_a_control_file_are_carried_over(copy_of, tmp_path):
+    source = copy_of("llama")
+    for name in ("recipe.json", "journal.jsonl", "lock"):
+        (source / name).write_text(name)
+    write_all(source, tmp_path / "out", {})
+    for name in ("recipe.json", "journal.jsonl", "lock"):
+        assert (tmp_path / "out" / name).read_text() == name
+
+
 # Interruption
 
 
@@ -252,7 +279,7 @@ def test_journal_line_that_was_cut_off_does_not_count(family, tmp_path):
     with writer(source, out) as opened:
         opened.write("one", {UP: zeros_like(source, UP)}, None)
         opened.write("two", {DOWN: zeros_like(source, DOWN)}, None)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
+    journal = tmp_path / "out.partial" / ".sparsekit-journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-4])
     with writer(source, out) as opened:
         assert list(opened.finished) == ["one"]
@@ -266,7 +293,7 @@ def test_part_that_follows_a_cut_off_line_is_found_again(family, tmp_path):
     source, out = family("llama"), tmp_path / "out"
     with writer(source, out) as opened:
         opened.write("one", {UP: zeros_like(source, UP)}, None)
-    with (tmp_path / "out.partial" / "journal.jsonl").open("ab") as journal:
+    with (tmp_path / "out.partial" / ".sparsekit-journal.jsonl").open("ab") as journal:
         journal.write(b'{"part": "tw')
     with writer(source, out) as opened:
         opened.write("three", {DOWN: zeros_like(source, DOWN)}, None)
@@ -322,7 +349,9 @@ def test_too_little_free_space_is_refused_before_anything_is_written(family, tmp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with (
-        pytest.raises(StorageError, match=r"out needs 0\.07 GB, 0\.00 GB are free; make room"),
+        pytest.raises(
+            StorageError, match=r"output needs 0\.07 GB, .* has 0\.00 GB free; make room"
+        ),
         writer(family("llama"), tmp_path / "out"),
     ):
         pass

@@ -120,7 +120,7 @@ def test_builtin_windows_do_not_overlap_and_are_capped_at_the_models_length(fami
 
     (score,) = scores(EvalConfig(limit=2), family("llama"), progress=Listen())
     assert score.perplexity.length == 256
-    assert notes == ["length capped at 256: the model's maximum"]
+    assert notes == ["llama: length capped at 256: the model's maximum"]
     rows = evaluation_rows("builtin", Checkpoint.open(family("llama")), length=256, limit=2)
     assert list(score.perplexity.losses) == pytest.approx(
         ordinary_losses(family("llama"), rows.tokens), rel=1e-5

@@ -43,7 +43,7 @@ def test_dense_checkpoint_is_dense(family):
     ("asked", "found", "share"),
     [
         ("2:4", "2:4", 0.5),
-        ("1:4", "2:4", 0.75),  # a group with one weight has at most two
+        ("1:4", "1:4", 0.75),
         ("4:8", "4:8", 0.5),
         ("8:16", "8:16", 0.5),
         ("50%", "unstructured", 0.5),

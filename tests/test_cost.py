@@ -1,0 +1,48 @@
+"""What pruning may cost: the project's limits on time and memory, measured by its own bench.
+
+Slow: `pytest -m slow tests/test_cost.py -s` (about 20 minutes on two quiet cores, 10 GB of disk).
+The limits are the project's; the rows for the times come from the developers' parity data.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS = Path(__file__).parents[2] / "shared/parity/smollm2/calibration_c4_32x512.safetensors"
+
+pytestmark = pytest.mark.slow
+
+
+def bench(*arguments: object) -> dict:
+    """A bench in a process of its own, since a peak is that of a process."""
+    command = [sys.executable, "-m", "sparsekit", "bench", *map(str, arguments), "--json", "-q"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not ROWS.is_file(), reason="the parity data (../shared) is not here")
+@pytest.mark.parametrize(("method", "limit"), [("wanda", 2.1), ("sparsegpt", 2.8)])
+def test_pruning_takes_at_most_so_many_forwards(method, limit, monkeypatch):
+    monkeypatch.delenv("SPARSEKIT_CACHE", raising=False)
+    found = bench("prune", "demo", "--method", method, "--calibration", ROWS)
+    print(found)
+    assert found["ratio"] <= limit
+
+
+def test_peak_memory_is_below_a_gigabyte_whatever_the_depth(tmp_path):
+    peaks = []
+    for blocks in (132, 264):
+        model = tmp_path / f"random-{blocks}"
+        bench("generate", "-o", model, "--blocks", blocks)
+        rows = model / "rows.safetensors"
+        found = bench(
+            *("prune", model, "--calibration", rows, "--no-floor", "--repeat", 1),
+            *("--scratch", tmp_path),
+        )
+        print(found)
+        assert found["model_bytes"] > blocks / 132 * 3e9
+        peaks.append(found["peak_bytes_above_start"])
+    assert peaks[0] < 1e9
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
