@@ -102,18 +102,8 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
                     )
                 )
     if rows:
-        columns = (
-            "model",
-            "task",
-            "version",
-            "shots",
-            "metric",
-            "value",
-            "stderr",
-            "n",
-            "difference",
-        )
-        terminal.table(f"lm-eval {_lm_eval_version()}", (*columns, "difference"), rows)
+        columns = "model task version shots metric value stderr n difference".split()
+        terminal.table(f"lm-eval {_lm_eval_version()}", columns, rows)
     value = {"lm_eval": _lm_eval_version(), "models": [score.to_json() for score in scores]}
     terminal.result("\n".join(names), value)
 

@@ -402,6 +402,7 @@ def test_eval_of_an_own_task_has_both_accuracies_with_errors(
         "--tasks", "tiny_choice", "--include-path", tmp_path / "tasks",
     )  # fmt: skip
     found = cli(*command, "--json")
+    assert found.code == 0, found.stderr
     base, score = strict_json(found.stdout)["models"]
     (task,) = score["tasks"]
     assert (task["task"], task["version"], task["n"], task["n_shot"]) == (
