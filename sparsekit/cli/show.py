@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from sparsekit.stages.inspect import Inspection
     from sparsekit.stages.report import PruneReport
 
+TASK_COLUMNS = (
+    *("model", "task", "version", "shots"),
+    *("metric", "value", "stderr", "n", "difference"),
+)
+
 
 def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
     """What a dry run found; nothing was written, so stdout names the output that would be."""
@@ -102,8 +107,7 @@ def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) 
                     )
                 )
     if rows:
-        columns = "model task version shots metric value stderr n difference".split()
-        terminal.table(f"lm-eval {_lm_eval_version()}", columns, rows)
+        terminal.table(f"lm-eval {_lm_eval_version()}", TASK_COLUMNS, rows)
     value = {"lm_eval": _lm_eval_version(), "models": [score.to_json() for score in scores]}
     terminal.result("\n".join(names), value)
 
