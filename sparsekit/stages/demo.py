@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekit import methods
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint, resolve
@@ -60,7 +61,8 @@ def _made(
     """The history entry of a method's checkpoint, made now unless it is there."""
     folder = _folder(out, method)
     if not folder.exists():
-        config = PruneConfig(method=method, pattern=PATTERN, calibration=CALIBRATION)
+        rows = None if methods.describe("pruners", method).data_free else CALIBRATION
+        config = PruneConfig(method=method, pattern=PATTERN, calibration=rows)
         return dict(prune(config, model, folder, progress=progress).entry)
     history = Checkpoint.open(folder).provenance()["history"]
     entry = history[-1] if history else {}
