@@ -13,23 +13,27 @@ MOST_DAMPING = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseFactor:
-    """The upper triangular U with Uᵀ U = (H + damping)⁻¹, H = 2/rows · Gram.
+class Factor:
+    """A unit upper triangular A and costs c with A diag(c) Aᵀ = H + damping, H = 2/rows · Gram.
 
-    U[i, i]² is the inverse of H's i-th conditional variance given the columns before i, and
-    U[i, i:] / U[i, i] the direction in which the later weights make up for a change of weight i.
+    With D[k] what column k of a weight has lost, the layer error is the sum over the columns j of
+    c[j] ‖D[j] + Σ A[k, j] D[k]‖², k < j. From left to right, weight j therefore makes up best for
+    the losses before it by adding Σ A[k, j] D[k]; removing the value v that it then has costs
+    c[j] v².
     """
 
-    upper: Tensor  # [in, in] float32
+    feedback: Tensor  # A [in, in] float32
+    cost: Tensor  # c [in] float32: the conditional variances, inverse squares of published U_jj
     dead: Tensor  # [in] bool: inputs that were zero for every token
     damping: float  # share of the mean diagonal that was needed
 
 
-def inverse_factor(sums: InputSums, damping: float) -> InverseFactor:
+def factorise(sums: InputSums, damping: float) -> Factor:
     """The factor that optimal-brain-surgeon sweeps use, shared by weights with the same input.
 
-    Two steps instead of the published three: with J the reversal of the order and
-    J H J = L Lᵀ, the matrix R = J L J is upper triangular, H = R Rᵀ and U = R⁻¹.
+    One Cholesky step instead of the published three with an inverse: with J the reversal of the
+    order and J H J = L Lᵀ, the matrix J L J is A diag(√c). The published U is its inverse; in exact
+    arithmetic both lead to the same sweep (Chee et al. 2023, "QuIP", on LDLQ and OPTQ).
 
     Args:
         sums: Sums with a Gram matrix.
@@ -38,10 +42,10 @@ def inverse_factor(sums: InputSums, damping: float) -> InverseFactor:
     Raises:
         NumericalError: The Gram matrix holds NaN or Inf, or no damping up to 1 helps.
     """
-    return sums.derived(("inverse_factor", damping), lambda: _factorise(sums, damping))
+    return sums.derived(("factor", damping), lambda: _factorise(sums, damping))
 
 
-def _factorise(sums: InputSums, damping: float) -> InverseFactor:
+def _factorise(sums: InputSums, damping: float) -> Factor:
     hessian = sums.gram * (2 / sums.rows)
     require_finite(hessian)
     diagonal = hessian.diagonal()
@@ -54,10 +58,11 @@ def _factorise(sums: InputSums, damping: float) -> InverseFactor:
         diagonal.copy_(bare + used * mean)
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            eye = torch.eye(len(bare), device=hessian.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            upper = lower.flip(0, 1)
+            root = upper.diagonal().clone()
+            upper /= root
             if upper.isfinite().all():
-                return InverseFactor(upper=upper, dead=dead, damping=used)
+                return Factor(feedback=upper, cost=root.square(), dead=dead, damping=used)
         used = max(used * 10, 1e-4)
     raise NumericalError(
         f"the Gram matrix of {sums.tokens} tokens is not positive definite with damping up to "

@@ -13,7 +13,7 @@ from oracles import (
 )
 
 from sparsekit.errors import NumericalError
-from sparsekit.tensors.curvature import inverse_factor, solve_on_support, unit_gram
+from sparsekit.tensors.curvature import Factor, factorise, solve_on_support, unit_gram
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums
 
@@ -24,68 +24,70 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-# ------------------------------------------------------------------------------ inverse factor
+# -------------------------------------------------------------------------------------- factor
+
+
+def product(factor: Factor) -> torch.Tensor:
+    """A diag(c) Aᵀ in float64."""
+    feedback = factor.feedback.double()
+    return feedback @ factor.cost.double().diag() @ feedback.T
 
 
 @pytest.mark.parametrize("columns", [1, 5, 40, 131])
 @pytest.mark.parametrize("damping", [0.01, 0.1])
-def test_factor_is_upper_and_squares_to_the_inverse(columns: int, damping: float) -> None:
+def test_factor_is_unit_upper_and_multiplies_to_the_hessian(columns: int, damping: float) -> None:
     x = inputs_of(300, columns)
-    factor = inverse_factor(sums_of(x, calibration_rows=3), damping)
-    inverse = torch.linalg.inv(sparsegpt_hessian(x, 3, damping))
-    upper = factor.upper.double()
-    assert torch.equal(factor.upper, factor.upper.triu())
-    assert relative(upper.T @ upper, inverse) < 1e-4
-    assert (factor.upper.diagonal() > 0).all()
+    factor = factorise(sums_of(x, calibration_rows=3), damping)
+    assert torch.equal(factor.feedback, factor.feedback.triu())
+    assert torch.equal(factor.feedback.diagonal(), torch.ones(columns))
+    assert (factor.cost > 0).all()
+    assert relative(product(factor), sparsegpt_hessian(x, 3, damping)) < 1e-5
     assert factor.damping == damping
     assert not factor.dead.any()
 
 
-def test_factor_rows_are_the_surgeon_steps_of_the_trailing_matrix() -> None:
+def test_factor_is_the_inverse_of_the_surgeon_steps_of_the_trailing_matrix() -> None:
     x = inputs_of(200, 24)
-    upper = inverse_factor(sums_of(x), 0.01).upper
+    factor = factorise(sums_of(x), 0.01)
     hessian = sparsegpt_hessian(x, 2)
+    directions = torch.zeros(24, 24, dtype=torch.float64)
     for i in range(24):
         inverse = torch.linalg.inv(hessian[i:, i:])
-        assert float(upper[i, i]) ** 2 == pytest.approx(float(inverse[0, 0]), rel=1e-4)
-        direction = upper[i, i:] / upper[i, i]
-        torch.testing.assert_close(
-            direction.double(), inverse[0] / inverse[0, 0], rtol=1e-3, atol=1e-4
-        )
+        # The published score is W² / U_ii², and U_ii² is this entry.
+        assert float(factor.cost[i]) == pytest.approx(1 / float(inverse[0, 0]), rel=1e-4)
+        directions[i, i:] = inverse[0] / inverse[0, 0]
+    found = factor.feedback.double() @ directions
+    torch.testing.assert_close(found, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
 def test_factor_with_dead_inputs_treats_them_as_independent() -> None:
     x = inputs_of(200, 24, dead=(0, 7, 23))
-    factor = inverse_factor(sums_of(x), 0.01)
+    factor = factorise(sums_of(x), 0.01)
     assert factor.dead.nonzero().flatten().tolist() == [0, 7, 23]
-    upper = factor.upper.double()
-    assert relative(upper.T @ upper, torch.linalg.inv(sparsegpt_hessian(x, 2))) < 1e-4
-    assert torch.equal(upper[7], upper[7, 7] * torch.eye(24, dtype=torch.float64)[7])
+    assert relative(product(factor), sparsegpt_hessian(x, 2)) < 1e-5
+    assert torch.equal(factor.feedback[7], torch.eye(24)[7])
+    assert torch.equal(factor.feedback[:, 7], torch.eye(24)[7])
 
 
 def test_factor_of_all_dead_inputs_is_finite() -> None:
-    factor = inverse_factor(sums_of(torch.zeros(10, 6)), 0.01)
+    factor = factorise(sums_of(torch.zeros(10, 6)), 0.01)
     assert factor.dead.all()
-    # H is the identity and its damping 0.01: U = 1 / sqrt(1.01).
-    torch.testing.assert_close(factor.upper, torch.eye(6) / 1.01**0.5)
+    # H is the identity and its damping 0.01.
+    assert torch.equal(factor.feedback, torch.eye(6))
+    torch.testing.assert_close(factor.cost, torch.full((6,), 1.01))
 
 
 def test_rank_deficient_gram_raises_the_damping_and_tells_it() -> None:
     # All inputs equal: the second pivot of the Gram matrix is exactly zero.
-    factor = inverse_factor(sums_of(torch.ones(8, 12)), 0.0)
+    factor = factorise(sums_of(torch.ones(8, 12)), 0.0)
     assert factor.damping == pytest.approx(1e-4)
-    upper = factor.upper.double()
-    wanted = torch.linalg.inv(sparsegpt_hessian(torch.ones(8, 12), 2, factor.damping))
-    # 12 / 1e-4 is the condition number, about 1e5 of float32's 1.7e7.
-    assert relative(upper.T @ upper, wanted) < 0.05
+    assert relative(product(factor), sparsegpt_hessian(torch.ones(8, 12), 2, 1e-4)) < 1e-5
 
 
 def test_fewer_tokens_than_inputs_work_with_the_default_damping() -> None:
     x = inputs_of(5, 64)
-    factor = inverse_factor(sums_of(x), 0.01)
-    upper = factor.upper.double()
-    wanted = torch.linalg.inv(sparsegpt_hessian(x, 2, factor.damping))
-    assert relative(upper.T @ upper, wanted) < 1e-2
+    factor = factorise(sums_of(x), 0.01)
+    assert relative(product(factor), sparsegpt_hessian(x, 2, factor.damping)) < 1e-5
 
 
 def test_hopeless_gram_is_an_error_after_the_last_damping() -> None:
@@ -93,11 +95,11 @@ def test_hopeless_gram_is_an_error_after_the_last_damping() -> None:
     sums.update(torch.eye(3))
     sums.gram.copy_(torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]))  # no Gram matrix
     with pytest.raises(NumericalError, match="3 tokens is not positive definite"):
-        inverse_factor(sums, 0.01)
+        factorise(sums, 0.01)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("use", [inverse_factor, unit_gram])
+@pytest.mark.parametrize("use", [factorise, unit_gram])
 def test_inputs_that_are_not_finite_are_refused(value: float, use) -> None:
     x = inputs_of(20, 6)
     x[3, 2] = value
@@ -108,14 +110,14 @@ def test_inputs_that_are_not_finite_are_refused(value: float, use) -> None:
 def test_factor_and_unit_gram_are_shared_by_damping_and_leave_the_sums_alone() -> None:
     sums = sums_of(inputs_of(60, 12, dead=(3,)))
     gram = sums.gram.clone()
-    assert inverse_factor(sums, 0.01) is inverse_factor(sums, 0.01)
-    assert inverse_factor(sums, 0.01) is not inverse_factor(sums, 0.02)
+    assert factorise(sums, 0.01) is factorise(sums, 0.01)
+    assert factorise(sums, 0.01) is not factorise(sums, 0.02)
     assert unit_gram(sums, 0.01) is unit_gram(sums, 0.01)
     assert unit_gram(sums, 0.01) is not unit_gram(sums, 0.02)
     assert torch.equal(sums.gram, gram)
-    before = inverse_factor(sums, 0.01)
+    before = factorise(sums, 0.01)
     sums.update(inputs_of(5, 12))
-    assert inverse_factor(sums, 0.01) is not before
+    assert factorise(sums, 0.01) is not before
 
 
 def test_unit_gram_has_a_unit_diagonal_and_scales_back() -> None:
