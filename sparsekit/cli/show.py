@@ -141,8 +141,8 @@ def inspection(terminal: Terminal, report: "Inspection") -> None:
     ]
     if steps:
         terminal.table("history", ("stage", "what", "time", "source"), steps)
-    terminal.note(f"{report.path}: {report.n_bytes / 1e6:.1f} MB of weights")
-    terminal.result(report.path, report.to_json())
+    terminal.note(f"{report.model}: {report.n_bytes / 1e6:.1f} MB of weights")
+    terminal.result(report.model, report.to_json())
 
 
 def _sparsity_row(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -155,10 +155,10 @@ def verified(terminal: Terminal, result: dict[str, Any]) -> None:
     pattern = result["pattern"]
     named = pattern if isinstance(pattern, str) else ", ".join(pattern)
     terminal.note(
-        f"{result['path']}: {result['weights']} weights are {named}, {result['zeros']:,} of "
+        f"{result['model']}: {result['weights']} weights are {named}, {result['zeros']:,} of "
         f"{result['size']:,} zero; {result['tensors']} tensors are finite"
     )
-    terminal.result(result["path"], result)
+    terminal.result(result["model"], result)
 
 
 def methods(terminal: Terminal) -> None:
@@ -184,10 +184,9 @@ def demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
     for row in rows:
         measured = row.score.perplexity
         assert measured is not None
-        name = Path(row.score.model).name
         cells.append(
             (
-                name,
+                row.name,
                 f"{measured.value:.2f}",
                 _paired(row.score.difference.get("log_perplexity")),
                 "" if row.seconds is None else f"{row.seconds:.0f} s",

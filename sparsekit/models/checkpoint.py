@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
+from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "sparsekit.json"
+# A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
+SOON_READ = 1 << 30
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,7 +54,7 @@ class TensorPlace:
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Checkpoint:
     """A folder with `config.json` and safetensors weights."""
 
@@ -60,6 +63,7 @@ class Checkpoint:
     """Every tensor by name, in name order."""
     headers: Mapping[str, int]
     """Weight files by name, with the length in bytes of what precedes their data."""
+    _fingerprint: str = field(default="", init=False, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -142,9 +146,9 @@ class Checkpoint:
             [[n, p.file, p.start, str(p.dtype), list(p.shape)] for n, p in self.places.items()]
         )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """The result of `scan`, which runs on first use and raises what it raises."""
+        """The result of `scan`, which raises what it raises."""
         return self.scan()
 
     def provenance(self) -> dict[str, Any]:
@@ -168,15 +172,21 @@ class Checkpoint:
             tensors[name] = data.view(place.dtype).view(place.shape)
         return tensors
 
-    def scan(self) -> str:
-        """Read every byte once: the fingerprint, after making sure that all numbers are finite.
+    def scan(self, progress: Progress = SILENT) -> str:
+        """The fingerprint, after making sure that all numbers are finite.
 
-        The fingerprint is the sha256 over name and raw bytes of all tensors in name order.
+        The fingerprint is the sha256 over name and raw bytes of all tensors in name order. The
+        first call reads every byte; later ones give its result.
 
         Raises:
             DataError: A tensor holds NaN or Inf, or the bytes are not those that
                 `sparsekit.json` recorded.
         """
+        if self._fingerprint:
+            return self._fingerprint
+        if self.n_bytes < SOON_READ:
+            progress = SILENT
+        progress.begin(f"read and check {self.path.name}", len(self.places))
         digest = hashlib.sha256()
         buffer = torch.empty(CHUNK, dtype=torch.uint8)
         for name, place in self.places.items():
@@ -188,6 +198,8 @@ class Checkpoint:
                     digest.update(data.numpy())
                     if not _finite(data.view(place.dtype)):
                         raise DataError(f"{self.path}: {name} holds NaN or Inf")
+            progress.step(name)
+        progress.end()
         fingerprint = digest.hexdigest()
         recorded = self.provenance().get("fingerprint")
         if recorded not in (None, fingerprint):
@@ -195,6 +207,7 @@ class Checkpoint:
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
                 f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}",
             )
+        self._fingerprint = fingerprint
         return fingerprint
 
     @contextlib.contextmanager
@@ -204,41 +217,6 @@ class Checkpoint:
             yield handle
         finally:
             os.close(handle)
-
-
-def resolve(reference: str) -> Path:
-    """The local folder of a model: a folder as it is, a hub id after its download.
-
-    Raises:
-        DataError: There is no such folder, and no such model can be fetched.
-        UsageError: The reference is empty.
-    """
-    if not reference:
-        raise UsageError("the model's name is empty", "pass a folder, a hub id or 'demo'")
-    path = Path(reference).expanduser()
-    if path.exists() or reference.count("/") != 1 or reference.startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise DataError(
-                f"no such model folder: {reference}", "pass a folder, a hub id (org/name) or 'demo'"
-            )
-        return path
-    return _download(reference)
-
-
-def _download(repo: str) -> Path:
-    """The hub's snapshot of a model, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    kept = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=kept))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"no folder {repo}, and the hub did not give a model of that name: {reason}",
-            "pass a local folder, or check the name and the connection",
-        ) from error
 
 
 def _weight_files(path: Path) -> dict[str, list[str] | None]:

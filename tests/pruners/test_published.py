@@ -116,7 +116,7 @@ def test_run_equals_the_published_one(run, method: str, pattern: str, recorded: 
 def test_run_with_the_published_threshold_equals_the_published_one(
     run, monkeypatch: pytest.MonkeyPatch, method: str, recorded: str
 ) -> None:
-    monkeypatch.setattr("sparsekit.stages.prune.Pattern", PublishedThreshold)
+    monkeypatch.setattr("sparsekit.stages.job.Pattern", PublishedThreshold)
     found = run(method, "50%/tensor", recorded)
     found.check_masks()
     found.check_weights()

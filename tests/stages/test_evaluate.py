@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsekit.errors import DataError, NumericalError, UsageError
-from sparsekit.models.calibration import evaluation_rows, fingerprint
+from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.rows import fingerprint
 from sparsekit.stages import evaluate as module
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate

@@ -11,10 +11,12 @@ from torch import nn
 from sparsekit import methods
 from sparsekit.errors import DataError, NumericalError, UsageError
 from sparsekit.files import sha256_file
-from sparsekit.models.calibration import Calibration, fingerprint
+from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.rows import fingerprint
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.prune import plan, prune
+from sparsekit.stages.job import plan
+from sparsekit.stages.prune import prune
 from sparsekit.stages.report import PruneReport
 
 METHODS = methods.names("pruners")
@@ -475,7 +477,7 @@ def test_pattern_that_does_not_divide_a_layer_is_named_with_the_way_out(
     config = {"calibration": Calibration(source=str(row_file))}
     match = (
         r"model\.layers\.0\.mlp\.down_proj\.weight: 66 inputs do not divide into groups of 4; "
-        r"leave it dense with --skip down_proj"
+        r"--pattern 1:2 fits, or leave it dense with --skip down_proj$"
     )
     assert_refused(tmp_path, UsageError, match, config=config, model=odd)
     assert run(odd, skip=["down_proj"]).entry["totals"]["weights"] == 12

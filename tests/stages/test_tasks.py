@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from sparsekit.errors import DataError, UsageError
+from sparsekit.stages.harness import load_tasks
 from sparsekit.stages.paired import paired_difference
-from sparsekit.stages.tasks import (
-    Metric,
-    TaskScore,
-    check_tasks,
-    compare_tasks,
-    score_tasks,
-)
+from sparsekit.stages.tasks import Metric, TaskScore, compare_tasks, score_tasks
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED_TASKS = REPO.parent / "shared" / "data" / "tasks"
+
+
+def scored(path: Path, names: list[str], include_path: Path, seed: int = 0, **options):
+    """The scores on tasks that are loaded for this call."""
+    return score_tasks(path, load_tasks(names, include_path, seed), seed=seed, **options)
+
 
 WORDS = ["ant", "a bee", "some long cat", "dog", "an eel", "one very long, tired fox", "gnu", "hen"]
 DOCS = [
@@ -158,7 +159,7 @@ def tiny(checkpoint, tasks_dir, tmp_path_factory) -> TaskScore:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        [score] = score_tasks(checkpoint, ["tiny"], include_path=tasks_dir)
+        [score] = scored(checkpoint, ["tiny"], include_path=tasks_dir)
     return score
 
 
@@ -230,7 +231,7 @@ def test_results_equal_those_of_simple_evaluate(checkpoint, tasks_dir, tmp_path)
         torch_random_seed=3,
         fewshot_random_seed=3,
     )
-    got = score_tasks(checkpoint, ["shuffled", "rolling"], include_path=tasks_dir, limit=7, seed=3)
+    got = scored(checkpoint, ["shuffled", "rolling"], include_path=tasks_dir, limit=7, seed=3)
     shuffled, rolling = got
     results = want["results"]
     hashes = [sample["doc_hash"] for sample in want["samples"]["shuffled"]]
@@ -244,17 +245,17 @@ def test_results_equal_those_of_simple_evaluate(checkpoint, tasks_dir, tmp_path)
 
 
 def test_a_metric_that_is_no_mean_has_neither_samples_nor_stderr(checkpoint, tasks_dir):
-    [full] = score_tasks(checkpoint, ["rolling"], include_path=tasks_dir)
+    [full] = scored(checkpoint, ["rolling"], include_path=tasks_dir)
     metric = full.metrics["word_perplexity"]
     assert (metric.stderr, metric.higher_is_better, full.samples) == (None, False, {})
-    [half] = score_tasks(checkpoint, ["rolling"], include_path=tasks_dir, dtype="bfloat16")
+    [half] = scored(checkpoint, ["rolling"], include_path=tasks_dir, dtype="bfloat16")
     other = half.metrics["word_perplexity"].value
     assert other != metric.value  # the dtype reaches the model
     assert math.log(other) == pytest.approx(math.log(metric.value), rel=0.05)
 
 
 def test_a_named_filter_is_part_of_the_metrics_name(tiny, checkpoint, tasks_dir):
-    [score] = score_tasks(checkpoint, ["filtered"], include_path=tasks_dir)
+    [score] = scored(checkpoint, ["filtered"], include_path=tasks_dir)
     assert set(score.metrics) == {"acc,first", "acc_norm,first"}
     assert score.n == 12
     # `acc` is a median here: its samples are numbers, but the metric is not their mean.
@@ -264,19 +265,19 @@ def test_a_named_filter_is_part_of_the_metrics_name(tiny, checkpoint, tasks_dir)
 
 
 def test_limit_keeps_the_first_samples(tiny, checkpoint, tasks_dir):
-    [score] = score_tasks(checkpoint, ["tiny"], include_path=tasks_dir, limit=5)
+    [score] = scored(checkpoint, ["tiny"], include_path=tasks_dir, limit=5)
     assert score.n == 5
     assert score.sample_hashes == tiny.sample_hashes[:5]
     assert score.samples["acc"] == tiny.samples["acc"][:5]
 
 
 def test_one_sample_has_no_stderr(checkpoint, tasks_dir):
-    [score] = score_tasks(checkpoint, ["tiny"], include_path=tasks_dir, limit=1)
+    [score] = scored(checkpoint, ["tiny"], include_path=tasks_dir, limit=1)
     assert score.metrics["acc"].stderr is None
 
 
 def test_same_inputs_give_the_same_score(tiny, checkpoint, tasks_dir):
-    assert score_tasks(checkpoint, ["tiny"], include_path=tasks_dir) == [tiny]
+    assert scored(checkpoint, ["tiny"], include_path=tasks_dir) == [tiny]
 
 
 def test_seed_decides_what_a_task_draws_and_the_callers_generators_stay(checkpoint, tasks_dir):
@@ -285,61 +286,65 @@ def test_seed_decides_what_a_task_draws_and_the_callers_generators_stay(checkpoi
     before = random.getstate(), torch.get_rng_state()
 
     def order(seed: int) -> tuple[str, ...]:
-        [score] = score_tasks(checkpoint, ["shuffled"], include_path=tasks_dir, limit=8, seed=seed)
+        [score] = scored(checkpoint, ["shuffled"], include_path=tasks_dir, limit=8, seed=seed)
         return score.sample_hashes
 
     first = order(1)
     assert order(1) == first
     assert order(2) != first
     pair = ["tiny", "shuffled"]
-    scores = score_tasks(checkpoint, pair, include_path=tasks_dir, limit=8, seed=1)
+    scores = scored(checkpoint, pair, include_path=tasks_dir, limit=8, seed=1)
     assert scores[1].sample_hashes == first  # also after another task
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_groups_and_tags_stand_for_their_tasks_each_once(checkpoint, tasks_dir):
-    scores = score_tasks(checkpoint, ["tiny_group", "tiny_tag"], include_path=tasks_dir, limit=2)
+    scores = scored(checkpoint, ["tiny_group", "tiny_tag"], include_path=tasks_dir, limit=2)
     assert sorted(score.task for score in scores) == ["other", "tiny"]
     assert scores[0].task == "other"
 
 
 def test_unknown_task_is_refused_with_close_names(tasks_dir):
     with pytest.raises(UsageError, match=r"'arc_esay'.*did you mean 'arc_easy'") as caught:
-        check_tasks(["tiny", "arc_esay", "tiny_gruop"], tasks_dir)
+        load_tasks(["tiny", "arc_esay", "tiny_gruop"], tasks_dir)
     assert "'tiny_group'" in caught.value.hint
     assert "'tiny'" not in caught.value.message
 
 
-def test_known_task_passes_without_its_data(tasks_dir):
-    check_tasks(["tiny", "no_hub", "no_file"], tasks_dir)
+def test_tasks_that_are_loaded_once_score_every_model_alike(tiny, checkpoint, tasks_dir):
+    tasks = load_tasks(["tiny", "shuffled"], tasks_dir, seed=1)
+    first = score_tasks(checkpoint, tasks, seed=1)
+    assert score_tasks(checkpoint, tasks, seed=1) == first
+    assert first == scored(checkpoint, ["tiny", "shuffled"], tasks_dir, seed=1)
+    assert first[0] == tiny
 
 
 def test_wrong_options_are_usage_errors(checkpoint, tasks_dir, tmp_path):
     with pytest.raises(UsageError, match="absent is not a folder"):
-        check_tasks(["tiny"], tmp_path / "absent")
+        load_tasks(["tiny"], tmp_path / "absent")
     with pytest.raises(UsageError, match="no task"):
-        check_tasks([], None)
+        load_tasks([], None)
     with pytest.raises(UsageError, match="limit of 0"):
-        score_tasks(checkpoint, ["tiny"], include_path=tasks_dir, limit=0)
+        scored(checkpoint, ["tiny"], include_path=tasks_dir, limit=0)
     with pytest.raises(UsageError, match="dtype 'float31'"):
-        score_tasks(checkpoint, ["tiny"], include_path=tasks_dir, dtype="float31")
+        scored(checkpoint, ["tiny"], include_path=tasks_dir, dtype="float31")
     with pytest.raises(UsageError, match="device 'cuda:x'"):
-        score_tasks(checkpoint, ["tiny"], include_path=tasks_dir, device="cuda:x")
+        scored(checkpoint, ["tiny"], include_path=tasks_dir, device="cuda:x")
 
 
 def test_missing_tokenizer_is_named(checkpoint, tasks_dir, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(DataError, match=r"no usable tokenizer.*token rows needs none"):
-        score_tasks(bare, ["tiny"], include_path=tasks_dir)
+        scored(bare, ["tiny"], include_path=tasks_dir)
 
 
 def test_a_tokenizer_made_up_from_nothing_is_refused(tasks_dir, tmp_path):
     """For this architecture transformers returns an empty tokenizer where it has no file."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(DataError, match=r"vocabulary is empty.*token rows needs none"):
-        score_tasks(tmp_path, ["tiny"], include_path=tasks_dir)
+        scored(tmp_path, ["tiny"], include_path=tasks_dir)
 
 
 def test_missing_weight_is_refused(checkpoint, tasks_dir, tmp_path):
@@ -351,24 +356,25 @@ def test_missing_weight_is_refused(checkpoint, tasks_dir, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
-        score_tasks(broken, ["tiny"], include_path=tasks_dir)
+        scored(broken, ["tiny"], include_path=tasks_dir)
 
 
 def test_missing_data_file_names_the_task(checkpoint, tasks_dir):
     with pytest.raises(DataError, match=r"'no_file'.*absent\.jsonl.*--include-path"):
-        score_tasks(checkpoint, ["no_file"], include_path=tasks_dir)
+        scored(checkpoint, ["no_file"], include_path=tasks_dir)
 
 
 SCRIPT = """\
 import json, sys
 from pathlib import Path
 from sparsekit.errors import DataError
+from sparsekit.stages.harness import load_tasks
 from sparsekit.stages.tasks import score_tasks
 
 checkpoint, tasks, out = map(Path, sys.argv[1:])
-[score] = score_tasks(checkpoint, ["shuffled"], include_path=tasks)
+[score] = score_tasks(checkpoint, load_tasks(["shuffled"], tasks))
 try:
-    score_tasks(checkpoint, ["no_hub"], include_path=tasks)
+    load_tasks(["no_hub"], tasks)
 except DataError as error:
     out.write_text(json.dumps({"score": score.to_json(), "error": str(error)}))
 """
@@ -460,7 +466,7 @@ def test_compare_refuses_other_samples_and_other_versions():
     not SHARED_TASKS.is_dir(), reason=f"needs the shared evaluation data at {SHARED_TASKS}"
 )
 def test_shared_arc_easy_runs_without_network(checkpoint):
-    [score] = score_tasks(checkpoint, ["arc_easy_local"], include_path=SHARED_TASKS, limit=8)
+    [score] = scored(checkpoint, ["arc_easy_local"], include_path=SHARED_TASKS, limit=8)
     assert (score.task, score.version, score.n) == ("arc_easy_local", "1.0", 8)
     assert len(score.samples["acc"]) == len(score.samples["acc_norm"]) == 8
     assert set(score.samples["acc"]) <= {0.0, 1.0}

@@ -1,0 +1,105 @@
+"""The verb `bench`: what sparsekit itself costs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsekit.cli import show
+from sparsekit.cli.console import Terminal
+from sparsekit.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Length,
+    Method,
+    Model,
+    Options,
+    PatternText,
+    Propagate,
+    Quiet,
+    Reconstruct,
+    Samples,
+    Seed,
+    Source,
+    named,
+    prune_config,
+)
+
+app = typer.Typer(
+    help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.command("prune")
+def bench_prune(
+    model: Model,
+    method: Method = "wanda",
+    pattern: PatternText = "2:4",
+    option: Options = [],  # noqa: B006
+    calibration: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = 0,
+    reconstruct: Reconstruct = "none",
+    propagate: Propagate = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    repeat: Annotated[int, typer.Option(help="Runs of each; medians count.")] = 3,
+    floor: Annotated[
+        bool, typer.Option(help="Also run the plain forward (needs the model in memory).")
+    ] = True,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the deleted output.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time pruning against one plain forward over the same rows, and measure its peak memory.
+
+    Example: sparsekit bench prune demo --samples 32 --length 512
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working() as progress:
+        config = prune_config(
+            method=method,
+            pattern=pattern,
+            option=option,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            skip=[],
+            reconstruct=reconstruct,
+            propagate=propagate,
+            device=device,
+            dtype=dtype,
+        )
+        from sparsekit.stages.bench import bench_prune as stage
+
+        name = named(model)
+        result = stage(config, name, repeat=repeat, floor=floor, scratch=scratch, progress=progress)
+        show.bench(terminal, result)
+
+
+@app.command("generate")
+def bench_generate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    blocks: Annotated[int, typer.Option(help="Decoder blocks.")] = 132,
+    hidden: Annotated[int, typer.Option(help="Hidden size; 132 blocks of 1024 are 3.2 GB.")] = 1024,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a Llama checkpoint of random weights for memory benches.
+
+    Example: sparsekit bench generate -o random-3gb; then sparsekit bench prune random-3gb
+    --calibration random-3gb/rows.safetensors --no-floor --repeat 1
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working():
+        from sparsekit.stages.bench import generate
+
+        path = generate(out, blocks=blocks, hidden=hidden, seed=seed)
+        terminal.result(path, {"out": str(path)})

@@ -1,0 +1,121 @@
+"""What several commands take, and what their words stand for."""
+
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from sparsekit.errors import UsageError
+from sparsekit.models.calibration import Calibration
+from sparsekit.stages.config import PruneConfig
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Folder, hub id (org/name), 'demo' (SmolLM2-135M), or - to read it from stdin."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16 or float16.")]
+Method = Annotated[str, typer.Option(help="See 'sparsekit methods'.")]
+PatternText = Annotated[
+    str, typer.Option(help="N:M (N kept of M inputs), 50% (of each row) or 50%/tensor.")
+]
+Options = Annotated[
+    list[str], typer.Option("--option", "-O", help="KEY=VALUE of the method; repeatable.")
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        help="builtin, self, c4, wikitext2, a .txt, .jsonl, .json.gz or .parquet file, or token "
+        "rows in a .safetensors file. Default: builtin."
+    ),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration rows. Default: 128.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a row. Default: 2048.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Skip = Annotated[
+    list[str], typer.Option(help="Glob of weights to leave dense, as down_proj; repeatable.")
+]
+Reconstruct = Annotated[
+    str, typer.Option(help="none, or cg: least squares on the mask that the method chose.")
+]
+Propagate = Annotated[
+    bool | None,
+    typer.Option(
+        "--propagate/--no-propagate",
+        help="Calibrate on the outputs of the pruned blocks before, or of the dense ones. "
+        "Default: as the method's source does.",
+    ),
+]
+
+
+def prune_config(
+    *,
+    method: str,
+    pattern: str,
+    option: list[str],
+    calibration: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    skip: list[str],
+    reconstruct: str,
+    propagate: bool | None,
+    device: str,
+    dtype: str,
+) -> PruneConfig:
+    """The checked configuration that the flags of `prune` and `bench prune` spell."""
+    options: dict[str, str] = {}
+    for item in option:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--option {item!r} has no value", "write --option KEY=VALUE")
+        options[key.strip()] = value.strip()
+    rows: Calibration | None = None
+    if calibration is not None:
+        rows = Calibration(source=calibration, samples=samples, length=length, seed=seed)
+    config = PruneConfig(
+        method=method,
+        pattern=pattern,
+        options=options,
+        calibration=rows,
+        skip=skip,
+        reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
+        propagate=propagate,
+        device=device,
+        dtype=dtype,
+    )
+    config.check()
+    if rows is None and config.rows is not None:
+        rows = Calibration(samples=samples, length=length, seed=seed)
+        rows.check()
+        return replace(config, calibration=rows)
+    if rows is None and (samples is not None or length is not None):
+        raise UsageError(
+            f"{method} reads no calibration: --samples and --length have no effect",
+            "leave them out, or pass --calibration to have the output error measured",
+        )
+    return config
+
+
+def named(name: str) -> str:
+    """The model that a word stands for; `-` is read from stdin.
+
+    Raises:
+        UsageError: stdin has no name, or several.
+    """
+    if name == "-":
+        lines = [line.strip() for line in sys.stdin if line.strip()]
+        if not lines:
+            raise UsageError(
+                "no model on stdin", "pipe a path, as: sparsekit prune … | sparsekit eval -"
+            )
+        if len(lines) > 1:
+            raise UsageError(f"{len(lines)} models on stdin, one is wanted", "pass them by name")
+        name = lines[0]
+    return name

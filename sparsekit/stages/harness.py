@@ -1,0 +1,210 @@
+"""lm-eval's tasks, and a checkpoint as lm-eval runs it, loaded without what it does on the side."""
+
+import contextlib
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsekit.errors import DataError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tasks(
+    names: Sequence[str], include_path: Path | None = None, seed: int = 0
+) -> "dict[str, Task]":
+    """The tasks behind the names, with their data, each once and in the order asked for.
+
+    Args:
+        names: Tasks, groups or tags that lm-eval knows.
+        include_path: Folder of further task files; they win over stock tasks of the same name.
+        seed: Seeds what a task draws while it loads.
+
+    Raises:
+        UsageError: A name is unknown, none is given, or `include_path` is no folder.
+        DataError: A task's data cannot be had.
+    """
+    with seeded(seed), quiet(logging.ERROR):
+        manager = _task_manager(names, include_path)
+        tasks: dict[str, Task] = {}
+        for name in names:
+            # What a task draws while it loads does not depend on the tasks before it.
+            _seed(seed)
+            for leaf, task in _load(manager, name).items():
+                _add_task(tasks, leaf, task)
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+    return tasks
+
+
+def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManager":
+    """lm-eval's index of the tasks, which holds every name asked for."""
+    from lm_eval.tasks import TaskManager
+
+    if not names:
+        raise UsageError("no task is named", "give at least one")
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise UsageError(f"{include_path} is not a folder of lm-eval tasks")
+        local = TaskManager(include_path=include_path, include_defaults=False)
+        # Reading the thousands of stock files takes 10 s; a local task needs none of them, but a
+        # group or a tag may have members there.
+        if set(names) <= set(local.all_subtasks):
+            return local
+    manager = TaskManager(include_path=include_path)
+    unknown = [name for name in names if name not in manager.task_index]
+    if unknown:
+        raise UsageError(
+            f"lm-eval knows no task {' or '.join(repr(name) for name in unknown)}",
+            "; ".join(did_you_mean(name, manager.all_tasks) for name in unknown),
+        )
+    return manager
+
+
+def _load(manager: "TaskManager", name: str) -> "Mapping[str, Task]":
+    """The tasks that one name stands for, with their data."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return manager.load([name])["tasks"]
+    except (OSError, DatasetsError) as error:
+        raise DataError(
+            f"the data of task '{name}' cannot be had: {error}",
+            "stock tasks load their data from the Hugging Face hub; without it, put task "
+            "files that read local data in a folder and name it with --include-path",
+        ) from error
+    except (ImportError, ValueError) as error:
+        raise DataError(f"task '{name}' cannot be loaded: {error}") from error
+
+
+def _add_task(tasks: dict[str, "Task"], name: str, task: "Task") -> None:
+    """Add a task that is not there yet."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UsageError(f"task '{name}' runs code that the model writes", "use lm_eval itself")
+    if getattr(task, "MULTIMODAL", False):
+        raise UsageError(f"task '{name}' is not a task on text alone", "use lm_eval itself")
+    # A group may set options of its members.
+    if name in tasks and tasks[name].dump_config() != task.dump_config():
+        raise UsageError(f"task '{name}' is asked for twice, with different options")
+    tasks.setdefault(name, task)
+
+
+def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM":
+    """The checkpoint as lm-eval runs it.
+
+    Raises:
+        UsageError: There is no such device or dtype.
+        DataError: The checkpoint lacks weights or a tokenizer, or cannot be read.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = load_tokenizer(path)
+    # HFLM gets loaded objects: from a path it takes another device in silence when it does not
+    # know the one named, and asks the hub about the path.
+    model = _load_weights(path, dtype)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the model cannot be put on device '{device}': {error}") from error
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        DataError: There is none, or it has no words.
+    """
+    from transformers import AutoTokenizer
+
+    hint = "tasks are text and need one; perplexity on token rows needs none"
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path} is not a checkpoint folder: it has no config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{path} has no usable tokenizer ({_first_line(error)})", hint) from error
+    # For several architectures transformers 5 builds a tokenizer without any file, and it has no
+    # words: every prompt would be empty.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(f"{path} has no tokenizer: its vocabulary is empty", hint)
+    return tokenizer
+
+
+def _load_weights(path: Path, dtype: str) -> "PreTrainedModel":
+    """The model of a checkpoint with all of its weights."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise DataError(f"{path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text; the libraries' own advice follows it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that lm-eval and its tasks draw from; restore them after."""
+    import numpy as np
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        _seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def quiet(level: int) -> Iterator[None]:
+    """Show only messages of this level on, and send what lm-eval prints to stderr."""
+    # Both set their level when they are first imported.
+    import lm_eval
+    import transformers
+
+    loggers = [logging.getLogger(module.__name__) for module in (lm_eval, transformers)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(level)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for logger, old in zip(loggers, levels, strict=True):
+            logger.setLevel(old)

@@ -1,0 +1,208 @@
+"""What a prune run will do: every check and every choice that needs no weights."""
+
+import fnmatch
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit import methods
+from sparsekit.errors import UsageError, did_you_mean
+from sparsekit.files import existing_parent
+from sparsekit.models.architecture import Target
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.reference import resolve
+from sparsekit.models.writer import refuse_foreign, refuse_output, refuse_source, require_space
+from sparsekit.progress import SILENT, Progress
+from sparsekit.pruners import Pruner
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import Want
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked configuration with everything that the loop needs."""
+
+    config: PruneConfig
+    pruner: Pruner
+    pattern: Pattern
+    source: Checkpoint
+    stream: BlockStream
+    targets: list[Target]
+    skipped: list[dict[str, str]]
+    want: Want | None
+    propagate: bool
+    calibration: Calibration | None
+
+
+def prepare(
+    config: PruneConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Job:
+    """Check a configuration against a model and an output folder.
+
+    Raises:
+        UsageError: The configuration does not fit the model, or `out` is in use.
+        DataError: The model cannot be read, or has no blocks that can be streamed.
+        StorageError: The disk has no room for the output.
+    """
+    config.check()
+    refuse_source(out, Path(model).expanduser())
+    refuse_output(out, overwrite=overwrite)
+    source = Checkpoint.open(resolve(model, progress))
+    partial = out.with_name(out.name + ".partial")
+    refuse_foreign(partial)
+    if not partial.exists():
+        require_space(existing_parent(out), source)
+    pruner = methods.load("pruners", config.method, config.options)
+    pattern = Pattern.parse(config.pattern)
+    device = pick_device(config.device)
+    stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
+    targets, skipped = _select(stream, config.skip)
+    _refuse_misfits(targets, pattern)
+    calibration = config.rows
+    if calibration is None:
+        want = None
+    else:
+        want = "gram" if config.reconstruct == "cg" else pruner.needs or "norms"
+    propagate = pruner.propagate if config.propagate is None else config.propagate
+    return Job(
+        config=config,
+        pruner=pruner,
+        pattern=pattern,
+        source=source,
+        stream=stream,
+        targets=targets,
+        skipped=skipped,
+        want=want,
+        propagate=propagate,
+        calibration=calibration,
+    )
+
+
+def plan(
+    config: PruneConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `prune` would do, after the same checks, without a forward pass or a written byte.
+
+    Raises:
+        UsageError: As `prune`.
+        DataError: As `prune`, except for what only reading all weights shows.
+    """
+    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
+    zeros = sum(job.pattern.zeros(*t.shape) for t in job.targets)
+    return {
+        "model": str(job.source.path),
+        "out": str(out),
+        "method": config.method,
+        "pattern": str(job.pattern),
+        "blocks": len(job.stream),
+        "weights": len(job.targets),
+        "zeros": zeros,
+        "size": size,
+        "skipped": job.skipped,
+        "bytes_to_write": job.source.n_bytes,
+        "bytes_free": shutil.disk_usage(existing_parent(out)).free,
+        "peak_memory_estimate_bytes": _peak_estimate(job),
+        "device": str(job.stream.device),
+        "dtype": str(job.stream.dtype).removeprefix("torch."),
+    }
+
+
+def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
+    """The weights to prune, and the linear weights to leave dense with the reason."""
+    linear = {target.name: target for target in stream.targets()}
+    reasons: dict[str, str] = {}
+    for glob in skip:
+        matched = [name for name in linear if _matches(name, glob)]
+        if not matched:
+            parts = {part for name in linear for part in name.split(".")}
+            raise UsageError(f"--skip {glob!r} matches no weight", did_you_mean(glob, parts))
+        reasons = {name: f"--skip {glob}" for name in matched} | reasons
+    targets = [target for name, target in linear.items() if name not in reasons]
+    if not targets:
+        raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
+    reasons |= {
+        name: "no linear weight of a decoder block"
+        for name, place in stream.source.places.items()
+        if len(place.shape) >= 2 and name not in linear
+    }
+    return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Whether a glob matches the name or any run of its dot-separated parts."""
+    parts = name.split(".")
+    runs = (
+        ".".join(parts[start:stop])
+        for start in range(len(parts))
+        for stop in range(start + 1, len(parts) + 1)
+    )
+    return any(fnmatch.fnmatchcase(run, glob) for run in runs)
+
+
+def _refuse_misfits(targets: Sequence[Target], pattern: Pattern) -> None:
+    """Refuse a pattern whose groups do not divide the inputs of every target.
+
+    Raises:
+        UsageError: Names the first such weight, and the ways out.
+    """
+    odd = [target for target in targets if pattern.misfit(target.shape[1])]
+    if not odd:
+        return
+    common = math.gcd(*(target.shape[1] for target in targets))
+    # The same share with the largest shorter group that divides every weight.
+    keeps = ((group * pattern.keep / pattern.group, group) for group in range(pattern.group, 1, -1))
+    fitting = next((f"{k:.0f}:{m}" for k, m in keeps if k % 1 == 0 and common % m == 0), None)
+    ways = [f"--pattern {fitting} fits"] if fitting else []
+    if len(odd) < len(targets):
+        modules = dict.fromkeys(t.name.removesuffix(".weight").rpartition(".")[2] for t in odd)
+        ways.append("leave it dense with " + " ".join(f"--skip {name}" for name in modules))
+    raise UsageError(
+        f"{odd[0].name}: {pattern.misfit(odd[0].shape[1])}",
+        ", or ".join(ways) or "50% fits every weight",
+    )
+
+
+def _peak_estimate(job: Job) -> int:
+    """A bound on this process's memory above the interpreter with its libraries, in bytes."""
+    stream, places = job.stream, job.source.places
+    wide = torch.tensor([], dtype=stream.dtype).element_size()
+    blocks = []
+    for index in range(len(stream)):
+        block = stream.block(index)
+        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
+        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
+        # Which weights share an input shows in the forward only: at most one Gram matrix for each,
+        # and for the largest its factors (ALPS: eigenvectors in float64 and their inverse).
+        widths = [target.shape[1] for target in block.targets]
+        grams = 0
+        if job.want == "gram":
+            grams = 4 * sum(w * w for w in widths) + 8 * 4 * max(widths) ** 2
+        solving = 2 * max(math.prod(target.shape) for target in block.targets)
+        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
+    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
+    hidden = 0
+    if job.calibration:
+        samples, length = job.calibration.shape(job.source.config)
+        width = job.source.config.get_text_config().hidden_size
+        hidden = samples * length * width * wide
+    return hidden + max(max(blocks), outside)
