@@ -1,7 +1,10 @@
 """Every command as a user meets it: exit codes, the one result on stdout, tables on stderr."""
 
+import contextlib
 import json
 import math
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -83,6 +86,27 @@ def test_prune_writes_the_path_to_stdout_and_the_table_to_stderr(cli, family, ro
     for word in ("relative error", "q_proj", "down_proj", "50.00%"):
         assert word in found.stderr
     assert "wanda 2:4: 2/2 model.layers.1" in found.stderr  # progress as plain lines
+
+
+def test_on_a_terminal_progress_is_a_bar_with_block_time_left_and_memory(
+    start, family, row_file, tmp_path
+):
+    terminal, slave = pty.openpty()
+    arguments = ("prune", family("llama_deep"), "-o", tmp_path / "out", "--calibration", row_file)
+    process = start(*arguments, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal without writers
+        while piece := os.read(terminal, 1 << 16):
+            shown += piece
+    os.close(terminal)
+    stdout, _ = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (0, f"{tmp_path / 'out'}\n")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "\x1b[" in shown.decode()  # drawn, not lines
+    assert re.search(r"wanda 2:4 .*0/6 .*\d+ MB peak", text)
+    assert re.search(r"wanda 2:4 .*[1-6]/6 .*\d:\d\d:\d\d.* MB peak +model\.layers\.\d", text)
+    assert "relative error" in text  # the table comes after it
 
 
 def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):

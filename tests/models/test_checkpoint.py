@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import DataError
 from sparsekit.models.architecture import build_without_weights
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import INDEX, Checkpoint
-from sparsekit.models.reference import resolve
 
 WEIGHTS = "model.safetensors"
 
@@ -142,26 +141,6 @@ def test_untouched_source_has_no_history(family):
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no such model folder: .*/nowhere"):
         Checkpoint.open(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no such model folder: .*/nowhere.*hub id"):
-        resolve(str(tmp_path / "nowhere"))
-
-
-def test_path_of_a_file_is_no_model(family):
-    with pytest.raises(DataError, match="no such model folder"):
-        resolve(str(family("llama") / WEIGHTS))
-
-
-def test_empty_name_is_refused():
-    with pytest.raises(UsageError, match="empty"):
-        resolve("")
-
-
-def test_folder_is_taken_as_it_is(family, monkeypatch):
-    assert resolve(str(family("llama"))) == family("llama")
-    monkeypatch.chdir(family("llama").parents[0])
-    assert resolve("llama") == Path("llama")
-    monkeypatch.chdir(family("llama").parents[1])
-    assert resolve(f"{family('llama').parent.name}/llama").is_dir()  # not taken for a hub id
 
 
 def test_folder_without_config_is_refused(copy_of):

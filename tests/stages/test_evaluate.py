@@ -14,6 +14,7 @@ from sparsekit.errors import DataError, NumericalError, UsageError
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.rows import fingerprint
+from sparsekit.progress import Silent
 from sparsekit.stages import evaluate as module
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate
@@ -92,6 +93,16 @@ def test_baseline_comes_first_and_differences_are_paired(family, pruned, row_fil
     assert one.difference != two.difference
 
 
+class Recorder(Silent):
+    """Keeps the titles of what was begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def begin(self, title: str, total: int) -> None:
+        self.begun.append(title)
+
+
 def test_model_differs_from_itself_by_exactly_nothing(family, row_file):
     _, score = scores(EvalConfig(text=str(row_file)), family("llama"), baseline=family("llama"))
     assert score.difference["log_perplexity"] == {"value": 0.0, "stderr": 0.0, "n": 5}
@@ -105,8 +116,47 @@ def test_models_whose_tokenizers_cut_another_text_are_not_compared(copy_of, fami
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(tokenizer))
     config = EvalConfig(length=32, limit=2)
+    seen = Recorder()
     with pytest.raises(DataError, match=r"cut builtin into different tokens; .*tokenizers cannot"):
-        scores(config, other, baseline=family("llama"))
+        evaluate(config, [str(other)], str(family("llama")), seen)
+    assert seen.begun == []  # nothing had been measured
+
+
+def test_windows_of_other_lengths_are_refused_before_anything_is_measured(copy_of, family):
+    short = copy_of("llama")
+    file = short / "config.json"
+    shape = json.loads(file.read_text())
+    file.write_text(json.dumps({**shape, "max_position_embeddings": 16}))
+    seen = Recorder()
+    with pytest.raises(DataError, match=r"windows of 16 tokens, .* of 32; .*--length 16"):
+        evaluate(EvalConfig(length=32, limit=2), [str(short)], str(family("llama")), seen)
+    assert seen.begun == []
+
+
+def test_second_model_is_checked_before_the_first_is_measured(copy_of, family, row_file):
+    broken = copy_of("llama")
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\xff\x7f")  # NaN in bfloat16
+    seen = Recorder()
+    with pytest.raises(DataError, match="holds NaN or Inf"):
+        evaluate(EvalConfig(text=str(row_file)), [str(family("llama")), str(broken)], None, seen)
+    assert seen.begun == []
+
+
+def test_missing_tokenizer_or_data_is_seen_before_perplexity_is_measured(
+    copy_of, family, row_file, tmp_path
+):
+    (tmp_path / "lost.yaml").write_text(
+        "task: lost\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: no.jsonl\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_target: 0\n"
+        "doc_to_choice: [a, b]\n"
+    )
+    config = EvalConfig(text=str(row_file), tasks=["lost"], include_path=tmp_path)
+    seen = Recorder()
+    with pytest.raises(DataError, match="the data of task 'lost' cannot be had"):
+        evaluate(config, [str(family("llama"))], None, seen)
+    assert seen.begun == []
 
 
 def test_builtin_windows_do_not_overlap_and_are_capped_at_the_models_length(family):

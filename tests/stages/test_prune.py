@@ -484,6 +484,17 @@ def test_pattern_that_does_not_divide_a_layer_is_named_with_the_way_out(
     assert run(odd, "half", pattern="50%").entry["totals"]["weights"] == 14
 
 
+@pytest.mark.parametrize(
+    ("pattern", "way"),
+    [("5:10", "--pattern 4:8 fits$"), ("2:5", "50% fits every weight$"), ("6:12", "4:8 fits$")],
+)
+def test_pattern_that_fits_no_layer_comes_with_one_that_does(family, tmp_path, pattern, way):
+    """The tiny llama has weights with 32 and with 64 inputs; skipping all of them is no way."""
+    config = {"method": "magnitude", "pattern": pattern}
+    match = rf"q_proj\.weight: 32 inputs do not divide into groups of \d+; .*{way}"
+    assert_refused(tmp_path, UsageError, match, config=config, model=family("llama"))
+
+
 def test_mixture_of_experts_is_refused(family, tmp_path):
     match = r"'mixtral'.*would be left alone.*experts"
     assert_refused(tmp_path, DataError, match, model=family("mixtral"))
@@ -653,6 +664,15 @@ def test_progress_names_the_method_and_every_block(family, row_file, tmp_path):
     assert seen.begun == [("wanda 2:4", 2)]
     assert seen.steps == ["model.layers.0", "model.layers.1"]
     assert seen.notes == []
+
+
+def test_reading_a_large_checkpoint_is_shown_weight_by_weight(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsekit.models.checkpoint.SOON_READ", 0)
+    seen = Recorder()
+    prune(PruneConfig(method="magnitude"), str(family("llama")), tmp_path / "out", progress=seen)
+    names = list(Checkpoint.open(family("llama")).places)
+    assert seen.begun[0] == ("read and check llama", len(names))
+    assert seen.steps[: len(names)] == names
 
 
 def test_capped_length_is_told_and_recorded(family, tmp_path):

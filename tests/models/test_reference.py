@@ -1,0 +1,60 @@
+"""Names of models: folders, the demo model, and what is no model."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsekit.errors import DataError, UsageError
+from sparsekit.files import cache_dir
+from sparsekit.models.demo import SMOLLM2
+from sparsekit.models.reference import resolve, title
+
+
+def test_missing_folder_is_named_with_what_may_stand_there(tmp_path):
+    with pytest.raises(DataError, match=r"no such model folder: .*/nowhere.*hub id"):
+        resolve(str(tmp_path / "nowhere"))
+
+
+def test_path_of_a_file_is_no_model(family):
+    with pytest.raises(DataError, match="no such model folder"):
+        resolve(str(family("llama") / "config.json"))
+
+
+def test_empty_name_is_refused():
+    with pytest.raises(UsageError, match="empty"):
+        resolve("")
+
+
+def test_folder_is_taken_as_it_is(family, monkeypatch):
+    assert resolve(str(family("llama"))) == family("llama")
+    monkeypatch.chdir(family("llama").parents[0])
+    assert resolve("llama") == Path("llama")
+    monkeypatch.chdir(family("llama").parents[1])
+    assert resolve(f"{family('llama').parent.name}/llama").is_dir()  # not taken for a hub id
+
+
+@pytest.fixture
+def demo_folder(tmp_path, monkeypatch) -> Path:
+    """Where the demo model lies once it has been fetched."""
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
+    folder = cache_dir() / "demo" / f"{SMOLLM2.package}-{SMOLLM2.version}" / SMOLLM2.model
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_demo_is_the_folder_in_the_cache(demo_folder):
+    assert resolve("demo") == demo_folder
+
+
+def test_folder_called_demo_is_reached_by_its_path(demo_folder, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("./demo") == Path("demo")
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [("demo", "SmolLM2-135M-Instruct"), ("org/name", "name"), ("a/b/pruned/", "pruned")],
+)
+def test_title_is_the_name_without_its_place(reference, expected):
+    assert title(reference) == expected
