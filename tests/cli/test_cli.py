@@ -1,6 +1,7 @@
 """Every command as a user meets it: exit codes, the one result on stdout, tables on stderr."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -8,17 +9,20 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 import sparsekit
 from sparsekit import methods
 from sparsekit.cli.app import app
+from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
 from sparsekit.stages.config import EvalConfig, PruneConfig
 
@@ -88,9 +92,7 @@ def test_prune_writes_the_path_to_stdout_and_the_table_to_stderr(cli, family, ro
     assert "wanda 2:4: 2/2 model.layers.1" in found.stderr  # progress as plain lines
 
 
-def test_on_a_terminal_progress_is_a_bar_with_block_time_left_and_memory(
-    start, family, row_file, tmp_path
-):
+def test_on_a_terminal_progress_is_a_bar_and_stdout_stays_clean(start, family, row_file, tmp_path):
     terminal, slave = pty.openpty()
     arguments = ("prune", family("llama_deep"), "-o", tmp_path / "out", "--calibration", row_file)
     process = start(*arguments, stderr=slave)
@@ -105,8 +107,22 @@ def test_on_a_terminal_progress_is_a_bar_with_block_time_left_and_memory(
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert "\x1b[" in shown.decode()  # drawn, not lines
     assert re.search(r"wanda 2:4 .*0/6 .*\d+ MB peak", text)
-    assert re.search(r"wanda 2:4 .*[1-6]/6 .*\d:\d\d:\d\d.* MB peak +model\.layers\.\d", text)
     assert "relative error" in text  # the table comes after it
+
+
+def test_bar_names_the_step_what_is_left_and_the_memory():
+    shown = io.StringIO()
+    terminal = Terminal()
+    terminal.stderr = Console(file=shown, force_terminal=True, width=120)
+    with terminal.working() as progress:
+        progress.begin("wanda 2:4", 6)
+        for block in range(3):
+            progress.step(f"model.layers.{block}")
+            time.sleep(0.3)  # three times the interval at which the bar is drawn
+        progress.note("something to know")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+    assert re.search(r"wanda 2:4 .* 3/6 0:00:0\d +\d+ MB peak +model\.layers\.2", text)
+    assert "note: something to know\n" in text
 
 
 def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):
