@@ -1,6 +1,7 @@
 """Writing files so that a crash leaves either the old state or the new one."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from sparsekit.errors import DataError, StorageError, UsageError
 
 CHUNK = 1 << 24
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEPT = "finished work is kept beside the output: make room, then run the same command again"
 CACHED = "make room there, or set SPARSEKIT_CACHE to a folder that can be written"
 
@@ -53,14 +55,19 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, hint: str = KEPT) -> None:
     """Replace the file at `path` by `data`, durably and in one step.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        hint: What to do when the disk is full.
 
     Raises:
         StorageError: The data could not be written; the old file is untouched.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with storage_errors(path):
+    with storage_errors(path, hint):
         try:
             with part.open("wb") as file:
                 file.write(data)
@@ -93,10 +100,17 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def storage_errors(path: Path, hint: str = KEPT) -> Iterator[None]:
-    """Turn a failed write below `path` into a `StorageError` that says what to do."""
+    """Turn a failed write below `path` into a `StorageError` that says what to do.
+
+    Args:
+        path: What is written.
+        hint: What to do when the disk is full.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno not in FULL and error.errno is not None:
+            hint = "check the path and its permissions, then run the same command again"
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}",
             hint,

@@ -100,7 +100,10 @@ def _parse(text: str, option: Option, method: str) -> Any:
             f"its default is {option.default}",
         ) from error
     if isinstance(value, int | float) and not 0 <= value < float("inf"):
-        raise UsageError(f"option {option.name} of {method} must not be negative: {text}")
+        raise UsageError(
+            f"option {option.name} of {method} must be a number at or above 0, not {text}",
+            f"its default is {option.default}",
+        )
     return value
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from sparsekit.errors import SparsekitError
 from sparsekit.progress import SILENT, Progress
@@ -53,7 +55,7 @@ class Terminal:
             return
         cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
         table = Table(
-            title=title,
+            title=Text(title),
             title_justify="left",
             title_style="bold",
             box=None,
@@ -64,7 +66,7 @@ class Terminal:
             numeric = all(row[index][:1] in "+-0123456789" for row in cells)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in cells:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.stderr.print(table, soft_wrap=False)
 
     def note(self, text: str) -> None:
@@ -90,11 +92,12 @@ class Terminal:
             display.end()
             hint = "the same command goes on from here" if resumable else ""
             self._fail("interrupted", hint, INTERRUPTED)
-        except MemoryError:
-            display.end()
-            self._fail("error: out of memory", "fewer --samples or a shorter --length take less", 1)
         except Exception as error:
             display.end()
+            if _is_out_of_memory(error):
+                self._fail(
+                    "error: out of memory", "fewer --samples or a shorter --length take less", 1
+                )
             lines = str(error).strip().split("\n")
             reason = f"{type(error).__name__}: {lines[0]}"
             self._fail(f"error: unexpected {reason}", "--debug shows where", 1)
@@ -108,16 +111,24 @@ class Terminal:
         raise typer.Exit(code)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python's or torch's allocator failed; torch's has no class of its own on a CPU."""
+    told = isinstance(error, RuntimeError) and re.search(
+        r"out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE
+    )
+    return isinstance(error, MemoryError) or bool(told)
+
+
 class _Bars:
     """Progress as a bar that moves, for a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}  {task.fields[label]}"),
+            TextColumn("{task.fields[memory]}  {task.fields[label]}", markup=False),
             console=console,
             transient=True,
         )

@@ -95,9 +95,10 @@ def prune_config(
         rows = Calibration(samples=samples, length=length, seed=seed)
         rows.check()
         return replace(config, calibration=rows)
-    if rows is None and (samples is not None or length is not None):
+    if rows is None and not (samples is length is propagate is None and seed == 0):
         raise UsageError(
-            f"{method} reads no calibration: --samples and --length have no effect",
+            f"{method} reads no calibration: --samples, --length, --seed and --propagate have no "
+            "effect",
             "leave them out, or pass --calibration to have the output error measured",
         )
     return config

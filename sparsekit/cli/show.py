@@ -132,10 +132,10 @@ def inspection(terminal: Terminal, report: "Inspection") -> None:
         terminal.table(title, columns, [_sparsity_row(row) for row in [*rows, report.total]])
     steps = [
         (
-            entry["stage"],
-            f"{entry['recipe'].get('method', '')} {entry['recipe'].get('pattern', '')}",
+            entry.get("stage"),
+            " ".join(entry.get("recipe", {}).get(key, "") for key in ("method", "pattern")),
             f"{entry.get('seconds', 0):.0f} s",
-            entry["source"]["path"],
+            entry.get("source", {}).get("path"),
         )
         for entry in report.history
     ]

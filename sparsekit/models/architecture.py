@@ -38,9 +38,9 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     try:
         # Buffers are made for real: rotary tables are computed, not stored.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{source.path}: no causal language model for {config.model_type!r}: {reason}"
         ) from error
@@ -65,14 +65,16 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 def match_names(model: nn.Module, source: Checkpoint) -> dict[str, str]:
     """For each parameter and stored buffer of the model its name on disk.
 
-    Checkpoints of a bare base model lack its prefix; a tied weight lies under its source's name.
+    Checkpoints of a bare base model lack its prefix; of tied weights one is on disk.
     """
     prefix = model.base_model_prefix + "."
     tied = getattr(model, "all_tied_weights_keys", {})
     matched, missing = {}, []
     for name in model.state_dict():
         origin = tied.get(name, name)
-        found = [n for n in (origin, origin.removeprefix(prefix)) if n in source.places]
+        alike = (origin, *(n for n, tied_to in tied.items() if tied_to == origin))
+        places = (place for n in alike for place in (n, n.removeprefix(prefix)))
+        found = [place for place in places if place in source.places]
         if found:
             matched[name] = found[0]
         elif name in dict(model.named_parameters(remove_duplicate=False)):
@@ -104,13 +106,13 @@ def refuse_hidden_weights(
     for index, block in enumerate(blocks):
         known = {id(m.weight) for m in block.modules() if _is_linear(m)}
         for name, parameter in block.named_parameters():
-            if parameter.ndim >= 3 and id(parameter) not in known:
+            if parameter.ndim >= 2 and id(parameter) not in known:
                 left.append(f"{prefix}.{index}.{name}")
     if left:
         raise DataError(
-            f"{source.path}: {model.config.model_type!r} keeps weights in packed tensors, which "
-            f"sparsekit cannot prune yet; would be left alone: {families(left)}",
-            "mixture-of-experts models are not supported",
+            f"{source.path}: {model.config.model_type!r} keeps weights outside plain linear "
+            f"layers, which sparsekit cannot prune yet; would be left alone: {families(left)}",
+            "mixture-of-experts models and linear layers of their own kind are not supported",
         )
 
 

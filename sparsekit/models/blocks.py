@@ -268,6 +268,8 @@ class Block:
         """
         old = self._disk[target.name]
         cast = (weight.T if target.transposed else weight).to("cpu", old.dtype).contiguous()
+        if old.dtype == torch.float64:  # a weight that stays as it is keeps all of its digits
+            cast = torch.where(cast == old.float(), old, cast)
         cast = cast.masked_fill(cast == 0, 0.0)
         low, high = cast.aminmax()
         if not (low.isfinite() & high.isfinite()):

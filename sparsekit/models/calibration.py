@@ -101,6 +101,17 @@ class Calibration:
             write_cache(path, tokens)
         return token_rows(tokens, self.source, checkpoint.config, notes)
 
+    def require(self, checkpoint: Checkpoint) -> None:
+        """Make sure that rows can be had for a checkpoint, as far as that needs no text.
+
+        Raises:
+            DataError: A row file does not fit the model, or a text needs the missing tokenizer.
+        """
+        if is_kind(self.source, ROW_FILE):
+            self._stored(checkpoint.config)
+        elif self.source != "self":
+            checkpoint.tokenizer()
+
     def shape(self, config: PretrainedConfig) -> tuple[int, int]:
         """Samples and length of the rows for a model, without drawing them.
 

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from sparsekit.errors import DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
+from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "sparsekit.json"
 # A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
@@ -97,19 +99,20 @@ class Checkpoint:
             DataError: It cannot be read, needs code of its own, or is unknown to transformers.
         """
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
         raw = read_json(self.path / "config.json")
         kind = raw.get("model_type") if isinstance(raw, dict) else None
         try:
-            return transformers.AutoConfig.from_pretrained(self.path)
-        except (ValueError, KeyError, OSError, TypeError) as error:
+            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
             if isinstance(raw, dict) and "auto_map" in raw:
                 reason, hint = "it needs remote code, which sparsekit does not run", ""
             elif kind and kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
                 reason = f"transformers {transformers.__version__} does not know it"
                 hint = "a newer one may: pip install -U transformers"
             else:
-                reason, hint = str(error).strip().split("\n")[0], ""
+                reason, hint = " ".join(str(error).split()), ""
             raise DataError(
                 f"{self.path}: model type {kind!r} cannot be loaded: {reason}", hint
             ) from error
@@ -120,19 +123,7 @@ class Checkpoint:
         Raises:
             DataError: There is none.
         """
-        from transformers import AutoTokenizer
-
-        wanted = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-        hint = "copy the tokenizer files there, or pass token rows (rows.safetensors) as text"
-        if not any((self.path / file).is_file() for file in wanted):
-            raise DataError(f"{self.path} has no tokenizer", hint)
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise DataError(
-                f"the tokenizer in {self.path} cannot be loaded: {reason}", hint
-            ) from error
+        return load_tokenizer(self.path)
 
     @property
     def n_bytes(self) -> int:
@@ -157,8 +148,11 @@ class Checkpoint:
         if not file.is_file():
             return {"history": []}
         found = read_json(file)
-        if not isinstance(found, dict) or not isinstance(found.get("history"), list):
-            raise DataError(f"{file} has no history", "delete it if it is not sparsekit's")
+        history = found.get("history") if isinstance(found, dict) else None
+        if not isinstance(history, list) or not all(map(_is_entry, history)):
+            raise DataError(
+                f"{file} has no history that sparsekit wrote", "delete it if it is not sparsekit's"
+            )
         return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -219,6 +213,14 @@ class Checkpoint:
             os.close(handle)
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a history entry has what `prune` writes, if it is one of `prune`."""
+    if not isinstance(entry, dict):
+        return False
+    parts = (("recipe", dict), ("source", dict), ("weights", list))
+    return entry.get("stage") != "prune" or all(isinstance(entry.get(k), t) for k, t in parts)
+
+
 def _weight_files(path: Path) -> dict[str, list[str] | None]:
     """Weight files by name with the tensors to take from each (None: all)."""
     if (path / INDEX).is_file():
@@ -235,9 +237,14 @@ def _weight_files(path: Path) -> dict[str, list[str] | None]:
             names = files.setdefault(file, [])
             assert names is not None
             names.append(name)
+        if (path / SINGLE).is_file() and files.keys() != {SINGLE}:
+            raise DataError(
+                f"{path} has both {SINGLE} and {INDEX} with other files",
+                "transformers would load the first: delete the one that is not the model",
+            )
         return dict(sorted(files.items()))
-    if (path / "model.safetensors").is_file():
-        return {"model.safetensors": None}
+    if (path / SINGLE).is_file():
+        return {SINGLE: None}
     others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
     if others:
         raise DataError(
@@ -246,7 +253,7 @@ def _weight_files(path: Path) -> dict[str, list[str] | None]:
             "with save_pretrained",
         )
     raise DataError(
-        f"{path} has no safetensors weights (model.safetensors or {INDEX})",
+        f"{path} has no safetensors weights ({SINGLE} or {INDEX})",
         "if the model has other weights, load it with AutoModelForCausalLM.from_pretrained and "
         "write it with save_pretrained",
     )

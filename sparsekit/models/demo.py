@@ -112,7 +112,7 @@ def build(
     progress.step("weights")
     part = root / f".{source.model}.part"
     convert(gguf, part)
-    write_atomic(record, Checkpoint.open(part).scan().encode())
+    write_atomic(record, Checkpoint.open(part).scan().encode(), CACHED)
     with storage_errors(folder, CACHED):
         part.rename(folder)
         fsync_path(root)

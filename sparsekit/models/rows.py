@@ -127,4 +127,4 @@ def write_cache(path: Path, tokens: Tensor) -> None:
 
     with storage_errors(path, CACHED):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save({"tokens": tokens}, {"fingerprint": fingerprint(tokens)}))
+    write_atomic(path, save({"tokens": tokens}, {"fingerprint": fingerprint(tokens)}), CACHED)

@@ -37,7 +37,9 @@ def sample_rows(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     check_memory(checkpoint.config)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, trust_remote_code=False
+    )
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
     )
@@ -88,7 +90,7 @@ def check_memory(config: PretrainedConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     available = psutil.virtual_memory().available
     if n_bytes > available:

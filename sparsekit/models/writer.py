@@ -35,8 +35,11 @@ from sparsekit.models.checkpoint import INDEX, PROVENANCE, Checkpoint
 JOURNAL = ".sparsekit-journal.jsonl"
 RECIPE = ".sparsekit-recipe.json"
 LOCK = ".sparsekit-lock"
+REPLACED = ".sparsekit-replaced"
 # Room for everything that is not a weight: tokenizer, configuration, provenance.
 SPARE_BYTES = 64 << 20
+# The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
+CHAT_TEMPLATES = "additional_chat_templates"
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
 
@@ -138,6 +141,8 @@ class CheckpointWriter:
             self._publish()
             for name in (JOURNAL, RECIPE, LOCK):
                 (self.out / name).unlink(missing_ok=True)
+            if (self.out / REPLACED).is_dir():
+                shutil.rmtree(self.out / REPLACED)
         return Checkpoint.open(self.out)
 
     def _begin(self) -> None:
@@ -193,6 +198,11 @@ class CheckpointWriter:
                     place.start,
                     place.stop,
                 )
+        templates = self.source.path / CHAT_TEMPLATES
+        if templates.is_dir():
+            (self.partial / CHAT_TEMPLATES).mkdir(exist_ok=True)
+            for file in sorted(templates.iterdir()):
+                write_atomic(self.partial / CHAT_TEMPLATES / file.name, file.read_bytes())
         for file in sorted(self.source.path.iterdir()):
             own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(".")
             if file.is_file() and not own and file.suffix not in LEFT_OUT:
@@ -203,18 +213,12 @@ class CheckpointWriter:
     def _publish(self) -> None:
         # The run may have taken hours: what is at the output now is looked at again.
         refuse_output(self.out, overwrite=self._overwrite)
-        if not self.out.exists():
-            os.rename(self.partial, self.out)
-            fsync_path(self.out.parent)
-            return
-        replaced = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
-        os.rename(self.out, replaced)
+        # The old output waits in the new one's folder: after a kill between the two renames the
+        # same command finds it there.
+        if self.out.exists():
+            os.rename(self.out, self.partial / REPLACED)
         os.rename(self.partial, self.out)
         fsync_path(self.out.parent)
-        # Also what a run left that was killed between its two renames.
-        for old in self.out.parent.glob(f"{self.out.name}.replaced-*"):
-            if (old / PROVENANCE).is_file():
-                shutil.rmtree(old)
 
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -240,7 +244,14 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
     """
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"the output {out} is the current folder or contains it")
+    if out.is_symlink():
+        raise UsageError(f"the output {out} is a link", "name the folder itself")
     if not out.exists():
+        nearest = next(path for path in out.absolute().parents if path.exists())
+        if not nearest.is_dir():
+            raise UsageError(f"the output {out} cannot be made: {nearest} is no folder")
+        if not os.access(nearest, os.W_OK):
+            raise UsageError(f"the output {out} cannot be made: {nearest} may not be written")
         return
     if not overwrite:
         raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
@@ -268,13 +279,16 @@ def require_space(folder: Path, source: Checkpoint) -> None:
     """Refuse an output that the disk has no room for.
 
     Args:
-        folder: An existing folder on the output's disk.
+        folder: An existing folder on the output's disk; weight files that an interrupted run has
+            laid out there count as room.
         source: The checkpoint that the output is as large as.
 
     Raises:
         StorageError: Says how much is missing.
     """
     needed, free = source.n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    laid_out = [folder / file for file in source.headers if (folder / file).is_file()]
+    free += sum(file.stat().st_blocks * 512 for file in laid_out)
     if free < needed:
         raise StorageError(
             f"the output needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",

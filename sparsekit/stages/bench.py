@@ -54,6 +54,8 @@ def bench_prune(
     """
     if repeat < 1:
         raise UsageError(f"--repeat must be at least 1, not {repeat}")
+    if scratch is not None and not scratch.is_dir():
+        raise UsageError(f"--scratch {scratch} is no folder", "make it, or leave the option out")
     source = Checkpoint.open(resolve(model, progress))
     rows = (config.rows or Calibration()).rows(source, progress)
     build_without_weights(source, torch.float32)  # transformers' code of this family is loaded
@@ -95,7 +97,8 @@ def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, A
     from transformers import AutoModelForCausalLM
 
     dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, trust_remote_code=False)
+    model = model.eval().to(device)
     tokens, decoder = rows.tokens.to(device), model.base_model
     decoder(input_ids=tokens[:1], use_cache=False)  # not timed: first-call set-up
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

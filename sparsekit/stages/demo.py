@@ -12,6 +12,7 @@ from sparsekit.models.reference import resolve, title
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate
+from sparsekit.stages.job import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.report import NUMERICS
 
@@ -46,6 +47,9 @@ def demo(model: str, out: Path, progress: Progress = SILENT) -> list[DemoRow]:
         The dense model first, then one row for each method.
     """
     source = Checkpoint.open(resolve(model, progress))
+    for method in METHODS:
+        if not _folder(out, method).exists():
+            plan(_config(method), model, _folder(out, method))
     entries = [_made(source, method, model, out, progress) for method in METHODS]
     folders = [str(_folder(out, method)) for method in METHODS]
     scores = evaluate(SCORING, folders, baseline=model, progress=progress)
@@ -60,21 +64,26 @@ def _folder(out: Path, method: str) -> Path:
     return out / f"{method}-{PATTERN.replace(':', 'of')}"
 
 
+def _config(method: str) -> PruneConfig:
+    rows = None if methods.describe("pruners", method).data_free else CALIBRATION
+    return PruneConfig(method=method, pattern=PATTERN, calibration=rows)
+
+
 def _made(
     source: Checkpoint, method: str, model: str, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """The history entry of a method's checkpoint, made now unless it is there."""
     folder = _folder(out, method)
     if not folder.exists():
-        rows = None if methods.describe("pruners", method).data_free else CALIBRATION
-        config = PruneConfig(method=method, pattern=PATTERN, calibration=rows)
-        return dict(prune(config, model, folder, progress=progress).entry)
+        return dict(prune(_config(method), model, folder, progress=progress).entry)
     history = Checkpoint.open(folder).provenance()["history"]
     entry = history[-1] if history else {}
     recipe = entry.get("recipe", {})
     found = [entry.get("source", {}).get("fingerprint")]
-    found += [recipe.get(key) for key in ("numerics", "method", "pattern")]
-    if found != [source.fingerprint, NUMERICS, method, PATTERN]:
+    found += [recipe.get(key) for key in ("numerics", "method", "pattern", "calibration")]
+    rows = _config(method).rows
+    drawn = rows.rows(source, progress).fingerprint if rows else None
+    if found != [source.fingerprint, NUMERICS, method, PATTERN, drawn]:
         raise UsageError(f"{folder} was made in another way", "choose another --out")
     progress.note(f"{folder} is there from an earlier demo and is kept")
     return entry

@@ -17,7 +17,7 @@ from sparsekit.models.rows import TokenRows
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig
 from sparsekit.stages.device import compute_dtype, pick_device
-from sparsekit.stages.harness import load_tasks, load_tokenizer
+from sparsekit.stages.harness import load_tasks
 from sparsekit.stages.paired import PairedDifference, mean_stderr, paired_difference
 from sparsekit.stages.tasks import TaskScore, compare_tasks, score_tasks
 
@@ -110,9 +110,9 @@ def evaluate(
         DataError: A model or text cannot be read, or models were scored on different samples.
     """
     config.check()
-    tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}
     names = [*([baseline] if baseline else []), *models]
     subjects = [_subject(config, name, progress) for name in names]
+    tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}
     if baseline:
         for subject in subjects[1:]:
             _refuse_other_windows(subject, subjects[0])
@@ -142,11 +142,14 @@ class _Subject:
 
 def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
     """A model, checked as far as that needs no weights."""
+    device = pick_device(config.device)
     source = Checkpoint.open(resolve(name, progress))
     if config.tasks:
-        load_tokenizer(source.path)
+        source.tokenizer()
     rows = None
     if config.windows_of is not None:
+        # Refuses what cannot be streamed; that takes a moment and little memory.
+        BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
         rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
         for note in rows.notes:
             progress.note(f"{title(name)}: {note}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def load_tasks(
@@ -117,28 +118,6 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        DataError: There is none, or it has no words.
-    """
-    from transformers import AutoTokenizer
-
-    hint = "tasks are text and need one; perplexity on token rows needs none"
-    if not (path / "config.json").is_file():
-        raise DataError(f"{path} is not a checkpoint folder: it has no config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{path} has no usable tokenizer ({_first_line(error)})", hint) from error
-    # For several architectures transformers 5 builds a tokenizer without any file, and it has no
-    # words: every prompt would be empty.
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise DataError(f"{path} has no tokenizer: its vocabulary is empty", hint)
-    return tokenizer
-
-
 def _load_weights(path: Path, dtype: str) -> "PreTrainedModel":
     """The model of a checkpoint with all of its weights."""
     import torch
@@ -149,7 +128,11 @@ def _load_weights(path: Path, dtype: str) -> "PreTrainedModel":
         raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True, output_loading_info=True
+            str(path),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{path} cannot be loaded: {_first_line(error)}") from error

@@ -1,7 +1,8 @@
 """What a checkpoint folder holds, and whether its bytes keep what they promise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.patterns import Pattern
 
-# Patterns that `inspect` looks for, the strictest first.
+# Patterns that `inspect` looks for, besides those of the history.
 SOUGHT = ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")
 
 
@@ -61,16 +62,19 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
     """
     source = Checkpoint.open(resolve(model, progress))
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    provenance = source.provenance()
+    rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]
+    told = {row["pattern"] for row in rows if ":" in row["pattern"]}
+    sought = sorted({*SOUGHT, *told}, key=_looseness)
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}
     by_type: dict[str, list[dict[str, Any]]] = {}
     for name, target, weight in _weights(source, stream, progress):
         zeros = int((weight == 0).sum())
-        row = {"size": weight.numel(), "zeros": zeros, "patterns": _patterns(weight)}
+        row = {"size": weight.numel(), "zeros": zeros, "patterns": _patterns(weight, sought)}
         by_block.setdefault(name, []).append(row)
         by_type.setdefault(target.module, []).append(row)
     progress.end()
-    provenance = source.provenance()
     return Inspection(
         model=model,
         path=source.path,
@@ -151,10 +155,16 @@ def _weights(
         progress.step(block.name)
 
 
-def _patterns(weight: torch.Tensor) -> list[str]:
+def _looseness(text: str) -> tuple[Fraction, int]:
+    """Sorts the strictest pattern first: most zeros, then the shortest group."""
+    pattern = Pattern.parse(text)
+    return -pattern.sparsity, pattern.group
+
+
+def _patterns(weight: torch.Tensor, sought: Sequence[str]) -> list[str]:
     """Which of the sought patterns a weight has."""
     found = []
-    for text in SOUGHT:
+    for text in sought:
         try:
             Pattern.parse(text).check(weight, "")
         except PatternError:
@@ -165,7 +175,7 @@ def _patterns(weight: torch.Tensor) -> list[str]:
 
 def _sum(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     size, zeros = sum(row["size"] for row in rows), sum(row["zeros"] for row in rows)
-    shared = [text for text in SOUGHT if all(text in row["patterns"] for row in rows)]
+    shared = [text for text in rows[0]["patterns"] if all(text in r["patterns"] for r in rows)]
     pattern = shared[0] if shared else ("unstructured" if zeros else "dense")
     return {
         "name": name,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsekit import methods
-from sparsekit.errors import UsageError, did_you_mean
+from sparsekit.errors import DataError, UsageError, did_you_mean
 from sparsekit.files import existing_parent
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
@@ -24,7 +24,7 @@ from sparsekit.pruners import Pruner
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sums import Want
+from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,9 @@ def prepare(
         StorageError: The disk has no room for the output.
     """
     config.check()
-    refuse_source(out, Path(model).expanduser())
     refuse_output(out, overwrite=overwrite)
     source = Checkpoint.open(resolve(model, progress))
+    refuse_source(out, source.path)
     partial = out.with_name(out.name + ".partial")
     refuse_foreign(partial)
     if not partial.exists():
@@ -76,6 +76,7 @@ def prepare(
     if calibration is None:
         want = None
     else:
+        calibration.require(source)
         want = "gram" if config.reconstruct == "cg" else pruner.needs or "norms"
     propagate = pruner.propagate if config.propagate is None else config.propagate
     return Job(
@@ -130,6 +131,8 @@ def plan(
 def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
     """The weights to prune, and the linear weights to leave dense with the reason."""
     linear = {target.name: target for target in stream.targets()}
+    if not linear:
+        raise DataError(f"{stream.source.path} has no linear weight in its blocks to prune")
     reasons: dict[str, str] = {}
     for glob in skip:
         matched = [name for name in linear if _matches(name, glob)]
@@ -183,7 +186,7 @@ def _refuse_misfits(targets: Sequence[Target], pattern: Pattern) -> None:
 
 
 def _peak_estimate(job: Job) -> int:
-    """A bound on this process's memory above the interpreter with its libraries, in bytes."""
+    """An estimate of this process's memory above the interpreter with its libraries, in bytes."""
     stream, places = job.stream, job.source.places
     wide = torch.tensor([], dtype=stream.dtype).element_size()
     blocks = []
@@ -205,4 +208,7 @@ def _peak_estimate(job: Job) -> int:
         samples, length = job.calibration.shape(job.source.config)
         width = job.source.config.get_text_config().hidden_size
         hidden = samples * length * width * wide
+        # What one row makes on its way through a block, and the sampled inputs.
+        ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
+        hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
     return hidden + max(max(blocks), outside)

@@ -72,8 +72,8 @@ def prune(
             f"{job.source.config.model_type!r} is not among the tested families: compare the "
             "output's perplexity with the source's"
         )
-    fingerprint = job.source.scan(progress)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
+    fingerprint = job.source.scan(progress)
     for note in rows.notes if rows else ():
         progress.note(note)
     recipe = _recipe(job, fingerprint, rows)
@@ -94,7 +94,7 @@ def prune(
             progress=progress,
         )
         progress.end()
-        _tell_damping(weights, progress)
+        _tell_damping(job, weights, progress)
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": model, "fingerprint": fingerprint},
             "resumed_blocks": resumed,
@@ -184,7 +184,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         "stage": "prune",
         "numerics": NUMERICS,
         "source": fingerprint,
-        "config": sha256_json(job.source.config.to_dict()),
+        "config": sha256_json(_config(job)),
         "layout": job.source.layout,
         "method": job.config.method,
         "pattern": str(job.pattern),
@@ -227,10 +227,17 @@ def _entry(
     }
 
 
-def _tell_damping(weights: list[dict[str, Any]], progress: Progress) -> None:
-    """Say when a Gram matrix needed more damping than the least of the run."""
+def _config(job: Job) -> dict[str, Any]:
+    """The model's configuration without the place that it was read from."""
+    found = job.source.config.to_dict()
+    return {key: value for key, value in found.items() if key != "_name_or_path"}
+
+
+def _tell_damping(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
+    """Say when a Gram matrix needed more damping than was asked for."""
     used = [row["numbers"]["damping"] for row in weights if "damping" in row["numbers"]]
-    raised = sum(damping > min(used) for damping in used)
+    asked = asdict(job.pruner).get("damping", 0.0)
+    raised = sum(damping > asked for damping in used)
     if raised:
         progress.note(
             f"{raised} weights needed their damping raised, up to {max(used):g}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -55,7 +56,8 @@ class Pattern:
     def __str__(self) -> str:
         if self.scope == "group":
             return f"{self.keep}:{self.group}"
-        percent = f"{float(self.sparsity * 100):.10g}%"
+        share = self.sparsity * 100  # read from a decimal, so it is one
+        percent = f"{(Decimal(share.numerator) / share.denominator).normalize():f}%"
         return percent if self.scope == "row" else f"{percent}/tensor"
 
     def misfit(self, columns: int) -> str:

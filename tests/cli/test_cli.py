@@ -199,7 +199,7 @@ def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_fil
         (["--pattern", "100%"], r"pattern '100%'"),
         (["--method", "alps", "-O", "dampin=1"], r"no option 'dampin'; did you mean 'damping'"),
         (["--method", "alps", "-O", "damping=x"], r"damping of alps takes float, not 'x'"),
-        (["--method", "alps", "-O", "damping=-1"], r"must not be negative"),
+        (["--method", "alps", "-O", "damping=-1"], r"must be a number at or above 0"),
         (["-O", "damping"], r"--option 'damping' has no value; write --option KEY=VALUE"),
         (["--calibration", "bultin"], r"'bultin'; did you mean 'builtin'"),
         (["--calibration", "no/such.txt"], r"no/such\.txt does not exist"),

@@ -361,7 +361,7 @@ def test_too_little_free_space_is_refused_before_anything_is_written(family, tmp
 def test_output_below_a_file_cannot_be_written(family, tmp_path):
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(StorageError, match=r"cannot write .*file/out\.partial"),
+        pytest.raises(UsageError, match=r"file/out cannot be made: .*/file is no folder"),
         writer(family("llama"), tmp_path / "file" / "out"),
     ):
         pass

@@ -336,14 +336,15 @@ def test_wrong_options_are_usage_errors(checkpoint, tasks_dir, tmp_path):
 def test_missing_tokenizer_is_named(checkpoint, tasks_dir, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(DataError, match=r"no usable tokenizer.*token rows needs none"):
+    with pytest.raises(DataError, match=r"has no tokenizer; .*pass token rows"):
         scored(bare, ["tiny"], include_path=tasks_dir)
 
 
 def test_a_tokenizer_made_up_from_nothing_is_refused(tasks_dir, tmp_path):
-    """For this architecture transformers returns an empty tokenizer where it has no file."""
+    """For this architecture transformers returns an empty tokenizer where only its settings are."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(DataError, match=r"vocabulary is empty.*token rows needs none"):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(DataError, match=r"vocabulary is empty; .*pass token rows"):
         scored(tmp_path, ["tiny"], include_path=tasks_dir)
 
 
