@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
@@ -108,6 +110,29 @@ def test_on_a_terminal_progress_is_a_bar_and_stdout_stays_clean(start, family, r
     assert "\x1b[" in shown.decode()  # drawn, not lines
     assert re.search(r"wanda 2:4 .*0/6 .*\d+ MB peak", text)
     assert "relative error" in text  # the table comes after it
+
+
+def test_square_brackets_are_shown_as_they_are(cli, family, row_file, tmp_path):
+    model = tmp_path / "w[/b]"
+    shutil.copytree(family("llama"), model)
+    found = cli("eval", model, "--text", row_file)
+    assert (found.code, found.stdout) == (0, f"{model}\n")
+    assert "w[/b]" in found.stderr
+    found = cli(
+        "prune", model, "-o", tmp_path / "o", "--method", "magnitude",
+        "--skip", "[qk]_proj", "--dry-run",
+    )  # fmt: skip
+    assert "--skip [qk]_proj" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried …")]
+)
+def test_memory_that_runs_out_is_told_with_a_way_out(capsys, error):
+    with pytest.raises(typer.Exit) as caught, Terminal().working():
+        raise error
+    assert caught.value.exit_code == 1
+    assert re.fullmatch(r"error: out of memory; fewer --samples [^\n]+\n", capsys.readouterr().err)
 
 
 def test_bar_names_the_step_what_is_left_and_the_memory():

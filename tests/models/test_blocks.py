@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsekit.errors import DataError, NumericalError
@@ -297,6 +298,36 @@ def test_mixture_of_experts_is_refused_with_every_weight_that_would_be_left_alon
     assert "'mixtral'" in text
     for weight in ("w1", "w2", "w3"):
         assert f"experts.*.{weight}.weight (8)" in text  # 2 blocks of 4 experts
+
+
+def test_matrices_outside_linear_layers_are_refused_by_name(tmp_path):
+    """As the experts of DBRX: two-dimensional parameters that no linear layer holds."""
+    from transformers import DbrxConfig, DbrxForCausalLM
+    from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig, DbrxFFNConfig
+
+    attention = DbrxAttentionConfig(kv_n_heads=2)
+    attention.rope_theta = 10000.0
+    config = DbrxConfig(
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=260,
+        attn_config=attention,
+        ffn_config=DbrxFFNConfig(ffn_hidden_size=16, moe_num_experts=2, moe_top_k=1),
+    )
+    DbrxForCausalLM(config).save_pretrained(tmp_path / "dbrx")
+    with pytest.raises(DataError, match="keeps weights outside plain linear layers") as caught:
+        stream_of(tmp_path / "dbrx")
+    assert "ffn.experts.mlp.w1 (2)" in str(caught.value)
+
+
+def test_tied_weight_that_is_stored_under_the_heads_name_is_found(copy_of):
+    folder = copy_of("llama_tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert len(stream_of(folder)) == 2
 
 
 def test_experts_that_are_packed_on_disk_too_are_refused_by_name(tmp_path):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -338,6 +340,56 @@ def test_remote_code_is_not_run(copy_of):
     (folder / "mine.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(DataError, match="needs remote code, which sparsekit does not run"):
         _ = Checkpoint.open(folder).config
+
+
+def test_remote_code_is_not_run_whatever_stdin_answers(start, copy_of):
+    """transformers asks at a terminal, and takes a yes from any stdin."""
+    folder = copy_of("llama")
+    edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+    process = start("inspect", folder, stdin=subprocess.PIPE)
+    stdout, stderr = process.communicate("y\ny\ny\n", timeout=120)
+    assert (process.returncode, stdout) == (2, "")
+    assert "needs remote code, which sparsekit does not run" in stderr
+    assert not (folder / "ran").exists()
+
+
+def test_two_forms_of_the_weights_are_refused(copy_of):
+    folder = copy_of("llama_sharded")
+    shutil.copy(next(folder.glob("*.safetensors")), folder / WEIGHTS)
+    with pytest.raises(
+        DataError, match=r"both model\.safetensors and .*index\.json.*delete the one"
+    ):
+        Checkpoint.open(folder)
+
+
+def test_index_of_the_single_file_is_no_second_form(copy_of):
+    folder = copy_of("llama")
+    names = dict.fromkeys(Checkpoint.open(folder).places, WEIGHTS)
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert len(Checkpoint.open(folder).places) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"hidden_size": "x"}, "model type 'llama' cannot be loaded: .*hidden_size"),
+        ({"num_attention_heads": 0}, "no causal language model for 'llama': "),
+    ],
+)
+def test_configuration_that_makes_no_sense_is_told_with_its_reason(copy_of, changes, match):
+    folder = copy_of("llama")
+    edit_config(folder, **changes)
+    with pytest.raises(DataError, match=match):
+        build_without_weights(Checkpoint.open(folder), torch.float32)
+
+
+@pytest.mark.parametrize("history", [[{"stage": "prune"}], ["prune"], {}])
+def test_history_of_another_hand_is_refused(copy_of, history):
+    folder = copy_of("llama")
+    (folder / "sparsekit.json").write_text(json.dumps({"history": history}))
+    with pytest.raises(DataError, match=r"no history that sparsekit wrote; delete it"):
+        Checkpoint.open(folder).provenance()
 
 
 def test_quantized_checkpoint_is_refused(copy_of):

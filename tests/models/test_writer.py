@@ -197,6 +197,73 @@ def test_overwrite_keeps_the_old_output_until_the_new_one_is_complete(family, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_overwrite_leaves_every_other_folder_alone(family, tmp_path):
+    out, source = tmp_path / "out", family("llama")
+    write_all(source, out, {})
+    beside = tmp_path / "out.replaced-by-me"
+    shutil.copytree(out, beside)
+    before = snapshot(beside)
+    write_all(source, out, {UP: zeros_like(source, UP)}, overwrite=True)
+    assert snapshot(beside) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced-by-me"]
+
+
+def test_run_killed_between_its_two_renames_is_finished_by_the_same_one(
+    family, tmp_path, monkeypatch
+):
+    out, source = tmp_path / "out", family("llama")
+    changed = {UP: zeros_like(source, UP)}
+    write_all(source, out, {})
+    rename, calls = os.rename, []
+
+    def killed(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_all(source, out, changed, overwrite=True)
+    monkeypatch.undo()
+    assert not out.exists()
+    write_all(source, out, {}, overwrite=True)
+    assert not Checkpoint.open(out).read([UP])[UP].any()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not any(path.name.startswith(".sparsekit") for path in out.iterdir())
+
+
+@pytest.mark.parametrize("target", ["there", "nowhere"])
+def test_link_is_no_output(family, tmp_path, target):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match=r"out is a link; name the folder itself"):
+        writer(family("llama"), tmp_path / "out", overwrite=True)
+
+
+def test_room_that_a_killed_run_has_laid_out_is_not_asked_for_again(family, tmp_path, monkeypatch):
+    source = Checkpoint.open(family("llama"))
+    shutil.copy(family("llama") / "model.safetensors", tmp_path)
+    usage = shutil.disk_usage("/")
+    needed = source.n_bytes + module.SPARE_BYTES
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda _: usage._replace(free=needed - source.n_bytes)
+    )
+    module.require_space(tmp_path, source)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(StorageError, match="the output needs"):
+        module.require_space(tmp_path, source)
+
+
+def test_further_chat_templates_are_carried_over(copy_of, tmp_path):
+    source = copy_of("llama")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    write_all(source, tmp_path / "out", {})
+    carried = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert carried.read_text() == "{{ messages }}"
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_model_itself_or_a_folder_around_it_is_no_output(copy_of, tmp_path, overwrite):
     source = copy_of("llama")

@@ -144,6 +144,18 @@ def test_second_model_is_checked_before_the_first_is_measured(copy_of, family, r
     assert seen.begun == []
 
 
+def test_model_that_cannot_be_streamed_is_refused_before_another_is_measured(family, row_file):
+    seen = Recorder()
+    with pytest.raises(DataError, match="'mixtral' cannot be streamed yet"):
+        evaluate(
+            EvalConfig(text=str(row_file)),
+            [str(family("llama")), str(family("mixtral"))],
+            None,
+            seen,
+        )
+    assert seen.begun == []
+
+
 def test_missing_tokenizer_or_data_is_seen_before_perplexity_is_measured(
     copy_of, family, row_file, tmp_path
 ):

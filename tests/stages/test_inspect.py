@@ -55,6 +55,13 @@ def test_strictest_common_pattern_is_found(family, tmp_path, asked, found, share
     assert (report.total["pattern"], report.total["sparsity"]) == (found, share)
 
 
+@pytest.mark.parametrize("pattern", ["6:8", "2:16", "1:8"])
+def test_pattern_of_the_history_is_found_again(family, tmp_path, pattern):
+    config = PruneConfig(method="magnitude", pattern=pattern)
+    out = prune(config, str(family("llama")), tmp_path / "out").out
+    assert inspect(str(out)).total["pattern"] == pattern
+
+
 def test_blocks_and_types_are_counted_apart(family, tmp_path):
     out = magnitude(family("llama"), tmp_path / "out", skip=["layers.0", "o_proj", "mlp.up_proj"])
     report = inspect(out)

@@ -640,6 +640,52 @@ def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tm
     assert capped["peak_memory_estimate_bytes"] == most["peak_memory_estimate_bytes"]
 
 
+def test_dry_run_sees_a_missing_tokenizer_before_any_weight(family, tmp_path):
+    with pytest.raises(DataError, match="has no tokenizer"):
+        plan(PruneConfig(), str(family("llama_tied")), tmp_path / "out")
+
+
+def test_interrupted_run_goes_on_when_the_model_has_moved(copy_of, row_file, tmp_path):
+    source = copy_of("llama")
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    whole = weight_hashes(prune(config, str(source), tmp_path / "whole").out)
+
+    class Stop(Recorder):
+        def step(self, label: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(config, str(source), tmp_path / "out", progress=Stop())
+    moved = source.rename(tmp_path / "moved")
+    report = prune(config, str(moved), tmp_path / "out")
+    assert report.entry["resumed_blocks"] == 1
+    assert weight_hashes(report.out) == whole
+
+
+def test_damping_that_is_raised_for_every_weight_is_told(family, tmp_path):
+    """Four tokens for 32 inputs: the Gram matrix is singular without damping."""
+    save_file({"tokens": torch.arange(4)[None]}, tmp_path / "rows.safetensors")
+    config = PruneConfig(
+        method="sparsegpt",
+        options={"damping": "0"},
+        calibration=Calibration(source=str(tmp_path / "rows.safetensors")),
+    )
+    seen = Recorder()
+    report = prune(config, str(family("llama")), tmp_path / "out", progress=seen)
+    assert all(row["numbers"]["damping"] > 0 for row in report.entry["weights"])
+    assert seen.notes == [note for note in seen.notes if "14 weights needed their damping" in note]
+    assert len(seen.notes) == 1
+
+
+def test_float64_survivors_keep_all_of_their_digits(copy_of, tmp_path):
+    source = copy_of("llama_tied")
+    tensors = {k: v.double() / 3 for k, v in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    prune(PruneConfig(method="magnitude"), str(source), tmp_path / "out")
+    for name, weight in tensors_in(tmp_path / "out").items():
+        assert torch.equal(weight, torch.where(weight != 0, tensors[name], 0.0))
+
+
 # What is told meanwhile
 
 

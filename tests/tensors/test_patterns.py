@@ -279,3 +279,10 @@ def test_published_threshold_removes_one_weight_more() -> None:
     assert not (published & ~exact).any()
     assert int(extra.sum()) == 1
     assert scores[extra] == scores[exact].min()
+
+
+@pytest.mark.parametrize(
+    "text", ["50%", "37.5%/tensor", "99.999999999999%", "0%", "2:4", "100:300"]
+)
+def test_pattern_is_written_as_it_was_read(text):
+    assert str(Pattern.parse(text)) == text
