@@ -103,9 +103,10 @@ class Checkpoint:
 
         raw = read_json(self.path / "config.json")
         kind = raw.get("model_type") if isinstance(raw, dict) else None
+        broken = (ValueError, KeyError, OSError, TypeError, ArithmeticError, StrictDataclassError)
         try:
             return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-        except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        except broken as error:
             if isinstance(raw, dict) and "auto_map" in raw:
                 reason, hint = "it needs remote code, which sparsekit does not run", ""
             elif kind and kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:

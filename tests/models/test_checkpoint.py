@@ -374,7 +374,7 @@ def test_index_of_the_single_file_is_no_second_form(copy_of):
     ("changes", "match"),
     [
         ({"hidden_size": "x"}, "model type 'llama' cannot be loaded: .*hidden_size"),
-        ({"num_attention_heads": 0}, "no causal language model for 'llama': "),
+        ({"num_attention_heads": 0}, "model type 'llama' cannot be loaded: "),
     ],
 )
 def test_configuration_that_makes_no_sense_is_told_with_its_reason(copy_of, changes, match):
