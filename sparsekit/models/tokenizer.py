@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    hint = "copy the tokenizer files there, or pass token rows: --calibration or --text FILE.safetensors"
+    hint = "copy its files there, or pass token rows: --calibration or --text FILE.safetensors"
     if not any((folder / file).is_file() for file in FILES):
         raise DataError(f"{folder} has no tokenizer", hint)
     try:
