@@ -8,7 +8,6 @@ token rows, which gives bit for bit what the ordinary forward gives.
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,16 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import NumericalError
-from sparsekit.models.architecture import (
-    Target,
-    build_without_weights,
-    find_blocks,
-    find_targets,
-    match_names,
-    refuse_hidden_weights,
-)
+from sparsekit.models.architecture import Target, find_targets
 from sparsekit.models.calls import Call, Seen, same
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.skeleton import Skeleton
 from sparsekit.models.tap import Tap
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -38,8 +31,6 @@ TESTED_FAMILIES = frozenset(
 )
 # Logits are made for as many tokens at a time as fit into this many bytes.
 LOGIT_BYTES = 1 << 28
-# Blocks after which freed memory goes back to the system; it returns by page faults.
-TRIM_EVERY = 4
 
 
 class BlockStream:
@@ -59,17 +50,15 @@ class BlockStream:
         self.source = source
         self.device = torch.device(device)
         self.dtype = dtype
-        self.model = build_without_weights(source, dtype)
-        self._prefix, self._modules = find_blocks(self.model)
-        self._on_disk = match_names(self.model, source)
-        refuse_hidden_weights(self.model, self._modules, self._prefix, source)
+        self.skeleton = Skeleton(source, self.device, dtype)
+        self.model = self.skeleton.model
         self.hidden: list[Tensor] = []
         """For each token row the input of the current block, `[1, length, hidden]`."""
         self._calls: list[list[Call]] = []
         self._seen: Seen = {}
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self.skeleton.blocks)
 
     @property
     def tested(self) -> bool:
@@ -78,7 +67,7 @@ class BlockStream:
 
     def names(self) -> list[str]:
         """The block names, in order."""
-        return [f"{self._prefix}.{index}" for index in range(len(self))]
+        return [f"{self.skeleton.prefix}.{index}" for index in range(len(self))]
 
     def targets(self) -> list[Target]:
         """All prunable weights, block after block."""
@@ -92,9 +81,9 @@ class BlockStream:
     def feed(self, tokens: Tensor) -> None:
         """Record what each block is called with, for these token rows `[rows, length]`."""
         self.hidden = []
-        self._calls = [[] for _ in self._modules]
-        head = [n for n in self._outside() if n != self._head_weight()]
-        with self._resident(head), self._stubs(self._record):
+        self._calls = [[] for _ in self.skeleton.blocks]
+        needed = self.skeleton.before_blocks()
+        with self.skeleton.resident(needed), self._stubs(self._record):
             for row in tokens:
                 self.model.base_model(input_ids=row[None].to(self.device), use_cache=False)
 
@@ -106,6 +95,7 @@ class BlockStream:
                 yield block
             finally:
                 block.release()
+        self.skeleton.forget_memory()
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
@@ -115,7 +105,8 @@ class BlockStream:
             tokens: The rows that were fed.
         """
         rows = []
-        with self._resident(self._tail()), self._stubs(lambda *_: self.hidden[len(rows)]):
+        tail = self.skeleton.after_blocks()
+        with self.skeleton.resident(tail), self._stubs(lambda *_: self.hidden[len(rows)]):
             for row in tokens:
                 rows.append(self._row_loss(row.to(self.device)))
         return torch.stack(rows)
@@ -164,50 +155,13 @@ class BlockStream:
 
             return forward
 
-        for index, module in enumerate(self._modules):
+        for index, module in enumerate(self.skeleton.blocks):
             module.forward = stub(index)
         try:
             yield
         finally:
-            for module in self._modules:
+            for module in self.skeleton.blocks:
                 del module.forward
-
-    @contextmanager
-    def _resident(self, names: Iterable[str]) -> Iterator[None]:
-        """Hold these weights (names in the model) on the device."""
-        names = list(names)
-        disk = self.source.read({self._on_disk[name] for name in names})
-        for name in names:
-            self._assign(name, disk[self._on_disk[name]])
-        for name, buffer in self.model.named_buffers():
-            if buffer.device != self.device and not buffer.is_meta:
-                _set(self.model, name, buffer.to(self.device))
-        try:
-            yield
-        finally:
-            for name in names:
-                self._assign(name, None)
-
-    def _assign(self, name: str, tensor: Tensor | None) -> None:
-        """Give a parameter or buffer of the model its value, or take it away (None)."""
-        if tensor is None:
-            old = self.model.get_parameter_or_buffer(name)
-            tensor = torch.empty_like(old, device="meta")
-        elif tensor.is_floating_point():
-            tensor = tensor.to(self.device, self.dtype)
-        _set(self.model, name, tensor)
-
-    def _outside(self) -> list[str]:
-        """Names in the model of everything that is not in a block."""
-        return [name for name in self._on_disk if not name.startswith(self._prefix + ".")]
-
-    def _head_weight(self) -> str | None:
-        head = self.model.get_output_embeddings()
-        return None if head is None else _name_of(self.model, head) + ".weight"
-
-    def _tail(self) -> list[str]:
-        embedding = _name_of(self.model, self.model.get_input_embeddings()) + ".weight"
-        return [name for name in self._outside() if name != embedding]
 
 
 @dataclass
@@ -221,10 +175,12 @@ class Block:
 
     def __post_init__(self) -> None:
         self.name = self.stream.names()[self.index]
-        self.module = self.stream._modules[self.index]
+        self.module = self.stream.skeleton.blocks[self.index]
         inside = f"{self.name}."
         self._names = {
-            name: disk for name, disk in self.stream._on_disk.items() if name.startswith(inside)
+            name: on_disk
+            for name, on_disk in self.stream.skeleton.on_disk.items()
+            if name.startswith(inside)
         }
         self.targets = find_targets(self.module, self.name, self._names)
         self._disk: dict[str, Tensor] = {}
@@ -233,20 +189,16 @@ class Block:
         """Bring the block's weights to the device, from the source or from `tensors`."""
         disk = self.stream.source.read(self._names.values()) if tensors is None else dict(tensors)
         self._disk = disk
-        for name, on_disk in self._names.items():
-            self.stream._assign(name, disk[on_disk])
-        for name, buffer in self.module.named_buffers():
-            if not buffer.is_meta:
-                _set(self.module, name, buffer.to(self.stream.device))
+        held = {name: disk[on_disk] for name, on_disk in self._names.items()}
+        self.stream.skeleton.hold(self.name, held)
 
     def release(self) -> None:
         """Forget the block's weights."""
         if self._disk:
-            for name in self._names:
-                self.stream._assign(name, None)
+            self.stream.skeleton.drop(self._names)
+            n_bytes = sum(tensor.nbytes for tensor in self._disk.values())
             self._disk = {}
-            if self.index % TRIM_EVERY == TRIM_EVERY - 1:
-                _trim_heap()
+            self.stream.skeleton.passed(n_bytes)
 
     @property
     def disk_names(self) -> list[str]:
@@ -276,7 +228,7 @@ class Block:
             raise NumericalError(f"{target.name} is not finite after pruning ({old.dtype} on disk)")
         self._disk[target.name] = cast
         name = next(n for n, on_disk in self._names.items() if on_disk == target.name)
-        self.stream._assign(name, cast)
+        self.stream.skeleton.hold(self.name, {name: cast})
         return cast.T if target.transposed else cast
 
     def tensors(self) -> dict[str, Tensor]:
@@ -303,14 +255,14 @@ class Block:
             for row in range(len(self.stream.hidden)):
                 output = tap.run(row, stop=not advance)
                 if advance:
-                    self.stream.hidden[row] = output.to("cpu")
+                    self.stream.hidden[row].copy_(output)
         return tap.sums
 
     @torch.no_grad()
     def advance(self) -> None:
         """Replace the hidden states of all rows by this block's output."""
         for row in range(len(self.stream.hidden)):
-            self.stream.hidden[row] = self.run(row).to("cpu")
+            self.stream.hidden[row].copy_(self.run(row))
 
     def run(self, row: int) -> Tensor:
         """This block's output for one row, `[1, length, hidden]` on the device."""
@@ -318,28 +270,3 @@ class Block:
         hidden = self.stream.hidden[row].to(self.stream.device)
         output = self.module(hidden, *call.positional, **call.named)
         return output[0] if isinstance(output, tuple) else output
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, candidate in model.named_modules() if candidate is module)
-
-
-def _set(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer by name."""
-    path, _, last = name.rpartition(".")
-    owner = root.get_submodule(path)
-    if last in owner._parameters:
-        owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[last] = tensor
-
-
-def _trim_heap() -> None:
-    """Hand freed memory back to the system.
-
-    glibc keeps what lies between live allocations, about a third of a block's size for each block,
-    so the resident size would grow with the depth. Other C libraries have no such call.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

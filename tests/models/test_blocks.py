@@ -52,7 +52,7 @@ def streamed_logits(stream: BlockStream, rows) -> list[torch.Tensor]:
         block.advance()
     found = []
     with (
-        stream._resident(stream._tail()),
+        stream.skeleton.resident(stream.skeleton.after_blocks()),
         stream._stubs(lambda *_: stream.hidden[len(found)]),
     ):
         for row in rows:
