@@ -51,10 +51,16 @@ class StorageError(SparsekitError):
     """The output could not be written."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The closest known words as a hint, or the list of all of them when none is close."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The closest known words as a hint.
+
+    Args:
+        word: What was given.
+        known: What could have been meant.
+        otherwise: The hint when no word is close; empty: the list of all known ones.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(repr(name) for name in close)}?"
-    return f"known: {', '.join(known[:40])}"
+    return otherwise or f"known: {', '.join(known[:40])}"

@@ -18,6 +18,11 @@ LIGHT = {
     "stages/report",
     "tensors/patterns",
     "models/calibration",
+    "models/configuration",
+    "models/demo",
+    "models/folder",
+    "models/output",
+    "models/reference",
     "models/rows",
     "models/texts",
 }

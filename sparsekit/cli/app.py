@@ -28,6 +28,7 @@ from sparsekit.cli.options import (
     named,
     prune_config,
 )
+from sparsekit.models.output import refuse_output
 from sparsekit.stages.config import EvalConfig
 from sparsekit.tensors.patterns import Pattern
 
@@ -69,7 +70,7 @@ def prune(
     samples: Samples = None,
     length: Length = None,
     seed: Seed = 0,
-    skip: Skip = [],  # noqa: B006
+    skip: Skip = [],  # noqa: B006  (the same)
     reconstruct: Reconstruct = "none",
     propagate: Propagate = None,
     device: Device = "auto",
@@ -78,7 +79,7 @@ def prune(
         bool, typer.Option(help="Replace an earlier output of sparsekit.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan only.")
+        bool, typer.Option("--dry-run", help="Check and show the plan; stdout stays empty.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -105,6 +106,7 @@ def prune(
             dtype=dtype,
         )
         name = named(model)
+        refuse_output(out, overwrite=overwrite)
         if dry_run:
             from sparsekit.stages.job import plan as stage
 
@@ -134,7 +136,9 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="Model to take paired differences to.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples of a task in one forward pass.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of a task in one forward pass. Default: 8.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -211,12 +215,14 @@ def verify(
 
 
 @app.command("methods")
-def list_methods(json: Json = False) -> None:
+def list_methods(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the pruning methods with their sources, options and defaults.
 
     Example: sparsekit methods
     """
-    show.methods(Terminal(json=json))
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working():
+        show.methods(terminal)
 
 
 @app.command()

@@ -37,7 +37,7 @@ def bench_prune(
     model: Model,
     method: Method = "wanda",
     pattern: PatternText = "2:4",
-    option: Options = [],  # noqa: B006
+    option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
     calibration: Source = None,
     samples: Samples = None,
     length: Length = None,

@@ -8,6 +8,7 @@ import typer
 
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
+from sparsekit.models.reference import check
 from sparsekit.stages.config import PruneConfig
 
 Model = Annotated[
@@ -105,10 +106,11 @@ def prune_config(
 
 
 def named(name: str) -> str:
-    """The model that a word stands for; `-` is read from stdin.
+    """The model that a word stands for, checked without torch; `-` is read from stdin.
 
     Raises:
         UsageError: stdin has no name, or several.
+        DataError: There is no such model folder.
     """
     if name == "-":
         lines = [line.strip() for line in sys.stdin if line.strip()]
@@ -119,4 +121,5 @@ def named(name: str) -> str:
         if len(lines) > 1:
             raise UsageError(f"{len(lines)} models on stdin, one is wanted", "pass them by name")
         name = lines[0]
+    check(name)
     return name

@@ -22,7 +22,7 @@ TASK_COLUMNS = (
 
 
 def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
-    """What a dry run found; nothing was written, so stdout names the output that would be."""
+    """What a dry run found; there is no output whose path stdout could name."""
     rows = [
         ("model", plan["model"]),
         ("output", plan["out"]),
@@ -38,7 +38,8 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
         *(("left dense", f"{row['name']}: {row['reason']}") for row in plan["skipped"]),
     ]
     terminal.table("plan (nothing was written)", ("", ""), rows)
-    terminal.result(plan["out"], plan)
+    if terminal.json:
+        terminal.result("", plan)
 
 
 def pruned(terminal: Terminal, report: "PruneReport") -> None:
@@ -173,7 +174,7 @@ def methods(terminal: Terminal) -> None:
     terminal.table(
         "options (--option NAME=VALUE)", ("method", "name", "type", "default", ""), options
     )
-    if terminal.json or not sys.stdout.isatty():
+    if terminal.json or terminal.quiet or not sys.stdout.isatty():
         names = "\n".join(m.name for m in found)
         terminal.result(names, [asdict(m) for m in found])
 

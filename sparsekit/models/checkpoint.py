@@ -18,15 +18,14 @@ from torch import Tensor
 
 from sparsekit.errors import DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
+from sparsekit.models.configuration import load_config
+from sparsekit.models.folder import INDEX, PROVENANCE, weight_files
 from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PROVENANCE = "sparsekit.json"
 # A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
 SOON_READ = 1 << 30
 DTYPES = {
@@ -74,11 +73,7 @@ class Checkpoint:
         Raises:
             DataError: The folder is missing, incomplete, or not in the safetensors format.
         """
-        if not path.is_dir():
-            raise DataError(f"no such model folder: {path}")
-        if not (path / "config.json").is_file():
-            raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
-        files = _weight_files(path)
+        files = weight_files(path)
         places: dict[str, TensorPlace] = {}
         headers: dict[str, int] = {}
         for file, names in files.items():
@@ -98,25 +93,7 @@ class Checkpoint:
         Raises:
             DataError: It cannot be read, needs code of its own, or is unknown to transformers.
         """
-        import transformers
-        from huggingface_hub.errors import StrictDataclassError
-
-        raw = read_json(self.path / "config.json")
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        broken = (ValueError, KeyError, OSError, TypeError, ArithmeticError, StrictDataclassError)
-        try:
-            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-        except broken as error:
-            if isinstance(raw, dict) and "auto_map" in raw:
-                reason, hint = "it needs remote code, which sparsekit does not run", ""
-            elif kind and kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
-                reason = f"transformers {transformers.__version__} does not know it"
-                hint = "a newer one may: pip install -U transformers"
-            else:
-                reason, hint = " ".join(str(error).split()), ""
-            raise DataError(
-                f"{self.path}: model type {kind!r} cannot be loaded: {reason}", hint
-            ) from error
+        return load_config(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights.
@@ -220,44 +197,6 @@ def _is_entry(entry: Any) -> bool:
         return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
     return entry.get("stage") != "prune" or all(isinstance(entry.get(k), t) for k, t in parts)
-
-
-def _weight_files(path: Path) -> dict[str, list[str] | None]:
-    """Weight files by name with the tensors to take from each (None: all)."""
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise DataError(f"{path / INDEX} has no weight_map")
-        files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise DataError(f"{path / INDEX} places {name} outside the folder: {file!r}")
-            if not (path / file).is_file():
-                raise DataError(f"{path / INDEX} names {file}, which is missing")
-            names = files.setdefault(file, [])
-            assert names is not None
-            names.append(name)
-        if (path / SINGLE).is_file() and files.keys() != {SINGLE}:
-            raise DataError(
-                f"{path} has both {SINGLE} and {INDEX} with other files",
-                "transformers would load the first: delete the one that is not the model",
-            )
-        return dict(sorted(files.items()))
-    if (path / SINGLE).is_file():
-        return {SINGLE: None}
-    others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    if others:
-        raise DataError(
-            f"{path} has no safetensors weights, only {others[0]}",
-            "convert it once: load it with AutoModelForCausalLM.from_pretrained and write it "
-            "with save_pretrained",
-        )
-    raise DataError(
-        f"{path} has no safetensors weights ({SINGLE} or {INDEX})",
-        "if the model has other weights, load it with AutoModelForCausalLM.from_pretrained and "
-        "write it with save_pretrained",
-    )
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:

@@ -13,7 +13,6 @@ from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig
 
     from sparsekit.models.checkpoint import Checkpoint
 
@@ -34,11 +33,15 @@ def sample_rows(
         DataError: The float32 model does not fit into the available memory.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    check_memory(checkpoint.config)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=False
+    from sparsekit.models.whole import load_whole
+
+    model = load_whole(
+        checkpoint,
+        torch.float32,
+        purpose="calibration 'self'",
+        way_out="use --calibration builtin or a file",
     )
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
@@ -77,25 +80,3 @@ def start_token(checkpoint: Checkpoint) -> int | None:
             if isinstance(token, int) and 0 <= token < config.vocab_size:
                 return token
     return None
-
-
-def check_memory(config: PretrainedConfig) -> None:
-    """Refuse a model whose float32 weights would not fit into the available memory.
-
-    Raises:
-        DataError: They would not fit.
-    """
-    import psutil
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    available = psutil.virtual_memory().available
-    if n_bytes > available:
-        raise DataError(
-            f"calibration 'self' needs {n_bytes / 1e9:.1f} GB of memory for the float32 model, "
-            f"{available / 1e9:.1f} GB are available",
-            "use --calibration builtin or a file",
-        )

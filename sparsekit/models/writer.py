@@ -29,15 +29,20 @@ from sparsekit.files import (
     write_atomic,
     write_json,
 )
-from sparsekit.models.checkpoint import INDEX, PROVENANCE, Checkpoint
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import INDEX, PROVENANCE
+from sparsekit.models.output import (
+    LOCK,
+    refuse_foreign,
+    refuse_output,
+    refuse_source,
+    require_space,
+)
 
 # Dot files, so that no file of a checkpoint has such a name and none is ever carried over.
 JOURNAL = ".sparsekit-journal.jsonl"
 RECIPE = ".sparsekit-recipe.json"
-LOCK = ".sparsekit-lock"
 REPLACED = ".sparsekit-replaced"
-# Room for everything that is not a weight: tokenizer, configuration, provenance.
-SPARE_BYTES = 64 << 20
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
@@ -222,78 +227,6 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def refuse_source(out: Path, source: Path) -> None:
-    """Refuse an output folder that is, or holds, the model that is read.
-
-    Raises:
-        UsageError: It is such a folder.
-    """
-    if out.resolve() == source.resolve():
-        raise UsageError(f"the output {out} is the model itself", "choose another output folder")
-    if out.resolve() in source.resolve().parents:
-        raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
-
-
-def refuse_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder whose writing could cost the user data.
-
-    Raises:
-        UsageError: The folder exists and is not to be, or must not be, overwritten.
-    """
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"the output {out} is the current folder or contains it")
-    if out.is_symlink():
-        raise UsageError(f"the output {out} is a link", "name the folder itself")
-    if not out.exists():
-        nearest = next(path for path in out.absolute().parents if path.exists())
-        if not nearest.is_dir():
-            raise UsageError(f"the output {out} cannot be made: {nearest} is no folder")
-        if not os.access(nearest, os.W_OK):
-            raise UsageError(f"the output {out} cannot be made: {nearest} may not be written")
-        return
-    if not overwrite:
-        raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / PROVENANCE).is_file()):
-        raise UsageError(
-            f"{out} was not written by sparsekit and is not overwritten",
-            "delete it yourself or choose another folder",
-        )
-
-
-def refuse_foreign(partial: Path) -> None:
-    """Refuse to work in a folder beside the output that no run of sparsekit made.
-
-    Raises:
-        UsageError: The folder holds something and has no lock file.
-    """
-    if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
-        raise UsageError(
-            f"{partial} is in the way and was not made by sparsekit",
-            "move it or choose another output",
-        )
-
-
-def require_space(folder: Path, source: Checkpoint) -> None:
-    """Refuse an output that the disk has no room for.
-
-    Args:
-        folder: An existing folder on the output's disk; weight files that an interrupted run has
-            laid out there count as room.
-        source: The checkpoint that the output is as large as.
-
-    Raises:
-        StorageError: Says how much is missing.
-    """
-    needed, free = source.n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
-    laid_out = [folder / file for file in source.headers if (folder / file).is_file()]
-    free += sum(file.stat().st_blocks * 512 for file in laid_out)
-    if free < needed:
-        raise StorageError(
-            f"the output needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
-            "make room or choose another disk",
-        )
 
 
 def _lay_out(source: Path, target: Path, header: int) -> None:

@@ -14,9 +14,11 @@ import torch
 from sparsekit.errors import UsageError
 from sparsekit.models.architecture import build_without_weights
 from sparsekit.models.calibration import Calibration
-from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import INDEX
 from sparsekit.models.reference import resolve
 from sparsekit.models.rows import TokenRows
+from sparsekit.models.whole import load_whole
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.prune import prune
@@ -94,11 +96,10 @@ def bench_prune(
 @torch.no_grad()
 def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, Any]) -> float:
     """Seconds of the plain forward, on the device and in the type that pruning used."""
-    from transformers import AutoModelForCausalLM
-
     dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, trust_remote_code=False)
-    model = model.eval().to(device)
+    model = load_whole(
+        source, dtype, purpose="the plain forward", way_out="leave it out with --no-floor"
+    ).to(device)
     tokens, decoder = rows.tokens.to(device), model.base_model
     decoder(input_ids=tokens[:1], use_cache=False)  # not timed: first-call set-up
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

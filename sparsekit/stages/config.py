@@ -75,8 +75,8 @@ class EvalConfig:
     include_path: Path | None = None
     limit: int | None = None
     """At most this many windows, and samples of each task."""
-    batch_size: int = 8
-    """Samples of a task in one forward pass."""
+    batch_size: int | None = None
+    """Samples of a task in one forward pass; None: 8."""
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -92,8 +92,9 @@ class EvalConfig:
             check_source(self.text)
         if self.include_path is not None and not self.include_path.is_dir():
             raise UsageError(f"--include-path {self.include_path} is not a folder")
-        if self.include_path is not None and not self.tasks:
-            raise UsageError("--include-path has no effect without --tasks")
+        for name in ("include_path", "batch_size"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise UsageError(f"--{name.replace('_', '-')} has no effect without --tasks")
         if self.length is not None and self.windows_of is None:
             raise UsageError("--length has no effect on tasks", "name a text: --text builtin")
         if self.seed < 0:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
-from sparsekit.errors import DataError, NumericalError
+from sparsekit.errors import DataError, NumericalError, SparsekitError
+from sparsekit.memory import available_memory
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.checkpoint import Checkpoint
@@ -81,6 +81,12 @@ class Score:
     difference: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Ours minus the baseline's, by `log_perplexity` and `TASK.METRIC`."""
 
+    def __str__(self) -> str:
+        figures = [f"perplexity {self.perplexity.value:.3f}"] if self.perplexity else []
+        for task in self.tasks:
+            figures += [f"{task.task} {m} {task.metrics[m].value:.4f}" for m in task.metrics]
+        return f"{self.model}: {', '.join(figures)}"
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
         return {
@@ -120,11 +126,16 @@ def evaluate(
         subject.source.scan(progress)
     scores: list[Score] = []
     for subject in subjects:
-        score = Score(
-            model=subject.name,
-            perplexity=_perplexity(config, subject, progress),
-            tasks=_tasks(config, subject, tasks, progress),
-        )
+        try:
+            score = Score(
+                model=subject.name,
+                perplexity=_perplexity(config, subject, progress),
+                tasks=_tasks(config, subject, tasks, progress),
+            )
+        except SparsekitError:
+            for done in scores:
+                progress.note(f"measured before: {done}")
+            raise
         if baseline and scores:
             score = _compared(score, scores[0])
         scores.append(score)
@@ -188,7 +199,7 @@ def perplexity(
     stream = BlockStream(source, device=device, dtype=dtype)
     count, length = rows.tokens.shape
     each = length * source.config.get_text_config().hidden_size * dtype.itemsize
-    fitting = max(1, int(psutil.virtual_memory().available * HIDDEN_SHARE) // each)
+    fitting = max(1, int(available_memory() * HIDDEN_SHARE) // each)
     passes = range(0, count, fitting)
     progress.begin(f"perplexity of {label}", len(passes) * len(stream))
     losses: list[float] = []
@@ -241,7 +252,7 @@ def _tasks(
         subject.source.path,
         tasks,
         limit=config.limit,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or 8,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,

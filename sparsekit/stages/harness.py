@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.tokenizer import load_tokenizer
+from sparsekit.models.whole import load_whole
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel
 
 
 def load_tasks(
@@ -105,47 +106,26 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
         UsageError: There is no such device or dtype.
         DataError: The checkpoint lacks weights or a tokenizer, or cannot be read.
     """
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(path)
     # HFLM gets loaded objects: from a path it takes another device in silence when it does not
     # know the one named, and asks the hub about the path.
-    model = _load_weights(path, dtype)
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
+    model = load_whole(
+        Checkpoint.open(path),
+        wanted,
+        purpose="scoring lm-eval tasks",
+        way_out="a narrower --dtype takes less; perplexity (--text) is measured block by block",
+    )
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"the model cannot be put on device '{device}': {error}") from error
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-def _load_weights(path: Path, dtype: str) -> "PreTrainedModel":
-    """The model of a checkpoint with all of its weights."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers fills them with random numbers and goes on.
-        raise DataError(f"{path} lacks {len(missing)} weights, the first is {missing[0]}")
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text; the libraries' own advice follows it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

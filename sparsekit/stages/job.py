@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve
-from sparsekit.models.writer import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruners import Pruner
 from sparsekit.stages.config import PruneConfig
@@ -137,8 +137,7 @@ def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], lis
     for glob in skip:
         matched = [name for name in linear if _matches(name, glob)]
         if not matched:
-            parts = {part for name in linear for part in name.split(".")}
-            raise UsageError(f"--skip {glob!r} matches no weight", did_you_mean(glob, parts))
+            raise UsageError(f"--skip {glob!r} matches no weight", _globs_like(glob, linear))
         reasons = {name: f"--skip {glob}" for name in matched} | reasons
     targets = [target for name, target in linear.items() if name not in reasons]
     if not targets:
@@ -153,13 +152,24 @@ def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], lis
 
 def _matches(name: str, glob: str) -> bool:
     """Whether a glob matches the name or any run of its dot-separated parts."""
+    return any(fnmatch.fnmatchcase(run, glob) for run in _runs(name))
+
+
+def _runs(name: str) -> Iterator[str]:
+    """All runs of a name's dot-separated parts."""
     parts = name.split(".")
-    runs = (
-        ".".join(parts[start:stop])
-        for start in range(len(parts))
-        for stop in range(start + 1, len(parts) + 1)
-    )
-    return any(fnmatch.fnmatchcase(run, glob) for run in runs)
+    for start in range(len(parts)):
+        for stop in range(start + 1, len(parts) + 1):
+            yield ".".join(parts[start:stop])
+
+
+def _globs_like(glob: str, names: Iterable[str]) -> str:
+    """What a pattern that matches no weight may have meant, else how such patterns look."""
+    first = next(iter(names))
+    known = {run for name in names for run in _runs(name) if not run.isdigit()}
+    kind = first.removesuffix(".weight").rpartition(".")[2]
+    form = f"write a name as {first}, or a part of it, as {kind}; * and ? stand for others"
+    return did_you_mean(glob, known, otherwise=form)
 
 
 def _refuse_misfits(targets: Sequence[Target], pattern: Pattern) -> None:

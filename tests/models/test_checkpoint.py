@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from sparsekit.errors import DataError
 from sparsekit.models.architecture import build_without_weights
 from sparsekit.models.blocks import BlockStream
-from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import INDEX
 
 WEIGHTS = "model.safetensors"
 

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.files import sha256_file
+from sparsekit.models import output
 from sparsekit.models import writer as module
 from sparsekit.models.calibration import Calibration
-from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import INDEX
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import Silent
 from sparsekit.stages.config import PruneConfig
@@ -245,14 +247,14 @@ def test_room_that_a_killed_run_has_laid_out_is_not_asked_for_again(family, tmp_
     source = Checkpoint.open(family("llama"))
     shutil.copy(family("llama") / "model.safetensors", tmp_path)
     usage = shutil.disk_usage("/")
-    needed = source.n_bytes + module.SPARE_BYTES
+    needed = source.n_bytes + output.SPARE_BYTES
     monkeypatch.setattr(
         module.shutil, "disk_usage", lambda _: usage._replace(free=needed - source.n_bytes)
     )
-    module.require_space(tmp_path, source)
+    output.require_space(tmp_path, source)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(StorageError, match="the output needs"):
-        module.require_space(tmp_path, source)
+        output.require_space(tmp_path, source)
 
 
 def test_further_chat_templates_are_carried_over(copy_of, tmp_path):

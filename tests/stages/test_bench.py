@@ -11,7 +11,8 @@ import torch
 
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
-from sparsekit.models.checkpoint import INDEX, Checkpoint
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import INDEX
 from sparsekit.stages import bench
 from sparsekit.stages.bench import bench_prune, generate
 from sparsekit.stages.config import PruneConfig

@@ -1,0 +1,56 @@
+"""A checkpoint's folder by the names of its files: what can be refused before torch is there."""
+
+from pathlib import Path
+
+from sparsekit.errors import DataError
+from sparsekit.files import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PROVENANCE = "sparsekit.json"
+
+
+def weight_files(path: Path) -> dict[str, list[str] | None]:
+    """Weight files of a checkpoint by name, with the tensors to take from each (None: all).
+
+    Raises:
+        DataError: The folder is missing, or is no checkpoint with safetensors weights.
+    """
+    if not path.is_dir():
+        raise DataError(f"no such model folder: {path}")
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
+    if (path / INDEX).is_file():
+        index = read_json(path / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DataError(f"{path / INDEX} has no weight_map")
+        files: dict[str, list[str] | None] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise DataError(f"{path / INDEX} places {name} outside the folder: {file!r}")
+            if not (path / file).is_file():
+                raise DataError(f"{path / INDEX} names {file}, which is missing")
+            names = files.setdefault(file, [])
+            assert names is not None
+            names.append(name)
+        if (path / SINGLE).is_file() and files.keys() != {SINGLE}:
+            raise DataError(
+                f"{path} has both {SINGLE} and {INDEX} with other files",
+                "transformers would load the first: delete the one that is not the model",
+            )
+        return dict(sorted(files.items()))
+    if (path / SINGLE).is_file():
+        return {SINGLE: None}
+    others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    if others:
+        raise DataError(
+            f"{path} has no safetensors weights, only {others[0]}",
+            "convert it once: load it with AutoModelForCausalLM.from_pretrained and write it "
+            "with save_pretrained",
+        )
+    raise DataError(
+        f"{path} has no safetensors weights ({SINGLE} or {INDEX})",
+        "if the model has other weights, load it with AutoModelForCausalLM.from_pretrained and "
+        "write it with save_pretrained",
+    )

@@ -1,0 +1,57 @@
+"""A model with all of its weights in memory, for what cannot be done block by block."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsekit.errors import DataError
+from sparsekit.memory import available_memory
+from sparsekit.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_whole(
+    source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str
+) -> PreTrainedModel:
+    """The model as transformers loads it, on the CPU.
+
+    Args:
+        source: The checkpoint.
+        dtype: The type of its weights in memory.
+        purpose: What needs it, for the error.
+        way_out: What to do when it does not fit.
+
+    Raises:
+        DataError: It does not fit into the available memory, cannot be read, or lacks weights.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    needed = dtype.itemsize * sum(math.prod(place.shape) for place in source.places.values())
+    if needed > (free := available_memory()):
+        raise DataError(
+            f"{purpose} needs {needed / 1e9:.1f} GB of memory for the whole model of "
+            f"{source.path}, {free / 1e9:.1f} GB are available",
+            way_out,
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(source.path),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{source.path} cannot be loaded: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise DataError(f"{source.path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model.eval()
