@@ -15,23 +15,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_whole(
-    source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str
-) -> PreTrainedModel:
-    """The model as transformers loads it, on the CPU.
+def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str) -> None:
+    """Refuse what would need more memory than there is.
 
     Args:
         source: The checkpoint.
         dtype: The type of its weights in memory.
-        purpose: What needs it, for the error.
-        way_out: What to do when it does not fit.
+        purpose: What needs the whole model.
+        way_out: What to do instead.
 
     Raises:
-        DataError: It does not fit into the available memory, cannot be read, or lacks weights.
+        DataError: The model does not fit into the available memory.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     needed = dtype.itemsize * sum(math.prod(place.shape) for place in source.places.values())
     if needed > (free := available_memory()):
         raise DataError(
@@ -39,6 +34,20 @@ def load_whole(
             f"{source.path}, {free / 1e9:.1f} GB are available",
             way_out,
         )
+
+
+def load_whole(
+    source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str
+) -> PreTrainedModel:
+    """The model as transformers loads it, on the CPU; arguments as of `require_memory`.
+
+    Raises:
+        DataError: It does not fit into the available memory, cannot be read, or lacks weights.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    require_memory(source, dtype, purpose=purpose, way_out=way_out)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source.path),

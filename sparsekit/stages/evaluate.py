@@ -14,10 +14,11 @@ from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.reference import resolve, title
 from sparsekit.models.rows import TokenRows
+from sparsekit.models.whole import require_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig
 from sparsekit.stages.device import compute_dtype, pick_device
-from sparsekit.stages.harness import load_tasks
+from sparsekit.stages.harness import NEED, load_tasks
 from sparsekit.stages.paired import PairedDifference, mean_stderr, paired_difference
 from sparsekit.stages.tasks import TaskScore, compare_tasks, score_tasks
 
@@ -155,12 +156,14 @@ def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
     """A model, checked as far as that needs no weights."""
     device = pick_device(config.device)
     source = Checkpoint.open(resolve(name, progress))
+    dtype = compute_dtype(config.dtype, device, source)
     if config.tasks:
         source.tokenizer()
+        require_memory(source, dtype, **NEED)
     rows = None
     if config.windows_of is not None:
         # Refuses what cannot be streamed; that takes a moment and little memory.
-        BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
+        BlockStream(source, device=device, dtype=dtype)
         rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
         for note in rows.notes:
             progress.note(f"{title(name)}: {note}")

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+# Why a task needs the whole model in memory, and what can be had without.
+NEED = {
+    "purpose": "scoring lm-eval tasks",
+    "way_out": "a narrower --dtype takes less; perplexity (--text) is measured block by block",
+}
+
 
 def load_tasks(
     names: Sequence[str], include_path: Path | None = None, seed: int = 0
@@ -115,12 +121,7 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype):
         raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
-    model = load_whole(
-        Checkpoint.open(path),
-        wanted,
-        purpose="scoring lm-eval tasks",
-        way_out="a narrower --dtype takes less; perplexity (--text) is measured block by block",
-    )
+    model = load_whole(Checkpoint.open(path), wanted, **NEED)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -19,6 +19,7 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve
+from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruners import Pruner
 from sparsekit.stages.config import PruneConfig
@@ -221,4 +222,4 @@ def _peak_estimate(job: Job) -> int:
         # What one row makes on its way through a block, and the sampled inputs.
         ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
         hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
-    return hidden + max(max(blocks), outside)
+    return hidden + max(max(blocks), outside) + KEPT_BYTES

@@ -46,7 +46,12 @@ def imported(*arguments: str) -> tuple[set[str], int, str]:
         (["prune", "m", "-o", "o", "--calibration", "no.txt"], 2, "no.txt does not exist"),
         (["prune", "m", "-o", "o", "--dtype", "int4"], 2, "--dtype 'int4' is not known"),
         (["eval", "m", "--limit", "0"], 2, "--limit must be at least 1"),
+        (["eval", "m", "--batch-size", "4"], 2, "--batch-size has no effect without --tasks"),
         (["verify", "m", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
+        (["prune", "./m", "-o", "o"], 2, "no such model folder: ./m"),
+        (["prune", "dmo", "-o", "o"], 2, "did you mean 'demo'"),
+        (["prune", "demo", "-o", "/"], 2, "the output / is the current folder or contains it"),
+        (["eval", "demo", "--baseline", "/"], 2, "/ has no config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -814,6 +814,12 @@ def test_the_first_token_is_bos_else_eos_else_none(checkpoint, tokenizer, ids, e
     assert selftext.start_token(checkpoint) == expected
 
 
+def test_sampling_from_a_model_larger_than_the_memory_is_refused(model_folder, monkeypatch):
+    monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
+    with pytest.raises(DataError, match=r"calibration 'self' needs .*--calibration builtin"):
+        selftext.sample_rows(model_folder, 2, 8, 0)
+
+
 def test_without_bos_eos_and_tokenizer_the_first_tokens_are_random_ids(model_folder):
     for file in model_folder.path.glob("tokenizer*"):
         file.unlink()

@@ -5,11 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from sparsekit.errors import UsageError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import INDEX
@@ -49,20 +50,29 @@ def test_floor_runs_on_the_rows_that_pruning_reads(family, row_file):
     assert bench_prune(config, str(family("llama")), repeat=1)["rows"] == [2, 10]
 
 
+def test_floor_is_refused_where_the_whole_model_does_not_fit(family, row_file, monkeypatch):
+    monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    with pytest.raises(DataError, match=r"the plain forward needs .* GB.*--no-floor"):
+        bench_prune(config, str(family("llama")), repeat=1)
+
+
 def test_repeat_below_one_is_refused(family):
     with pytest.raises(UsageError, match="--repeat must be at least 1, not 0"):
         bench_prune(PruneConfig(), str(family("llama")), repeat=0)
 
 
-# Prunes argv[1] on the rows argv[2] into argv[3] by argv[4]; prints the resident bytes after each
-# block as JSON.
+# Prunes argv[1] on the rows argv[2] into argv[3] by argv[4]; prints as JSON the resident bytes
+# after each block, and the peak above the start with its estimate.
 WATCHED = """
 import json, pathlib, sys
 import psutil, torch
 from sparsekit.models.calibration import Calibration
 from sparsekit.progress import Silent
 from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.job import plan
 from sparsekit.stages.prune import prune
+from sparsekit.stages.report import peak_memory
 
 resident = []
 
@@ -73,21 +83,38 @@ class Watch(Silent):
 
 
 config = PruneConfig(method=sys.argv[4], calibration=Calibration(source=sys.argv[2]))
-prune(config, sys.argv[1], pathlib.Path(sys.argv[3]), progress=Watch())
-print(json.dumps(resident))
+out = pathlib.Path(sys.argv[3])
+estimate = plan(config, sys.argv[1], out)["peak_memory_estimate_bytes"]
+before = psutil.Process().memory_info().rss
+prune(config, sys.argv[1], out, progress=Watch())
+peak = peak_memory() - before
+print(json.dumps({"resident": resident, "peak": peak, "estimate": estimate}))
 """
+
+
+def watched(folder: Path, row_file: Path, out: Path, method: str) -> dict:
+    """What a fresh process that prunes takes, with one thread."""
+    command = [sys.executable, "-c", WATCHED, folder, row_file, out, method]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout)
 
 
 def test_memory_of_a_fresh_process_does_not_grow_with_the_depth(tmp_path, row_file):
     folder = generate(tmp_path / "random", blocks=32, hidden=512, vocabulary=300)
     each = Checkpoint.open(folder).n_bytes // 32  # 6 MB
-    command = [sys.executable, "-c", WATCHED, folder, row_file, tmp_path / "out", "wanda"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    resident = json.loads(found.stdout)
+    resident = watched(folder, row_file, tmp_path / "out", "wanda")["resident"]
     assert len(resident) == 32
     # The first blocks warm up libraries; of the 24 after them, four blocks' size may be left over.
     assert min(resident[-4:]) - min(resident[4:8]) < 4 * each
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_memory_estimate_of_the_plan_holds(tmp_path, row_file, method):
+    folder = generate(tmp_path / "random", blocks=3, hidden=768, vocabulary=300)
+    found = watched(folder, row_file, tmp_path / "out", method)
+    # An estimate that is too low is of no use; one that is four times too high neither.
+    assert found["estimate"] / 4 < found["peak"] < found["estimate"]
 
 
 @pytest.mark.parametrize("shard", [1 << 29, 100_000])

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from sparsekit.errors import DataError, UsageError
+from sparsekit.stages.config import EvalConfig
+from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.harness import load_tasks
 from sparsekit.stages.paired import paired_difference
 from sparsekit.stages.tasks import Metric, TaskScore, compare_tasks, score_tasks
@@ -340,6 +342,17 @@ def test_missing_tokenizer_is_named(checkpoint, tasks_dir, tmp_path):
         scored(bare, ["tiny"], include_path=tasks_dir)
 
 
+def test_model_larger_than_the_memory_is_refused_before_anything_is_measured(
+    checkpoint, tasks_dir, monkeypatch
+):
+    monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
+    config = EvalConfig(text="builtin", tasks=["choice"], include_path=tasks_dir)
+    with pytest.raises(DataError, match=r"scoring lm-eval tasks needs .*; a narrower --dtype"):
+        evaluate(config, [str(checkpoint)])
+    with pytest.raises(DataError, match=r"scoring lm-eval tasks needs"):
+        scored(checkpoint, ["choice"], tasks_dir)
+
+
 def test_a_tokenizer_made_up_from_nothing_is_refused(tasks_dir, tmp_path):
     """For this architecture transformers returns an empty tokenizer where only its settings are."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -369,6 +382,8 @@ SCRIPT = """\
 import json, sys
 from pathlib import Path
 from sparsekit.errors import DataError
+from sparsekit.stages.config import EvalConfig
+from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.harness import load_tasks
 from sparsekit.stages.tasks import score_tasks
 
