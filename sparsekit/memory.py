@@ -1,8 +1,8 @@
-"""How much memory this process may still take."""
+"""How much memory this process has taken, and how much it may still take."""
 
+import re
+import resource
 from pathlib import Path
-
-import psutil
 
 # Where Linux tells a container's limit and use, of version 2 and 1; in a container its own group
 # is the root of the tree that it sees.
@@ -15,8 +15,21 @@ GROUP_FILES = (
 )
 
 
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    # getrusage starts from the size of the process that started this one.
+    if STATUS.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.M)):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def available_memory() -> int:
     """Bytes that can be taken without swapping, within the limit of a container."""
+    import psutil
+
     free = psutil.virtual_memory().available
     for limit, usage in GROUP_FILES:
         if (allowed := _number(limit)) is not None and (used := _number(usage)) is not None:

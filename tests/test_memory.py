@@ -1,4 +1,7 @@
-"""Free memory, also where a container is allowed less than the machine has."""
+"""The peak of this process alone, and free memory in a container."""
+
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -31,3 +34,11 @@ def test_without_a_container_it_is_what_the_machine_has_left(group, monkeypatch)
 def test_limit_of_a_container_counts(group, used, left):
     group("10000\n", f"{used}\n")
     assert memory.available_memory() == left
+
+
+def test_peak_is_not_that_of_the_process_that_started_this_one():
+    taken = bytearray(300 << 20)  # in this process, which starts the other
+    code = "from sparsekit.memory import peak_memory; print(peak_memory())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(found.stdout) < len(taken)
+    assert memory.peak_memory() > len(taken)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsekit.errors import SparsekitError
+from sparsekit.memory import peak_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
@@ -205,6 +205,4 @@ def _display(console: Console) -> Progress:
 
 
 def _memory() -> str:
-    """The largest resident size so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"{peak / 1e6:.0f} MB peak"
+    return f"{peak_memory() / 1e6:.0f} MB peak"

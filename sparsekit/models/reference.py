@@ -52,8 +52,9 @@ def title(reference: str) -> str:
 def _is_local(reference: str) -> bool:
     if reference == DEMO:
         return False
-    is_path = reference.count("/") != 1 or reference.startswith((".", "/", "~"))
-    return is_path or Path(reference).exists()
+    if Path(reference).exists():
+        return True
+    return reference.count("/") != 1 or reference.startswith((".", "/", "~"))
 
 
 def _folder(reference: str) -> Path:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from sparsekit.errors import UsageError
+from sparsekit.memory import peak_memory
 from sparsekit.models.architecture import build_without_weights
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
@@ -22,7 +23,6 @@ from sparsekit.models.whole import load_whole
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.prune import prune
-from sparsekit.stages.report import peak_memory
 
 # A generated shard is written when it has grown to this size.
 SHARD_BYTES = 1 << 28

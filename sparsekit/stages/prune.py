@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsekit.errors import NumericalError
 from sparsekit.files import sha256_json
+from sparsekit.memory import peak_memory
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block
 from sparsekit.models.reference import title
@@ -26,7 +27,6 @@ from sparsekit.stages.report import (
     PruneReport,
     WeightRow,
     model_card,
-    peak_memory,
     row_json,
     totals,
     versions,

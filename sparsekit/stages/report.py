@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,11 +47,6 @@ def versions() -> dict[str, str]:
     """The versions that decide the numbers."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"sparsekit": sparsekit.__version__, "python": platform.python_version(), **found}
-
-
-def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

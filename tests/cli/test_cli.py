@@ -501,7 +501,8 @@ def test_eval_of_an_own_task_has_both_accuracies_with_errors(
         (["--text", "bultin"], r"'bultin'; did you mean 'builtin'"),
         (["--text", "self"], r"cannot be measured on text of the model itself"),
         (["--limit", "0"], r"--limit must be at least 1, not 0"),
-        (["--batch-size", "0"], r"--batch-size must be at least 1, not 0"),
+        (["--batch-size", "4"], r"--batch-size has no effect without --tasks"),
+        (["--tasks", "x", "--batch-size", "0"], r"--batch-size must be at least 1, not 0"),
         (["--include-path", "no/such"], r"--include-path no/such is not a folder"),
         (["--include-path", "."], r"no effect without --tasks"),
         (["--tasks", "arc_easy", "--length", "32"], r"--length has no effect on tasks"),
@@ -519,9 +520,9 @@ def test_second_broken_model_is_seen_before_the_first_is_measured(cli, family, r
 
 def test_scores_of_the_models_before_a_failing_one_are_told(cli, copy_of, family, row_file):
     broken = copy_of("llama")
-    name = "model.embed_tokens.weight"
+    name = "lm_head.weight"
     tensors = load_file(broken / WEIGHTS)
-    tensors[name].fill_(1e38)  # finite, as its products are not
+    tensors[name].fill_(3e38)  # finite, as the sums of its products are not
     save_file(tensors, broken / WEIGHTS)
     found = cli("eval", family("llama"), broken, "--text", row_file)
     alone = cli("eval", family("llama"), "--text", row_file)
@@ -696,6 +697,19 @@ def test_demo_prunes_three_ways_scores_each_and_keeps_the_checkpoints(cli, famil
         assert (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
     other = cli("demo", family("llama_tied"), "-o", tmp_path / "demo")
     assert_one_line_error(other, 2, r"was made in another way")
+    record = tmp_path / "demo" / made[1] / "sparsekit.json"
+    value = json.loads(record.read_text())
+    value["history"][-1]["recipe"]["calibration"] = "of other rows"
+    record.write_text(json.dumps(value))
+    found = cli(*command)
+    assert found.code == 2
+    assert re.search(rf"{made[1]} was made in another way; choose another --out", found.stderr)
+
+
+def test_demo_checks_every_method_before_the_first_is_run(cli, family, tmp_path):
+    found = cli("demo", family("llama_odd"), "-o", tmp_path / "demo")
+    assert_one_line_error(found, 2, r"66 inputs do not divide into groups of 4")
+    assert not (tmp_path / "demo").exists()
 
 
 # The command line as a whole

@@ -134,3 +134,26 @@ def test_published_magnitude_removes_one_weight_more_in_every_tensor(run) -> Non
         assert int(extra.sum()) == 1, name
         assert float(size[extra]) == float(size[ours].min()), name
         assert int(ours.sum()) == ours.numel() - ours.numel() // 2, name
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "60%/tensor"])
+def test_magnitude_without_a_recorded_run_follows_its_published_rule(
+    run, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """No run was recorded for these two; the rule needs no calibration, so it is applied here.
+
+    `prune_magnitude` of the same code removes the 4 smallest of every 8, or everything up to the
+    absolute weight of rank ⌊0.6 n⌋ of the tensor.
+    """
+    if pattern == "60%/tensor":
+        monkeypatch.setattr("sparsekit.stages.job.Pattern", PublishedThreshold)
+    found = run("magnitude", pattern, "magnitude_2x4")  # for the names of its 21 weights
+    for name in found.published:
+        size = found.dense[name].abs()
+        if pattern == "4:8":
+            groups = size.reshape(-1, 8)
+            kept = torch.ones_like(groups, dtype=torch.bool)
+            kept.scatter_(1, groups.topk(4, dim=1, largest=False).indices, False)
+        else:
+            kept = size > size.flatten().sort().values[int(size.numel() * 0.6)]
+        assert torch.equal(found.ours_kept(name), kept.view_as(size)), name

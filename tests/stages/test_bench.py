@@ -72,7 +72,7 @@ from sparsekit.progress import Silent
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import plan
 from sparsekit.stages.prune import prune
-from sparsekit.stages.report import peak_memory
+from sparsekit.memory import peak_memory
 
 resident = []
 

@@ -346,11 +346,11 @@ def test_model_larger_than_the_memory_is_refused_before_anything_is_measured(
     checkpoint, tasks_dir, monkeypatch
 ):
     monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
-    config = EvalConfig(text="builtin", tasks=["choice"], include_path=tasks_dir)
+    config = EvalConfig(text="builtin", tasks=["tiny"], include_path=tasks_dir)
     with pytest.raises(DataError, match=r"scoring lm-eval tasks needs .*; a narrower --dtype"):
         evaluate(config, [str(checkpoint)])
     with pytest.raises(DataError, match=r"scoring lm-eval tasks needs"):
-        scored(checkpoint, ["choice"], tasks_dir)
+        scored(checkpoint, ["tiny"], tasks_dir)
 
 
 def test_a_tokenizer_made_up_from_nothing_is_refused(tasks_dir, tmp_path):
