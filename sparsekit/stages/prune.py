@@ -67,15 +67,9 @@ def prune(
     """
     started = time.perf_counter()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
-    if not job.stream.tested:
-        progress.note(
-            f"{job.source.config.model_type!r} is not among the tested families: compare the "
-            "output's perplexity with the source's"
-        )
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     fingerprint = job.source.scan(progress)
-    for note in rows.notes if rows else ():
-        progress.note(note)
+    _tell_doubts(job, rows, progress)
     recipe = _recipe(job, fingerprint, rows)
     with CheckpointWriter(out, job.source, recipe, overwrite=overwrite) as writer:
         resumed = len(writer.finished)
@@ -231,6 +225,17 @@ def _config(job: Job) -> dict[str, Any]:
     """The model's configuration without the place that it was read from."""
     found = job.source.config.to_dict()
     return {key: value for key, value in found.items() if key != "_name_or_path"}
+
+
+def _tell_doubts(job: Job, rows: TokenRows | None, progress: Progress) -> None:
+    """Say what should make the user look at the result with care."""
+    if not job.stream.tested:
+        progress.note(
+            f"{job.source.config.model_type!r} is not among the tested families: compare the "
+            "output's perplexity with the source's"
+        )
+    for note in rows.notes if rows else ():
+        progress.note(note)
 
 
 def _tell_damping(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
