@@ -24,7 +24,7 @@ MAPPED_BYTES = 8 << 20
 # The top of the heap is kept up to this size, as glibc would if the size above were its own choice.
 KEPT_BYTES = 64 << 20
 # What is free in the heap goes back to the system after this many bytes of blocks.
-TRIM_BYTES = 32 << 20
+TRIM_BYTES = 24 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
