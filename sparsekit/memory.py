@@ -1,21 +1,15 @@
-"""How much memory this process has taken, and how much it may still take."""
+"""How much memory this process has taken, and how much it may still take; Linux and macOS."""
 
 import re
 import resource
-from pathlib import Path
-
-# Where Linux tells a container's limit and use, of version 2 and 1; in a container its own group
-# is the root of the tree that it sees.
-GROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
-
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 STATUS = Path("/proc/self/status")
+# Which control groups this process is in, and where their limits lie.
+GROUPS = Path("/proc/self/cgroup")
+GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def peak_memory() -> int:
@@ -23,24 +17,52 @@ def peak_memory() -> int:
     # getrusage starts from the size of the process that started this one.
     if STATUS.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.M)):
         return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, within the limit of a container."""
+    """Bytes that can be taken without swapping, within the limits of container and group."""
     import psutil
 
-    free = psutil.virtual_memory().available
-    for limit, usage in GROUP_FILES:
-        if (allowed := _number(limit)) is not None and (used := _number(usage)) is not None:
-            free = min(free, max(0, allowed - used))
-    return free
+    return max(0, min(psutil.virtual_memory().available, *_room_in_groups(), sys.maxsize))
 
 
-def _number(path: str) -> int | None:
+def _room_in_groups() -> Iterator[int]:
+    """What each memory group that holds this process has left, from its own up to the root."""
+    lines = GROUPS.read_text().splitlines() if GROUPS.is_file() else []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files = GROUP_ROOT, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            root = GROUP_ROOT / "memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        limit, usage, prefix = files
+        path = PurePosixPath(name)
+        for group in (path, *path.parents):
+            folder = root / str(group).lstrip("/")
+            allowed, used = _number(folder / limit), _number(folder / usage)
+            if allowed is not None and used is not None:
+                yield allowed - used + _file_cache(folder / "memory.stat", prefix)
+
+
+def _file_cache(stat: Path, prefix: str) -> int:
+    """Bytes of files in a group's memory, which count as used and are given back when needed."""
+    try:
+        lines = stat.read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split(" ", 1) for line in lines if " " in line)
+    return sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+
+
+def _number(path: Path) -> int | None:
     """The number in a file; None where there is none (`max`: no limit)."""
     try:
-        text = Path(path).read_text().strip()
+        text = path.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None

@@ -21,6 +21,7 @@ LIGHT = {
     "models/configuration",
     "models/demo",
     "models/folder",
+    "models/hub",
     "models/output",
     "models/reference",
     "models/rows",

@@ -29,7 +29,7 @@ from sparsekit.cli.options import (
     prune_config,
 )
 from sparsekit.models.output import refuse_output
-from sparsekit.stages.config import EvalConfig
+from sparsekit.stages.config import BATCH_SIZE, EvalConfig
 from sparsekit.tensors.patterns import Pattern
 
 app = typer.Typer(
@@ -106,7 +106,7 @@ def prune(
             dtype=dtype,
         )
         name = named(model)
-        refuse_output(out, overwrite=overwrite)
+        refuse_output(out, overwrite=overwrite)  # the stage does too, after seconds of imports
         if dry_run:
             from sparsekit.stages.job import plan as stage
 
@@ -137,7 +137,8 @@ def evaluate(
         str | None, typer.Option(help="Model to take paired differences to.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Samples of a task in one forward pass. Default: 8.")
+        int | None,
+        typer.Option(help=f"Samples of a task in one forward pass. Default: {BATCH_SIZE}."),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",

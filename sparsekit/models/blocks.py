@@ -136,7 +136,7 @@ class BlockStream:
 
     def _record(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         if index == 0:
-            self.hidden.append(hidden.to("cpu"))
+            self.hidden.append(hidden.to("cpu", copy=True))
             self._seen = {}
         calls = self._calls[index]
         # Rows of one length are called alike; then one copy serves them all.
@@ -255,14 +255,22 @@ class Block:
             for row in range(len(self.stream.hidden)):
                 output = tap.run(row, stop=not advance)
                 if advance:
-                    self.stream.hidden[row].copy_(output)
+                    self._carry_on(row, output)
         return tap.sums
 
     @torch.no_grad()
     def advance(self) -> None:
         """Replace the hidden states of all rows by this block's output."""
         for row in range(len(self.stream.hidden)):
-            self.stream.hidden[row].copy_(self.run(row))
+            self._carry_on(row, self.run(row))
+
+    def _carry_on(self, row: int, output: Tensor) -> None:
+        """Make a row's output the next block's input, in the memory of the last one's."""
+        old = self.stream.hidden[row]
+        if (old.shape, old.dtype) == (output.shape, output.dtype):
+            old.copy_(output)
+        else:
+            self.stream.hidden[row] = output.to("cpu")
 
     def run(self, row: int) -> Tensor:
         """This block's output for one row, `[1, length, hidden]` on the device."""

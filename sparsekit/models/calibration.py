@@ -105,11 +105,14 @@ class Calibration:
         """Make sure that rows can be had for a checkpoint, as far as that needs no text.
 
         Raises:
-            DataError: A row file does not fit the model, or a text needs the missing tokenizer.
+            DataError: A row file does not fit the model, a text needs the missing tokenizer, or
+                a model that rows are sampled from does not fit into memory.
         """
         if is_kind(self.source, ROW_FILE):
             self._stored(checkpoint.config)
-        elif self.source != "self":
+        elif self.source == "self":
+            selftext.require_room(checkpoint)
+        else:
             checkpoint.tokenizer()
 
     def shape(self, config: PretrainedConfig) -> tuple[int, int]:

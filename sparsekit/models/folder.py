@@ -1,5 +1,6 @@
 """A checkpoint's folder by the names of its files: what can be refused before torch is there."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sparsekit.errors import DataError
@@ -10,7 +11,7 @@ INDEX = "model.safetensors.index.json"
 PROVENANCE = "sparsekit.json"
 
 
-def weight_files(path: Path) -> dict[str, list[str] | None]:
+def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
     """Weight files of a checkpoint by name, with the tensors to take from each (None: all).
 
     Raises:
@@ -21,24 +22,12 @@ def weight_files(path: Path) -> dict[str, list[str] | None]:
     if not (path / "config.json").is_file():
         raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
     if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise DataError(f"{path / INDEX} has no weight_map")
-        files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise DataError(f"{path / INDEX} places {name} outside the folder: {file!r}")
+        files = indexed_files(path)
+        for file in files:
             if not (path / file).is_file():
                 raise DataError(f"{path / INDEX} names {file}, which is missing")
-            names = files.setdefault(file, [])
-            assert names is not None
-            names.append(name)
-        if (path / SINGLE).is_file() and files.keys() != {SINGLE}:
-            raise DataError(
-                f"{path} has both {SINGLE} and {INDEX} with other files",
-                "transformers would load the first: delete the one that is not the model",
-            )
+        if (path / SINGLE).is_file():
+            refuse_two_forms(path, files)
         return dict(sorted(files.items()))
     if (path / SINGLE).is_file():
         return {SINGLE: None}
@@ -54,3 +43,35 @@ def weight_files(path: Path) -> dict[str, list[str] | None]:
         "if the model has other weights, load it with AutoModelForCausalLM.from_pretrained and "
         "write it with save_pretrained",
     )
+
+
+def indexed_files(path: Path) -> dict[str, list[str]]:
+    """The weight files that a folder's index names, with the tensors that lie in each.
+
+    Raises:
+        DataError: The index is broken, or names a file outside the folder.
+    """
+    index = read_json(path / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{path / INDEX} has no weight_map")
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DataError(f"{path / INDEX} places {name} outside the folder: {file!r}")
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def refuse_two_forms(path: Path, indexed: Iterable[str]) -> None:
+    """Refuse a folder with all weights in one file and again in those that its index names.
+
+    Raises:
+        DataError: The index names other files than the one.
+    """
+    if set(indexed) != {SINGLE}:
+        raise DataError(
+            f"{path} has both {SINGLE} and {INDEX} with other files",
+            "transformers would load the first: delete the one that is not the model, in a copy if "
+            "the folder is the hub's",
+        )

@@ -1,17 +1,16 @@
 """Which folder a model's name stands for: a path, a hub id, or the demo model."""
 
+import contextlib
+import os.path
 from pathlib import Path
 
-from sparsekit.errors import DataError, StorageError, UsageError, did_you_mean
-from sparsekit.files import FULL, read_json
-from sparsekit.models.configuration import load_config
+from sparsekit.errors import DataError, UsageError, did_you_mean
 from sparsekit.models.demo import SMOLLM2, demo_model
-from sparsekit.models.folder import INDEX, SINGLE, weight_files
+from sparsekit.models.folder import weight_files
+from sparsekit.models.hub import fetch
 from sparsekit.progress import SILENT, Progress
 
 DEMO = "demo"
-# Everything of a hub model but its weights.
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 
 
 def check(reference: str) -> None:
@@ -41,7 +40,7 @@ def resolve(reference: str, progress: Progress = SILENT) -> Path:
         check(reference)
     if reference == DEMO:
         return demo_model(progress)
-    return _folder(reference) if _is_local(reference) else _download(reference, progress)
+    return _folder(reference) if _is_local(reference) else fetch(reference, progress)
 
 
 def title(reference: str) -> str:
@@ -52,75 +51,21 @@ def title(reference: str) -> str:
 def _is_local(reference: str) -> bool:
     if reference == DEMO:
         return False
-    if Path(reference).exists():
+    if os.path.exists(reference):
         return True
     return reference.count("/") != 1 or reference.startswith((".", "/", "~"))
 
 
 def _folder(reference: str) -> Path:
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
+    # Unlike Path's own, these raise nothing for a name that no file can have.
+    place = os.path.expanduser(reference)
+    if os.path.isdir(place):
+        return Path(place)
+    if os.path.isfile(place):
         raise DataError(f"no such model folder: {reference}", "it is a file: name its folder")
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    known = [DEMO, *(str(other) for other in beside if (other / "config.json").is_file())]
+    known = [DEMO]
+    with contextlib.suppress(OSError):
+        beside = [str(other) for other in Path(place).parent.iterdir()]
+        known += [other for other in beside if os.path.isfile(f"{other}/config.json")]
     hint = did_you_mean(reference, known, "pass a folder, a hub id (org/name) or 'demo'")
     raise DataError(f"no such model folder: {reference}", hint)
-
-
-def _download(repo: str, progress: Progress) -> Path:
-    """The hub's snapshot of a model, in the hub's own cache; weights last, shard by shard."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES)))
-        load_config(folder)
-        shards = _shards(folder)
-        progress.begin(f"fetch {repo}", len(shards))
-        for shard in shards:
-            # The commit is pinned, so that all files are of one state of the repository.
-            hf_hub_download(repo, shard, revision=folder.name)
-            progress.step(shard)
-        progress.end()
-    except LocalEntryNotFoundError as error:  # also the hub's way to say that it is out of reach
-        raise _unavailable(repo, error) from error
-    except EntryNotFoundError as error:
-        raise DataError(
-            f"{repo} has no safetensors weights ({SINGLE} or {INDEX}) on the hub",
-            "if it has others, load it with AutoModelForCausalLM.from_pretrained, write it with "
-            "save_pretrained, and pass that folder",
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        if getattr(error, "errno", None) in FULL:
-            raise StorageError(
-                f"the disk is full: {repo} cannot be kept in the hub's cache",
-                "make room, or set HF_HOME to a folder on another disk",
-            ) from error
-        raise _unavailable(repo, error) from error
-    return folder
-
-
-def _unavailable(repo: str, error: Exception) -> DataError:
-    reason = str(error).strip().split("\n")[0]
-    return DataError(
-        f"no folder {repo}, and the hub did not give a model of that name: {reason}",
-        "pass a local folder, or check the name and the connection",
-    )
-
-
-def _shards(folder: Path) -> list[str]:
-    """The weight files that the index of a snapshot names, or the one file without an index."""
-    if not (folder / INDEX).is_file():
-        return [SINGLE]
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DataError(f"{folder / INDEX} has no weight_map")
-    return sorted(set(map(str, weight_map.values())))

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
 # Fixed, because the random numbers of a row depend on the rows drawn beside it.
 BATCH = 8
+# Why sampling needs the whole model in memory, and what can be had without.
+NEED = {"purpose": "calibration 'self'", "way_out": "use --calibration builtin or a file"}
+
+
+def require_room(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose float32 weights do not fit into the available memory.
+
+    Raises:
+        DataError: They do not.
+    """
+    import torch
+
+    from sparsekit.models.whole import require_memory
+
+    require_memory(checkpoint, torch.float32, **NEED)
 
 
 def sample_rows(
@@ -37,12 +52,7 @@ def sample_rows(
 
     from sparsekit.models.whole import load_whole
 
-    model = load_whole(
-        checkpoint,
-        torch.float32,
-        purpose="calibration 'self'",
-        way_out="use --calibration builtin or a file",
-    )
+    model = load_whole(checkpoint, torch.float32, **NEED)
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
     )

@@ -21,7 +21,7 @@ from sparsekit.models.checkpoint import Checkpoint
 # and torch asks for aligned ones: the heap grows with every block. Pieces of this size or more are
 # therefore mapped on their own; smaller ones stay in the heap, where they cost no page faults.
 MAPPED_BYTES = 8 << 20
-# The top of the heap is kept up to this size, as glibc would if the size above were its own choice.
+# The top of the heap is kept up to this size; with a size above set, glibc would keep 128 kB only.
 KEPT_BYTES = 64 << 20
 # What is free in the heap goes back to the system after this many bytes of blocks.
 TRIM_BYTES = 24 << 20
@@ -30,6 +30,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 class Skeleton:
     """The model of a checkpoint with its parameters on the meta device.
+
+    The first one sets how glibc's allocator treats large pieces, for the whole process.
 
     Args:
         source: The checkpoint.

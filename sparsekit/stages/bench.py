@@ -19,13 +19,16 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import INDEX
 from sparsekit.models.reference import resolve
 from sparsekit.models.rows import TokenRows
-from sparsekit.models.whole import load_whole
+from sparsekit.models.whole import load_whole, require_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.stages.prune import prune
 
 # A generated shard is written when it has grown to this size.
 SHARD_BYTES = 1 << 28
+# Why the floor needs the whole model in memory, and what can be had without.
+NEED = {"purpose": "the plain forward", "way_out": "leave it out with --no-floor"}
 # Random token rows beside a generated model, which has no tokenizer.
 ROWS = "rows.safetensors"
 
@@ -59,6 +62,9 @@ def bench_prune(
     if scratch is not None and not scratch.is_dir():
         raise UsageError(f"--scratch {scratch} is no folder", "make it, or leave the option out")
     source = Checkpoint.open(resolve(model, progress))
+    if floor:
+        dtype = compute_dtype(config.dtype, pick_device(config.device), source)
+        require_memory(source, dtype, **NEED)
     rows = (config.rows or Calibration()).rows(source, progress)
     build_without_weights(source, torch.float32)  # transformers' code of this family is loaded
     before = psutil.Process().memory_info().rss
@@ -97,9 +103,7 @@ def bench_prune(
 def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, Any]) -> float:
     """Seconds of the plain forward, on the device and in the type that pruning used."""
     dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
-    model = load_whole(
-        source, dtype, purpose="the plain forward", way_out="leave it out with --no-floor"
-    ).to(device)
+    model = load_whole(source, dtype, **NEED).to(device)
     tokens, decoder = rows.tokens.to(device), model.base_model
     decoder(input_ids=tokens[:1], use_cache=False)  # not timed: first-call set-up
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

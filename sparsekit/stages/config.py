@@ -11,6 +11,7 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.texts import check_source
 from sparsekit.tensors.patterns import Pattern
 
+BATCH_SIZE = 8
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -76,7 +77,7 @@ class EvalConfig:
     limit: int | None = None
     """At most this many windows, and samples of each task."""
     batch_size: int | None = None
-    """Samples of a task in one forward pass; None: 8."""
+    """Samples of a task in one forward pass; None: `BATCH_SIZE`."""
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"

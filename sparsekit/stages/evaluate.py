@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.errors import DataError, NumericalError, SparsekitError
+from sparsekit.errors import DataError, NumericalError
 from sparsekit.memory import available_memory
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import evaluation_rows
@@ -16,7 +16,7 @@ from sparsekit.models.reference import resolve, title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.whole import require_memory
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.config import EvalConfig
+from sparsekit.stages.config import BATCH_SIZE, EvalConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.stages.harness import NEED, load_tasks
 from sparsekit.stages.paired import PairedDifference, mean_stderr, paired_difference
@@ -126,21 +126,22 @@ def evaluate(
     for subject in subjects:
         subject.source.scan(progress)
     scores: list[Score] = []
-    for subject in subjects:
-        try:
-            score = Score(
-                model=subject.name,
-                perplexity=_perplexity(config, subject, progress),
-                tasks=_tasks(config, subject, tasks, progress),
+    try:
+        for subject in subjects:
+            scores.append(
+                Score(
+                    model=subject.name,
+                    perplexity=_perplexity(config, subject, progress),
+                    tasks=[],
+                )
             )
-        except SparsekitError:
-            for done in scores:
-                progress.note(f"measured before: {done}")
-            raise
-        if baseline and scores:
-            score = _compared(score, scores[0])
-        scores.append(score)
-    return scores
+            scores[-1] = replace(scores[-1], tasks=_tasks(config, subject, tasks, progress))
+    except BaseException:
+        # What took long to measure is not lost with what failed.
+        for score in scores:
+            progress.note(f"measured before: {score}")
+        raise
+    return [scores[0], *(_compared(s, scores[0]) for s in scores[1:])] if baseline else scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +256,7 @@ def _tasks(
         subject.source.path,
         tasks,
         limit=config.limit,
-        batch_size=config.batch_size or 8,
+        batch_size=config.batch_size or BATCH_SIZE,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,

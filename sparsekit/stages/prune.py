@@ -67,9 +67,8 @@ def prune(
     """
     started = time.perf_counter()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
-    rows = job.calibration.rows(job.source, progress) if job.calibration else None
+    rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
-    _tell_doubts(job, rows, progress)
     recipe = _recipe(job, fingerprint, rows)
     with CheckpointWriter(out, job.source, recipe, overwrite=overwrite) as writer:
         resumed = len(writer.finished)
@@ -97,6 +96,19 @@ def prune(
         }
         writer.commit(entry, model_card(entry, title(model)))
     return PruneReport(out=out, entry=entry)
+
+
+def _rows(job: Job, progress: Progress) -> TokenRows | None:
+    """The calibration rows; says first what should make the user look at the result with care."""
+    if not job.stream.tested:
+        progress.note(
+            f"{job.source.config.model_type!r} is not among the tested families: compare the "
+            "output's perplexity with the source's"
+        )
+    rows = job.calibration.rows(job.source, progress) if job.calibration else None
+    for note in rows.notes if rows else ():
+        progress.note(note)
+    return rows
 
 
 def _prune_block(job: Job, block: Block, sums: dict[str, InputSums]) -> list[dict[str, Any]]:
@@ -225,17 +237,6 @@ def _config(job: Job) -> dict[str, Any]:
     """The model's configuration without the place that it was read from."""
     found = job.source.config.to_dict()
     return {key: value for key, value in found.items() if key != "_name_or_path"}
-
-
-def _tell_doubts(job: Job, rows: TokenRows | None, progress: Progress) -> None:
-    """Say what should make the user look at the result with care."""
-    if not job.stream.tested:
-        progress.note(
-            f"{job.source.config.model_type!r} is not among the tested families: compare the "
-            "output's perplexity with the source's"
-        )
-    for note in rows.notes if rows else ():
-        progress.note(note)
 
 
 def _tell_damping(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:

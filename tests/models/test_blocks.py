@@ -79,6 +79,44 @@ def test_stream_equals_forward_in_bfloat16_too(family, rows, name):
     assert_same_as_forward(family(name), rows, torch.bfloat16)
 
 
+def test_block_that_widens_the_hidden_states_is_not_narrowed(family, rows, monkeypatch):
+    """Some families keep the residual in float32 whatever the compute type is."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    plain = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer,
+        "forward",
+        lambda self, hidden, *args, **kw: plain(self, hidden.bfloat16(), *args, **kw).float() / 3,
+    )
+    stream = stream_of(family("llama"), torch.bfloat16)
+    stream.feed(rows)
+    for block in stream:
+        before = [hidden.bfloat16() for hidden in stream.hidden]
+        block.load()
+        block.advance()
+        after = stream.hidden
+        assert {hidden.dtype for hidden in after} == {torch.float32}
+        assert any(not torch.equal(h, h.bfloat16().float()) for h in after)
+        assert not any(torch.equal(b, a.bfloat16()) for b, a in zip(before, after, strict=True))
+
+
+def test_hidden_states_are_not_the_tensors_that_the_model_made(family, rows):
+    """They are overwritten in place, and a block may be called with the embeddings again."""
+    stream = stream_of(family("llama"))
+    made = []
+    inner = stream.model.get_input_embeddings()
+    inner.register_forward_hook(lambda _module, _args, output: made.append(output))
+    stream.feed(rows)
+    kept = [tensor.clone() for tensor in made]
+    for block in stream:
+        block.load()
+        block.advance()
+    assert len(made) == len(rows)
+    for tensor, copy in zip(made, kept, strict=True):
+        assert torch.equal(tensor, copy)
+
+
 @pytest.mark.parametrize("name", NINE)
 def test_hidden_states_after_each_block_equal_those_of_the_ordinary_forward(family, rows, name):
     folder = family(name)

@@ -641,6 +641,13 @@ def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tm
     assert capped["peak_memory_estimate_bytes"] == most["peak_memory_estimate_bytes"]
 
 
+def test_dry_run_sees_that_a_model_to_sample_from_does_not_fit(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
+    config = PruneConfig(calibration=Calibration(source="self"))
+    with pytest.raises(DataError, match=r"calibration 'self' needs .*--calibration builtin"):
+        plan(config, str(family("llama")), tmp_path / "out")
+
+
 def test_dry_run_sees_a_missing_tokenizer_before_any_weight(family, tmp_path):
     with pytest.raises(DataError, match="has no tokenizer"):
         plan(PruneConfig(), str(family("llama_tied")), tmp_path / "out")

@@ -347,8 +347,11 @@ def test_model_larger_than_the_memory_is_refused_before_anything_is_measured(
 ):
     monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
     config = EvalConfig(text="builtin", tasks=["tiny"], include_path=tasks_dir)
+    measured = []
+    monkeypatch.setattr("sparsekit.stages.evaluate.perplexity", lambda *_, **__: measured.append(1))
     with pytest.raises(DataError, match=r"scoring lm-eval tasks needs .*; a narrower --dtype"):
         evaluate(config, [str(checkpoint)])
+    assert measured == []
     with pytest.raises(DataError, match=r"scoring lm-eval tasks needs"):
         scored(checkpoint, ["tiny"], tasks_dir)
 
