@@ -27,8 +27,8 @@ from sparsekit.cli.options import (
     Source,
     named,
     prune_config,
+    refuse_early,
 )
-from sparsekit.models.output import refuse_output
 from sparsekit.stages.config import BATCH_SIZE, EvalConfig
 from sparsekit.tensors.patterns import Pattern
 
@@ -106,7 +106,7 @@ def prune(
             dtype=dtype,
         )
         name = named(model)
-        refuse_output(out, overwrite=overwrite)  # the stage does too, after seconds of imports
+        refuse_early(name, out, overwrite=overwrite)
         if dry_run:
             from sparsekit.stages.job import plan as stage
 

@@ -50,10 +50,13 @@ class Terminal:
         print(json.dumps(value, ensure_ascii=False) if self.json else text, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table on stderr; columns of numbers are right-aligned."""
+        """A table on stderr; columns of numbers are right-aligned, columns of nothing left out."""
         if self.quiet:
             return
         cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+        filled = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+        columns = [columns[i] for i in filled]
+        cells = [[row[i] for i in filled] for row in cells]
         table = Table(
             title=Text(title),
             title_justify="left",
@@ -90,7 +93,7 @@ class Terminal:
             self._fail(f"error: {error.message}", error.hint, error.exit_code)
         except KeyboardInterrupt:
             display.end()
-            hint = "the same command goes on from here" if resumable else ""
+            hint = "the same command goes on after what is finished" if resumable else ""
             self._fail("interrupted", hint, INTERRUPTED)
         except Exception as error:
             display.end()

@@ -2,12 +2,14 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
+from sparsekit.models.output import refuse_output, refuse_source
 from sparsekit.models.reference import check
 from sparsekit.stages.config import PruneConfig
 
@@ -123,3 +125,14 @@ def named(name: str) -> str:
         name = lines[0]
     check(name)
     return name
+
+
+def refuse_early(model: str, out: Path, *, overwrite: bool) -> None:
+    """What the stage refuses too, but seconds later, after its imports.
+
+    Raises:
+        UsageError: The output cannot be written there.
+    """
+    if folder := check(model):
+        refuse_source(out, folder)
+    refuse_output(out, overwrite=overwrite)

@@ -48,9 +48,11 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
         if not os.access(nearest, os.W_OK):
             raise UsageError(f"the output {out} cannot be made: {nearest} may not be written")
         return
+    if not out.is_dir():
+        raise UsageError(f"the output {out} is a file", "choose another name")
     if not overwrite:
         raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / PROVENANCE).is_file()):
+    if any(out.iterdir()) and not (out / PROVENANCE).is_file():
         raise UsageError(
             f"{out} was not written by sparsekit and is not overwritten",
             "delete it yourself or choose another folder",

@@ -13,8 +13,8 @@ from sparsekit.progress import SILENT, Progress
 DEMO = "demo"
 
 
-def check(reference: str) -> None:
-    """Refuse what can be no model, as far as names of files show it.
+def check(reference: str) -> Path | None:
+    """Refuse what can be no model, as far as names of files show it; gives the folder if there is.
 
     This takes neither torch nor the network, so a wrong word is answered at once.
 
@@ -24,8 +24,10 @@ def check(reference: str) -> None:
     """
     if not reference:
         raise UsageError("the model's name is empty", "pass a folder, a hub id or 'demo'")
-    if _is_local(reference):
-        weight_files(_folder(reference))
+    if not _is_local(reference):
+        return None
+    weight_files(folder := _folder(reference))
+    return folder
 
 
 def resolve(reference: str, progress: Progress = SILENT) -> Path:
@@ -67,5 +69,7 @@ def _folder(reference: str) -> Path:
     with contextlib.suppress(OSError):
         beside = [str(other) for other in Path(place).parent.iterdir()]
         known += [other for other in beside if os.path.isfile(f"{other}/config.json")]
-    hint = did_you_mean(reference, known, "pass a folder, a hub id (org/name) or 'demo'")
+    forms = "pass a folder, a hub id (org/name) or 'demo'"
+    meant = did_you_mean(reference, known, forms)
+    hint = meant if meant == forms else f"{meant} Else {forms}"
     raise DataError(f"no such model folder: {reference}", hint)

@@ -165,9 +165,10 @@ class CheckpointWriter:
         earlier = read_json(self.partial / RECIPE)
         if earlier != self._recipe:
             keys = sorted(earlier.keys() | self._recipe.keys())
-            differing = [key for key in keys if earlier.get(key) != self._recipe.get(key)]
+            pairs = ((key, earlier.get(key), self._recipe.get(key)) for key in keys)
+            told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
             raise UsageError(
-                f"{self.partial} holds an interrupted run with another {', '.join(differing)}",
+                f"{self.partial} holds an interrupted run with another {told}",
                 "repeat that run, delete the folder, or choose another output",
             )
         journal = self.partial / JOURNAL
@@ -227,6 +228,12 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _difference(key: str, earlier: Any, now: Any) -> str:
+    """A part of two recipes that differs, with both values where they are short words."""
+    short = all(isinstance(v, (str, int, float)) and len(str(v)) < 30 for v in (earlier, now))
+    return f"{key} ({earlier}, now {now})" if short else key
 
 
 def _lay_out(source: Path, target: Path, header: int) -> None:

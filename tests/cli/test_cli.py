@@ -207,6 +207,23 @@ def test_existing_output_needs_overwrite_and_then_is_replaced(cli, family, row_f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_source_or_a_file_as_output_is_refused_without_advice_to_lose_it(cli, copy_of, tmp_path):
+    folder = copy_of("llama")
+    found = cli("prune", folder, "-o", folder, "--overwrite")
+    assert_one_line_error(found, 2, r"is the model itself; choose another output folder")
+    found = cli("prune", folder, "-o", folder / WEIGHTS, "--overwrite")
+    assert_one_line_error(found, 2, rf"the output .*{WEIGHTS} is a file; choose another name")
+
+
+def test_folder_called_like_the_demo_model_can_be_written(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.setattr(
+        "sparsekit.stages.job.resolve", lambda *_: pytest.fail("was not refused before")
+    )
+    assert_one_line_error(cli("prune", "demo", "-o", "demo"), 2, r"the output demo exists")
+
+
 def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

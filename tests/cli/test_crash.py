@@ -108,7 +108,7 @@ def test_interrupt_is_exit_130_with_one_line_and_resumes_in_a_new_process(
     stop_after(process, out, 2, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=DEADLINE)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.endswith("interrupted; the same command goes on from here\n")
+    assert stderr.endswith("interrupted; the same command goes on after what is finished\n")
     assert "Traceback" not in stderr
     assert not out.exists()
     assert 2 <= journal_lines(out) < BLOCKS
