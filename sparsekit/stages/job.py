@@ -206,11 +206,12 @@ def _peak_estimate(job: Job) -> int:
         stored = sum(places[name].stop - places[name].start for name in block.disk_names)
         numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
         # Which weights share an input shows in the forward only: at most one Gram matrix for each,
-        # and for the largest its factors (ALPS: eigenvectors in float64 and their inverse).
+        # and for the largest its factors (ALPS: eigenvectors in float64, their inverse, and what
+        # LAPACK works in).
         widths = [target.shape[1] for target in block.targets]
         grams = 0
         if job.want == "gram":
-            grams = 4 * sum(w * w for w in widths) + 8 * 4 * max(widths) ** 2
+            grams = 4 * sum(w * w for w in widths) + 8 * 6 * max(widths) ** 2
         solving = 2 * max(math.prod(target.shape) for target in block.targets)
         blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
     outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
