@@ -6,7 +6,7 @@ The files are parsed, not run, so that listing methods and refusing a wrong opti
 import ast
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ class Method:
     source: str
     data_free: bool
     options: tuple[Option, ...]
+    initial: str = ""
+    """The method that a refiner begins with by default."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Named sets of options, of a refiner."""
 
 
 def names(kind: str) -> list[str]:
-    """The names of all methods of a kind (`pruners`)."""
+    """The names of all methods of a kind (`pruners`, `refiners`)."""
     folder = Path(__file__).with_name(kind)
     return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
@@ -59,29 +63,44 @@ def describe(kind: str, name: str) -> Method:
         source=" ".join(source.split()),
         data_free=not any(_field(node) == "needs" for node in body),
         options=tuple(_options(body)),
+        initial=_constant(body, "initial") or "",
+        presets=_constant(body, "presets") or {},
     )
 
 
-def load(kind: str, name: str, options: Mapping[str, str]) -> Any:
+def load(kind: str, name: str, options: Mapping[str, str], preset: str | None = None) -> Any:
     """The method, with options given as text.
 
     Raises:
         UsageError: There is no such method or option, or a value does not fit its type.
     """
-    values = check(kind, name, options)
+    values = check(kind, name, options, preset)
     module = importlib.import_module(f"sparsekit.{kind}.{name}")
     return getattr(module, name.capitalize())(**values)
 
 
-def check(kind: str, name: str, options: Mapping[str, str]) -> dict[str, Any]:
+def check(
+    kind: str, name: str, options: Mapping[str, str], preset: str | None = None
+) -> dict[str, Any]:
     """The options' values, without importing the method.
 
+    Args:
+        kind: The kind of method.
+        name: The method.
+        options: Values as text, by name; they go before those of the preset.
+        preset: A named set of options.
+
     Raises:
-        UsageError: There is no such method or option, or a value does not fit its type.
+        UsageError: There is no such method, option or preset, or a value does not fit its type.
     """
     method = describe(kind, name)
     known = {option.name: option for option in method.options}
-    values = {}
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in method.presets:
+            hint = did_you_mean(preset, method.presets) if method.presets else "leave it out"
+            raise UsageError(f"{name} has no preset {preset!r}", hint)
+        values |= method.presets[preset]
     for key, text in options.items():
         if key not in known:
             hint = did_you_mean(key, known) if known else f"{name} has no options"
@@ -92,6 +111,14 @@ def check(kind: str, name: str, options: Mapping[str, str]) -> dict[str, Any]:
 
 def _parse(text: str, option: Option, method: str) -> Any:
     kinds = {"int": int, "float": float, "str": str}
+    if option.type.startswith("Literal["):
+        choices = ast.literal_eval(option.type.removeprefix("Literal"))
+        if text not in choices:
+            raise UsageError(
+                f"option {option.name} of {method} is one of {', '.join(choices)}, not {text!r}",
+                f"its default is {option.default}",
+            )
+        return text
     try:
         value = kinds[option.type](text)
     except ValueError as error:
@@ -107,9 +134,18 @@ def _parse(text: str, option: Option, method: str) -> Any:
     return value
 
 
+def _constant(body: list[ast.stmt], name: str) -> Any:
+    """The literal that a class variable is set to; None without one."""
+    for node in body:
+        if _field(node) == name and isinstance(node, ast.AnnAssign) and node.value:
+            return ast.literal_eval(node.value)
+    return None
+
+
 def _method_class(tree: ast.Module) -> ast.ClassDef:
     """The one class that derives from the abstract class of its kind."""
-    return next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.bases)
+    classes = (n for n in tree.body if isinstance(n, ast.ClassDef))
+    return next(n for n in classes if any(ast.unparse(b) in ("Pruner", "Refiner") for b in n.bases))
 
 
 def _options(body: list[ast.stmt]) -> list[Option]:

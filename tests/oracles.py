@@ -35,7 +35,7 @@ def inputs_of(tokens: int, columns: int, seed: int = 0, dead: tuple[int, ...] = 
     return x
 
 
-def sums_of(inputs: Tensor, want: Want = "gram", calibration_rows: int = 2) -> InputSums:
+def sums_of(inputs: Tensor, want: Want = Want.GRAM, calibration_rows: int = 2) -> InputSums:
     """The sums over inputs that are fed as this many calibration rows."""
     sums = InputSums(inputs.shape[1], want)
     for row in inputs.chunk(calibration_rows):

@@ -10,7 +10,7 @@ import pytest
 import sparsekit
 
 ROOT = Path(sparsekit.__file__).parent
-FLOORS = ["", "tensors", "models", "pruners", "stages", "cli"]
+FLOORS = ["", "tensors", "models", "pruners", "refiners", "stages", "cli"]
 FILES = sorted(ROOT.rglob("*.py"))
 # These answer a wrong flag, method or pattern, so they load without torch.
 LIGHT = {
@@ -66,8 +66,9 @@ def own_imports(tree: ast.AST, *, inside: bool = True) -> set[str]:
 def upward(name: str, tree: ast.AST) -> set[str]:
     """What a module imports although it is not below it."""
     found = own_imports(tree)
-    if name.startswith("pruners/"):  # methods never import each other
-        return {n for n in found if floor_of(n) >= floor_of("pruners") and n != "pruners"}
+    kind = name.partition("/")[0]
+    if kind in ("pruners", "refiners") and kind != name:  # methods never import each other
+        return {n for n in found if floor_of(n) >= floor_of("pruners")} - {"pruners", kind}
     if name == "methods":  # it lists methods without importing any
         return found - {"errors"}
     return {n for n in found if floor_of(n) > floor_of(name)}

@@ -24,12 +24,24 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16 or float16.")]
-Method = Annotated[str, typer.Option(help="See 'sparsekit methods'.")]
+Method = Annotated[
+    str | None, typer.Option(help="See 'sparsekit methods'. Default: wanda.", show_default=False)
+]
+Initial = Annotated[str | None, typer.Option(help="The method that a refining method begins with.")]
+Preset = Annotated[
+    str | None, typer.Option(help="A named set of options of the method, as published.")
+]
 PatternText = Annotated[
-    str, typer.Option(help="N:M (N kept of M inputs), 50% (of each row) or 50%/tensor.")
+    str | None,
+    typer.Option(
+        help="N:M (N kept of M inputs), 50% (of each row) or 50%/tensor. Default: 2:4.",
+    ),
 ]
 Options = Annotated[
     list[str], typer.Option("--option", "-O", help="KEY=VALUE of the method; repeatable.")
+]
+Refine = Annotated[
+    str | None, typer.Option(help="A refinement of what the method makes, as dsnot.")
 ]
 Source = Annotated[
     str | None,
@@ -59,9 +71,11 @@ Propagate = Annotated[
 
 def prune_config(
     *,
-    method: str,
-    pattern: str,
+    method: str | None,
+    pattern: str | None,
     option: list[str],
+    preset: str | None,
+    initial: str | None,
     calibration: str | None,
     samples: int | None,
     length: int | None,
@@ -71,6 +85,8 @@ def prune_config(
     propagate: bool | None,
     device: str,
     dtype: str,
+    refine: str | None = None,
+    dense: str | None = None,
 ) -> PruneConfig:
     """The checked configuration that the flags of `prune` and `bench prune` spell."""
     options: dict[str, str] = {}
@@ -86,6 +102,10 @@ def prune_config(
         method=method,
         pattern=pattern,
         options=options,
+        preset=preset,
+        initial=initial,
+        refine=refine,
+        dense=dense,
         calibration=rows,
         skip=skip,
         reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
@@ -100,8 +120,8 @@ def prune_config(
         return replace(config, calibration=rows)
     if rows is None and not (samples is length is propagate is None and seed == 0):
         raise UsageError(
-            f"{method} reads no calibration: --samples, --length, --seed and --propagate have no "
-            "effect",
+            f"{config.title} reads no calibration: --samples, --length, --seed and --propagate "
+            "have no effect",
             "leave them out, or pass --calibration to have the output error measured",
         )
     return config

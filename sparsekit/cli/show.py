@@ -162,13 +162,21 @@ def verified(terminal: Terminal, result: dict[str, Any]) -> None:
     terminal.result(result["model"], result)
 
 
+def _begins_with(method: registry.Method) -> str:
+    """What a method needs besides the weight."""
+    if method.initial:
+        return f"calibration, {method.initial} (--initial)"
+    return "nothing" if method.data_free else "calibration"
+
+
 def methods(terminal: Terminal) -> None:
     """The pruning methods; stdout has one name a line unless it is the terminal itself."""
-    found = [registry.describe("pruners", name) for name in registry.names("pruners")]
+    kinds = ("pruners", "refiners")
+    found = [registry.describe(kind, name) for kind in kinds for name in registry.names(kind)]
     terminal.table(
         "pruning methods",
-        ("method", "what it does", "data", "source"),
-        [(m.name, m.summary, "none" if m.data_free else "calibration", m.source) for m in found],
+        ("method", "what it does", "begins with", "source"),
+        [(m.name, m.summary, _begins_with(m), m.source) for m in found],
     )
     options = [(m.name, o.name, o.type, o.default, o.help) for m in found for o in m.options]
     terminal.table(

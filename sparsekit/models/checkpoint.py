@@ -133,6 +133,10 @@ class Checkpoint:
             )
         return found
 
+    def pruned(self) -> list[dict[str, Any]]:
+        """The entries of the history that pruned this checkpoint."""
+        return [e for e in self.provenance()["history"] if e.get("stage") == "prune"]
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in their dtype on disk, in memory of their own."""
         tensors = {}

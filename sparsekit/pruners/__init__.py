@@ -20,6 +20,7 @@ class Pruned:
 
     weight: Tensor  # [out, in] float32, exact zeros where the mask is False
     mask: Tensor  # [out, in] bool, True = keep
+    scores: Tensor | None = None  # [out, in], what the mask was chosen by, where it was one score
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What the report should tell of this weight, for example the damping that was needed."""
 

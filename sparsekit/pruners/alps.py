@@ -30,7 +30,7 @@ GROWTH = ((0.1, 1.3), (SLOW, 1.2), (0.0, 1.1))
 class Alps(Pruner):
     """Least layer error under the pattern, approximately; no initial score is needed."""
 
-    needs: ClassVar[Want | None] = "gram"
+    needs: ClassVar[Want | None] = Want.GRAM
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     penalty: float = 0.1

@@ -22,5 +22,6 @@ class Magnitude(Pruner):
 
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
-        mask = pattern.mask(weight.abs())
-        return Pruned(weight=keep_on(mask, weight), mask=mask)
+        scores = weight.abs()
+        mask = pattern.mask(scores)
+        return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)

@@ -22,7 +22,7 @@ from sparsekit.tensors.sums import InputSums, Want
 class Nowag(Pruner):
     """Score W̄² h with W̄ the doubly normalised weight and h the squared input."""
 
-    needs: ClassVar[Want | None] = "norms"
+    needs: ClassVar[Want | None] = Want.NORMS
     propagate: ClassVar[bool] = False
     epsilon: float = 1e-5
     """Added to every column and row norm."""
@@ -32,8 +32,9 @@ class Nowag(Pruner):
         assert sums is not None
         normal = weight / (weight.norm(dim=0) + self.epsilon)  # columns
         normal = normal / (normal.norm(dim=1, keepdim=True) + self.epsilon)  # rows
-        mask = pattern.mask(normal.square() * _importance(sums.squares))
-        return Pruned(weight=keep_on(mask, weight), mask=mask)
+        scores = normal.square() * _importance(sums.squares)
+        mask = pattern.mask(scores)
+        return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)
 
 
 def _importance(squares: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from sparsekit.tensors.sums import InputSums, Want
 class Ria(Pruner):
     """Score (|W| / column sum + |W| / row sum) ‖X‖ᵖ."""
 
-    needs: ClassVar[Want | None] = "norms"
+    needs: ClassVar[Want | None] = Want.NORMS
     power: float = 0.5
     """Exponent of the input norm."""
 
@@ -34,5 +34,6 @@ class Ria(Pruner):
         tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column scores 0, not NaN
         share = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, True).clamp_min(tiny)
         norm = (sums.squares / sums.tokens).sqrt()
-        mask = pattern.mask(share * norm**self.power)
-        return Pruned(weight=keep_on(mask, weight), mask=mask)
+        scores = share * norm**self.power
+        mask = pattern.mask(scores)
+        return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)

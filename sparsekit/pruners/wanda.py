@@ -21,10 +21,11 @@ from sparsekit.tensors.sums import InputSums, Want
 class Wanda(Pruner):
     """Score |W_ij| ‖X_j‖₂; the surviving weights stay as they are."""
 
-    needs: ClassVar[Want | None] = "norms"
+    needs: ClassVar[Want | None] = Want.NORMS
 
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
-        mask = pattern.mask(weight.abs() * sums.squares.sqrt())
-        return Pruned(weight=keep_on(mask, weight), mask=mask)
+        scores = weight.abs() * sums.squares.sqrt()
+        mask = pattern.mask(scores)
+        return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)

@@ -82,8 +82,8 @@ def bench_prune(
     ratios = [pruned / plain for pruned, plain in zip(seconds, floors, strict=False)]
     return {
         "model": model,
-        "method": config.method,
-        "pattern": config.pattern,
+        "method": config.title,
+        "pattern": report.entry["recipe"]["pattern"],
         "rows": list(rows.tokens.shape),
         "model_bytes": source.n_bytes,
         "blocks": source.config.get_text_config().num_hidden_layers,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsekit import methods
-from sparsekit.errors import UsageError
+from sparsekit.errors import UsageError, did_you_mean
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.texts import check_source
 from sparsekit.tensors.patterns import Pattern
@@ -20,10 +20,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class PruneConfig:
     """The options of `prune`; the command's flags have the same names and defaults."""
 
-    method: str = "wanda"
-    pattern: str = "2:4"
+    method: str | None = None
+    """A pruner, or a refiner with its initial pruner; None: `wanda`, or no pruner with `dense`."""
+    pattern: str | None = None
+    """None: `2:4`, or with `dense` what the history of the sparse model says."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Options of the method, as text."""
+    """Options of the method and of what it begins with, as text."""
+    preset: str | None = None
+    """A named set of options of the refiner."""
+    initial: str | None = None
+    """The pruner that a refiner given as `method` begins with; None: its own choice."""
+    refine: str | None = None
+    """A refiner that goes over what the method made."""
+    dense: str | None = None
+    """The dense model that a model that is sparse already comes from; only refined, then."""
     calibration: Calibration | None = None
     """None: the default rows for a method that needs them, none for one that does not."""
     skip: Sequence[str] = ()
@@ -42,8 +52,9 @@ class PruneConfig:
             UsageError: An unknown method, option, pattern, device or dtype.
             DataError: The calibration source cannot be used.
         """
-        methods.check("pruners", self.method, self.options)
-        Pattern.parse(self.pattern)
+        self._check_methods()
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
         if self.calibration:
             self.calibration.check()
         one_of("--reconstruct", self.reconstruct, ("none", "cg"))
@@ -54,9 +65,90 @@ class PruneConfig:
     def rows(self) -> Calibration | None:
         """The calibration that this run reads."""
         needed = (
-            self.reconstruct != "none" or not methods.describe("pruners", self.method).data_free
+            self.reconstruct != "none"
+            or self.refiner is not None
+            or (self.pruner and not methods.describe("pruners", self.pruner).data_free)
         )
         return self.calibration or (Calibration() if needed else None)
+
+    @property
+    def refiner(self) -> str | None:
+        """The refiner's name."""
+        return self.method if self.method in methods.names("refiners") else self.refine
+
+    @property
+    def pruner(self) -> str | None:
+        """The name of the method that makes the first mask; None when the model has one."""
+        if self.dense is not None:
+            return None
+        if self.refiner is not None and self.refiner == self.method:
+            return self.initial or methods.describe("refiners", self.refiner).initial
+        return self.method or "wanda"
+
+    @property
+    def title(self) -> str:
+        """The methods in words, as `dsnot from wanda`."""
+        if self.refiner is None:
+            return str(self.pruner)
+        return f"{self.refiner} from {self.pruner or 'the given mask'}"
+
+    def options_of(self, kind: str) -> dict[str, str]:
+        """The options of the refiner, or of the pruner: those that the refiner does not have."""
+        refiner = methods.describe("refiners", self.refiner).options if self.refiner else ()
+        names = {option.name for option in refiner}
+        return {k: v for k, v in self.options.items() if (k in names) == (kind == "refiners")}
+
+    def _check_methods(self) -> None:
+        refiners = methods.names("refiners")
+        everything = [*methods.names("pruners"), *refiners]
+        if self.method is not None and self.method not in everything:
+            raise UsageError(f"no method {self.method!r}", did_you_mean(self.method, everything))
+        if self.refine is not None:
+            one_of("--refine", self.refine, refiners)
+            if self.refiner != self.refine:
+                raise UsageError(
+                    f"--method {self.method} is a refinement itself",
+                    f"write --method {self.refine} --initial PRUNER, or one of the two",
+                )
+        if self.initial is not None:
+            one_of("--initial", self.initial, methods.names("pruners"))
+            if self.method not in refiners:
+                raise UsageError(
+                    "--initial has no effect without a method that begins with another",
+                    f"--method {' or '.join(refiners)}",
+                )
+        if self.dense is not None:
+            if self.refiner is None:
+                raise UsageError("--dense needs a refinement", "pass --refine dsnot")
+            given = self.initial or (self.method if self.method != self.refiner else None)
+            if given:
+                raise UsageError(
+                    f"--dense takes the mask of the sparse model, and {given} would make another",
+                    "leave out one of the two",
+                )
+        if self.refiner is not None:
+            methods.check("refiners", self.refiner, self.options_of("refiners"), self.preset)
+        elif self.preset is not None:
+            raise UsageError("--preset has no effect without a refinement", "pass --refine dsnot")
+        left = self.options_of("pruners")
+        if self.pruner is not None and (self.refiner is None or left):
+            self._check_options(left)
+        elif left:
+            methods.check("refiners", str(self.refiner), left)
+
+    def _check_options(self, left: Mapping[str, str]) -> None:
+        """Refuse options that neither the pruner nor the refiner has."""
+        assert self.pruner is not None
+        pruner = methods.describe("pruners", self.pruner)
+        known = {option.name for option in pruner.options}
+        if self.refiner is not None and (unknown := [key for key in left if key not in known]):
+            refiner = methods.describe("refiners", self.refiner)
+            both = {option.name for option in (*refiner.options, *pruner.options)}
+            raise UsageError(
+                f"neither {self.refiner} nor {self.pruner} has an option {unknown[0]!r}",
+                did_you_mean(unknown[0], both),
+            )
+        methods.check("pruners", self.pruner, left)
 
 
 def one_of(flag: str, value: Any, choices: Sequence[str]) -> None:

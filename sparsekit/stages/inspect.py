@@ -107,7 +107,7 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     """
     given = Pattern.parse(pattern) if pattern else None
     source = Checkpoint.open(resolve(model, progress))
-    pruned = [e for e in source.provenance()["history"] if e.get("stage") == "prune"]
+    pruned = source.pruned()
     if given is None and not pruned:
         raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
     try:

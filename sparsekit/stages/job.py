@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sparsekit import methods
 from sparsekit.errors import DataError, UsageError, did_you_mean
 from sparsekit.files import existing_parent
 from sparsekit.models.architecture import Target
@@ -21,7 +20,7 @@ from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
-from sparsekit.pruners import Pruner
+from sparsekit.stages.chain import Chain
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.tensors.patterns import Pattern
@@ -33,7 +32,7 @@ class Job:
     """A checked configuration with everything that the loop needs."""
 
     config: PruneConfig
-    pruner: Pruner
+    chain: Chain
     pattern: Pattern
     source: Checkpoint
     stream: BlockStream
@@ -61,14 +60,19 @@ def prepare(
     """
     config.check()
     refuse_output(out, overwrite=overwrite)
-    source = Checkpoint.open(resolve(model, progress))
+    source = given = Checkpoint.open(resolve(model, progress))
     refuse_source(out, source.path)
+    if config.dense is not None:
+        source = Checkpoint.open(resolve(config.dense, progress))
+        refuse_source(out, source.path)
     partial = out.with_name(out.name + ".partial")
     refuse_foreign(partial)
     if not partial.exists():
         require_space(existing_parent(out), source)
-    pruner = methods.load("pruners", config.method, config.options)
-    pattern = Pattern.parse(config.pattern)
+    chain = Chain.build(config, given if config.dense is not None else None)
+    pattern = _pattern(config, given)
+    if reason := chain.refiner.misfit(pattern) if chain.refiner else "":
+        raise UsageError(reason, "--pattern 2:4 is usual")
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = _select(stream, config.skip)
@@ -78,11 +82,11 @@ def prepare(
         want = None
     else:
         calibration.require(source)
-        want = "gram" if config.reconstruct == "cg" else pruner.needs or "norms"
-    propagate = pruner.propagate if config.propagate is None else config.propagate
+        want = chain.want
+    propagate = chain.propagate if config.propagate is None else config.propagate
     return Job(
         config=config,
-        pruner=pruner,
+        chain=chain,
         pattern=pattern,
         source=source,
         stream=stream,
@@ -114,7 +118,7 @@ def plan(
     return {
         "model": str(job.source.path),
         "out": str(out),
-        "method": config.method,
+        "method": config.title,
         "pattern": str(job.pattern),
         "blocks": len(job.stream),
         "weights": len(job.targets),
@@ -127,6 +131,16 @@ def plan(
         "device": str(job.stream.device),
         "dtype": str(job.stream.dtype).removeprefix("torch."),
     }
+
+
+def _pattern(config: PruneConfig, given: Checkpoint) -> Pattern:
+    """The pattern that was asked for, or that a sparse model was pruned to."""
+    if config.pattern is not None or config.dense is None:
+        return Pattern.parse(config.pattern or "2:4")
+    told = [entry["recipe"]["pattern"] for entry in given.pruned()]
+    if not told:
+        raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
+    return Pattern.parse(told[-1])
 
 
 def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
@@ -210,7 +224,7 @@ def _peak_estimate(job: Job) -> int:
         # LAPACK works in).
         widths = [target.shape[1] for target in block.targets]
         grams = 0
-        if job.want == "gram":
+        if job.want and Want.GRAM in job.want:
             grams = 4 * sum(w * w for w in widths) + 8 * 6 * max(widths) ** 2
         solving = 2 * max(math.prod(target.shape) for target in block.targets)
         blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sparsekit.errors import NumericalError
+from sparsekit.errors import DataError, NumericalError
 from sparsekit.files import sha256_json
 from sparsekit.memory import peak_memory
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block
+from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.pruners import Pruned
 from sparsekit.stages import blockwise
+from sparsekit.stages.chain import require_given
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
@@ -31,12 +31,8 @@ from sparsekit.stages.report import (
     totals,
     versions,
 )
-from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
 from sparsekit.tensors.sums import InputSums
 
-# Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
-RECONSTRUCT_STEPS = 20
-RECONSTRUCT_DAMPING = 0.01
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "config", "layout")
 
@@ -69,12 +65,14 @@ def prune(
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
+    if job.chain.given:
+        _require_parent(job, job.chain.given, fingerprint, progress)
     recipe = _recipe(job, fingerprint, rows)
     with CheckpointWriter(out, job.source, recipe, overwrite=overwrite) as writer:
         resumed = len(writer.finished)
         if resumed:
             progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
-        progress.begin(f"{config.method} {job.pattern}", len(job.stream))
+        progress.begin(f"{config.title} {job.pattern}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
         weights = blockwise.rewrite(
@@ -89,13 +87,28 @@ def prune(
         progress.end()
         _tell_damping(job, weights, progress)
         entry = _entry(job, recipe, rows, weights) | {
-            "source": {"path": model, "fingerprint": fingerprint},
+            "source": {"path": config.dense or model, "fingerprint": fingerprint},
             "resumed_blocks": resumed,
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
         writer.commit(entry, model_card(entry, title(model)))
     return PruneReport(out=out, entry=entry)
+
+
+def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress) -> None:
+    """Refuse a sparse model that was made from another dense one, or lacks the pattern."""
+    given.scan(progress)
+    require_given(given, job.targets, job.pattern)
+    history = given.pruned()
+    parent = history[0]["source"].get("fingerprint") if history else None
+    if parent is None:
+        progress.note(f"{given.path} does not say which model it was made from")
+    elif parent != dense:
+        raise DataError(
+            f"{given.path} was not made from the weights in {job.source.path}",
+            f"its history names {history[0]['source'].get('path')}",
+        )
 
 
 def _rows(job: Job, progress: Progress) -> TokenRows | None:
@@ -105,6 +118,9 @@ def _rows(job: Job, progress: Progress) -> TokenRows | None:
             f"{job.source.config.model_type!r} is not among the tested families: compare the "
             "output's perplexity with the source's"
         )
+    refiner = job.chain.refiner
+    if caution := refiner.caution(job.pattern) if refiner else "":
+        progress.note(caution)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in rows.notes if rows else ():
         progress.note(note)
@@ -113,22 +129,12 @@ def _rows(job: Job, progress: Progress) -> TokenRows | None:
 
 def _prune_block(job: Job, block: Block, sums: dict[str, InputSums]) -> list[dict[str, Any]]:
     """Prune the chosen weights of one block; gives their report rows."""
-    rows = []
-    for group in _groups(job, block, sums):
-        rows += _prune_group(job, block, group, sums.get(group[0].name))
-    return [row_json(row) for row in rows]
-
-
-def _groups(job: Job, block: Block, sums: dict[str, InputSums]) -> list[list[Target]]:
-    """The chosen weights of a block, those together that are solved as one."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
-    if not job.pruner.rowwise or job.pattern.scope == "tensor":
-        return [[target] for target in chosen]
-    groups: dict[int, list[Target]] = {}
-    for target in chosen:
-        groups.setdefault(id(sums.get(target.name)), []).append(target)
-    return list(groups.values())
+    rows = []
+    for group in job.chain.groups(chosen, sums, job.pattern):
+        rows += _prune_group(job, block, group, sums.get(group[0].name))
+    return [row_json(row) for row in rows]
 
 
 def _prune_group(
@@ -139,11 +145,7 @@ def _prune_group(
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     try:
-        if sums:
-            require_finite(sums.squares)
-        pruned = job.pruner.prune(stacked, sums, job.pattern)
-        if job.config.reconstruct == "cg":
-            pruned = _reconstruct(stacked, pruned, sums)
+        pruned = job.chain.run(group, stacked, sums, job.pattern)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
@@ -171,19 +173,6 @@ def _prune_group(
     return [replace(row, seconds=round(each * row.size, 4)) for row in rows]
 
 
-def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums | None) -> Pruned:
-    """The same mask with the weights that least squares gives on it."""
-    assert sums is not None
-    solved = solve_on_support(
-        weight,
-        pruned.mask,
-        unit_gram(sums, RECONSTRUCT_DAMPING),
-        start=pruned.weight,
-        iterations=RECONSTRUCT_STEPS,
-    )
-    return replace(pruned, weight=solved)
-
-
 def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     return {
@@ -192,9 +181,10 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         "source": fingerprint,
         "config": sha256_json(_config(job)),
         "layout": job.source.layout,
-        "method": job.config.method,
+        "method": job.config.title,
         "pattern": str(job.pattern),
-        "options": {key: str(value) for key, value in asdict(job.pruner).items()},
+        **job.chain.options(),
+        "mask": job.chain.given.fingerprint if job.chain.given else None,
         "reconstruct": job.config.reconstruct,
         "propagate": job.propagate if rows else None,
         "skip": list(job.config.skip),
@@ -242,7 +232,7 @@ def _config(job: Job) -> dict[str, Any]:
 def _tell_damping(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
     """Say when a Gram matrix needed more damping than was asked for."""
     used = [row["numbers"]["damping"] for row in weights if "damping" in row["numbers"]]
-    asked = asdict(job.pruner).get("damping", 0.0)
+    asked = max(asdict(step).get("damping", 0.0) for step in job.chain.steps)
     raised = sum(damping > asked for damping in used)
     if raised:
         progress.note(

@@ -1,20 +1,30 @@
 """Running sums of what enters a weight: all that a pruner knows of the calibration rows."""
 
+import enum
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericalError
 
-Want = Literal["norms", "gram"]
-
 # A Gram matrix is symmetric: panels of this many rows, from the diagonal to the right edge,
 # need little more than half of the multiplications of the full product.
 PANEL = 192
 # How many calibration tokens, evenly spaced over all rows, the output error is measured on.
 SAMPLE_TOKENS = 256
+
+
+class Want(enum.Flag):
+    """What to sum; several can be wanted together."""
+
+    NORMS = enum.auto()
+    """The sum of squares of each input."""
+    MOMENTS = enum.auto()
+    """Also the sum of each input, and its variance within a calibration row."""
+    GRAM = enum.auto()
+    """The whole Gram matrix, whose diagonal is the sum of squares."""
 
 
 class InputSums:
@@ -26,7 +36,7 @@ class InputSums:
 
     Args:
         columns: Number of inputs.
-        want: `norms` keeps the sum of squares of each input, `gram` the whole Gram matrix.
+        want: What to sum.
         device: Where the sums live.
     """
 
@@ -38,10 +48,16 @@ class InputSums:
         self._derived: dict[Any, Any] = {}
         self._squares: Tensor | None = None
         self._gram: Tensor | None = None
-        if want == "gram":
+        self._totals: Tensor | None = None
+        self._row_squares: Tensor | None = None  # over rows, (sum over the row's tokens)² / tokens
+        double = {"dtype": torch.float64, "device": device}
+        if Want.GRAM in want:
             self._gram = torch.zeros(columns, columns, device=device)
         else:
-            self._squares = torch.zeros(columns, dtype=torch.float64, device=device)
+            self._squares = torch.zeros(columns, **double)
+        if Want.MOMENTS in want:
+            self._totals = torch.zeros(columns, **double)
+            self._row_squares = torch.zeros(columns, **double)
 
     def update(self, inputs: Tensor, sample: int = 0) -> None:
         """Add one calibration row.
@@ -60,6 +76,10 @@ class InputSums:
                 self._gram[top : top + PANEL, top:].addmm_(panel.T, x[:, top:])
         if self._squares is not None:
             self._squares += x.square().sum(0)
+        if self._totals is not None and self._row_squares is not None:
+            total = x.sum(0).double()
+            self._totals += total
+            self._row_squares += total.square() / len(x)
         if sample:
             index = torch.arange(sample, device=x.device) * len(x) // sample
             self._sample.append(x[index])
@@ -73,10 +93,25 @@ class InputSums:
         return self._squares.float()
 
     @property
+    def totals(self) -> Tensor:
+        """Sum over all tokens of the input, `[in]` float32."""
+        if self._totals is None:
+            raise ValueError("these sums hold no moments; ask for Want.MOMENTS")
+        return self._totals.float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance over the tokens of a row, averaged over all tokens, `[in]` float32."""
+        if self._row_squares is None:
+            raise ValueError("these sums hold no moments; ask for Want.MOMENTS")
+        squares = self.squares.double()
+        return ((squares - self._row_squares) / self.tokens).clamp_min(0).float()
+
+    @property
     def gram(self) -> Tensor:
         """Sum over all tokens of x xᵀ, `[in, in]` float32; not to be changed in place."""
         if self._gram is None:
-            raise ValueError("these sums hold norms only; ask for want='gram'")
+            raise ValueError("these sums hold no Gram matrix; ask for Want.GRAM")
         return self.derived("gram", self._mirror)
 
     def _mirror(self) -> Tensor:

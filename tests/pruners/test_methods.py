@@ -29,6 +29,7 @@ from sparsekit import methods
 from sparsekit.errors import NumericalError
 from sparsekit.pruners import Pruned
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import Want
 
 MASK_ONLY = ["magnitude", "nowag", "ria", "wanda"]
 PATTERNS = ["2:4", "1:4", "4:8", "50%", "37%", "50%/tensor"]
@@ -397,6 +398,6 @@ def test_norms_are_enough_for_methods_that_ask_for_norms() -> None:
     weight, inputs = weight_of(24, 64), inputs_of(200, 64)
     for name in ("wanda", "nowag", "ria"):
         pruner = methods.load("pruners", name, {})
-        norms = sums_of(inputs, "norms")
+        norms = sums_of(inputs, Want.NORMS)
         from_norms = pruner.prune(weight, norms, Pattern.parse("2:4")).mask
         assert torch.equal(from_norms, prune(name, weight, inputs, "2:4").mask)

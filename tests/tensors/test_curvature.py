@@ -15,7 +15,7 @@ from oracles import (
 from sparsekit.errors import NumericalError
 from sparsekit.tensors.curvature import Factor, factorise, solve_on_support, unit_gram
 from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sums import InputSums
+from sparsekit.tensors.sums import InputSums, Want
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,7 +91,7 @@ def test_fewer_tokens_than_inputs_work_with_the_default_damping() -> None:
 
 
 def test_hopeless_gram_is_an_error_after_the_last_damping() -> None:
-    sums = InputSums(3, "gram")
+    sums = InputSums(3, Want.GRAM)
     sums.update(torch.eye(3))
     sums.gram.copy_(torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]))  # no Gram matrix
     with pytest.raises(NumericalError, match="3 tokens is not positive definite"):

@@ -1,0 +1,58 @@
+"""Methods that begin with what another method made of a weight: one a file, like the pruners.
+
+The file's name is the method's, its dataclass fields the options. To add one, add a file with one
+`Refiner` subclass; nothing else needs an edit.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparsekit.pruners import Pruned
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import InputSums, Want
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refiner(ABC):
+    """A refinement with its options."""
+
+    needs: ClassVar[Want]
+    """Which sums of the inputs the method reads."""
+    initial: ClassVar[str]
+    """The pruner that the method begins with when none is named."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named sets of options."""
+    rowwise: ClassVar[bool] = False
+    """As of `Pruner`."""
+    propagate: ClassVar[bool] = True
+    """As of `Pruner`."""
+
+    @abstractmethod
+    def refine(
+        self,
+        weight: Tensor,  # the dense weight, [out, in] float32, not to be changed
+        start: Pruned,  # not to be changed
+        sums: InputSums,
+        pattern: Pattern,
+    ) -> Pruned:
+        """What becomes of a weight that has been pruned.
+
+        Raises:
+            NumericalError: The sums or the solution are not finite.
+        """
+
+    def covers(self, name: str) -> bool:
+        """Whether the weight of this name is refined, or stays as the initial method left it."""
+        return True
+
+    def misfit(self, pattern: Pattern) -> str:
+        """Why the method cannot have this pattern; empty when it can."""
+        return ""
+
+    def caution(self, pattern: Pattern) -> str:
+        """What the user should know before this pattern is asked for; empty: nothing."""
+        return ""

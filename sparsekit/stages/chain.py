@@ -1,0 +1,153 @@
+"""What is done to one weight: a first mask, its refinement, least squares on the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsekit import methods
+from sparsekit.errors import DataError
+from sparsekit.models.architecture import Target
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.pruners import Pruned, Pruner
+from sparsekit.refiners import Refiner
+from sparsekit.stages.config import PruneConfig
+from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import InputSums, Want
+
+# Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
+RECONSTRUCT_STEPS = 20
+RECONSTRUCT_DAMPING = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The methods of a run, in the order in which they are applied."""
+
+    pruner: Pruner | None
+    given: Checkpoint | None
+    """Where the first mask comes from when no pruner makes it."""
+    refiner: Refiner | None
+    reconstruct: Literal["none", "cg"]
+
+    @classmethod
+    def build(cls, config: PruneConfig, given: Checkpoint | None) -> Chain:
+        """The methods that a checked configuration names."""
+        pruner = refiner = None
+        if config.pruner is not None:
+            pruner = methods.load("pruners", config.pruner, config.options_of("pruners"))
+        if config.refiner is not None:
+            options = config.options_of("refiners")
+            refiner = methods.load("refiners", config.refiner, options, config.preset)
+        return cls(pruner=pruner, given=given, refiner=refiner, reconstruct=config.reconstruct)
+
+    @property
+    def steps(self) -> list[Pruner | Refiner]:
+        """The pruner and the refiner, as far as there are such."""
+        return [step for step in (self.pruner, self.refiner) if step is not None]
+
+    @property
+    def want(self) -> Want:
+        """The sums that the run reads; the norms at least, to measure the output error."""
+        want = Want.NORMS
+        for step in self.steps:
+            want |= step.needs or Want.NORMS
+        return want | Want.GRAM if self.reconstruct == "cg" else want
+
+    @property
+    def propagate(self) -> bool:
+        """Whether inputs come from the pruned blocks before, as the last method wants it."""
+        return self.steps[-1].propagate
+
+    def options(self) -> dict[str, dict[str, str]]:
+        """The options of each method, as text."""
+        told = {}
+        for kind, step in zip(("options", "initial_options"), reversed(self.steps), strict=False):
+            told[kind] = {key: str(value) for key, value in asdict(step).items()}
+        return told
+
+    def groups(
+        self, targets: Sequence[Target], sums: dict[str, InputSums], pattern: Pattern
+    ) -> list[list[Target]]:
+        """Targets that are solved as one: those with the same inputs, if no row needs another."""
+        if pattern.scope == "tensor" or not all(step.rowwise for step in self.steps):
+            return [[target] for target in targets]
+        groups: dict[Any, list[Target]] = {}
+        for target in targets:
+            key = id(sums.get(target.name)), self._refines(target)
+            groups.setdefault(key, []).append(target)
+        return list(groups.values())
+
+    def run(
+        self,
+        targets: Sequence[Target],
+        weight: Tensor,  # theirs, stacked, [out, in] float32
+        sums: InputSums | None,
+        pattern: Pattern,
+    ) -> Pruned:
+        """What becomes of the weights of a group.
+
+        Raises:
+            NumericalError: The sums or the solution are not finite.
+        """
+        if sums:
+            require_finite(sums.squares)
+        if self.pruner is not None:
+            pruned = self.pruner.prune(weight, sums, pattern)
+        else:
+            pruned = self._given(targets, weight.device)
+        if self.refiner is not None and self._refines(targets[0]):
+            assert sums is not None
+            pruned = self.refiner.refine(weight, pruned, sums, pattern)
+        if self.reconstruct == "cg":
+            assert sums is not None
+            pruned = _reconstruct(weight, pruned, sums)
+        return pruned
+
+    def _refines(self, target: Target) -> bool:
+        return self.refiner is not None and self.refiner.covers(target.name)
+
+    def _given(self, targets: Sequence[Target], device: torch.device) -> Pruned:
+        assert self.given is not None
+        tensors = self.given.read([target.name for target in targets])
+        parts = [tensors[t.name].T if t.transposed else tensors[t.name] for t in targets]
+        weight = torch.cat(parts).to(device, torch.float32)
+        return Pruned(weight=weight, mask=weight != 0)
+
+
+def require_given(given: Checkpoint, targets: Sequence[Target], pattern: Pattern) -> None:
+    """Refuse a sparse model whose weights do not match those of the dense one.
+
+    Raises:
+        DataError: A weight is missing or has another shape.
+        PatternError: A weight does not have the pattern.
+    """
+    for target in targets:
+        place = given.places.get(target.name)
+        shape = target.shape[::-1] if target.transposed else target.shape
+        if place is None or place.shape != shape:
+            found = "is missing" if place is None else f"has the shape {place.shape}"
+            raise DataError(
+                f"{target.name} {found} in {given.path}, the dense model has {shape}",
+                "--dense names the model that the sparse one was made from",
+            )
+    for target in targets:
+        weight = given.read([target.name])[target.name]
+        pattern.check(weight.T if target.transposed else weight, f"{given.path}: {target.name}")
+
+
+def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
+    """The same mask with the weights that least squares gives on it."""
+    solved = solve_on_support(
+        weight,
+        pruned.mask,
+        unit_gram(sums, RECONSTRUCT_DAMPING),
+        start=pruned.weight,
+        iterations=RECONSTRUCT_STEPS,
+    )
+    return replace(pruned, weight=solved)
