@@ -83,6 +83,10 @@ def prune(
     skip: Skip = [],  # noqa: B006  (the same)
     reconstruct: Reconstruct = "none",
     propagate: Propagate = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="dense, or factored: factors only, which is smaller."),
+    ] = "dense",
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Annotated[
@@ -109,6 +113,7 @@ def prune(
             initial=initial,
             refine=refine,
             dense=named(dense) if dense else None,
+            form=form,
             calibration=calibration,
             samples=samples,
             length=length,

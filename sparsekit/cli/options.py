@@ -87,6 +87,7 @@ def prune_config(
     dtype: str,
     refine: str | None = None,
     dense: str | None = None,
+    form: str = "dense",
 ) -> PruneConfig:
     """The checked configuration that the flags of `prune` and `bench prune` spell."""
     options: dict[str, str] = {}
@@ -110,6 +111,7 @@ def prune_config(
         skip=skip,
         reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
         propagate=propagate,
+        format=form,  # type: ignore[arg-type]  (the same)
         device=device,
         dtype=dtype,
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsekit.errors import DataError
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import FactoredLinear, use_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
         raise DataError(
             f"{source.path}: no causal language model for {config.model_type!r}: {reason}"
         ) from error
+    if source.factored:
+        use_factors(model, source)
     return model.eval().requires_grad_(False)
 
 
@@ -105,6 +108,8 @@ def refuse_hidden_weights(
     left = []
     for index, block in enumerate(blocks):
         known = {id(m.weight) for m in block.modules() if _is_linear(m)}
+        layers = (m for m in block.modules() if isinstance(m, FactoredLinear))
+        known |= {id(parameter) for layer in layers for parameter in layer.parameters()}
         for name, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in known:
                 left.append(f"{prefix}.{index}.{name}")

@@ -19,9 +19,18 @@ from torch import Tensor
 from sparsekit.errors import DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.models.configuration import load_config
-from sparsekit.models.folder import INDEX, PROVENANCE, weight_files
+from sparsekit.models.folder import (
+    FACTORS,
+    INDEX,
+    PROVENANCE,
+    UNFACTORED,
+    factor_name,
+    weight_files,
+)
 from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
+from sparsekit.tensors.factored import PARTS, Factored
+from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -64,6 +73,10 @@ class Checkpoint:
     """Every tensor by name, in name order."""
     headers: Mapping[str, int]
     """Weight files by name, with the length in bytes of what precedes their data."""
+    factors: Mapping[str, TensorPlace] = field(default_factory=dict)
+    """The factors of weights, by name; where they stand for the weights, `places` has them too."""
+    factor_patterns: Mapping[str, str] = field(default_factory=dict)
+    """For each weight with factors the pattern of its core."""
     _fingerprint: str = field(default="", init=False, repr=False)
 
     @classmethod
@@ -84,7 +97,12 @@ class Checkpoint:
             for name in found.keys() & places.keys():
                 raise DataError(f"{path}: {name} is in {places[name].file} and again in {file}")
             places |= found
-        return cls(path, dict(sorted(places.items())), headers)
+        factors: dict[str, TensorPlace] = {}
+        patterns: dict[str, str] = {}
+        if (path / FACTORS).is_file():
+            factors, _ = _read_header(path / FACTORS)
+            patterns = _metadata(path / FACTORS)
+        return cls(path, dict(sorted(places.items())), headers, factors, patterns)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -106,7 +124,13 @@ class Checkpoint:
     @property
     def n_bytes(self) -> int:
         """Size of all weight files."""
-        return sum((self.path / file).stat().st_size for file in self.headers)
+        files = {*self.headers, *({FACTORS} if self.factors else ())}
+        return sum((self.path / file).stat().st_size for file in files)
+
+    @property
+    def factored(self) -> bool:
+        """Whether factors stand for weights that are not there."""
+        return UNFACTORED in self.headers
 
     @property
     def layout(self) -> str:
@@ -141,12 +165,28 @@ class Checkpoint:
         """The named tensors, in their dtype on disk, in memory of their own."""
         tensors = {}
         for name in names:
-            place = self.places[name]
+            place = self.places.get(name) or self.factors[name]
             data = torch.empty(place.stop - place.start, dtype=torch.uint8)
             with self._opened(place.file) as handle:
                 _read_into(handle, data, place.start, self.path / place.file)
             tensors[name] = data.view(place.dtype).view(place.shape)
         return tensors
+
+    def factors_of(self, name: str) -> Factored:
+        """The factors of a weight, in float32.
+
+        Raises:
+            DataError: One is missing, or they do not fit together.
+        """
+        parts = {part: factor_name(name, part) for part in PARTS}
+        for part in parts.values():
+            if part not in self.factors:
+                raise DataError(f"{self.path / FACTORS} lacks {part}")
+        read = self.read(parts.values())
+        stored = {part: read[full] for part, full in parts.items()}
+        pattern = Pattern.parse(self.factor_patterns[name])
+        columns = stored["right"].shape[0] * stored["right"].shape[1]
+        return Factored.of(stored, pattern, columns)
 
     def scan(self, progress: Progress = SILENT) -> str:
         """The fingerprint, after making sure that all numbers are finite.
@@ -162,10 +202,11 @@ class Checkpoint:
             return self._fingerprint
         if self.n_bytes < SOON_READ:
             progress = SILENT
-        progress.begin(f"read and check {self.path.name}", len(self.places))
+        places = dict(sorted({**self.places, **self.factors}.items()))
+        progress.begin(f"read and check {self.path.name}", len(places))
         digest = hashlib.sha256()
         buffer = torch.empty(CHUNK, dtype=torch.uint8)
-        for name, place in self.places.items():
+        for name, place in places.items():
             digest.update(name.encode())
             with self._opened(place.file) as handle:
                 for start in range(place.start, place.stop, CHUNK):
@@ -230,6 +271,13 @@ def _read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:
             raise DataError(f"{file}: {name} has {stop - start} bytes for the shape {shape}")
         places[name] = TensorPlace(file.name, dtype, shape, start, stop)
     return places, offset
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file whose header has been checked."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header.get("__metadata__", {})
 
 
 def _read_into(handle: int, data: Tensor, start: int, file: Path) -> None:

@@ -9,6 +9,15 @@ from sparsekit.files import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "sparsekit.json"
+# Factors of weights, beside their products or instead of them. In the second case the other tensors
+# lie in a file that no stock loader looks for: it raises, where it would else draw random weights.
+FACTORS = "sparsekit-factors.safetensors"
+UNFACTORED = "sparsekit-weights.safetensors"
+
+
+def factor_name(weight: str, part: str) -> str:
+    """The name of a part of a weight's factors."""
+    return f"{weight.removesuffix('.weight')}.{part}"
 
 
 def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
@@ -21,6 +30,10 @@ def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
         raise DataError(f"no such model folder: {path}")
     if not (path / "config.json").is_file():
         raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
+    if (path / UNFACTORED).is_file():
+        if not (path / FACTORS).is_file():
+            raise DataError(f"{path} lacks {FACTORS}", "copy or make the folder again")
+        return {FACTORS: None, UNFACTORED: None}
     if (path / INDEX).is_file():
         files = indexed_files(path)
         for file in files:

@@ -11,7 +11,7 @@ from sparsekit.errors import StorageError, UsageError
 from sparsekit.models.folder import PROVENANCE
 
 if TYPE_CHECKING:
-    from sparsekit.models.checkpoint import Checkpoint
+    from sparsekit.models.layout import Layout
 
 # Held while a run writes; its presence in a folder beside an output shows whose that folder is.
 LOCK = ".sparsekit-lock"
@@ -72,19 +72,19 @@ def refuse_foreign(partial: Path) -> None:
         )
 
 
-def require_space(folder: Path, source: Checkpoint) -> None:
+def require_space(folder: Path, layout: Layout) -> None:
     """Refuse an output that the disk has no room for.
 
     Args:
         folder: An existing folder on the output's disk; weight files that an interrupted run has
             laid out there count as room.
-        source: The checkpoint that the output is as large as.
+        layout: The weight files of the output.
 
     Raises:
         StorageError: Says how much is missing.
     """
-    needed, free = source.n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
-    laid_out = [folder / file for file in source.headers if (folder / file).is_file()]
+    needed, free = layout.n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    laid_out = [folder / file for file in layout.headers if (folder / file).is_file()]
     free += sum(file.stat().st_blocks * 512 for file in laid_out)
     if free < needed:
         raise StorageError(

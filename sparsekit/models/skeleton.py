@@ -109,6 +109,16 @@ class Skeleton:
         finally:
             self.drop(names)
 
+    def fill(self) -> nn.Module:
+        """The model with all of its weights, to be kept."""
+        for name, on_disk in self.on_disk.items():
+            tensor = self.source.read([on_disk])[on_disk]
+            wide = tensor.is_floating_point()
+            self._set(name, tensor.to(self.device, self.dtype) if wide else tensor)
+        self._place_buffers("")
+        self.model.tie_weights()
+        return self.model
+
     def before_blocks(self) -> list[str]:
         """Names of what a forward pass with the blocks left out needs, up to the last of them."""
         head = self.model.get_output_embeddings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from sparsekit.errors import DataError
 from sparsekit.memory import available_memory
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,8 @@ def load_whole(
     from transformers import AutoModelForCausalLM
 
     require_memory(source, dtype, purpose=purpose, way_out=way_out)
+    if source.factored:
+        return Skeleton(source, torch.device("cpu"), dtype).fill()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source.path),
@@ -64,3 +68,14 @@ def load_whole(
         # transformers fills them with random numbers and goes on.
         raise DataError(f"{source.path} lacks {len(missing)} weights, the first is {missing[0]}")
     return model.eval()
+
+
+def load(path: str | Path, dtype: str) -> PreTrainedModel:
+    """See `sparsekit.load`."""
+    source = Checkpoint.open(Path(path))
+    if dtype == "auto":
+        wide = [p.dtype for p in source.places.values() if p.dtype.is_floating_point]
+        wanted = max(set(wide), key=wide.count)
+    else:
+        wanted = getattr(torch, dtype)
+    return load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")

@@ -31,6 +31,7 @@ from sparsekit.files import (
 )
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import INDEX, PROVENANCE
+from sparsekit.models.layout import Layout
 from sparsekit.models.output import (
     LOCK,
     refuse_foreign,
@@ -55,6 +56,7 @@ class CheckpointWriter:
     Args:
         out: The folder to make. An interrupted run's parts are found beside it.
         source: The checkpoint whose layout and other files the output takes.
+        layout: The weight files to make; None: those of the source.
         recipe: Everything that decides the output's bytes. A run with the same recipe goes on
             where an interrupted one stopped.
         overwrite: Replace an existing output of sparsekit when the new one is complete.
@@ -66,10 +68,17 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out: Path, source: Checkpoint, recipe: Mapping[str, Any], *, overwrite: bool = False
+        self,
+        out: Path,
+        source: Checkpoint,
+        recipe: Mapping[str, Any],
+        *,
+        layout: Layout | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.out = out
         self.source = source
+        self.layout = Layout.of(source) if layout is None else layout
         self.finished: dict[str, Any] = {}
         """Part name to the note it was written with; filled from the journal of an earlier run."""
         self._written: set[str] = set()
@@ -101,13 +110,13 @@ class CheckpointWriter:
 
         Args:
             part: The name under which the part is found again after an interruption.
-            tensors: By name on disk, each with the source's shape and dtype.
+            tensors: By name on disk, each with the shape and dtype of its place.
             note: A JSON value kept with the part.
         """
         with storage_errors(self.partial):
             for name, tensor in tensors.items():
                 self._put(name, tensor)
-            for file in {self.source.places[name].file for name in tensors}:
+            for file in {self.layout.places[name].file for name in tensors}:
                 fsync_path(self.partial / file)
             line = json.dumps({"part": part, "tensors": sorted(tensors), "note": note})
             with (self.partial / JOURNAL).open("a") as journal:
@@ -119,7 +128,8 @@ class CheckpointWriter:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of finished parts, as they were written."""
-        written = Checkpoint(self.partial, self.source.places, self.source.headers)
+        lengths = {file: len(header) for file, header in self.layout.headers.items()}
+        written = Checkpoint(self.partial, self.layout.places, lengths)
         return written.read(names)
 
     def commit(self, entry: Mapping[str, Any], card: str) -> Checkpoint:
@@ -134,7 +144,7 @@ class CheckpointWriter:
         """
         with storage_errors(self.partial):
             self._carry_over()
-            for file in self.source.headers:
+            for file in self.layout.headers:
                 fsync_path(self.partial / file)
         made = Checkpoint.open(self.partial)
         fingerprint = made.scan()
@@ -152,10 +162,10 @@ class CheckpointWriter:
 
     def _begin(self) -> None:
         try:
-            require_space(self.partial, self.source)
+            require_space(self.partial, self.layout)
             with storage_errors(self.partial):
-                for file, header in self.source.headers.items():
-                    _lay_out(self.source.path / file, self.partial / file, header)
+                for file, header in self.layout.headers.items():
+                    _lay_out(self.partial / file, header, self.layout.size(file))
         except StorageError:
             self._discard()
             raise
@@ -181,7 +191,7 @@ class CheckpointWriter:
             self._written.update(row["tensors"])
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        place = self.source.places[name]
+        place = self.layout.places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise DataError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place in the file is "
@@ -197,13 +207,11 @@ class CheckpointWriter:
     def _carry_over(self) -> None:
         """Copy the tensors that no part wrote, and every file that is not a weight."""
         for name, place in self.source.places.items():
-            if name not in self._written:
-                _copy_range(
-                    self.source.path / place.file,
-                    self.partial / place.file,
-                    place.start,
-                    place.stop,
-                )
+            goal = self.layout.places.get(name)
+            if goal is not None and name not in self._written:
+                origin = self.source.path / place.file
+                _copy_range(origin, place.start, place.stop, self.partial / goal.file, goal.start)
+        files = self.layout.headers.keys()
         templates = self.source.path / CHAT_TEMPLATES
         if templates.is_dir():
             (self.partial / CHAT_TEMPLATES).mkdir(exist_ok=True)
@@ -213,7 +221,7 @@ class CheckpointWriter:
             own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(".")
             if file.is_file() and not own and file.suffix not in LEFT_OUT:
                 write_atomic(self.partial / file.name, file.read_bytes())
-        if (self.source.path / INDEX).is_file():
+        if (self.source.path / INDEX).is_file() and self.source.headers.keys() <= files:
             write_atomic(self.partial / INDEX, (self.source.path / INDEX).read_bytes())
 
     def _publish(self) -> None:
@@ -236,20 +244,19 @@ def _difference(key: str, earlier: Any, now: Any) -> str:
     return f"{key} ({earlier}, now {now})" if short else key
 
 
-def _lay_out(source: Path, target: Path, header: int) -> None:
-    """A file of the source's size that begins with the source's header."""
-    size = source.stat().st_size
+def _lay_out(target: Path, header: bytes, size: int) -> None:
+    """A file of this size that begins with this header."""
     handle = os.open(target, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
     try:
         os.posix_fallocate(handle, 0, size)
-        with source.open("rb") as stream:
-            _write_at(handle, memoryview(stream.read(header)), 0)
+        _write_at(handle, memoryview(header), 0)
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _copy_range(source: Path, target: Path, start: int, stop: int) -> None:
+def _copy_range(source: Path, start: int, stop: int, target: Path, goal: int) -> None:
+    """Copy the bytes from `start` to `stop` of one file to the place `goal` of another."""
     handle = os.open(target, os.O_WRONLY)
     try:
         with source.open("rb") as stream:
@@ -258,8 +265,8 @@ def _copy_range(source: Path, target: Path, start: int, stop: int) -> None:
                 data = stream.read(min(CHUNK, stop - start))
                 if not data:
                     raise DataError(f"{source} ends at byte {start}", "copy or download it again")
-                _write_at(handle, memoryview(data), start)
-                start += len(data)
+                _write_at(handle, memoryview(data), goal)
+                start, goal = start + len(data), goal + len(data)
     finally:
         os.close(handle)
 

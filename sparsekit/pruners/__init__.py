@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -18,8 +19,10 @@ from sparsekit.tensors.sums import InputSums, Want
 class Pruned:
     """What a method made of one weight."""
 
-    weight: Tensor  # [out, in] float32, exact zeros where the mask is False
-    mask: Tensor  # [out, in] bool, True = keep
+    weight: Tensor  # [out, in] float32, exact zeros where the mask is False unless it has factors
+    mask: Tensor  # [out, in] bool, True = keep; with factors that of their core
+    factors: Factored | None = None
+    """Of which the weight is the product."""
     scores: Tensor | None = None  # [out, in], what the mask was chosen by, where it was one score
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What the report should tell of this weight, for example the damping that was needed."""

@@ -9,12 +9,11 @@ As in the source, the inputs come from the dense model (`propagate` is off).
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from sparsekit.errors import NumericalError
 from sparsekit.pruners import Pruned, Pruner, keep_on
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.scaling import importance, normalise
 from sparsekit.tensors.sums import InputSums, Want
 
 
@@ -30,16 +29,7 @@ class Nowag(Pruner):
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
-        normal = weight / (weight.norm(dim=0) + self.epsilon)  # columns
-        normal = normal / (normal.norm(dim=1, keepdim=True) + self.epsilon)  # rows
-        scores = normal.square() * _importance(sums.squares)
+        normal, _, _ = normalise(weight, self.epsilon)
+        scores = normal.square() * importance(sums.squares)
         mask = pattern.mask(scores)
         return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)
-
-
-def _importance(squares: Tensor) -> Tensor:
-    """The squared inputs, `[in]`; zero entries count as the mean of the others."""
-    valid = squares > 0
-    if not valid.any():
-        raise NumericalError("every calibration input is zero")
-    return torch.where(valid, squares, squares[valid].mean())

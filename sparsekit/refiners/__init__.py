@@ -49,9 +49,13 @@ class Refiner(ABC):
         """Whether the weight of this name is refined, or stays as the initial method left it."""
         return True
 
-    def misfit(self, pattern: Pattern) -> str:
-        """Why the method cannot have this pattern; empty when it can."""
+    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
+        """Why the method cannot have this pattern in a weight `[rows, columns]`; empty: it can."""
         return ""
+
+    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
+        """Side of the blocks of the factors that a weight gets; 0: it stays one matrix."""
+        return 0
 
     def caution(self, pattern: Pattern) -> str:
         """What the user should know before this pattern is asked for; empty: nothing."""

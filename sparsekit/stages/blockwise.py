@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block, BlockStream
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import Progress
 from sparsekit.tensors.sums import InputSums, Want
 
-Rewrite = Callable[[Block, dict[str, InputSums]], list[dict[str, Any]]]
+Rewrite = Callable[[Block, dict[str, InputSums]], tuple[list[dict[str, Any]], dict[str, Tensor]]]
 
 
 def rewrite(
@@ -17,6 +19,7 @@ def rewrite(
     writer: CheckpointWriter,
     targets: list[Target],
     transform: Rewrite,
+    restore: Callable[[Block], dict[str, Tensor]],
     *,
     want: Want | None,
     propagate: bool,
@@ -31,7 +34,9 @@ def rewrite(
         stream: The source's blocks; fed with token rows when `want` is given.
         writer: Where finished blocks go.
         targets: The weights to rewrite.
-        transform: Replaces the weights of a block, given sums by weight name.
+        transform: Replaces the weights of a block, given sums by weight name; gives the report
+            rows, and the tensors to write.
+        restore: The tensors of a block that has been written, as it computes with them.
         want: What to sum over the inputs; None runs no forward pass.
         propagate: Whether hidden states come from the rewritten blocks or from the dense ones.
         progress: Told of each block.
@@ -43,7 +48,7 @@ def rewrite(
         if block.name in writer.finished:
             rows += writer.finished[block.name]
             if want and not last:
-                block.load(writer.read(block.disk_names) if propagate else None)
+                block.load(restore(block) if propagate else None)
                 block.advance()
         else:
             block.load()
@@ -51,9 +56,9 @@ def rewrite(
             chosen = [target for target in block.targets if target.name in wanted]
             if want and chosen:
                 sums = block.observe(chosen, want, advance=not propagate and not last)
-            note = transform(block, sums)
+            note, tensors = transform(block, sums)
             sums.clear()
-            writer.write(block.name, block.tensors(), note)
+            writer.write(block.name, tensors, note)
             rows += note
             if want and not last and (propagate or not chosen):
                 block.advance()

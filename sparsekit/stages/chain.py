@@ -71,6 +71,12 @@ class Chain:
             told[kind] = {key: str(value) for key, value in asdict(step).items()}
         return told
 
+    def block_of(self, target: Target, pattern: Pattern) -> int:
+        """Side of the blocks of the factors that a weight gets; 0: it gets none."""
+        if self.refiner is None or not self._refines(target):
+            return 0
+        return self.refiner.block_of(*target.shape, pattern)
+
     def groups(
         self, targets: Sequence[Target], sums: dict[str, InputSums], pattern: Pattern
     ) -> list[list[Target]]:

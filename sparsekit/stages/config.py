@@ -42,6 +42,8 @@ class PruneConfig:
     """`cg` solves for the weights on the mask that the method chose."""
     propagate: bool | None = None
     """Whether inputs come from the pruned blocks before; None: as the method's source does."""
+    format: Literal["dense", "factored"] = "dense"
+    """Whether a weight with factors is written as their product too, or as factors only."""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -58,6 +60,7 @@ class PruneConfig:
         if self.calibration:
             self.calibration.check()
         one_of("--reconstruct", self.reconstruct, ("none", "cg"))
+        one_of("--format", self.format, ("dense", "factored"))
         one_of("--device", self.device, DEVICES)
         one_of("--dtype", self.dtype, DTYPES)
 

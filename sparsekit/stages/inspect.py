@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from sparsekit.errors import CheckFailedError, DataError, PatternError, UsageError
-from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import FACTORS, PROVENANCE, factor_name
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
+from sparsekit.tensors.factored import PARTS
 from sparsekit.tensors.patterns import Pattern
 
 # Patterns that `inspect` looks for, besides those of the history.
@@ -69,11 +70,12 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}
     by_type: dict[str, list[dict[str, Any]]] = {}
-    for name, target, weight in _weights(source, stream, progress):
+    for block, name, weight in _weights(source, stream, progress):
         zeros = int((weight == 0).sum())
         row = {"size": weight.numel(), "zeros": zeros, "patterns": _patterns(weight, sought)}
-        by_block.setdefault(name, []).append(row)
-        by_type.setdefault(target.module, []).append(row)
+        by_block.setdefault(block, []).append(row)
+        kind = name.removesuffix(".weight").partition(f"{block}.")[2] or name
+        by_type.setdefault(kind, []).append(row)
     progress.end()
     return Inspection(
         model=model,
@@ -106,7 +108,13 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
         DataError: The folder is no readable checkpoint.
     """
     given = Pattern.parse(pattern) if pattern else None
-    source = Checkpoint.open(resolve(model, progress))
+    path = resolve(model, progress)
+    try:
+        source = Checkpoint.open(path)
+    except DataError as error:
+        if (path / PROVENANCE).is_file():  # a folder that sparsekit wrote was whole once
+            raise CheckFailedError(error.message, error.hint) from error
+        raise
     pruned = source.pruned()
     if given is None and not pruned:
         raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
@@ -119,17 +127,18 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     progress.begin("verify", len(stream))
     checked: set[str] = set()
     zeros = size = 0
-    for _, target, weight in _weights(source, stream, progress):
-        if expected and target.name not in expected:
+    for _, name, weight in _weights(source, stream, progress):
+        if expected and name not in expected:
             continue
-        wanted = given or Pattern.parse(expected[target.name])
-        wanted.check(weight, target.name)
-        _refuse_negative_zero(weight, target.name)
-        checked.add(target.name)
+        wanted = given or Pattern.parse(expected[name])
+        wanted.check(weight, name)
+        _refuse_negative_zero(weight, name)
+        checked.add(name)
         zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
     progress.end()
     if missing := sorted(expected.keys() - checked):
         raise CheckFailedError(f"{missing[0]} is in the history of {model} but not in its blocks")
+    _check_factors(source, stream, pruned)
     _check_tied(source, stream)
     return {
         "model": model,
@@ -145,14 +154,51 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
 
 def _weights(
     source: Checkpoint, stream: BlockStream, progress: Progress
-) -> Iterator[tuple[str, Target, torch.Tensor]]:
-    """Block name, target and weight `[out, in]` in the dtype on disk, one at a time."""
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Block, name and weight `[out, in]` in the type on disk, of one linear weight at a time.
+
+    Of a weight with factors it is their core.
+    """
     for index in range(len(stream)):
         block = stream.block(index)
+        on_disk = set(block.disk_names)
         for target in block.targets:
-            weight = source.read([target.name])[target.name]
-            yield block.name, target, weight.T if target.transposed else weight
+            if target.name not in source.factor_patterns:
+                weight = source.read([target.name])[target.name]
+                yield block.name, target.name, weight.T if target.transposed else weight
+        for name in source.factor_patterns:
+            if on_disk & {name, factor_name(name, PARTS[0])}:
+                yield block.name, name, source.factors_of(name).core
         progress.step(block.name)
+
+
+def _check_factors(
+    source: Checkpoint, stream: BlockStream, pruned: Sequence[dict[str, Any]]
+) -> None:
+    """Factors must be there where the history says so, and multiply to the weights beside them.
+
+    Products are float32 sums in any order, rounded to the type on disk: they may differ by one
+    unit in the last place, and by the rounding of terms that cancel.
+    """
+    told = {row["name"] for e in pruned for row in e["weights"] if "block" in row["numbers"]}
+    if missing := sorted(told - source.factor_patterns.keys()):
+        raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
+    for target in stream.targets():
+        name = target.name
+        if name not in source.factor_patterns:
+            continue
+        weight = source.read([name])[name]
+        weight = weight.T if target.transposed else weight
+        product = source.factors_of(name).dense()
+        unit = torch.finfo(weight.dtype).eps
+        off = (weight.double() - product.double()).abs()
+        allowed = unit * weight.double().abs() + 1e-5 * product.abs().max()
+        if (off > allowed).any():
+            row, column = (off > allowed).nonzero()[0].tolist()
+            raise CheckFailedError(
+                f"{name}: its factors do not multiply to it at [{row}, {column}]",
+                "the weights were changed after pruning",
+            )
 
 
 def _looseness(text: str) -> tuple[Fraction, int]:

@@ -16,6 +16,8 @@ from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import FACTORS, UNFACTORED, factor_name
+from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve
 from sparsekit.models.skeleton import KEPT_BYTES
@@ -23,6 +25,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.chain import Chain
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
 
@@ -40,6 +43,7 @@ class Job:
     skipped: list[dict[str, str]]
     want: Want | None
     propagate: bool
+    layout: Layout
     calibration: Calibration | None
 
 
@@ -65,18 +69,22 @@ def prepare(
     if config.dense is not None:
         source = Checkpoint.open(resolve(config.dense, progress))
         refuse_source(out, source.path)
+    if source.factored:
+        raise DataError(f"{source.path} holds factors only", "prune the model that it comes from")
     partial = out.with_name(out.name + ".partial")
     refuse_foreign(partial)
-    if not partial.exists():
-        require_space(existing_parent(out), source)
     chain = Chain.build(config, given if config.dense is not None else None)
     pattern = _pattern(config, given)
-    if reason := chain.refiner.misfit(pattern) if chain.refiner else "":
-        raise UsageError(reason, "--pattern 2:4 is usual")
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = _select(stream, config.skip)
     _refuse_misfits(targets, pattern)
+    for target in targets:
+        if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
+            raise UsageError(f"{target.name}: {reason}", "--pattern 2:4 is usual; or --skip it")
+    layout = _layout(config, source, targets, chain, pattern)
+    if not partial.exists():
+        require_space(existing_parent(out), layout)
     calibration = config.rows
     if calibration is None:
         want = None
@@ -94,6 +102,7 @@ def prepare(
         skipped=skipped,
         want=want,
         propagate=propagate,
+        layout=layout,
         calibration=calibration,
     )
 
@@ -125,7 +134,7 @@ def plan(
         "zeros": zeros,
         "size": size,
         "skipped": job.skipped,
-        "bytes_to_write": job.source.n_bytes,
+        "bytes_to_write": job.layout.n_bytes,
         "bytes_free": shutil.disk_usage(existing_parent(out)).free,
         "peak_memory_estimate_bytes": _peak_estimate(job),
         "device": str(job.stream.device),
@@ -141,6 +150,33 @@ def _pattern(config: PruneConfig, given: Checkpoint) -> Pattern:
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
     return Pattern.parse(told[-1])
+
+
+def _layout(
+    config: PruneConfig,
+    source: Checkpoint,
+    targets: Sequence[Target],
+    chain: Chain,
+    pattern: Pattern,
+) -> Layout:
+    """The files of the output: the source's, and one for the factors of weights that get some."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    patterns = {}
+    for target in targets:
+        if block := chain.block_of(target, pattern):
+            patterns[target.name] = str(pattern)
+            for part, shape in stored_shapes(*target.shape, block, pattern).items():
+                dtype = torch.uint8 if part == "indices" else source.places[target.name].dtype
+                shapes[factor_name(target.name, part)] = dtype, shape
+    if config.format == "factored" and not shapes:
+        raise UsageError(f"{config.title} makes no factors", "leave out --format factored")
+    if not shapes:
+        return Layout.of(source)
+    base = Layout.of(source)
+    if config.format == "factored":
+        left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in patterns}
+        base = Layout({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
+    return base.with_file(FACTORS, shapes, patterns)
 
 
 def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:

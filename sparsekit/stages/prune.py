@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsekit.errors import DataError, NumericalError
 from sparsekit.files import sha256_json
@@ -14,6 +15,7 @@ from sparsekit.memory import peak_memory
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import factor_name
 from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
@@ -31,6 +33,7 @@ from sparsekit.stages.report import (
     totals,
     versions,
 )
+from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.sums import InputSums
 
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
@@ -68,7 +71,9 @@ def prune(
     if job.chain.given:
         _require_parent(job, job.chain.given, fingerprint, progress)
     recipe = _recipe(job, fingerprint, rows)
-    with CheckpointWriter(out, job.source, recipe, overwrite=overwrite) as writer:
+    with CheckpointWriter(
+        out, job.source, recipe, layout=job.layout, overwrite=overwrite
+    ) as writer:
         resumed = len(writer.finished)
         if resumed:
             progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
@@ -80,6 +85,7 @@ def prune(
             writer,
             job.targets,
             lambda block, sums: _prune_block(job, block, sums),
+            lambda block: _restore(job, writer, block),
             want=job.want if rows else None,
             propagate=job.propagate,
             progress=progress,
@@ -127,19 +133,24 @@ def _rows(job: Job, progress: Progress) -> TokenRows | None:
     return rows
 
 
-def _prune_block(job: Job, block: Block, sums: dict[str, InputSums]) -> list[dict[str, Any]]:
-    """Prune the chosen weights of one block; gives their report rows."""
+def _prune_block(
+    job: Job, block: Block, sums: dict[str, InputSums]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
-    rows = []
+    rows, factors = [], {}
     for group in job.chain.groups(chosen, sums, job.pattern):
-        rows += _prune_group(job, block, group, sums.get(group[0].name))
-    return [row_json(row) for row in rows]
+        made, parts = _prune_group(job, block, group, sums.get(group[0].name))
+        rows += made
+        factors |= parts
+    tensors = {n: t for n, t in block.tensors().items() if n in job.layout.places}
+    return [row_json(row) for row in rows], tensors | factors
 
 
 def _prune_group(
     job: Job, block: Block, group: list[Target], sums: InputSums | None
-) -> list[WeightRow]:
+) -> tuple[list[WeightRow], dict[str, Tensor]]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()
     weights = [block.weight(target) for target in group]
@@ -149,11 +160,16 @@ def _prune_group(
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
-    parts = pruned.weight.split([len(weight) for weight in weights])
+    dtype = job.source.places[group[0].name].dtype
+    factors = None if pruned.factors is None else pruned.factors.to(dtype)
+    new = pruned.weight if factors is None else factors.dense()
     rows = []
-    for target, weight, part in zip(group, weights, parts, strict=True):
+    for target, weight, part in zip(
+        group, weights, new.split([len(w) for w in weights]), strict=True
+    ):
         on_disk = block.replace(target, part)
-        job.pattern.check(on_disk, target.name)
+        core = on_disk if factors is None else factors.core
+        job.pattern.check(core, target.name)
         try:
             error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
         except NumericalError as failure:
@@ -162,15 +178,38 @@ def _prune_group(
             name=target.name,
             shape=target.shape,
             pattern=str(job.pattern),
-            zeros=int((on_disk == 0).sum()),
+            zeros=int((core == 0).sum()),
             size=on_disk.numel(),
             error=error,
             seconds=0.0,
             numbers=pruned.numbers,
         )
         rows.append(row)
+    stored: dict[str, Tensor] = {}
+    if factors is not None:  # of one weight: those with factors are not stacked
+        stored = {
+            factor_name(group[0].name, part): tensor
+            for part, tensor in factors.stored(job.pattern, dtype).items()
+        }
+        bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
+        rows = [replace(rows[0], numbers={**rows[0].numbers, "bits_per_weight": bits})]
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
-    return [replace(row, seconds=round(each * row.size, 4)) for row in rows]
+    return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
+
+
+def _restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
+    """The tensors of a block that has been written; products of factors are made again."""
+    tensors = writer.read(name for name in block.disk_names if name in job.layout.places)
+    for target in block.targets:
+        if target.name in tensors:
+            continue
+        parts = ("values", "indices", "left", "right")
+        read = writer.read(factor_name(target.name, part) for part in parts)
+        stored = {part: read[factor_name(target.name, part)] for part in parts}
+        weight = Factored.of(stored, job.pattern, target.shape[1]).dense()
+        weight = weight.to(job.source.places[target.name].dtype)
+        tensors[target.name] = (weight.T if target.transposed else weight).contiguous()
+    return tensors
 
 
 def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
@@ -188,6 +227,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         "reconstruct": job.config.reconstruct,
         "propagate": job.propagate if rows else None,
         "skip": list(job.config.skip),
+        "format": job.config.format,
         "calibration": rows.fingerprint if rows else None,
         "device": job.stream.device.type,
         "dtype": str(job.stream.dtype).removeprefix("torch."),

@@ -11,6 +11,16 @@ import sparsekit
 
 # Raised with every change that alters the bytes a stage writes for the same inputs.
 NUMERICS = 2
+PLAIN = """A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
+zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
+runs faster because of the zeros."""
+PRODUCTS = """A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
+weights are products A S B of a sparse core S and two block-diagonal matrices: **they are not
+sparse themselves**, and take the space and time of dense ones. The factors, which are smaller,
+lie in `sparsekit-factors.safetensors`."""
+FACTORED = """Not a plain checkpoint: each pruned weight is kept as a packed sparse core S and two block-diagonal
+matrices A and B, whose product A S B it is. `sparsekit.load` and `sparsekit eval` run it in three
+products; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 
 
@@ -63,6 +73,22 @@ def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def bits_per_weight(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean bits on disk of a weight that is kept as factors: values, indices, both sides."""
+    told = [row for row in rows if "bits_per_weight" in row["numbers"]]
+    if not told:
+        return None
+    total = sum(row["size"] for row in told)
+    return sum(row["numbers"]["bits_per_weight"] * row["size"] for row in told) / total
+
+
+def _what_it_is(form: str, bits: float | None) -> str:
+    """The first paragraph of the card."""
+    if bits is None:
+        return PLAIN
+    return FACTORED if form == "factored" else PRODUCTS
+
+
 def row_json(row: WeightRow) -> dict[str, Any]:
     """A row as JSON."""
     return {**asdict(row), "shape": list(row.shape)}
@@ -80,6 +106,7 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
     else:
         text = "none (the method needs no data)"
     error = summary["mean_error"]
+    bits = bits_per_weight(entry["weights"])
     skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
@@ -87,6 +114,7 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
         ("reconstruction", recipe["reconstruct"]),
         ("pruned", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
         ("calibration", text),
+        ("bits of a pruned weight as factors", "-" if bits is None else f"{bits:.2f}"),
         ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
@@ -99,9 +127,7 @@ tags:
 
 # {base}, pruned to {recipe["pattern"]}
 
-A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
-zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
-runs faster because of the zeros.
+{_what_it_is(recipe["format"], bits)}
 
 | | |
 |---|---|

@@ -1,0 +1,79 @@
+"""Linear layers that compute with the factors of their weight, and never build it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import DataError
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import factor_name
+from sparsekit.tensors.factored import PARTS, unpack
+from sparsekit.tensors.patterns import Pattern
+
+
+class FactoredLinear(nn.Module):
+    """y = x (A S B)ᵀ + bias in three products; the core S stays packed between calls.
+
+    Its parameters begin on the meta device, with the shapes and types that they have on disk.
+    """
+
+    def __init__(self, source: Checkpoint, name: str, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.pattern = Pattern.parse(source.factor_patterns[name])
+        for part in PARTS:
+            place = source.factors[factor_name(name, part)]
+            empty = torch.empty(place.shape, dtype=place.dtype, device="meta")
+            self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        self.register_parameter("bias", bias)
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return self.right.shape[0] * self.right.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.left.shape[0] * self.left.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        core, _ = unpack(self.values, self.indices, self.pattern, self.in_features)
+        inner = _by_blocks(x, self.right)  # x Bᵀ
+        outer = _by_blocks(inner @ core.T, self.left)
+        return outer if self.bias is None else outer + self.bias
+
+
+def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """`[..., columns]` times the transpose of a block-diagonal matrix `[blocks, b, b]`."""
+    parts = x.reshape(-1, blocks.shape[0], blocks.shape[1]).transpose(0, 1)
+    return (parts @ blocks.mT).transpose(0, 1).reshape(x.shape)
+
+
+def use_factors(model: nn.Module, source: Checkpoint) -> None:
+    """Replace the linear layers whose weight a checkpoint keeps as factors only.
+
+    Raises:
+        DataError: A factor is missing, or has no layer in the model.
+    """
+    for weight in source.factor_patterns:
+        missing = [p for p in PARTS if factor_name(weight, p) not in source.factors]
+        if missing:
+            raise DataError(f"{source.path}: {weight} lacks its factor {missing[0]!r}")
+        path = weight.removesuffix(".weight")
+        if not _has(model, path):  # a checkpoint of a bare base model lacks its prefix
+            path = f"{model.base_model_prefix}.{path}"
+        if not _has(model, path):
+            raise DataError(f"{source.path} has factors of {weight}, which the model lacks")
+        parent, _, last = path.rpartition(".")
+        layer = FactoredLinear(source, weight, model.get_submodule(path).bias)
+        setattr(model.get_submodule(parent), last, layer)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,69 @@
+"""Where every tensor of an output will lie, known before the first is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sparsekit.models.checkpoint import DTYPES, Checkpoint, TensorPlace
+
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Weight files at full size, each with its header."""
+
+    places: Mapping[str, TensorPlace]
+    headers: Mapping[str, bytes]
+    """Weight files by name, with what precedes their data."""
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> Layout:
+        """The files of a checkpoint, as they are."""
+        headers = {}
+        for file, length in source.headers.items():
+            with (source.path / file).open("rb") as stream:
+                headers[file] = stream.read(length)
+        return cls(source.places, headers)
+
+    def with_file(
+        self,
+        file: str,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> Layout:
+        """One more file, with tensors of these types and shapes in the given order."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        at = 0
+        for name, (dtype, shape) in tensors.items():
+            size = dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {
+                "dtype": TYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [at, at + size],
+            }
+            at += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        places = dict(self.places)
+        for name, (dtype, shape) in tensors.items():
+            size = dtype.itemsize * torch.Size(shape).numel()
+            places[name] = TensorPlace(file, dtype, shape, start, start + size)
+            start += size
+        headers = {**self.headers, file: len(text).to_bytes(8, "little") + text}
+        return Layout(places, headers)
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        stops = [place.stop for place in self.places.values() if place.file == file]
+        return max(stops, default=len(self.headers[file]))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.size(file) for file in self.headers)

@@ -1,0 +1,142 @@
+"""ARMOR: an N:M core between two block-diagonal matrices, fitted block by block.
+
+Source: Liu et al. 2025, "ARMOR: High-Performance Semi-Structured Pruning via Adaptive Matrix
+Factorization", section 3; LawrenceRLiu/ARMOR@3977e54.
+Differs: the default solver minimises exactly over A, over B and over each group of the core in
+turn, instead of Adam steps with one group of each block at a time (`solver=adam`). The default
+proxy is not the published diagonal one but the Gram matrix with its off-diagonal halved, on rows
+of norm 1: SmolLM2-135M 2:4, block 64, six sweeps, WikiText-2 perplexity 39.1 against 42.9 with
+the diagonal alone, 46.0 with the whole Gram matrix, and 43.7 with the published normalisation and
+diagonal. Biases are kept.
+"""
+
+from dataclasses import dataclass
+from math import comb, gcd
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import UsageError
+from sparsekit.pruners import Pruned, keep_on
+from sparsekit.refiners import Refiner
+from sparsekit.tensors.blockfit import BlockFit
+from sparsekit.tensors.factored import Factored
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.scaling import importance, normalise
+from sparsekit.tensors.sums import InputSums, Want
+
+# Added to every norm.
+EPSILON = 1e-5
+# With `block=0`: the largest block, and the share of a weight's numbers that A and B may add.
+LARGEST_BLOCK, MOST_ADDED = 128, 0.25
+# Supports of a group above which the user is told what they cost, and above which they are refused.
+MANY_SUPPORTS, MOST_SUPPORTS = 100, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Armor(Refiner):
+    """A S B with A and B block-diagonal, starting as the initial method's weight."""
+
+    initial: ClassVar[str] = "nowag"
+    propagate: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {"proxy": "diagonal", "block": 128}
+    }
+    block: int = 0
+    """Side of the blocks, at most; 0: up to 128 and a quarter more numbers than the weight has."""
+    sweeps: int = 10
+    """At most this many rounds of one step for each of A, B and the core."""
+    tolerance: float = 0.005
+    """Stop when a sweep lowers the loss by a smaller share than this."""
+    proxy: Literal["gram", "diagonal"] = "gram"
+    """What measures the loss: the shrunk Gram matrix of the inputs, or the published diagonal."""
+    shrink: float = 0.5
+    """Share by which the off-diagonal of the Gram matrix is reduced."""
+    damping: float = 0.01
+    """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
+
+    def __post_init__(self) -> None:
+        if self.shrink > 1:
+            raise UsageError(f"shrink of armor is a share, not {self.shrink:g}", "0.5 is usual")
+
+    @property
+    def needs(self) -> Want:
+        """See `Refiner.needs`."""
+        return Want.GRAM if self.proxy == "gram" else Want.NORMS
+
+    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
+        """See `Refiner.misfit`."""
+        if pattern.scope != "group":
+            return f"armor needs an N:M pattern, not {pattern}"
+        if self.block % pattern.group:
+            return f"armor: blocks of {self.block} do not hold whole groups of {pattern.group}"
+        if (count := comb(pattern.group, pattern.keep)) > MOST_SUPPORTS:
+            return f"armor tries all supports of a group, and {pattern} has {count:,}"
+        if not self.block_of(rows, columns, pattern):
+            return f"no block of whole groups of {pattern.group} divides {rows} x {columns}"
+        return ""
+
+    def caution(self, pattern: Pattern) -> str:
+        """See `Refiner.caution`."""
+        count = comb(pattern.group, pattern.keep)
+        if count <= MANY_SUPPORTS:
+            return ""
+        return f"{pattern} has {count} supports a group: a sweep takes about {count // 6} times 2:4"
+
+    def refine(self, weight: Tensor, start: Pruned, sums: InputSums, pattern: Pattern) -> Pruned:
+        """See `Refiner.refine`; the result has factors."""
+        block = self.block_of(*weight.shape, pattern)
+        if self.proxy == "gram":
+            rows = weight.norm(dim=1) + EPSILON
+            normal, columns = weight / rows[:, None], torch.ones_like(weight[0])
+            metric = sums.derived(("shrunk", self.shrink, self.damping), lambda: self._shrunk(sums))
+        else:
+            normal, columns, rows = normalise(weight, EPSILON)
+            metric = importance(sums.squares)
+        core = start.weight / columns / rows[:, None]
+        fit = BlockFit(normal, core, metric, block=block, keep=pattern.keep, group=pattern.group)
+        first = loss = fit.loss()
+        done = 0
+        while done < self.sweeps:
+            fit.sweep()
+            done += 1
+            before, loss = loss, fit.loss()
+            if before - loss <= self.tolerance * before:
+                break
+        if done:
+            fit.fit_left()
+            fit.fit_right()
+        # A best value may be 0: the mask has the exact count all the same.
+        mask = pattern.mask(fit.core.abs())
+        factors = Factored(
+            core=keep_on(mask, fit.core),
+            mask=mask,
+            left=fit.left * rows.view(-1, block, 1),
+            right=fit.right * columns.view(-1, 1, block),
+        )
+        numbers = {
+            **start.numbers,
+            "block": block,
+            "sweeps": done,
+            "first_loss": first,
+            "loss": fit.loss(),
+            "singular_supports": fit.singular,
+        }
+        return Pruned(weight=factors.dense(), mask=mask, factors=factors, numbers=numbers)
+
+    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
+        """The largest block that divides both sides and holds whole groups; 0: none does."""
+        common = gcd(rows, columns)
+        sizes = range(pattern.group, min(common, self.block or LARGEST_BLOCK) + 1, pattern.group)
+        fitting = [size for size in sizes if common % size == 0]
+        room = MOST_ADDED * rows * columns / (rows + columns)
+        within = [size for size in fitting if self.block or size <= room]
+        return max(within or fitting[:1], default=0)
+
+    def _shrunk(self, sums: InputSums) -> Tensor:
+        """The Gram matrix with a damped diagonal and a shrunk rest, `[in, in]`."""
+        metric = sums.gram * (1 - self.shrink)
+        diagonal = sums.squares + self.damping * sums.squares.mean()
+        metric.diagonal().copy_(diagonal)
+        return metric / diagonal.mean()

@@ -1,0 +1,256 @@
+"""The best W ≈ A S B with A and B block-diagonal and S N:M sparse, by block coordinate descent.
+
+Blocks are square, [b, b]: A has J = out/b of them, B has K = in/b, so that S falls into J x K
+blocks and block (j, k) of the product is A[j] S[j, k] B[k]. The loss is a quadratic form H in the
+inputs, given by its diagonal or as a whole matrix,
+
+    tr((W − A S B) H (W − A S B)ᵀ) / tr(W H Wᵀ).
+
+A diagonal H separates all J x K blocks once A and B are given, and in any case the block rows are
+independent once B is. A step for A or B has a closed form; a step for S goes through its groups.
+No step lets the loss rise.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+# Of the mean diagonal of a normal matrix: how strongly a block is held at its last value, in
+# directions that the data does not determine.
+PROXIMAL = 1e-6
+# The same for the few unknowns of a group, whose matrix is inverted in float64.
+GROUP_RIDGE = 1e-9
+# With a whole matrix H, groups of all K blocks are solved at a time as if the others did not move.
+# A block row whose changes would together raise the loss is left as it was, and moves by this much
+# more carefully from then on; each row that was improved makes it bolder again.
+CAREFUL, BOLDER = 1.5, 0.9
+# Below this reciprocal condition a group's matrix counts as singular.
+SINGULAR = 1e-7
+
+
+class BlockFit:
+    """The factors of one weight while they are fitted.
+
+    Args:
+        weight: W `[out, in]` float32.
+        core: The first S `[out, in]`, zero off the mask; A and B begin as identities.
+        metric: H, `[in]` or `[in, in]` float32, positive.
+        block: b, which divides both sides.
+        keep: N of N:M.
+        group: M, which divides b.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        core: Tensor,
+        metric: Tensor,
+        *,
+        block: int,
+        keep: int,
+        group: int,
+    ) -> None:
+        rows, columns = weight.shape
+        self.block, self.group = block, group
+        self.core = core.clone()
+        identity = torch.eye(block, device=weight.device)
+        self.left = identity.repeat(rows // block, 1, 1)  # A [J, b, b]
+        self.right = identity.repeat(columns // block, 1, 1)  # B [K, b, b]
+        self._weight = weight
+        self._metric = metric
+        self._weighted = self._measured(weight)
+        self._total = (self._weighted * weight).sum().clamp_min(torch.finfo(torch.float32).tiny)
+        supports = list(combinations(range(group), keep))
+        self._supports = torch.tensor(supports, device=weight.device)  # [supports, N]
+        self._care = torch.ones(rows // block, 1, device=weight.device)
+        self.singular = 0
+        """Supports of groups whose matrix was singular in the last core step."""
+
+    def product(self) -> Tensor:
+        """A S B, `[out, in]`."""
+        return times_left(self.left, times_right(self.core, self.right))
+
+    def loss(self) -> float:
+        """The loss, 1 for S = 0."""
+        error = self._weight - self.product()
+        return float((error * self._measured(error)).sum() / self._total)
+
+    def _measured(self, weight: Tensor) -> Tensor:
+        """A weight `[rows, in]` times H."""
+        return weight * self._metric if self._metric.ndim == 1 else weight @ self._metric
+
+    def sweep(self) -> None:
+        """One step for each of A, B and S."""
+        self.fit_left()
+        self.fit_right()
+        self.fit_core()
+
+    def fit_left(self) -> None:
+        """The best A: with P = S B, A[j] (P D Pᵀ)[j] = (W D Pᵀ)[j] for each block row j."""
+        reached = times_right(self.core, self.right)
+        pulled = _rows(self._measured(reached), self.block).mT  # H Pᵀ [J, in, b]
+        normal = _rows(reached, self.block) @ pulled
+        wanted = _rows(self._weight, self.block) @ pulled
+        self.left = _solve(normal, wanted.mT, self.left.mT).mT.contiguous()
+
+    def fit_right(self) -> None:
+        """The best B: with Q = A S, (Qᵀ Q)[k] B[k] = (Qᵀ W)[k] for each block column k.
+
+        The weights of the columns cancel: each column of B has a system of its own.
+        """
+        reached = _columns(times_left(self.left, self.core), self.block)  # Q [K, out, b]
+        normal = reached.mT @ reached
+        if self._metric.ndim == 1:
+            wanted = reached.mT @ _columns(self._weight, self.block)
+            self.right = _solve(normal, wanted, self.right)
+            return
+        lack = self._measured(self._weight - self.product())
+        for k in range(len(self.right)):
+            part = slice(k * self.block, (k + 1) * self.block)
+            change = _solve(normal[k], reached[k].mT @ lack[:, part])
+            change = _solve(self._metric[part, part], change.mT).mT
+            self.right[k] += change
+            lack -= (reached[k] @ change) @ self._metric[part]
+
+    def fit_core(self) -> None:
+        """The best support and values of every group of M inputs, one group of a block at a time.
+
+        With U = Aᵀ A of a block row and V = B H Bᵀ, the loss as a function of S is
+        tr(Sᵀ U S V) − 2 tr(Sᵀ Aᵀ W H Bᵀ) + constant. The J x K blocks are solved together; in each
+        the rows follow one another, and in a row the groups, each with all changes before it.
+        """
+        b = self.block
+        curve = self.left.mT @ self.left  # U [J, b, b]
+        diagonal = curve.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
+        curve = curve / diagonal[:, :, None]  # each row's problem in units of its own U[i, i]
+        whole, inner = self._inner_metric()
+        image = times_right(self.core, inner) if whole is None else self.core @ whole
+        image = _rows(image, b)  # S V [J, b, in]
+        pull = times_right(times_left(self.left.mT, self._weighted), self.right.mT)
+        pull = _rows(pull, b) / diagonal[:, :, None]
+        core = _rows(self.core, b)
+        solve = _GroupSolver(inner, self._supports, self.group)
+        self.singular = solve.singular
+        for i in range(b):
+            slope = (curve[:, i : i + 1] @ image)[:, 0] - pull[:, i]  # half the gradient [J, in]
+            change = solve.row(core[:, i], slope / self._care) - core[:, i]
+            if whole is None:
+                effect = times_right(change, inner)
+            else:
+                effect = change @ whole
+                worse = ((2 * slope + effect) * change).sum(1, keepdim=True) > 0
+                change, effect = (t.masked_fill(worse, 0.0) for t in (change, effect))
+                bolder = (BOLDER * self._care).clamp_min(1.0)
+                self._care = torch.where(worse, CAREFUL * self._care, bolder)
+            core[:, i] += change
+            image[:, i] += effect
+
+    def _inner_metric(self) -> tuple[Tensor | None, Tensor]:
+        """V = B H Bᵀ `[in, in]`, None for a diagonal H, and its diagonal blocks `[K, b, b]`."""
+        b = self.block
+        if self._metric.ndim == 1:
+            return None, (self.right * _columns(self._metric, b)) @ self.right.mT
+        whole = times_right(times_left(self.right, self._metric), self.right.mT)
+        whole = (whole + whole.T) / 2
+        parts = range(0, len(whole), b)
+        return whole, torch.stack([whole[p : p + b, p : p + b] for p in parts])
+
+
+class _GroupSolver:
+    """The best values of groups, for each support and in all blocks at a time.
+
+    Args:
+        metric: The diagonal blocks of V, `[K, b, b]`.
+        supports: All supports of a group, `[supports, N]`.
+        group: M.
+    """
+
+    def __init__(self, metric: Tensor, supports: Tensor, group: int) -> None:
+        self.metric, self.group = metric, group
+        starts = range(0, metric.shape[1], group)
+        self.squares = [metric[:, g : g + group, g : g + group].contiguous() for g in starts]
+        self.singular = 0
+        self.maps = self._maps(supports)
+
+    def row(
+        self,
+        row: Tensor,  # one row of S for each block row, [J, in]
+        slope: Tensor,  # half its gradient, [J, in]
+    ) -> Tensor:
+        """The row after one pass over its groups, `[J, in]`; the K blocks do not see each other."""
+        b = self.metric.shape[1]
+        slope, row = (_columns(t, b).contiguous() for t in (slope, row.clone()))  # [K, J, b]
+        for n, start in enumerate(range(0, b, self.group)):
+            stop = start + self.group
+            old = row[..., start:stop]
+            # What pulls at the group once its own part of the gradient is gone.
+            free = torch.baddbmm(slope[..., start:stop], old, self.squares[n], beta=-1)
+            new = _choose(free, self.maps[n])
+            if stop < b:
+                slope[..., stop:].baddbmm_(new - old, self.metric[:, start:stop, stop:])
+            row[..., start:stop] = new
+        return row.transpose(0, 1).flatten(1)
+
+    def _maps(self, supports: Tensor) -> Tensor:
+        """For each group and support the map from the free pull to the best values.
+
+        Returns:
+            `[groups of a block, K, M, supports * M]` float32.
+        """
+        group, (count, keep), device = self.group, supports.shape, self.metric.device
+        starts = torch.arange(0, self.metric.shape[1], group, device=device)
+        place = starts[:, None, None] + supports  # [groups, supports, N]
+        parts = self.metric.double()[:, place[..., :, None], place[..., None, :]]
+        size = parts.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # [K, groups, s, 1, 1]
+        size = size.clamp_min(torch.finfo(torch.float32).tiny)
+        ridge = GROUP_RIDGE * torch.eye(keep, device=device, dtype=torch.float64)
+        inverse, _ = torch.linalg.inv_ex(parts / size + ridge)
+        self.singular = int((inverse.abs().amax((-1, -2)) > 1 / SINGULAR).sum())
+        maps = torch.zeros(*parts.shape[:3], group, group, device=device)
+        index = torch.arange(count, device=device)[:, None, None]
+        into = index, supports[:, :, None], supports[:, None, :]
+        maps[:, :, into[0], into[1], into[2]] = (inverse / size).float()
+        return maps.permute(1, 0, 3, 2, 4).flatten(3).contiguous()
+
+
+def times_right(weight: Tensor, blocks: Tensor) -> Tensor:
+    """`[rows, in]` times a block-diagonal matrix `[K, b, b]`."""
+    return (_columns(weight, blocks.shape[1]) @ blocks).transpose(0, 1).flatten(1)
+
+
+def times_left(blocks: Tensor, weight: Tensor) -> Tensor:
+    """A block-diagonal matrix `[J, b, b]` times `[out, columns]`."""
+    return (blocks @ _rows(weight, blocks.shape[2])).flatten(0, 1)
+
+
+def _rows(weight: Tensor, block: int) -> Tensor:
+    """`[J, b, in]`, a view."""
+    return weight.unflatten(0, (-1, block))
+
+
+def _columns(weight: Tensor, block: int) -> Tensor:
+    """`[K, rows, b]`, a view; a vector counts as one row."""
+    weight = weight if weight.ndim == 2 else weight[None]
+    return weight.unflatten(1, (-1, block)).transpose(0, 1)
+
+
+def _choose(
+    free: Tensor,  # [K, J, M]
+    maps: Tensor,  # [K, M, supports * M]
+) -> Tensor:
+    """The values of the support that lowers the loss most, `[K, J, M]`."""
+    values = (free @ maps).unflatten(-1, (-1, free.shape[-1]))  # [K, J, supports, M]
+    gain = (values @ free[..., None])[..., 0]
+    best = gain.argmax(-1)[..., None, None].expand(*free.shape[:2], 1, free.shape[-1])
+    return values.gather(2, best)[:, :, 0]
+
+
+def _solve(normal: Tensor, wanted: Tensor, last: Tensor | float = 0.0) -> Tensor:
+    """X with `normal` X = `wanted`, held at `last` where `normal` says nothing; batched."""
+    size = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    hold = (PROXIMAL * size)[..., None, None]
+    system = normal + hold * torch.eye(normal.shape[-1], device=normal.device)
+    return torch.linalg.solve(system, wanted + hold * last)
