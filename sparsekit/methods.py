@@ -61,7 +61,7 @@ def describe(kind: str, name: str) -> Method:
         name=name,
         summary=summary.partition(": ")[2] or summary,
         source=" ".join(source.split()),
-        data_free=not any(_field(node) == "needs" for node in body),
+        data_free=not any("needs" in (_field(n), getattr(n, "name", "")) for n in body),
         options=tuple(_options(body)),
         initial=_constant(body, "initial") or "",
         presets=_constant(body, "presets") or {},

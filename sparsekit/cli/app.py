@@ -112,7 +112,7 @@ def prune(
             preset=preset,
             initial=initial,
             refine=refine,
-            dense=named(dense) if dense else None,
+            dense=None if dense is None else named(dense),
             form=form,
             calibration=calibration,
             samples=samples,

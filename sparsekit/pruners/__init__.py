@@ -24,8 +24,9 @@ class Pruned:
     factors: Factored | None = None
     """Of which the weight is the product."""
     scores: Tensor | None = None  # [out, in], what the mask was chosen by, where it was one score
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    """What the report should tell of this weight, for example the damping that was needed."""
+    numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
+    """What the report should tell of this weight, for example the damping that was needed; a tensor
+    `[out]` holds counts of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

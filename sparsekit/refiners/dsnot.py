@@ -63,7 +63,7 @@ class Dsnot(Refiner):
         return Pruned(
             weight=keep_on(rows.mask, weight),
             mask=rows.mask,
-            numbers={**start.numbers, "swaps": int((rows.mask & ~start.mask).sum())},
+            numbers={**start.numbers, "swaps": (rows.mask & ~start.mask).sum(1)},
         )
 
 

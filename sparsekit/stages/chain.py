@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import methods
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, PatternError
 from sparsekit.models.architecture import Target
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.pruners import Pruned, Pruner
@@ -126,12 +126,11 @@ class Chain:
         return Pruned(weight=weight, mask=weight != 0)
 
 
-def require_given(given: Checkpoint, targets: Sequence[Target], pattern: Pattern) -> None:
-    """Refuse a sparse model whose weights do not match those of the dense one.
+def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
+    """Refuse a sparse model whose weights do not have the shapes of the dense one's.
 
     Raises:
         DataError: A weight is missing or has another shape.
-        PatternError: A weight does not have the pattern.
     """
     for target in targets:
         place = given.places.get(target.name)
@@ -142,9 +141,22 @@ def require_given(given: Checkpoint, targets: Sequence[Target], pattern: Pattern
                 f"{target.name} {found} in {given.path}, the dense model has {shape}",
                 "--dense names the model that the sparse one was made from",
             )
+
+
+def require_pattern(given: Checkpoint, targets: Sequence[Target], pattern: Pattern) -> None:
+    """Refuse a sparse model that does not have the pattern.
+
+    Raises:
+        DataError: Names the first weight without it.
+    """
     for target in targets:
         weight = given.read([target.name])[target.name]
-        pattern.check(weight.T if target.transposed else weight, f"{given.path}: {target.name}")
+        try:
+            pattern.check(weight.T if target.transposed else weight, target.name)
+        except PatternError as error:
+            raise DataError(
+                f"{given.path}: {error.message}", "pass its --pattern, or --skip what is dense"
+            ) from error
 
 
 def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:

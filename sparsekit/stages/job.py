@@ -22,7 +22,7 @@ from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.chain import Chain
+from sparsekit.stages.chain import Chain, require_shapes
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.tensors.factored import stored_shapes
@@ -82,6 +82,8 @@ def prepare(
     for target in targets:
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--pattern 2:4 is usual; or --skip it")
+    if chain.given is not None:
+        require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, pattern)
     if not partial.exists():
         require_space(existing_parent(out), layout)

@@ -21,7 +21,7 @@ from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
-from sparsekit.stages.chain import require_given
+from sparsekit.stages.chain import require_pattern
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
@@ -94,6 +94,7 @@ def prune(
         _tell_damping(job, weights, progress)
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": config.dense or model, "fingerprint": fingerprint},
+            "mask": _mask_source(job, model),
             "resumed_blocks": resumed,
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
@@ -105,15 +106,14 @@ def prune(
 def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress) -> None:
     """Refuse a sparse model that was made from another dense one, or lacks the pattern."""
     given.scan(progress)
-    require_given(given, job.targets, job.pattern)
-    history = given.pruned()
-    parent = history[0]["source"].get("fingerprint") if history else None
-    if parent is None:
+    require_pattern(given, job.targets, job.pattern)
+    parents = [entry["source"] for entry in given.pruned()]
+    if not parents:
         progress.note(f"{given.path} does not say which model it was made from")
-    elif parent != dense:
+    elif dense not in [parent.get("fingerprint") for parent in parents]:
         raise DataError(
             f"{given.path} was not made from the weights in {job.source.path}",
-            f"its history names {history[0]['source'].get('path')}",
+            f"its history names {' and '.join(str(parent.get('path')) for parent in parents)}",
         )
 
 
@@ -127,6 +127,8 @@ def _rows(job: Job, progress: Progress) -> TokenRows | None:
     refiner = job.chain.refiner
     if caution := refiner.caution(job.pattern) if refiner else "":
         progress.note(caution)
+    if refiner and job.source.pruned():
+        progress.note(f"{job.source.path} is pruned already: to refine its mask, name its --dense")
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in rows.notes if rows else ():
         progress.note(note)
@@ -163,10 +165,10 @@ def _prune_group(
     dtype = job.source.places[group[0].name].dtype
     factors = None if pruned.factors is None else pruned.factors.to(dtype)
     new = pruned.weight if factors is None else factors.dense()
-    rows = []
-    for target, weight, part in zip(
-        group, weights, new.split([len(w) for w in weights]), strict=True
-    ):
+    rows: list[WeightRow] = []
+    sizes = [len(weight) for weight in weights]
+    numbers = _numbers(pruned.numbers, sizes)
+    for target, weight, part, told in zip(group, weights, new.split(sizes), numbers, strict=True):
         on_disk = block.replace(target, part)
         core = on_disk if factors is None else factors.core
         job.pattern.check(core, target.name)
@@ -182,7 +184,7 @@ def _prune_group(
             size=on_disk.numel(),
             error=error,
             seconds=0.0,
-            numbers=pruned.numbers,
+            numbers=told,
         )
         rows.append(row)
     stored: dict[str, Tensor] = {}
@@ -195,6 +197,17 @@ def _prune_group(
         rows = [replace(rows[0], numbers={**rows[0].numbers, "bits_per_weight": bits})]
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
     return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
+
+
+def _numbers(told: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:
+    """What is told of stacked weights, for each; counts of rows are summed."""
+    found: list[dict[str, float]] = []
+    for part in range(len(sizes)):
+        rows = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+        found.append(
+            {k: int(v[rows].sum()) if isinstance(v, Tensor) else v for k, v in told.items()}
+        )
+    return found
 
 
 def _restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
@@ -261,6 +274,14 @@ def _entry(
         "weights": weights,
         "skipped": job.skipped,
     }
+
+
+def _mask_source(job: Job, model: str) -> dict[str, Any] | None:
+    """Where the first mask came from, when it was given, and how it was made."""
+    if job.chain.given is None:
+        return None
+    made = [{k: v for k, v in e.items() if k != "weights"} for e in job.chain.given.pruned()]
+    return {"path": model, "fingerprint": job.chain.given.fingerprint, "history": made}
 
 
 def _config(job: Job) -> dict[str, Any]:

@@ -11,16 +11,19 @@ import sparsekit
 
 # Raised with every change that alters the bytes a stage writes for the same inputs.
 NUMERICS = 2
-PLAIN = """A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
+PLAIN = """\
+A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
 zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
 runs faster because of the zeros."""
-PRODUCTS = """A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
+PRODUCTS = """\
+A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
 weights are products A S B of a sparse core S and two block-diagonal matrices: **they are not
 sparse themselves**, and take the space and time of dense ones. The factors, which are smaller,
 lie in `sparsekit-factors.safetensors`."""
-FACTORED = """Not a plain checkpoint: each pruned weight is kept as a packed sparse core S and two block-diagonal
-matrices A and B, whose product A S B it is. `sparsekit.load` and `sparsekit eval` run it in three
-products; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+FACTORED = """\
+Not a plain checkpoint: each pruned weight is kept as a packed sparse core S and two
+block-diagonal matrices A and B, whose product A S B it is. `sparsekit.load` and `sparsekit eval`
+run it in three products; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 
 

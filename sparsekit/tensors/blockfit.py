@@ -21,6 +21,7 @@ from torch import Tensor
 # Of the mean diagonal of a normal matrix: how strongly a block is held at its last value, in
 # directions that the data does not determine.
 PROXIMAL = 1e-6
+SMALLEST = 1e-30  # of that mean
 # The same for the few unknowns of a group, whose matrix is inverted in float64.
 GROUP_RIDGE = 1e-9
 # With a whole matrix H, groups of all K blocks are solved at a time as if the others did not move.
@@ -250,7 +251,7 @@ def _choose(
 
 def _solve(normal: Tensor, wanted: Tensor, last: Tensor | float = 0.0) -> Tensor:
     """X with `normal` X = `wanted`, held at `last` where `normal` says nothing; batched."""
-    size = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    size = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(SMALLEST)
     hold = (PROXIMAL * size)[..., None, None]
     system = normal + hold * torch.eye(normal.shape[-1], device=normal.device)
     return torch.linalg.solve(system, wanted + hold * last)
