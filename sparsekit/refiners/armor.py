@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, keep_on
 from sparsekit.refiners import Refiner
+from sparsekit.tensors.blockadam import BlockAdam
 from sparsekit.tensors.blockfit import BlockFit
 from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.patterns import Pattern
@@ -30,6 +31,8 @@ from sparsekit.tensors.sums import InputSums, Want
 EPSILON = 1e-5
 # With `block=0`: the largest block, and the share of a weight's numbers that A and B may add.
 LARGEST_BLOCK, MOST_ADDED = 128, 0.25
+# Adam stops when so many iterations in a row gained neither of these, relative and absolute.
+PATIENCE, RELATIVE_GAIN, LEAST_GAIN = 100, 1e-6, 1e-8
 # Supports of a group above which the user is told what they cost, and above which they are refused.
 MANY_SUPPORTS, MOST_SUPPORTS = 100, 1000
 
@@ -41,8 +44,10 @@ class Armor(Refiner):
     initial: ClassVar[str] = "nowag"
     propagate: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {"proxy": "diagonal", "block": 128}
+        "published": {"solver": "adam", "proxy": "diagonal", "block": 128, "iterations": 20000}
     }
+    solver: Literal["als", "adam"] = "als"
+    """Coordinate descent, or the published iterations (which need `proxy=diagonal`)."""
     block: int = 0
     """Side of the blocks, at most; 0: up to 128 and a quarter more numbers than the weight has."""
     sweeps: int = 10
@@ -55,10 +60,16 @@ class Armor(Refiner):
     """Share by which the off-diagonal of the Gram matrix is reduced."""
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
+    iterations: int = 3000
+    """Of `adam`: at most this many."""
+    rate: float = 1e-4
+    """Of `adam`: step size."""
 
     def __post_init__(self) -> None:
         if self.shrink > 1:
             raise UsageError(f"shrink of armor is a share, not {self.shrink:g}", "0.5 is usual")
+        if self.solver == "adam" and self.proxy != "diagonal":
+            raise UsageError("solver=adam of armor needs proxy=diagonal", "or --preset published")
 
     @property
     def needs(self) -> Want:
@@ -95,18 +106,10 @@ class Armor(Refiner):
             normal, columns, rows = normalise(weight, EPSILON)
             metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
-        fit = BlockFit(normal, core, metric, block=block, keep=pattern.keep, group=pattern.group)
-        first = loss = fit.loss()
-        done = 0
-        while done < self.sweeps:
-            fit.sweep()
-            done += 1
-            before, loss = loss, fit.loss()
-            if before - loss <= self.tolerance * before:
-                break
-        if done:
-            fit.fit_left()
-            fit.fit_right()
+        if self.solver == "adam":
+            fit, told = self._train(normal, core, start.mask, metric, block, pattern)
+        else:
+            fit, told = self._fit(normal, core, metric, block, pattern)
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
         factors = Factored(
@@ -117,13 +120,56 @@ class Armor(Refiner):
         )
         numbers = {
             **start.numbers,
+            **told,
             "block": block,
-            "sweeps": done,
-            "first_loss": first,
             "loss": fit.loss(),
-            "singular_supports": fit.singular,
         }
         return Pruned(weight=factors.dense(), mask=mask, factors=factors, numbers=numbers)
+
+    def _fit(
+        self, weight: Tensor, core: Tensor, metric: Tensor, block: int, pattern: Pattern
+    ) -> tuple[BlockFit, dict[str, float]]:
+        """The factors by coordinate descent, and what to tell of it."""
+        fit = BlockFit(weight, core, metric, block=block, keep=pattern.keep, group=pattern.group)
+        first = loss = fit.loss()
+        done = singular = 0
+        while done < self.sweeps:
+            done += 1
+            before, loss = loss, fit.sweep()
+            singular = max(singular, fit.singular)
+            if before - loss <= self.tolerance * before:
+                break
+        if done:
+            fit.fit_left()
+            fit.fit_right()
+        return fit, {"sweeps": done, "first_loss": first, "singular_supports": singular}
+
+    def _train(
+        self,
+        weight: Tensor,
+        core: Tensor,
+        mask: Tensor,
+        importance: Tensor,
+        block: int,
+        pattern: Pattern,
+    ) -> tuple[BlockAdam, dict[str, float]]:
+        """The factors by the published iterations, and what to tell of it."""
+        fit = BlockAdam(
+            *(weight, core, mask, importance),
+            block=block,
+            keep=pattern.keep,
+            group=pattern.group,
+            rate=self.rate,
+        )
+        first = best = fit.loss()
+        done = idle = 0
+        while done < self.iterations and idle < PATIENCE:
+            fit.step()
+            done += 1
+            loss = fit.loss()
+            idle = idle + 1 if best - loss <= max(RELATIVE_GAIN * best, LEAST_GAIN) else 0
+            best = loss
+        return fit, {"iterations": done, "first_loss": first}
 
     def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
         """The largest block that divides both sides and holds whole groups; 0: none does."""

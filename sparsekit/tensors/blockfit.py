@@ -28,6 +28,8 @@ GROUP_RIDGE = 1e-9
 # A block row whose changes would together raise the loss is left as it was, and moves by this much
 # more carefully from then on; each row that was improved makes it bolder again.
 CAREFUL, BOLDER = 1.5, 0.9
+# The way that is tried beyond a sweep grows by the first factor when it helped, else by the second.
+LONGER, SHORTER = 1.3, 0.5
 # Below this reciprocal condition a group's matrix counts as singular.
 SINGULAR = 1e-7
 
@@ -66,6 +68,8 @@ class BlockFit:
         self._total = (self._weighted * weight).sum().clamp_min(torch.finfo(torch.float32).tiny)
         supports = list(combinations(range(group), keep))
         self._supports = torch.tensor(supports, device=weight.device)  # [supports, N]
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None
+        self._reach = 1.0
         self._care = torch.ones(rows // block, 1, device=weight.device)
         self.singular = 0
         """Supports of groups whose matrix was singular in the last core step."""
@@ -83,11 +87,35 @@ class BlockFit:
         """A weight `[rows, in]` times H."""
         return weight * self._metric if self._metric.ndim == 1 else weight @ self._metric
 
-    def sweep(self) -> None:
-        """One step for each of A, B and S."""
+    def sweep(self) -> float:
+        """One step for each of A, B and S, and one further in their direction; gives the loss."""
         self.fit_left()
         self.fit_right()
         self.fit_core()
+        return self._go_further(self.loss())
+
+    def _go_further(self, loss: float) -> float:
+        """Repeat the way since the last sweep, or a part of it, if that lowers the loss.
+
+        The steps of coordinate descent are small where the factors can make up for each other;
+        on the inputs of a SmolLM2 layer this saves half of the sweeps.
+        """
+        here = self.left, self.right, self.core
+        before, self._before = self._before, (*here[:2], here[2].clone())
+        if before is None:
+            return loss
+        way = [now - then for now, then in zip(here, before, strict=True)]
+        way[2] *= (here[2] != 0) & (before[2] != 0)
+        for _ in range(2):
+            self.left, self.right, self.core = (
+                now + self._reach * step for now, step in zip(here, way, strict=True)
+            )
+            if (further := self.loss()) < loss:
+                self._reach *= LONGER
+                return further
+            self._reach *= SHORTER
+        self.left, self.right, self.core = here
+        return loss
 
     def fit_left(self) -> None:
         """The best A: with P = S B, A[j] (P D Pᵀ)[j] = (W D Pᵀ)[j] for each block row j."""
