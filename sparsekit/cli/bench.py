@@ -28,6 +28,8 @@ from sparsekit.cli.options import (
     named,
     prune_config,
 )
+from sparsekit.errors import UsageError
+from sparsekit.models.calibration import Calibration
 
 app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
@@ -109,3 +111,46 @@ def bench_generate(
 
         path = generate(out, blocks=blocks, hidden=hidden, seed=seed)
         terminal.result(path, {"out": str(path)})
+
+
+@app.command("armor")
+def bench_armor(
+    model: Model = "demo",
+    weights: Annotated[
+        str, typer.Option(help="Modules of the decoder block, comma-separated.")
+    ] = "self_attn.k_proj,self_attn.q_proj,mlp.up_proj",
+    blocks: Annotated[str, typer.Option(help="Sides of the blocks, comma-separated.")] = "32,64",
+    decoder_block: Annotated[int, typer.Option(help="Number of the decoder block.")] = 10,
+    iterations: Annotated[int, typer.Option(help="Published iterations to run.")] = 1500,
+    calibration: Source = None,
+    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Race ARMOR's two solvers: Adam as published, and coordinate descent to the same loss.
+
+    Example: sparsekit bench armor demo
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working() as progress:
+        try:
+            sides = [int(side) for side in blocks.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--blocks takes numbers, not {blocks!r}") from error
+        rows = Calibration(source=calibration or "builtin", samples=samples, length=length)
+        rows.check()
+        name = named(model)
+        from sparsekit.stages.race import race as stage
+
+        result = stage(
+            name,
+            weights=[weight.strip() for weight in weights.split(",")],
+            blocks=sides,
+            decoder_block=decoder_block,
+            iterations=iterations,
+            calibration=rows,
+            progress=progress,
+        )
+        show.race(terminal, result)

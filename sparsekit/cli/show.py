@@ -228,3 +228,29 @@ def bench(terminal: Terminal, result: dict[str, Any]) -> None:
     ]
     terminal.table(f"{result['method']} {result['pattern']}", ("", ""), rows)
     terminal.result("-" if ratio is None else f"{ratio:.3f}", result)
+
+
+def race(terminal: Terminal, rows: list[dict[str, Any]]) -> None:
+    """Both solvers of ARMOR, one line for each weight and side; stdout has the least ratio."""
+    terminal.table(
+        "the loss of Adam, and coordinate descent until it is as low",
+        ("weight", "block", "NoWag-P", "Adam", "its s", "its steps", "als", "its s", "sweeps", "x"),
+        [
+            (
+                row["weight"],
+                row["block"],
+                f"{row['first_loss']:.5f}",
+                f"{row['adam_loss']:.5f}",
+                f"{row['adam_seconds']:.1f}",
+                row["adam_iterations"],
+                f"{row['als_loss']:.5f}",
+                f"{row['als_seconds']:.2f}",
+                row["als_sweeps"],
+                "not reached" if row["ratio"] is None else f"{row['ratio']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+    ratios = [row["ratio"] for row in rows]
+    least = None if None in ratios else min(ratios)
+    terminal.result("-" if least is None else f"{least:.1f}", rows)

@@ -444,8 +444,11 @@ def test_signs_of_outputs_do_not_matter(text: str) -> None:
 def test_swaps_are_counted_beside_the_numbers_of_the_initial_method() -> None:
     weight, inputs = weight_of(24, 64), biased_inputs_of(200, 64)
     start, refined = run(weight, inputs, "50%", "sparsegpt")
-    assert refined.numbers == {"damping": 0.01, "swaps": swaps(start, refined)}
-    assert refined.numbers["swaps"] > 0
+    assert refined.numbers.keys() == {"damping", "swaps"}
+    assert refined.numbers["damping"] == start.numbers["damping"] == 0.01
+    of_rows = (refined.mask & ~start.mask).sum(1)
+    assert torch.equal(refined.numbers["swaps"], of_rows)  # the rows of several weights may be one
+    assert len(of_rows.unique()) > 1
 
 
 @pytest.mark.parametrize("text", UNSTRUCTURED)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsekit.errors import DataError, PatternError, UsageError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.files import sha256_file
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
@@ -326,6 +326,58 @@ def test_history_names_the_given_mask_by_its_fingerprint(run, family, sparse):
     assert entry["source"] == {"path": str(dense), "fingerprint": Checkpoint.open(dense).scan()}
 
 
+def test_report_tells_how_the_given_mask_was_made(run, family, sparse):
+    given = sparse(method="ria", pattern="4:8")
+    report = run(given, refine="dsnot", dense=str(family("llama")))
+    mask = history(report.out)[-1]["mask"]
+    assert mask.keys() == {"path", "fingerprint", "history"}
+    assert mask["path"] == str(given)
+    assert mask["fingerprint"] == Checkpoint.open(given).scan()
+    (made,) = mask["history"]
+    (known,) = history(given)
+    assert made == {key: value for key, value in known.items() if key != "weights"}
+    assert made["recipe"]["method"] == "ria"
+
+
+def test_no_mask_is_told_where_none_was_given(run, family):
+    assert run(family("llama"), method="dsnot").entry["mask"] is None
+
+
+def test_every_ancestor_of_a_sparse_model_is_its_dense_one(run, family, sparse):
+    """Pruned twice, a model comes from the first dense one, and from what the first run left."""
+    once = sparse(pattern="50%")
+    twice = run(once, "twice", pattern="1:4").out
+    outputs = [
+        run(twice, name, refine="dsnot", dense=str(dense)).out
+        for name, dense in (("first", family("llama")), ("second", once))
+    ]
+    dense, after, other = map(tensors_in, (once, outputs[1], outputs[0]))
+    names = list(filter(linears, dense))
+    for name in names:
+        assert torch.equal(after[name], torch.where(after[name] != 0, dense[name], 0.0)), name
+    assert any(not torch.equal(after[name], other[name]) for name in names)
+
+
+def test_refusal_of_another_dense_model_names_all_ancestors(refused, run, family, copy_of, sparse):
+    once = sparse(pattern="50%")
+    twice = run(once, "twice", pattern="1:4").out
+    other = edit(copy_of("llama"), lambda tensors: tensors["model.norm.weight"].add_(1))
+    match = rf"its history names .*/llama and {once}$"
+    refused(DataError, match, twice, refine="dsnot", dense=str(other))
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with dense", "without dense"])
+def test_note_says_how_to_refine_the_mask_of_a_model_that_is_pruned_already(
+    run, family, sparse, named
+):
+    given, seen = sparse(), Recorder()
+    options = {"refine": "dsnot", "dense": str(family("llama"))} if named else {"method": "dsnot"}
+    run(given, progress=seen, **options)
+    wanted = f"{given} is pruned already: to refine its mask, name its --dense"
+    assert (wanted in seen.notes) != named
+    assert sum("pruned already" in note for note in seen.notes) == (not named)
+
+
 def test_output_of_a_refinement_can_be_refined_again(run, family, sparse):
     dense = str(family("llama"))
     once = run(sparse(), "once", refine="dsnot", options={"cycles": "1"}, dense=dense).out
@@ -433,6 +485,22 @@ def refused(row_file, tmp_path):
     return check
 
 
+@pytest.mark.parametrize("name", ["llama_deep", "opt"], ids=["shape", "family"])
+def test_plan_refuses_another_dense_model_too(family, sparse, tmp_path, name):
+    """Only headers are read for that."""
+    given = sparse()
+    config = PruneConfig(refine="dsnot", dense=str(family(name)), calibration=Calibration())
+    with pytest.raises(DataError, match=r"weight (has the shape|is missing) .*the dense model has"):
+        plan(config, str(given), tmp_path / "planned")
+
+
+def test_dry_run_refuses_a_dense_model_of_another_shape(cli, family, sparse, tmp_path):
+    flags = ("--refine", "dsnot", "--dense", family("llama_deep"), "--dry-run")
+    found = cli("prune", sparse(), "-o", tmp_path / "planned", *flags)
+    assert found.code == 2
+    assert "has the shape (32, 32)" in found.stderr
+
+
 def test_dense_model_of_another_shape_is_refused(refused, family, sparse):
     match = (
         r"layers\.0\.self_attn\.q_proj\.weight has the shape \(32, 32\) in .*sparse, the dense "
@@ -465,22 +533,34 @@ def test_sparse_model_without_a_history_and_a_pattern_is_refused(refused, family
     refused(UsageError, match, given, refine="dsnot", dense=str(family("llama")))
 
 
+WAY_OUT = r"; pass its --pattern, or --skip what is dense$"
+
+
 def test_sparse_model_without_the_pattern_is_refused_by_name(refused, family, sparse):
     match = r"sparse: model\.layers\.0\.\S+\.weight: row 0, inputs 0 to 3: 2 zeros, 1:4 asks for 3"
-    given = sparse(pattern="2:4")
-    refused(PatternError, match, given, refine="dsnot", dense=str(family("llama")), pattern="1:4")
+    given, dense = sparse(pattern="2:4"), str(family("llama"))
+    refused(DataError, match + WAY_OUT, given, refine="dsnot", dense=dense, pattern="1:4")
 
 
 def test_sparse_model_that_has_a_weight_dense_is_refused_by_name(refused, family, sparse):
     match = r"sparse: model\.layers\.0\.self_attn\.o_proj\.weight: row 0.*2:4 asks for 2"
     given = sparse(skip=["o_proj"])
-    refused(PatternError, match, given, refine="dsnot", dense=str(family("llama")))
+    refused(DataError, match + WAY_OUT, given, refine="dsnot", dense=str(family("llama")))
 
 
 def test_dense_and_sparse_exchanged_are_refused(refused, family, sparse):
     match = r"llama: model\.layers\.0\.\S+\.weight: row 0.*0 zeros, 2:4 asks for 2"
     options = {"refine": "dsnot", "dense": str(sparse()), "pattern": "2:4"}
-    refused(PatternError, match, family("llama"), **options)
+    refused(DataError, match + WAY_OUT, family("llama"), **options)
+
+
+def test_sparse_model_without_the_pattern_is_wrong_input(cli, family, sparse, row_file, tmp_path):
+    """Exit code 2: 1 is for an output of ours that fails its check."""
+    flags = ("--refine", "dsnot", "--dense", family("llama"), "--pattern", "1:4")
+    found = cli("prune", sparse(), "-o", tmp_path / "out", "--calibration", row_file, *flags)
+    assert found.code == 2
+    assert "1:4 asks for 3" in found.stderr
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_sparse_model_that_is_not_finite_is_refused_by_name(refused, family, sparse):
