@@ -165,7 +165,7 @@ class BlockFit:
         self.singular = solve.singular
         for i in range(b):
             slope = (curve[:, i : i + 1] @ image)[:, 0] - pull[:, i]  # half the gradient [J, in]
-            change = solve.row(core[:, i], slope / self._care) - core[:, i]
+            change = solve.row(core[:, i], slope / self._care)
             if whole is None:
                 effect = times_right(change, inner)
             else:
@@ -198,41 +198,41 @@ class _GroupSolver:
     """
 
     def __init__(self, metric: Tensor, supports: Tensor, group: int) -> None:
-        self.metric, self.group = metric, group
-        starts = range(0, metric.shape[1], group)
-        self.squares = [metric[:, g : g + group, g : g + group].contiguous() for g in starts]
+        self.side, self.group = metric.shape[1], group
+        # For each group what every input before its end, and itself, does to it: [K, stop, M].
+        self.columns = [
+            metric[:, :stop, stop - group : stop].contiguous()
+            for stop in range(group, self.side + 1, group)
+        ]
         self.singular = 0
-        self.maps = self._maps(supports)
+        self.maps = self._maps(metric, supports)
 
     def row(
         self,
         row: Tensor,  # one row of S for each block row, [J, in]
         slope: Tensor,  # half its gradient, [J, in]
     ) -> Tensor:
-        """The row after one pass over its groups, `[J, in]`; the K blocks do not see each other."""
-        b = self.metric.shape[1]
-        slope, row = (_columns(t, b).contiguous() for t in (slope, row.clone()))  # [K, J, b]
-        for n, start in enumerate(range(0, b, self.group)):
-            stop = start + self.group
-            old = row[..., start:stop]
-            # What pulls at the group once its own part of the gradient is gone.
-            free = torch.baddbmm(slope[..., start:stop], old, self.squares[n], beta=-1)
-            new = _choose(free, self.maps[n])
-            if stop < b:
-                slope[..., stop:].baddbmm_(new - old, self.metric[:, start:stop, stop:])
-            row[..., start:stop] = new
-        return row.transpose(0, 1).flatten(1)
+        """The change in one pass over the groups, `[J, in]`; the K blocks do not see each other."""
+        slope, old = (_columns(t, self.side).contiguous() for t in (slope, row))  # [K, J, b]
+        change = -old  # of the groups to come: what is left when their own part is gone
+        for n, columns in enumerate(self.columns):
+            stop = (n + 1) * self.group
+            part = slice(stop - self.group, stop)
+            # What pulls at the group after the changes before it, and without its own part.
+            free = torch.baddbmm(slope[..., part], change[..., :stop], columns, beta=-1, alpha=-1)
+            change[..., part] += _choose(free, self.maps[n])
+        return change.transpose(0, 1).flatten(1)
 
-    def _maps(self, supports: Tensor) -> Tensor:
+    def _maps(self, metric: Tensor, supports: Tensor) -> Tensor:
         """For each group and support the map from the free pull to the best values.
 
         Returns:
             `[groups of a block, K, M, supports * M]` float32.
         """
-        group, (count, keep), device = self.group, supports.shape, self.metric.device
-        starts = torch.arange(0, self.metric.shape[1], group, device=device)
+        group, (count, keep), device = self.group, supports.shape, metric.device
+        starts = torch.arange(0, self.side, group, device=device)
         place = starts[:, None, None] + supports  # [groups, supports, N]
-        parts = self.metric.double()[:, place[..., :, None], place[..., None, :]]
+        parts = metric.double()[:, place[..., :, None], place[..., None, :]]
         size = parts.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # [K, groups, s, 1, 1]
         size = size.clamp_min(torch.finfo(torch.float32).tiny)
         ridge = GROUP_RIDGE * torch.eye(keep, device=device, dtype=torch.float64)
