@@ -36,6 +36,8 @@ class Method:
     """The method that a refiner begins with by default."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Named sets of options, of a refiner."""
+    rounds: Mapping[str, Any] = field(default_factory=dict)
+    """Options of a refiner with which only a time limit ends it."""
 
 
 def names(kind: str) -> list[str]:
@@ -65,16 +67,23 @@ def describe(kind: str, name: str) -> Method:
         options=tuple(_options(body)),
         initial=_constant(body, "initial") or "",
         presets=_constant(body, "presets") or {},
+        rounds=_constant(body, "rounds") or {},
     )
 
 
-def load(kind: str, name: str, options: Mapping[str, str], preset: str | None = None) -> Any:
-    """The method, with options given as text.
+def load(
+    kind: str,
+    name: str,
+    options: Mapping[str, str],
+    preset: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
+    """The method, with options given as text; `defaults` go before its own.
 
     Raises:
         UsageError: There is no such method or option, or a value does not fit its type.
     """
-    values = check(kind, name, options, preset)
+    values = {**(defaults or {}), **check(kind, name, options, preset)}
     module = importlib.import_module(f"sparsekit.{kind}.{name}")
     return getattr(module, name.capitalize())(**values)
 

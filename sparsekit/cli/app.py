@@ -83,10 +83,20 @@ def prune(
     skip: Skip = [],  # noqa: B006  (the same)
     reconstruct: Reconstruct = "none",
     propagate: Propagate = None,
+    compensate: Annotated[
+        str, typer.Option(help="none, or lowrank: a low-rank matrix makes up for what is lost.")
+    ] = "none",
+    rank: Annotated[
+        str | None, typer.Option(help="Its rank, of the smaller side of a weight. Default: 5%.")
+    ] = None,
     form: Annotated[
         str,
         typer.Option("--format", help="dense, or factored: factors only, which is smaller."),
     ] = "dense",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time that the run may take, as 10m: armor does its best within it."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Annotated[
@@ -113,7 +123,10 @@ def prune(
             initial=initial,
             refine=refine,
             dense=None if dense is None else named(dense),
+            compensate=compensate,
+            rank=rank,
             form=form,
+            budget=budget,
             calibration=calibration,
             samples=samples,
             length=length,

@@ -1,5 +1,6 @@
 """What several commands take, and what their words stand for."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,10 @@ def prune_config(
     dtype: str,
     refine: str | None = None,
     dense: str | None = None,
+    compensate: str = "none",
+    rank: str | None = None,
     form: str = "dense",
+    budget: str | None = None,
 ) -> PruneConfig:
     """The checked configuration that the flags of `prune` and `bench prune` spell."""
     options: dict[str, str] = {}
@@ -111,6 +115,9 @@ def prune_config(
         skip=skip,
         reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
         propagate=propagate,
+        compensate=compensate,  # type: ignore[arg-type]  (the same)
+        rank=rank,
+        budget=None if budget is None else _seconds(budget),
         format=form,  # type: ignore[arg-type]  (the same)
         device=device,
         dtype=dtype,
@@ -127,6 +134,15 @@ def prune_config(
             "leave them out, or pass --calibration to have the output error measured",
         )
     return config
+
+
+def _seconds(text: str) -> float:
+    """What `90s`, `10m` or `2h` stands for."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise UsageError(f"--budget {text!r} is no time", "write it as 90s, 10m or 2h")
+    return seconds
 
 
 def named(name: str) -> str:

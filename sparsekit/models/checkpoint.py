@@ -172,21 +172,19 @@ class Checkpoint:
             tensors[name] = data.view(place.dtype).view(place.shape)
         return tensors
 
-    def factors_of(self, name: str) -> Factored:
-        """The factors of a weight, in float32.
+    def factors_of(self, name: str, columns: int) -> Factored:
+        """The factors of a weight with so many inputs, in float32.
 
         Raises:
             DataError: One is missing, or they do not fit together.
         """
         parts = {part: factor_name(name, part) for part in PARTS}
-        for part in parts.values():
-            if part not in self.factors:
-                raise DataError(f"{self.path / FACTORS} lacks {part}")
-        read = self.read(parts.values())
-        stored = {part: read[full] for part, full in parts.items()}
-        pattern = Pattern.parse(self.factor_patterns[name])
-        columns = stored["right"].shape[0] * stored["right"].shape[1]
-        return Factored.of(stored, pattern, columns)
+        for part in PARTS[:2]:
+            if parts[part] not in self.factors:
+                raise DataError(f"{self.path / FACTORS} lacks {parts[part]}")
+        read = self.read(full for full in parts.values() if full in self.factors)
+        stored = {part: read[full] for part, full in parts.items() if full in read}
+        return Factored.of(stored, Pattern.parse(self.factor_patterns[name]), columns)
 
     def scan(self, progress: Progress = SILENT) -> str:
         """The fingerprint, after making sure that all numbers are finite.

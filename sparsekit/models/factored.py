@@ -13,35 +13,35 @@ from sparsekit.tensors.patterns import Pattern
 
 
 class FactoredLinear(nn.Module):
-    """y = x (A S B)ᵀ + bias in three products; the core S stays packed between calls.
+    """y = x (A S B + L R)ᵀ + bias, product by product; the core S stays packed between calls.
 
     Its parameters begin on the meta device, with the shapes and types that they have on disk.
     """
 
-    def __init__(self, source: Checkpoint, name: str, bias: nn.Parameter | None) -> None:
+    def __init__(self, source: Checkpoint, name: str, old: nn.Module) -> None:
         super().__init__()
+        self.weight_name = name
         self.pattern = Pattern.parse(source.factor_patterns[name])
+        transposed = not isinstance(old, nn.Linear)  # GPT-2's Conv1D
+        self.in_features = old.weight.shape[0 if transposed else 1]
         for part in PARTS:
-            place = source.factors[factor_name(name, part)]
+            place = source.factors.get(factor_name(name, part))
+            if place is None:
+                self.register_parameter(part, None)
+                continue
             empty = torch.empty(place.shape, dtype=place.dtype, device="meta")
             self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-        self.register_parameter("bias", bias)
-
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return self.right.shape[0] * self.right.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return self.left.shape[0] * self.left.shape[1]
+        self.register_parameter("bias", old.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         core, _ = unpack(self.values, self.indices, self.pattern, self.in_features)
-        inner = _by_blocks(x, self.right)  # x Bᵀ
-        outer = _by_blocks(inner @ core.T, self.left)
+        inner = x if self.right is None else _by_blocks(x, self.right)  # x Bᵀ
+        outer = inner @ core.T
+        if self.left is not None:
+            outer = _by_blocks(outer, self.left)
+        if self.up is not None and self.down is not None:
+            outer = outer + x @ self.down.T @ self.up.T
         return outer if self.bias is None else outer + self.bias
 
 
@@ -58,7 +58,7 @@ def use_factors(model: nn.Module, source: Checkpoint) -> None:
         DataError: A factor is missing, or has no layer in the model.
     """
     for weight in source.factor_patterns:
-        missing = [p for p in PARTS if factor_name(weight, p) not in source.factors]
+        missing = [p for p in PARTS[:2] if factor_name(weight, p) not in source.factors]
         if missing:
             raise DataError(f"{source.path}: {weight} lacks its factor {missing[0]!r}")
         path = weight.removesuffix(".weight")
@@ -67,7 +67,7 @@ def use_factors(model: nn.Module, source: Checkpoint) -> None:
         if not _has(model, path):
             raise DataError(f"{source.path} has factors of {weight}, which the model lacks")
         parent, _, last = path.rpartition(".")
-        layer = FactoredLinear(source, weight, model.get_submodule(path).bias)
+        layer = FactoredLinear(source, weight, model.get_submodule(path))
         setattr(model.get_submodule(parent), last, layer)
 
 

@@ -5,7 +5,7 @@ The file's name is the method's, its dataclass fields the options. To add one, a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,15 @@ from torch import Tensor
 from sparsekit.pruners import Pruned
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
+
+GoOn = Callable[[float | None], bool]
+"""Whether another round is worth its time: asked with None before the first one, and later with
+how far the last one has lowered the loss."""
+
+
+def always(fall: float | None) -> bool:
+    """There is no limit on the time."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,8 @@ class Refiner(ABC):
     """Named sets of options."""
     rowwise: ClassVar[bool] = False
     """As of `Pruner`."""
+    rounds: ClassVar[Mapping[str, Any]] = {}
+    """Options with which only a time limit ends the method; empty: it does not work in rounds."""
     propagate: ClassVar[bool] = True
     """As of `Pruner`."""
 
@@ -38,8 +49,11 @@ class Refiner(ABC):
         start: Pruned,  # not to be changed
         sums: InputSums,
         pattern: Pattern,
+        go_on: GoOn = always,
     ) -> Pruned:
         """What becomes of a weight that has been pruned.
+
+        `go_on` is asked before each round, by methods that work in rounds.
 
         Raises:
             NumericalError: The sums or the solution are not finite.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, keep_on
-from sparsekit.refiners import Refiner
+from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.tensors.blockadam import BlockAdam
 from sparsekit.tensors.blockfit import BlockFit
 from sparsekit.tensors.factored import Factored
@@ -42,6 +42,7 @@ class Armor(Refiner):
     """A S B with A and B block-diagonal, starting as the initial method's weight."""
 
     initial: ClassVar[str] = "nowag"
+    rounds: ClassVar[dict[str, Any]] = {"sweeps": 10000, "iterations": 1000000, "tolerance": 0.0}
     propagate: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"solver": "adam", "proxy": "diagonal", "block": 128, "iterations": 20000}
@@ -95,7 +96,14 @@ class Armor(Refiner):
             return ""
         return f"{pattern} has {count} supports a group: a sweep takes about {count // 6} times 2:4"
 
-    def refine(self, weight: Tensor, start: Pruned, sums: InputSums, pattern: Pattern) -> Pruned:
+    def refine(
+        self,
+        weight: Tensor,
+        start: Pruned,
+        sums: InputSums,
+        pattern: Pattern,
+        go_on: GoOn = always,
+    ) -> Pruned:
         """See `Refiner.refine`; the result has factors."""
         block = self.block_of(*weight.shape, pattern)
         if self.proxy == "gram":
@@ -107,9 +115,9 @@ class Armor(Refiner):
             metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
         if self.solver == "adam":
-            fit, told = self._train(normal, core, start.mask, metric, block, pattern)
+            fit, told = self._train(normal, core, start.mask, metric, block, pattern, go_on)
         else:
-            fit, told = self._fit(normal, core, metric, block, pattern)
+            fit, told = self._fit(normal, core, metric, block, pattern, go_on)
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
         factors = Factored(
@@ -127,17 +135,25 @@ class Armor(Refiner):
         return Pruned(weight=factors.dense(), mask=mask, factors=factors, numbers=numbers)
 
     def _fit(
-        self, weight: Tensor, core: Tensor, metric: Tensor, block: int, pattern: Pattern
+        self,
+        weight: Tensor,
+        core: Tensor,
+        metric: Tensor,
+        block: int,
+        pattern: Pattern,
+        go_on: GoOn,
     ) -> tuple[BlockFit, dict[str, float]]:
         """The factors by coordinate descent, and what to tell of it."""
         fit = BlockFit(weight, core, metric, block=block, keep=pattern.keep, group=pattern.group)
         first = loss = fit.loss()
         done = singular = 0
-        while done < self.sweeps:
+        fall: float | None = None
+        while done < self.sweeps and go_on(fall):
             done += 1
             before, loss = loss, fit.sweep()
             singular = max(singular, fit.singular)
-            if before - loss <= self.tolerance * before:
+            fall = before - loss
+            if fall <= self.tolerance * before:
                 break
         if done:
             fit.fit_left()
@@ -152,6 +168,7 @@ class Armor(Refiner):
         importance: Tensor,
         block: int,
         pattern: Pattern,
+        go_on: GoOn,
     ) -> tuple[BlockAdam, dict[str, float]]:
         """The factors by the published iterations, and what to tell of it."""
         fit = BlockAdam(
@@ -161,14 +178,15 @@ class Armor(Refiner):
             group=pattern.group,
             rate=self.rate,
         )
-        first = best = fit.loss()
+        first = loss = fit.loss()
         done = idle = 0
-        while done < self.iterations and idle < PATIENCE:
+        fall: float | None = None
+        while done < self.iterations and idle < PATIENCE and go_on(fall):
             fit.step()
             done += 1
-            loss = fit.loss()
-            idle = idle + 1 if best - loss <= max(RELATIVE_GAIN * best, LEAST_GAIN) else 0
-            best = loss
+            before, loss = loss, fit.loss()
+            fall = before - loss
+            idle = idle + 1 if fall <= max(RELATIVE_GAIN * before, LEAST_GAIN) else 0
         return fit, {"iterations": done, "first_loss": first}
 
     def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pruners import Pruned, keep_on
-from sparsekit.refiners import Refiner
+from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -53,7 +53,14 @@ class Dsnot(Refiner):
             return ""
         return f"DSnoT is known to make {pattern} models worse: compare with the initial method"
 
-    def refine(self, weight: Tensor, start: Pruned, sums: InputSums, pattern: Pattern) -> Pruned:
+    def refine(
+        self,
+        weight: Tensor,
+        start: Pruned,
+        sums: InputSums,
+        pattern: Pattern,
+        go_on: GoOn = always,
+    ) -> Pruned:
         """See `Refiner.refine`; the surviving weights are those of the dense weight."""
         rows = _Rows(self, weight, start, sums)
         for _ in range(self.cycles):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -14,9 +16,10 @@ from sparsekit.errors import DataError, PatternError
 from sparsekit.models.architecture import Target
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.pruners import Pruned, Pruner
-from sparsekit.refiners import Refiner
+from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.stages.config import PruneConfig
 from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
+from sparsekit.tensors.factored import Factored, compensate, stored_shapes
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -34,6 +37,8 @@ class Chain:
     """Where the first mask comes from when no pruner makes it."""
     refiner: Refiner | None
     reconstruct: Literal["none", "cg"]
+    rank: Fraction
+    """Of the low-rank compensation, as a share of the smaller side of a weight; 0: none."""
 
     @classmethod
     def build(cls, config: PruneConfig, given: Checkpoint | None) -> Chain:
@@ -43,8 +48,16 @@ class Chain:
             pruner = methods.load("pruners", config.pruner, config.options_of("pruners"))
         if config.refiner is not None:
             options = config.options_of("refiners")
-            refiner = methods.load("refiners", config.refiner, options, config.preset)
-        return cls(pruner=pruner, given=given, refiner=refiner, reconstruct=config.reconstruct)
+            told = methods.describe("refiners", config.refiner)
+            defaults = told.rounds if config.budget is not None else {}
+            refiner = methods.load("refiners", config.refiner, options, config.preset, defaults)
+        return cls(
+            pruner=pruner,
+            given=given,
+            refiner=refiner,
+            reconstruct=config.reconstruct,
+            rank=config.share,
+        )
 
     @property
     def steps(self) -> list[Pruner | Refiner]:
@@ -71,17 +84,23 @@ class Chain:
             told[kind] = {key: str(value) for key, value in asdict(step).items()}
         return told
 
-    def block_of(self, target: Target, pattern: Pattern) -> int:
-        """Side of the blocks of the factors that a weight gets; 0: it gets none."""
-        if self.refiner is None or not self._refines(target):
-            return 0
-        return self.refiner.block_of(*target.shape, pattern)
+    def stored_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
+        """The shapes of the factors that a weight gets; empty when it stays one matrix."""
+        rows, columns = target.shape
+        block = 0
+        if self.refiner is not None and self._refines(target):
+            block = self.refiner.block_of(rows, columns, pattern)
+        rank = self._rank_of(rows, columns)
+        if not block and not rank:
+            return {}
+        return stored_shapes(rows, columns, pattern, block=block, rank=rank)
 
     def groups(
         self, targets: Sequence[Target], sums: dict[str, InputSums], pattern: Pattern
     ) -> list[list[Target]]:
         """Targets that are solved as one: those with the same inputs, if no row needs another."""
-        if pattern.scope == "tensor" or not all(step.rowwise for step in self.steps):
+        alone = pattern.scope == "tensor" or not all(step.rowwise for step in self.steps)
+        if alone or self.rank:  # factors are those of one weight
             return [[target] for target in targets]
         groups: dict[Any, list[Target]] = {}
         for target in targets:
@@ -95,6 +114,7 @@ class Chain:
         weight: Tensor,  # theirs, stacked, [out, in] float32
         sums: InputSums | None,
         pattern: Pattern,
+        go_on: GoOn = always,
     ) -> Pruned:
         """What becomes of the weights of a group.
 
@@ -109,11 +129,17 @@ class Chain:
             pruned = self._given(targets, weight.device)
         if self.refiner is not None and self._refines(targets[0]):
             assert sums is not None
-            pruned = self.refiner.refine(weight, pruned, sums, pattern)
+            pruned = self.refiner.refine(weight, pruned, sums, pattern, go_on)
         if self.reconstruct == "cg":
             assert sums is not None
             pruned = _reconstruct(weight, pruned, sums)
+        if self.rank:
+            assert sums is not None
+            pruned = _compensate(weight, pruned, sums, self._rank_of(*weight.shape))
         return pruned
+
+    def _rank_of(self, rows: int, columns: int) -> int:
+        return math.ceil(self.rank * min(rows, columns))
 
     def _refines(self, target: Target) -> bool:
         return self.refiner is not None and self.refiner.covers(target.name)
@@ -169,3 +195,12 @@ def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
         iterations=RECONSTRUCT_STEPS,
     )
     return replace(pruned, weight=solved)
+
+
+def _compensate(weight: Tensor, pruned: Pruned, sums: InputSums, rank: int) -> Pruned:
+    """The same with a low-rank matrix beside it that makes up for most of what is lost."""
+    up, down = compensate(weight - pruned.weight, sums.squares.sqrt(), rank)
+    factors = pruned.factors or Factored(core=pruned.weight, mask=pruned.mask)
+    factors = replace(factors, up=up, down=down)
+    numbers = {**pruned.numbers, "rank": rank}
+    return replace(pruned, weight=factors.dense(), factors=factors, numbers=numbers)

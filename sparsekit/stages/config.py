@@ -1,7 +1,9 @@
 """What `prune` is asked to do, checked without torch so that a wrong word answers at once."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,10 +42,16 @@ class PruneConfig:
     """Globs of weights to leave dense, matched against the name or any run of its parts."""
     reconstruct: Literal["none", "cg"] = "none"
     """`cg` solves for the weights on the mask that the method chose."""
+    compensate: Literal["none", "lowrank"] = "none"
+    """`lowrank` adds a low-rank matrix, kept as factors, that makes up for what is lost."""
+    rank: str | None = None
+    """Its rank, as a share of the smaller side of each weight; None: 5%."""
     propagate: bool | None = None
     """Whether inputs come from the pruned blocks before; None: as the method's source does."""
     format: Literal["dense", "factored"] = "dense"
     """Whether a weight with factors is written as their product too, or as factors only."""
+    budget: float | None = None
+    """Seconds that the run may take, for a method that works in rounds."""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -60,6 +68,11 @@ class PruneConfig:
         if self.calibration:
             self.calibration.check()
         one_of("--reconstruct", self.reconstruct, ("none", "cg"))
+        one_of("--compensate", self.compensate, ("none", "lowrank"))
+        if self.rank is not None and self.compensate == "none":
+            raise UsageError("--rank has no effect without --compensate lowrank")
+        if self.share > 1 or (self.rank is not None and not self.share):
+            raise UsageError(f"--rank {self.rank!r} is no share of a side", "write it as 5%")
         one_of("--format", self.format, ("dense", "factored"))
         one_of("--device", self.device, DEVICES)
         one_of("--dtype", self.dtype, DTYPES)
@@ -69,10 +82,19 @@ class PruneConfig:
         """The calibration that this run reads."""
         needed = (
             self.reconstruct != "none"
+            or self.compensate != "none"
             or self.refiner is not None
             or (self.pruner and not methods.describe("pruners", self.pruner).data_free)
         )
         return self.calibration or (Calibration() if needed else None)
+
+    @property
+    def share(self) -> Fraction:
+        """The rank of the compensation as a share of the smaller side; 0 without one."""
+        if self.compensate == "none":
+            return Fraction(0)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)%", self.rank or "5%")
+        return Fraction(match[1]) / 100 if match else Fraction(0)
 
     @property
     def refiner(self) -> str | None:
@@ -129,6 +151,9 @@ class PruneConfig:
                     f"--dense takes the mask of the sparse model, and {given} would make another",
                     "leave out one of the two",
                 )
+        told = methods.describe("refiners", self.refiner) if self.refiner else None
+        if self.budget is not None and not (told and told.rounds):
+            raise UsageError(f"--budget has no effect on {self.title}", "armor takes one")
         if self.refiner is not None:
             methods.check("refiners", self.refiner, self.options_of("refiners"), self.preset)
         elif self.preset is not None:

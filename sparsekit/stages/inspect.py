@@ -11,10 +11,10 @@ import torch
 from sparsekit.errors import CheckFailedError, DataError, PatternError, UsageError
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import FACTORS, PROVENANCE, factor_name
+from sparsekit.models.factored import FactoredLinear
+from sparsekit.models.folder import FACTORS, PROVENANCE
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
-from sparsekit.tensors.factored import PARTS
 from sparsekit.tensors.patterns import Pattern
 
 # Patterns that `inspect` looks for, besides those of the history.
@@ -161,14 +161,16 @@ def _weights(
     """
     for index in range(len(stream)):
         block = stream.block(index)
-        on_disk = set(block.disk_names)
         for target in block.targets:
-            if target.name not in source.factor_patterns:
+            if target.name in source.factor_patterns:
+                yield block.name, target.name, source.factors_of(target.name, target.shape[1]).core
+            else:
                 weight = source.read([target.name])[target.name]
                 yield block.name, target.name, weight.T if target.transposed else weight
-        for name in source.factor_patterns:
-            if on_disk & {name, factor_name(name, PARTS[0])}:
-                yield block.name, name, source.factors_of(name).core
+        for layer in block.module.modules():
+            if isinstance(layer, FactoredLinear):
+                name = layer.weight_name
+                yield block.name, name, source.factors_of(name, layer.in_features).core
         progress.step(block.name)
 
 
@@ -180,7 +182,9 @@ def _check_factors(
     Products are float32 sums in any order, rounded to the type on disk: they may differ by one
     unit in the last place, and by the rounding of terms that cancel.
     """
-    told = {row["name"] for e in pruned for row in e["weights"] if "block" in row["numbers"]}
+    told = {
+        row["name"] for e in pruned for row in e["weights"] if "bits_per_weight" in row["numbers"]
+    }
     if missing := sorted(told - source.factor_patterns.keys()):
         raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
     for target in stream.targets():
@@ -189,7 +193,7 @@ def _check_factors(
             continue
         weight = source.read([name])[name]
         weight = weight.T if target.transposed else weight
-        product = source.factors_of(name).dense()
+        product = source.factors_of(name, target.shape[1]).dense()
         unit = torch.finfo(weight.dtype).eps
         off = (weight.double() - product.double()).abs()
         allowed = unit * weight.double().abs() + 1e-5 * product.abs().max()

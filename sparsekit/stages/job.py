@@ -25,7 +25,6 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.chain import Chain, require_shapes
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
-from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
 
@@ -165,11 +164,10 @@ def _layout(
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     patterns = {}
     for target in targets:
-        if block := chain.block_of(target, pattern):
+        for part, shape in chain.stored_shapes(target, pattern).items():
             patterns[target.name] = str(pattern)
-            for part, shape in stored_shapes(*target.shape, block, pattern).items():
-                dtype = torch.uint8 if part == "indices" else source.places[target.name].dtype
-                shapes[factor_name(target.name, part)] = dtype, shape
+            dtype = torch.uint8 if part == "indices" else source.places[target.name].dtype
+            shapes[factor_name(target.name, part)] = dtype, shape
     if config.format == "factored" and not shapes:
         raise UsageError(f"{config.title} makes no factors", "leave out --format factored")
     if not shapes:

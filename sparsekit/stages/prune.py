@@ -1,7 +1,9 @@
 """Prune a checkpoint, block by block, from disk to disk."""
 
+import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
+from sparsekit.refiners import always
 from sparsekit.stages import blockwise
+from sparsekit.stages.budget import Budget
 from sparsekit.stages.chain import require_pattern
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
@@ -75,6 +79,7 @@ def prune(
         out, job.source, recipe, layout=job.layout, overwrite=overwrite
     ) as writer:
         resumed = len(writer.finished)
+        budget = _budget(job, writer, started)
         if resumed:
             progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
         progress.begin(f"{config.title} {job.pattern}", len(job.stream))
@@ -84,7 +89,7 @@ def prune(
             job.stream,
             writer,
             job.targets,
-            lambda block, sums: _prune_block(job, block, sums),
+            lambda block, sums: _prune_block(job, block, sums, budget),
             lambda block: _restore(job, writer, block),
             want=job.want if rows else None,
             propagate=job.propagate,
@@ -92,6 +97,11 @@ def prune(
         )
         progress.end()
         _tell_damping(job, weights, progress)
+        if budget and budget.unswept:
+            progress.note(
+                f"{config.budget:g} s were not enough for one round on each weight: "
+                f"{budget.unswept} of {len(weights)} stay as {config.pruner or 'given'}"
+            )
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": config.dense or model, "fingerprint": fingerprint},
             "mask": _mask_source(job, model),
@@ -101,6 +111,20 @@ def prune(
         }
         writer.commit(entry, model_card(entry, title(model)))
     return PruneReport(out=out, entry=entry)
+
+
+def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None:
+    """The time limit of a run that began at `started`, for the blocks that are not done."""
+    if job.config.budget is None:
+        return None
+    names = {target.name: math.prod(target.shape) for target in job.targets}
+    blocks = [job.stream.block(index) for index in range(len(job.stream))]
+    sizes = [
+        sum(names.get(target.name, 0) for target in block.targets)
+        for block in blocks
+        if block.name not in writer.finished
+    ]
+    return Budget(job.config.budget - (time.perf_counter() - started), sizes)
 
 
 def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress) -> None:
@@ -136,14 +160,14 @@ def _rows(job: Job, progress: Progress) -> TokenRows | None:
 
 
 def _prune_block(
-    job: Job, block: Block, sums: dict[str, InputSums]
+    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
     rows, factors = [], {}
     for group in job.chain.groups(chosen, sums, job.pattern):
-        made, parts = _prune_group(job, block, group, sums.get(group[0].name))
+        made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
         rows += made
         factors |= parts
     tensors = {n: t for n, t in block.tensors().items() if n in job.layout.places}
@@ -151,14 +175,15 @@ def _prune_block(
 
 
 def _prune_group(
-    job: Job, block: Block, group: list[Target], sums: InputSums | None
+    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
 ) -> tuple[list[WeightRow], dict[str, Tensor]]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     try:
-        pruned = job.chain.run(group, stacked, sums, job.pattern)
+        with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
+            pruned = job.chain.run(group, stacked, sums, job.pattern, go_on)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
@@ -216,7 +241,7 @@ def _restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tens
     for target in block.targets:
         if target.name in tensors:
             continue
-        parts = ("values", "indices", "left", "right")
+        parts = job.chain.stored_shapes(target, job.pattern)
         read = writer.read(factor_name(target.name, part) for part in parts)
         stored = {part: read[factor_name(target.name, part)] for part in parts}
         weight = Factored.of(stored, job.pattern, target.shape[1]).dense()
@@ -238,9 +263,11 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         **job.chain.options(),
         "mask": job.chain.given.fingerprint if job.chain.given else None,
         "reconstruct": job.config.reconstruct,
+        "compensate": str(job.config.share),
         "propagate": job.propagate if rows else None,
         "skip": list(job.config.skip),
         "format": job.config.format,
+        "budget": job.config.budget,
         "calibration": rows.fingerprint if rows else None,
         "device": job.stream.device.type,
         "dtype": str(job.stream.dtype).removeprefix("torch."),

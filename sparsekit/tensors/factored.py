@@ -13,43 +13,43 @@ from sparsekit.errors import DataError
 from sparsekit.tensors.blockfit import times_left, times_right
 from sparsekit.tensors.patterns import Pattern
 
-# The tensors in which factors are stored, by the last part of their name.
-PARTS = ("values", "indices", "left", "right")
+# The tensors in which factors are stored, by the last part of their name; the first two are always
+# there.
+PARTS = ("values", "indices", "left", "right", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factored:
-    """W ≈ A S B; the factors that are None are identities."""
+    """W ≈ A S B + L R; sides that are None are identities, L R is left out when it is None."""
 
     core: Tensor  # S [out, in], exact zeros off the mask
     mask: Tensor  # [out, in] bool
     left: Tensor | None = None  # A [out/b, b, b], the blocks of a block-diagonal matrix
     right: Tensor | None = None  # B [in/b, b, b]
+    up: Tensor | None = None  # L [out, rank]
+    down: Tensor | None = None  # R [rank, in]
 
     def to(self, dtype: torch.dtype) -> Factored:
         """The factors rounded to the type in which they are stored."""
-        cast = {
-            name: None if part is None else part.to(dtype).float()
-            for name, part in (("core", self.core), ("left", self.left), ("right", self.right))
-        }
-        return replace(self, **cast)
+        parts = {"core": self.core, **self._sides()}
+        return replace(self, **{name: part.to(dtype).float() for name, part in parts.items()})
 
     def dense(self) -> Tensor:
-        """A S B, `[out, in]` float32."""
+        """A S B + L R, `[out, in]` float32."""
         weight = self.core
         if self.right is not None:
             weight = times_right(weight, self.right)
         if self.left is not None:
             weight = times_left(self.left, weight)
+        if self.up is not None and self.down is not None:
+            weight = weight + self.up @ self.down
         return weight
 
     def stored(self, pattern: Pattern, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors that go to disk, by the last part of their name."""
-        packed = pack(self.core, self.mask, pattern)
-        found = {"values": packed[0].to(dtype), "indices": packed[1]}
-        for name, part in (("left", self.left), ("right", self.right)):
-            if part is not None:
-                found[name] = part.to(dtype)
+        values, indices = pack(self.core, self.mask, pattern)
+        found = {"values": values.to(dtype), "indices": indices}
+        found |= {name: part.to(dtype) for name, part in self._sides().items()}
         return {name: part.cpu().contiguous() for name, part in found.items()}
 
     @classmethod
@@ -65,41 +65,79 @@ class Factored:
             DataError: The tensors do not fit together.
         """
         core, mask = unpack(stored["values"].float(), stored["indices"], pattern, columns)
-        sides = {name: stored[name].float() for name in ("left", "right") if name in stored}
+        sides = {name: stored[name].float() for name in PARTS[2:] if name in stored}
         return cls(core=core, mask=mask, **sides)
+
+    def _sides(self) -> dict[str, Tensor]:
+        """The dense factors that there are."""
+        found = {name: getattr(self, name) for name in PARTS[2:]}
+        return {name: part for name, part in found.items() if part is not None}
 
 
 def stored_shapes(
-    rows: int, columns: int, block: int, pattern: Pattern
+    rows: int, columns: int, pattern: Pattern, *, block: int = 0, rank: int = 0
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of `Factored.stored` with an N:M core."""
-    kept = columns // pattern.group * pattern.keep
-    return {
-        "values": (rows, kept),
-        "indices": (rows, math.ceil(kept * _bits(pattern.group) / 8)),
-        "left": (rows // block, block, block),
-        "right": (columns // block, block, block),
-    }
+    """The shapes of the tensors of `Factored.stored`.
+
+    Args:
+        rows: Outputs of the weight.
+        columns: Its inputs.
+        pattern: The pattern of the core.
+        block: Side of the blocks of A and B; 0 without them.
+        rank: Of L R; 0 without it.
+    """
+    if pattern.scope == "group":
+        kept = columns // pattern.group * pattern.keep
+        shapes = {
+            "values": (rows, kept),
+            "indices": (rows, math.ceil(kept * _bits(pattern.group) / 8)),
+        }
+    else:
+        kept = rows * columns - pattern.zeros(rows, columns)
+        shapes = {"values": (kept,), "indices": (rows, math.ceil(columns / 8))}
+    if block:
+        shapes["left"] = rows // block, block, block
+        shapes["right"] = columns // block, block, block
+    if rank:
+        shapes["up"], shapes["down"] = (rows, rank), (rank, columns)
+    return shapes
+
+
+def compensate(
+    lost: Tensor,  # W − Ŵ [out, in]
+    scale: Tensor,  # [in], the norm of each input
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """L `[out, rank]` and R `[rank, in]` with the least ‖(lost − L R) diag(scale)‖.
+
+    The leading left singular vectors of lost · diag(scale) span L; they are taken from the
+    eigenvectors of the smaller of its two Gram matrices, in float64. Source: Mozaffari et al. 2025,
+    SLiM, section 3.2 (saliency-based low-rank adapters).
+    """
+    scaled = (lost * scale).double()
+    if lost.shape[0] <= lost.shape[1]:
+        vectors = torch.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -rank:]
+    else:
+        inner = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -rank:]
+        vectors = torch.linalg.qr(scaled @ inner).Q
+    return vectors.float(), (vectors.T @ lost.double()).float()
 
 
 def pack(core: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The kept values of an N:M core `[out, in]`, and where they are.
+    """The kept values of a core `[out, in]`, and where they are, as uint8 `[out, bytes]`.
 
-    Returns:
-        Values `[out, in/M*N]`, and their places in the groups, ⌈log2 M⌉ bits each, the first in
-        the lowest bits, as uint8 `[out, bytes]`.
+    For N:M the values are `[out, in/M*N]`, and each has its place in its group in ⌈log2 M⌉ bits.
+    For the other patterns the values are one row, and each weight has one bit that says whether it
+    is kept. The first bits lie lowest.
     """
-    order = (
-        mask.unflatten(1, (-1, pattern.group)).byte().argsort(dim=-1, descending=True, stable=True)
-    )
+    if pattern.scope != "group":
+        return core[mask], _bytes(mask)
+    grouped = mask.unflatten(1, (-1, pattern.group)).byte()
+    order = grouped.argsort(dim=-1, descending=True, stable=True)
     places = order[..., : pattern.keep]  # [out, groups, N], rising
     values = core.unflatten(1, (-1, pattern.group)).gather(-1, places).flatten(1)
-    width = _bits(pattern.group)
-    bits = (places.flatten(1)[..., None] >> torch.arange(width, device=core.device)) & 1
-    bits = bits.flatten(1).byte()  # [out, N/M * in * width]
-    bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
-    powers = 2 ** torch.arange(8, device=core.device, dtype=torch.uint8)
-    return values, (bits * powers).sum(-1, dtype=torch.uint8)
+    width = torch.arange(_bits(pattern.group), device=core.device)
+    return values, _bytes((places.flatten(1)[..., None] >> width & 1).flatten(1))
 
 
 def unpack(
@@ -110,16 +148,20 @@ def unpack(
     Raises:
         DataError: The shapes do not fit the pattern, or a place lies outside its group.
     """
-    rows, kept = values.shape
-    width = _bits(pattern.group)
-    wanted = columns // pattern.group * pattern.keep, math.ceil(kept * width / 8)
-    if (kept, indices.shape[1]) != wanted or len(indices) != rows:
+    rows = len(indices)
+    wanted = stored_shapes(rows, columns, pattern)
+    if (tuple(values.shape), tuple(indices.shape)) != (wanted["values"], wanted["indices"]):
         raise DataError(
-            f"{kept} values and {tuple(indices.shape)} index bytes a row do not make a {pattern} "
-            f"core of {rows} x {columns}"
+            f"values {tuple(values.shape)} and indices {tuple(indices.shape)} do not make a "
+            f"{pattern} core with {columns} inputs"
         )
-    bits = (indices[..., None] >> torch.arange(8, device=values.device)) & 1
-    bits = bits.flatten(1)[:, : kept * width].unflatten(1, (kept, width)).long()
+    if pattern.scope != "group":
+        mask = _bits_of(indices, columns).bool()
+        if int(mask.sum()) != len(values):
+            raise DataError(f"the bits of a {pattern} core do not count its {len(values)} values")
+        return values.new_zeros(rows, columns).masked_scatter_(mask, values), mask
+    kept, width = values.shape[1], _bits(pattern.group)
+    bits = _bits_of(indices, kept * width).unflatten(1, (kept, width)).long()
     places = (bits << torch.arange(width, device=values.device)).sum(-1)
     places = places.unflatten(1, (-1, pattern.keep))  # [out, groups, N]
     if int(places.max()) >= pattern.group or bool((places.diff(dim=-1) <= 0).any()):
@@ -128,6 +170,19 @@ def unpack(
     core = grouped.scatter(-1, places, values.unflatten(1, (-1, pattern.keep))).flatten(1)
     mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, places, True).flatten(1)
     return core, mask
+
+
+def _bytes(bits: Tensor) -> Tensor:
+    """Rows of bits as uint8, eight in each, the last filled up with zeros."""
+    bits = torch.nn.functional.pad(bits.byte(), (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
+    powers = 2 ** torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (bits * powers).sum(-1, dtype=torch.uint8)
+
+
+def _bits_of(packed: Tensor, count: int) -> Tensor:
+    """The first bits of each row, as uint8 0 or 1."""
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return (packed[..., None] >> places & 1).flatten(1)[:, :count]
 
 
 def _bits(group: int) -> int:
