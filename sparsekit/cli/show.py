@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit import methods as registry
 from sparsekit.cli.console import Terminal
+from sparsekit.stages.report import bits_per_weight
 
 if TYPE_CHECKING:
     from sparsekit.stages.demo import DemoRow
@@ -50,6 +51,11 @@ def pruned(terminal: Terminal, report: "PruneReport") -> None:
     rows = [_kind_row(name, group) for name, group in kinds.items()]
     rows.append(_kind_row("all", report.entry["weights"]))
     recipe = report.entry["recipe"]
+    if (bits := bits_per_weight(report.entry["weights"])) is not None:
+        terminal.note(
+            f"{bits:.2f} bits a weight as factors; zeros are those of the cores"
+            + ("" if recipe["format"] == "factored" else ": the products on disk are not sparse")
+        )
     terminal.table(
         f"{recipe['method']} {recipe['pattern']} in {report.entry['seconds']:.0f} s",
         ("weights", "count", "zeros", "relative error", "worst", "solve s"),

@@ -1,0 +1,113 @@
+"""One block's weights: pruned, put in their places, told of, and read again."""
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import NumericalError
+from sparsekit.models.architecture import Target
+from sparsekit.models.blocks import Block
+from sparsekit.models.folder import factor_name
+from sparsekit.models.writer import CheckpointWriter
+from sparsekit.refiners import always
+from sparsekit.stages.budget import Budget
+from sparsekit.stages.job import Job
+from sparsekit.stages.report import WeightRow, row_json
+from sparsekit.tensors.factored import Factored
+from sparsekit.tensors.sums import InputSums
+
+
+def prune_block(
+    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
+    wanted = {target.name for target in job.targets}
+    chosen = [target for target in block.targets if target.name in wanted]
+    rows, factors = [], {}
+    for group in job.chain.groups(chosen, sums, job.pattern):
+        made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
+        rows += made
+        factors |= parts
+    tensors = {n: t for n, t in block.tensors().items() if n in job.layout.places}
+    return [row_json(row) for row in rows], tensors | factors
+
+
+def _prune_group(
+    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
+) -> tuple[list[WeightRow], dict[str, Tensor]]:
+    """Prune weights with the same inputs, stacked, and put the parts in their places."""
+    started = time.perf_counter()
+    weights = [block.weight(target) for target in group]
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    try:
+        with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
+            pruned = job.chain.run(group, stacked, sums, job.pattern, go_on)
+    except NumericalError as error:
+        names = ", ".join(target.name for target in group)
+        raise NumericalError(f"{names}: {error.message}", error.hint) from error
+    dtype = job.source.places[group[0].name].dtype
+    factors = None if pruned.factors is None else pruned.factors.to(dtype)
+    new = pruned.weight if factors is None else factors.dense()
+    rows: list[WeightRow] = []
+    sizes = [len(weight) for weight in weights]
+    numbers = _numbers(pruned.numbers, sizes)
+    for target, weight, part, told in zip(group, weights, new.split(sizes), numbers, strict=True):
+        on_disk = block.replace(target, part)
+        core = on_disk if factors is None else factors.core
+        job.pattern.check(core, target.name)
+        try:
+            error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
+        except NumericalError as failure:
+            raise NumericalError(f"{target.name}: {failure.message}", failure.hint) from failure
+        row = WeightRow(
+            name=target.name,
+            shape=target.shape,
+            pattern=str(job.pattern),
+            zeros=int((core == 0).sum()),
+            size=on_disk.numel(),
+            error=error,
+            seconds=0.0,
+            numbers=told,
+        )
+        rows.append(row)
+    stored: dict[str, Tensor] = {}
+    if factors is not None:  # of one weight: those with factors are not stacked
+        stored = {
+            factor_name(group[0].name, part): tensor
+            for part, tensor in factors.stored(job.pattern, dtype).items()
+        }
+        bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
+        rows = [replace(rows[0], numbers={**rows[0].numbers, "bits_per_weight": bits})]
+    each = (time.perf_counter() - started) / sum(row.size for row in rows)
+    return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
+
+
+def _numbers(told: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:
+    """What is told of stacked weights, for each; counts of rows are summed."""
+    found: list[dict[str, float]] = []
+    for part in range(len(sizes)):
+        rows = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+        found.append(
+            {k: int(v[rows].sum()) if isinstance(v, Tensor) else v for k, v in told.items()}
+        )
+    return found
+
+
+def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
+    """The tensors of a block that has been written; products of factors are made again."""
+    tensors = writer.read(name for name in block.disk_names if name in job.layout.places)
+    for target in block.targets:
+        if target.name in tensors:
+            continue
+        parts = job.chain.stored_shapes(target, job.pattern)
+        read = writer.read(factor_name(target.name, part) for part in parts)
+        stored = {part: read[factor_name(target.name, part)] for part in parts}
+        weight = Factored.of(stored, job.pattern, target.shape[1]).dense()
+        weight = weight.to(job.source.places[target.name].dtype)
+        tensors[target.name] = (weight.T if target.transposed else weight).contiguous()
+    return tensors
