@@ -90,6 +90,8 @@ class Checkpoint:
         places: dict[str, TensorPlace] = {}
         headers: dict[str, int] = {}
         for file, names in files.items():
+            if not (path / file).is_file():
+                raise DataError(f"{path} lacks {file}", "copy or make the folder again")
             found, headers[file] = _read_header(path / file)
             for name in names or ():
                 if name not in found:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparsekit.errors import DataError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import factor_name
-from sparsekit.tensors.factored import PARTS, unpack
+from sparsekit.tensors.factored import PARTS, check_shapes, unpack
 from sparsekit.tensors.patterns import Pattern
 
 
@@ -61,13 +61,24 @@ def use_factors(model: nn.Module, source: Checkpoint) -> None:
         missing = [p for p in PARTS[:2] if factor_name(weight, p) not in source.factors]
         if missing:
             raise DataError(f"{source.path}: {weight} lacks its factor {missing[0]!r}")
+        shapes = {
+            part: source.factors[name].shape
+            for part in PARTS
+            if (name := factor_name(weight, part)) in source.factors
+        }
         path = weight.removesuffix(".weight")
         if not _has(model, path):  # a checkpoint of a bare base model lacks its prefix
             path = f"{model.base_model_prefix}.{path}"
         if not _has(model, path):
             raise DataError(f"{source.path} has factors of {weight}, which the model lacks")
         parent, _, last = path.rpartition(".")
-        layer = FactoredLinear(source, weight, model.get_submodule(path))
+        old = model.get_submodule(path)
+        rows, columns = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
+        try:
+            check_shapes(shapes, rows, columns, Pattern.parse(source.factor_patterns[weight]))
+        except DataError as error:
+            raise DataError(f"{source.path}: {weight}: {error.message}", error.hint) from error
+        layer = FactoredLinear(source, weight, old)
         setattr(model.get_submodule(parent), last, layer)
 
 

@@ -31,8 +31,6 @@ def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
     if not (path / "config.json").is_file():
         raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
     if (path / UNFACTORED).is_file():
-        if not (path / FACTORS).is_file():
-            raise DataError(f"{path} lacks {FACTORS}", "copy or make the folder again")
         return {FACTORS: None, UNFACTORED: None}
     if (path / INDEX).is_file():
         files = indexed_files(path)

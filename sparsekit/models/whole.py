@@ -47,11 +47,14 @@ def load_whole(
         DataError: It does not fit into the available memory, cannot be read, or lacks weights.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     require_memory(source, dtype, purpose=purpose, way_out=way_out)
     if source.factored:
-        return Skeleton(source, torch.device("cpu"), dtype).fill()
+        model = Skeleton(source, torch.device("cpu"), dtype).fill()
+        if (source.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(source.path))
+        return model
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source.path),

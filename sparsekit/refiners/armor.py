@@ -121,7 +121,7 @@ class Armor(Refiner):
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
         factors = Factored(
-            core=keep_on(mask, fit.core),
+            core=keep_on(mask, fit.core) + 0.0,  # no -0.0
             mask=mask,
             left=fit.left * rows.view(-1, block, 1),
             right=fit.right * columns.view(-1, 1, block),

@@ -1,6 +1,6 @@
 """What a checkpoint folder holds, and whether its bytes keep what they promise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -123,22 +123,26 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     except DataError as error:
         raise CheckFailedError(error.message, error.hint) from error
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
-    expected = {row["name"]: row["pattern"] for entry in pruned for row in entry["weights"]}
+    told = _latest(pruned)
+    expected = {name: row["pattern"] for name, row in told.items()}
     progress.begin("verify", len(stream))
     checked: set[str] = set()
     zeros = size = 0
-    for _, name, weight in _weights(source, stream, progress):
-        if expected and name not in expected:
-            continue
-        wanted = given or Pattern.parse(expected[name])
-        wanted.check(weight, name)
-        _refuse_negative_zero(weight, name)
-        checked.add(name)
-        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+    try:
+        for _, name, weight in _weights(source, stream, progress):
+            if expected and name not in expected:
+                continue
+            wanted = given or Pattern.parse(expected[name])
+            wanted.check(weight, name)
+            _refuse_negative_zero(weight, name)
+            checked.add(name)
+            zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+    except DataError as error:  # factors that do not fit together
+        raise CheckFailedError(error.message, error.hint) from error
     progress.end()
     if missing := sorted(expected.keys() - checked):
         raise CheckFailedError(f"{missing[0]} is in the history of {model} but not in its blocks")
-    _check_factors(source, stream, pruned)
+    _check_factors(source, stream, told)
     _check_tied(source, stream)
     return {
         "model": model,
@@ -174,18 +178,25 @@ def _weights(
         progress.step(block.name)
 
 
+def _latest(pruned: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What the history says last of each weight; a later run drops factors that it did not make."""
+    told: dict[str, Mapping[str, Any]] = {}
+    for entry in pruned:
+        told = {n: row for n, row in told.items() if "bits_per_weight" not in row["numbers"]}
+        told |= {row["name"]: row for row in entry["weights"]}
+    return told
+
+
 def _check_factors(
-    source: Checkpoint, stream: BlockStream, pruned: Sequence[dict[str, Any]]
+    source: Checkpoint, stream: BlockStream, told: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Factors must be there where the history says so, and multiply to the weights beside them.
 
     Products are float32 sums in any order, rounded to the type on disk: they may differ by one
     unit in the last place, and by the rounding of terms that cancel.
     """
-    told = {
-        row["name"] for e in pruned for row in e["weights"] if "bits_per_weight" in row["numbers"]
-    }
-    if missing := sorted(told - source.factor_patterns.keys()):
+    factored = {name for name, row in told.items() if "bits_per_weight" in row["numbers"]}
+    if missing := sorted(factored - source.factor_patterns.keys()):
         raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
     for target in stream.targets():
         name = target.name

@@ -68,8 +68,9 @@ def prepare(
     if config.dense is not None:
         source = Checkpoint.open(resolve(config.dense, progress))
         refuse_source(out, source.path)
-    if source.factored:
-        raise DataError(f"{source.path} holds factors only", "prune the model that it comes from")
+    for folder in (source, given):
+        if folder.factored:
+            raise DataError(f"{folder.path} holds factors only", "name the model it comes from")
     partial = out.with_name(out.name + ".partial")
     refuse_foreign(partial)
     chain = Chain.build(config, given if config.dense is not None else None)
@@ -81,6 +82,10 @@ def prepare(
     for target in targets:
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--pattern 2:4 is usual; or --skip it")
+    if config.reconstruct == "cg" and any(
+        chain.refiner.block_of(*t.shape, pattern) for t in targets if chain.refiner
+    ):
+        raise UsageError(f"--reconstruct cg has no meaning for {config.title}", "leave it out")
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, pattern)

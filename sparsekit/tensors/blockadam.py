@@ -20,6 +20,7 @@ from sparsekit.tensors.blockfit import times_left, times_right
 
 # Added to a group's matrix, and to the square of its column of A.
 RIDGE, FLOOR = 1e-9, 1e-8
+TINY = torch.finfo(torch.float32).tiny
 
 
 class BlockAdam:
@@ -60,7 +61,7 @@ class BlockAdam:
         self.block, self.group, self.keep = block, group, keep
         self._weight = weight
         self._importance = importance
-        self._total = (weight.square() * importance).sum()
+        self._total = (weight.square() * importance).sum().clamp_min(TINY)
         self._optimizer = torch.optim.Adam([self.left, self.right, self.values], lr=rate)
         self._generator = torch.Generator(device).manual_seed(seed)
         self._supports = torch.tensor(list(combinations(range(group), keep)), device=device)
@@ -140,4 +141,4 @@ def _inverse(matrices: Tensor) -> Tensor:
         return torch.linalg.inv_ex(matrices)[0]
     a, b, d = matrices[..., 0, 0], matrices[..., 0, 1], matrices[..., 1, 1]
     flipped = torch.stack([torch.stack([d, -b], -1), torch.stack([-b, a], -1)], -2)
-    return flipped / (a * d - b * b)[..., None, None]
+    return flipped / (a * d - b * b).clamp_min(TINY)[..., None, None]

@@ -22,6 +22,8 @@ from torch import Tensor
 # directions that the data does not determine.
 PROXIMAL = 1e-6
 SMALLEST = 1e-30  # of that mean
+# Share of the mean of all groups at or below which a group's matrix counts as zero.
+DEAD = 1e-12
 # The same for the few unknowns of a group, whose matrix is inverted in float64.
 GROUP_RIDGE = 1e-9
 # With a whole matrix H, groups of all K blocks are solved at a time as if the others did not move.
@@ -101,7 +103,7 @@ class BlockFit:
         on the inputs of a SmolLM2 layer this saves half of the sweeps.
         """
         here = self.left, self.right, self.core
-        before, self._before = self._before, (*here[:2], here[2].clone())
+        before, self._before = self._before, tuple(part.clone() for part in here)
         if before is None:
             return loss
         way = [now - then for now, then in zip(here, before, strict=True)]
@@ -234,14 +236,17 @@ class _GroupSolver:
         place = starts[:, None, None] + supports  # [groups, supports, N]
         parts = metric.double()[:, place[..., :, None], place[..., None, :]]
         size = parts.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # [K, groups, s, 1, 1]
-        size = size.clamp_min(torch.finfo(torch.float32).tiny)
+        dead = size <= DEAD * size.mean()  # such inputs have no effect: their values become 0
+        size = size.masked_fill(dead, 1.0)
         ridge = GROUP_RIDGE * torch.eye(keep, device=device, dtype=torch.float64)
         inverse, _ = torch.linalg.inv_ex(parts / size + ridge)
-        self.singular = int((inverse.abs().amax((-1, -2)) > 1 / SINGULAR).sum())
+        inverse = inverse.masked_fill(dead, 0.0) / size
+        self.singular = int(((inverse * size).abs().amax((-1, -2)) > 1 / SINGULAR).sum())
+        self.singular += int(dead.sum())
         maps = torch.zeros(*parts.shape[:3], group, group, device=device)
         index = torch.arange(count, device=device)[:, None, None]
         into = index, supports[:, :, None], supports[:, None, :]
-        maps[:, :, into[0], into[1], into[2]] = (inverse / size).float()
+        maps[:, :, into[0], into[1], into[2]] = inverse.float()
         return maps.permute(1, 0, 3, 2, 4).flatten(3).contiguous()
 
 

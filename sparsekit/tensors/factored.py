@@ -32,7 +32,8 @@ class Factored:
     def to(self, dtype: torch.dtype) -> Factored:
         """The factors rounded to the type in which they are stored."""
         parts = {"core": self.core, **self._sides()}
-        return replace(self, **{name: part.to(dtype).float() for name, part in parts.items()})
+        # A small negative value may round to -0.0, which the sum makes 0.
+        return replace(self, **{name: part.to(dtype).float() + 0.0 for name, part in parts.items()})
 
     def dense(self) -> Tensor:
         """A S B + L R, `[out, in]` float32."""
@@ -64,6 +65,10 @@ class Factored:
         Raises:
             DataError: The tensors do not fit together.
         """
+        rows = len(stored["indices"])
+        check_shapes(
+            {name: tuple(part.shape) for name, part in stored.items()}, rows, columns, pattern
+        )
         core, mask = unpack(stored["values"].float(), stored["indices"], pattern, columns)
         sides = {name: stored[name].float() for name in PARTS[2:] if name in stored}
         return cls(core=core, mask=mask, **sides)
@@ -101,6 +106,27 @@ def stored_shapes(
     if rank:
         shapes["up"], shapes["down"] = (rows, rank), (rank, columns)
     return shapes
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], rows: int, columns: int, pattern: Pattern
+) -> None:
+    """Refuse factors that cannot be those of a weight `[rows, columns]`.
+
+    Raises:
+        DataError: Names the first part whose shape does not fit the others.
+    """
+    block = shapes["left"][-1] if shapes.get("left") else 0
+    rank = shapes["up"][-1] if shapes.get("up") else 0
+    if block and (rows % block or columns % block):
+        raise DataError(f"factors with blocks of {block} do not make {rows} x {columns}")
+    wanted = stored_shapes(rows, columns, pattern, block=block, rank=rank)
+    for name in {**wanted, **shapes}:
+        if shapes.get(name) != wanted.get(name):
+            raise DataError(
+                f"the factor {name!r} of a {pattern} weight {rows} x {columns} has the shape "
+                f"{shapes.get(name)}, not {wanted.get(name)}"
+            )
 
 
 def compensate(
@@ -149,12 +175,8 @@ def unpack(
         DataError: The shapes do not fit the pattern, or a place lies outside its group.
     """
     rows = len(indices)
-    wanted = stored_shapes(rows, columns, pattern)
-    if (tuple(values.shape), tuple(indices.shape)) != (wanted["values"], wanted["indices"]):
-        raise DataError(
-            f"values {tuple(values.shape)} and indices {tuple(indices.shape)} do not make a "
-            f"{pattern} core with {columns} inputs"
-        )
+    shapes = {"values": tuple(values.shape), "indices": tuple(indices.shape)}
+    check_shapes(shapes, rows, columns, pattern)
     if pattern.scope != "group":
         mask = _bits_of(indices, columns).bool()
         if int(mask.sum()) != len(values):
