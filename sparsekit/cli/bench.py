@@ -123,8 +123,12 @@ def bench_armor(
     decoder_block: Annotated[int, typer.Option(help="Number of the decoder block.")] = 10,
     iterations: Annotated[int, typer.Option(help="Published iterations to run.")] = 1500,
     calibration: Source = None,
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration rows. Default: 8 of builtin.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a row. Default: 512 of builtin.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -139,6 +143,8 @@ def bench_armor(
             sides = [int(side) for side in blocks.split(",")]
         except ValueError as error:
             raise UsageError(f"--blocks takes numbers, not {blocks!r}") from error
+        if calibration is None:
+            samples, length = samples or 8, length or 512
         rows = Calibration(source=calibration or "builtin", samples=samples, length=length)
         rows.check()
         name = named(model)

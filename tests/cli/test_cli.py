@@ -795,3 +795,56 @@ def test_flags_have_the_names_and_defaults_of_the_configuration(name, config):
 def test_every_working_command_has_the_three_common_flags(name):
     flags = {flag for parameter in commands()[name].params for flag in parameter.opts}
     assert {"--json", "--quiet", "--debug"} <= flags
+
+
+# armor
+
+
+def test_armor_with_a_budget_says_what_it_did(cli, family, row_file, tmp_path):
+    command = ("prune", family("llama"), "--method", "armor", "--calibration", row_file)
+    found = cli(*command, "-o", tmp_path / "a", "--budget", "0.001s")
+    assert found.code == 0
+    assert "0.001 s were not enough for one round on each weight: 14 of 14 stay as" in found.stderr
+    found = cli(*command, "-o", tmp_path / "b", "--budget", "20s", "--json")
+    rows = strict_json(found.stdout)["weights"]
+    assert min(row["numbers"]["sweeps"] for row in rows) >= 1
+    assert "bits a weight as factors" in found.stderr
+    for text in ("10", "0s", "ten minutes", "-5m"):
+        wrong = cli(*command, "-o", tmp_path / "c", f"--budget={text}")
+        assert_one_line_error(wrong, 2, r"is no time; write it as 90s, 10m or 2h")
+    wrong = cli("prune", family("llama"), "-o", tmp_path / "c", "--budget", "10m")
+    assert_one_line_error(wrong, 2, r"--budget has no effect on wanda; armor takes one")
+
+
+def test_armor_refuses_patterns_and_blocks_that_it_cannot_have(cli, family, row_file, tmp_path):
+    command = ("prune", family("llama"), "-o", tmp_path / "a", "--method", "armor")
+    for arguments, match in [
+        (("--pattern", "50%"), "armor needs an N:M pattern, not 50%"),
+        (("-O", "block=6"), "blocks of 6 do not hold whole groups of 4"),
+        (("--pattern", "8:16"), "8:16 has 12,870"),
+        (("--reconstruct", "cg"), "--reconstruct cg has no meaning for armor"),
+        (("--format", "packed"), "--format 'packed' is not known"),
+    ]:
+        found = cli(*command, "--calibration", row_file, *arguments)
+        assert_one_line_error(found, 2, match)
+
+
+def test_bench_armor_races_both_solvers(cli, family, row_file):
+    command = ("bench", "armor", family("llama"), "--calibration", row_file, "--decoder-block", 1)
+    weights = ("--weights", "mlp.up_proj,self_attn.q_proj", "--blocks", "8,16")
+    found = cli(*command, *weights, "--iterations", 5, "--json")
+    rows = strict_json(found.stdout)
+    assert [(row["weight"].rpartition(".")[2], row["block"]) for row in rows] == [
+        *(("q_proj", 8), ("q_proj", 16), ("up_proj", 8), ("up_proj", 16))
+    ]
+    for row in rows:
+        assert row["als_loss"] <= row["adam_loss"] < row["first_loss"]
+        assert row["ratio"] == pytest.approx(row["adam_seconds"] / row["als_seconds"])
+    for arguments, match in [
+        (("--weights", "mlp.up"), "no weight 'mlp.up' in a block"),
+        (("--blocks", "7"), "blocks of 7 do not divide"),
+        (("--blocks", "many"), "--blocks takes numbers"),
+        (("--decoder-block", 9), "has 2 decoder blocks, so no 9"),
+        (("--iterations", 0), "--iterations must be at least 1"),
+    ]:
+        assert_one_line_error(cli(*command, *arguments), 2, match)
