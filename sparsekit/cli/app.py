@@ -83,6 +83,9 @@ def prune(
     skip: Skip = [],  # noqa: B006  (the same)
     reconstruct: Reconstruct = "none",
     propagate: Propagate = None,
+    allocate: Annotated[
+        str, typer.Option(help="none, or owl: blocks with many outliers keep more weights.")
+    ] = "none",
     compensate: Annotated[
         str, typer.Option(help="none, or lowrank: a low-rank matrix makes up for what is lost.")
     ] = "none",
@@ -123,6 +126,7 @@ def prune(
             initial=initial,
             refine=refine,
             dense=None if dense is None else named(dense),
+            allocate=allocate,
             compensate=compensate,
             rank=rank,
             form=form,

@@ -88,6 +88,7 @@ def prune_config(
     dtype: str,
     refine: str | None = None,
     dense: str | None = None,
+    allocate: str = "none",
     compensate: str = "none",
     rank: str | None = None,
     form: str = "dense",
@@ -115,6 +116,7 @@ def prune_config(
         skip=skip,
         reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
         propagate=propagate,
+        allocate=allocate,  # type: ignore[arg-type]  (the same)
         compensate=compensate,  # type: ignore[arg-type]  (the same)
         rank=rank,
         budget=None if budget is None else _seconds(budget),

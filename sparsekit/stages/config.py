@@ -46,6 +46,8 @@ class PruneConfig:
     """`lowrank` adds a low-rank matrix, kept as factors, that makes up for what is lost."""
     rank: str | None = None
     """Its rank, as a share of the smaller side of each weight; None: 5%."""
+    allocate: Literal["none", "owl"] = "none"
+    """`owl` lets blocks with many outliers keep more of their weights than others."""
     propagate: bool | None = None
     """Whether inputs come from the pruned blocks before; None: as the method's source does."""
     format: Literal["dense", "factored"] = "dense"
@@ -68,6 +70,7 @@ class PruneConfig:
         if self.calibration:
             self.calibration.check()
         one_of("--reconstruct", self.reconstruct, ("none", "cg"))
+        one_of("--allocate", self.allocate, ("none", "owl"))
         one_of("--compensate", self.compensate, ("none", "lowrank"))
         if self.rank is not None and self.compensate == "none":
             raise UsageError("--rank has no effect without --compensate lowrank")
@@ -83,6 +86,7 @@ class PruneConfig:
         needed = (
             self.reconstruct != "none"
             or self.compensate != "none"
+            or self.allocate != "none"
             or self.refiner is not None
             or (self.pruner and not methods.describe("pruners", self.pruner).data_free)
         )

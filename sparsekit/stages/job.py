@@ -3,8 +3,8 @@
 import fnmatch
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ class Job:
     propagate: bool
     layout: Layout
     calibration: Calibration | None
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    """By weight, where blocks differ."""
+
+    def pattern_of(self, target: Target) -> Pattern:
+        """The pattern of a weight."""
+        return self.patterns.get(target.name, self.pattern)
 
 
 def prepare(
@@ -82,6 +88,8 @@ def prepare(
     for target in targets:
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--pattern 2:4 is usual; or --skip it")
+    if config.allocate != "none" and any(chain.stored_shapes(t, pattern) for t in targets):
+        raise UsageError(f"--allocate has no meaning for the factors of {config.title}")
     if config.reconstruct == "cg" and any(
         chain.refiner.block_of(*t.shape, pattern) for t in targets if chain.refiner
     ):

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
+from sparsekit.stages.allocate import allocate
 from sparsekit.stages.budget import Budget
 from sparsekit.stages.chain import require_pattern
 from sparsekit.stages.config import PruneConfig
@@ -73,6 +74,8 @@ def prune(
         budget = _budget(job, writer, started)
         if resumed:
             progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
+        if rows and config.allocate == "owl":
+            job = replace(job, patterns=allocate(job, rows, progress))
         progress.begin(f"{config.title} {job.pattern}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
@@ -163,6 +166,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         **job.chain.options(),
         "mask": job.chain.given.fingerprint if job.chain.given else None,
         "reconstruct": job.config.reconstruct,
+        "allocate": job.config.allocate,
         "compensate": str(job.config.share),
         "propagate": job.propagate if rows else None,
         "skip": list(job.config.skip),

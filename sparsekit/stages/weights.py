@@ -29,7 +29,9 @@ def prune_block(
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
     rows, factors = [], {}
-    for group in job.chain.groups(chosen, sums, job.pattern):
+    # All weights of a block have one pattern.
+    pattern = job.pattern_of(chosen[0]) if chosen else job.pattern
+    for group in job.chain.groups(chosen, sums, pattern):
         made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
         rows += made
         factors |= parts
@@ -45,8 +47,9 @@ def _prune_group(
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     try:
+        pattern = job.pattern_of(group[0])
         with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
-            pruned = job.chain.run(group, stacked, sums, job.pattern, go_on)
+            pruned = job.chain.run(group, stacked, sums, pattern, go_on)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
@@ -59,7 +62,7 @@ def _prune_group(
     for target, weight, part, told in zip(group, weights, new.split(sizes), numbers, strict=True):
         on_disk = block.replace(target, part)
         core = on_disk if factors is None else factors.core
-        job.pattern.check(core, target.name)
+        pattern.check(core, target.name)
         try:
             error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
         except NumericalError as failure:
@@ -67,7 +70,7 @@ def _prune_group(
         row = WeightRow(
             name=target.name,
             shape=target.shape,
-            pattern=str(job.pattern),
+            pattern=str(pattern),
             zeros=int((core == 0).sum()),
             size=on_disk.numel(),
             error=error,
@@ -79,7 +82,7 @@ def _prune_group(
     if factors is not None:  # of one weight: those with factors are not stacked
         stored = {
             factor_name(group[0].name, part): tensor
-            for part, tensor in factors.stored(job.pattern, dtype).items()
+            for part, tensor in factors.stored(pattern, dtype).items()
         }
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
         rows = [replace(rows[0], numbers={**rows[0].numbers, "bits_per_weight": bits})]
