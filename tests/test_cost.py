@@ -46,3 +46,16 @@ def test_peak_memory_is_below_a_gigabyte_whatever_the_depth(tmp_path):
         peaks.append(found["peak_bytes_above_start"])
     assert peaks[0] < 1e9
     assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
+
+
+def test_armor_takes_less_than_a_gigabyte_too(tmp_path):
+    """One sweep on each weight of 3 GB: the memory does not depend on how many there are."""
+    model = tmp_path / "random"
+    bench("generate", "-o", model, "--blocks", 132)
+    found = bench(
+        *("prune", model, "--method", "armor", "--option", "sweeps=1"),
+        *("--calibration", model / "rows.safetensors", "--no-floor", "--repeat", 1),
+        *("--scratch", tmp_path),
+    )
+    print(found)
+    assert found["peak_bytes_above_start"] < 1e9

@@ -779,7 +779,7 @@ def test_every_command_and_option_has_help_and_an_example(cli, name):
 @pytest.mark.parametrize(("name", "config"), [("prune", PruneConfig), ("eval", EvalConfig)])
 def test_flags_have_the_names_and_defaults_of_the_configuration(name, config):
     flags = {parameter.name: parameter for parameter in commands()[name].params}
-    renamed = {"options": "option"}
+    renamed = {"options": "option", "format": "form"}
     for field in fields(config):
         flag = flags[renamed.get(field.name, field.name)]
         if field.name in ("options", "tasks"):
