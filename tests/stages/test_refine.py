@@ -32,11 +32,16 @@ PUBLISHED = {**DSNOT, "units": "sequence", "same_sign": "no", "modules": "attent
 
 @pytest.fixture
 def run(row_file, tmp_path):
-    """Prunes a folder with the token rows of conftest.py; gives the report."""
+    """Prunes a folder with the token rows of conftest.py; gives the report.
+
+    DSnoT goes over all weights unless told otherwise; by default it leaves the MLP's alone.
+    """
 
     def pruned(source: Path, name: str = "out", progress=None, **options) -> PruneReport:
         options.setdefault("calibration", Calibration(source=str(row_file)))
         told = {"progress": progress} if progress else {}
+        if "dsnot" in (options.get("method"), options.get("refine")) and "preset" not in options:
+            options["options"] = {"modules": "all", **options.get("options", {})}
         return prune(PruneConfig(**options), str(source), tmp_path / name, **told)
 
     return pruned
@@ -671,7 +676,7 @@ def test_command_line_refines_a_sparse_model(cli, run, family, sparse, row_file,
 
 
 def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row_file, tmp_path):
-    flags = ("--method", "dsnot", "--initial", "ria", "-O", "power=0")
+    flags = ("--method", "dsnot", "--initial", "ria", "-O", "power=0", "-O", "modules=all")
     found = cli(
         "prune", family("llama"), "-o", tmp_path / "typed", "--calibration", row_file, *flags
     )
