@@ -90,7 +90,10 @@ def prune(
         str, typer.Option(help="none, or lowrank: a low-rank matrix makes up for what is lost.")
     ] = "none",
     rank: Annotated[
-        str | None, typer.Option(help="Its rank, of the smaller side of a weight. Default: 5%.")
+        str | None,
+        typer.Option(
+            help="Rank of --compensate lowrank, as a share of the smaller side. Default: 5%."
+        ),
     ] = None,
     form: Annotated[
         str,
@@ -112,7 +115,7 @@ def prune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Prune MODEL and write a plain Hugging Face checkpoint.
+    """Prune MODEL and write a Hugging Face checkpoint.
 
     Example: sparsekit prune demo -o pruned --method sparsegpt --samples 32 --length 512
     """

@@ -144,7 +144,8 @@ def bench_armor(
         except ValueError as error:
             raise UsageError(f"--blocks takes numbers, not {blocks!r}") from error
         if calibration is None:
-            samples, length = samples or 8, length or 512
+            samples = 8 if samples is None else samples
+            length = 512 if length is None else length
         rows = Calibration(source=calibration or "builtin", samples=samples, length=length)
         rows.check()
         name = named(model)

@@ -32,6 +32,8 @@ def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
         raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
     if (path / UNFACTORED).is_file():
         return {FACTORS: None, UNFACTORED: None}
+    if (path / FACTORS).is_file() and not ((path / SINGLE).is_file() or (path / INDEX).is_file()):
+        raise DataError(f"{path} lacks {UNFACTORED}", "copy or make the folder again")
     if (path / INDEX).is_file():
         files = indexed_files(path)
         for file in files:

@@ -74,7 +74,7 @@ class Skeleton:
                     held = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
                     self._reused[inner] = held
                 tensor = held.copy_(tensor)
-            self._set(name, tensor)
+            self._set(name, tensor.to(self.device))
         self._place_buffers(module)
 
     def drop(self, names: Iterable[str]) -> None:
@@ -102,7 +102,7 @@ class Skeleton:
         for name in names:
             tensor = disk[self.on_disk[name]]
             wide = tensor.is_floating_point()
-            self._set(name, tensor.to(self.device, self.dtype) if wide else tensor)
+            self._set(name, tensor.to(self.device, self.dtype if wide else tensor.dtype))
         self._place_buffers("")
         try:
             yield
@@ -114,7 +114,7 @@ class Skeleton:
         for name, on_disk in self.on_disk.items():
             tensor = self.source.read([on_disk])[on_disk]
             wide = tensor.is_floating_point()
-            self._set(name, tensor.to(self.device, self.dtype) if wide else tensor)
+            self._set(name, tensor.to(self.device, self.dtype if wide else tensor.dtype))
         self._place_buffers("")
         self.model.tie_weights()
         return self.model

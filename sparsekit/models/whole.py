@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import available_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.skeleton import Skeleton
@@ -29,7 +29,10 @@ def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_
     Raises:
         DataError: The model does not fit into the available memory.
     """
-    needed = dtype.itemsize * sum(math.prod(place.shape) for place in source.places.values())
+    needed = sum(
+        math.prod(p.shape) * (dtype.itemsize if p.dtype.is_floating_point else p.dtype.itemsize)
+        for p in source.places.values()
+    )
     if needed > (free := available_memory()):
         raise DataError(
             f"{purpose} needs {needed / 1e9:.1f} GB of memory for the whole model of "
@@ -78,7 +81,9 @@ def load(path: str | Path, dtype: str) -> PreTrainedModel:
     source = Checkpoint.open(Path(path))
     if dtype == "auto":
         wide = [p.dtype for p in source.places.values() if p.dtype.is_floating_point]
-        wanted = max(set(wide), key=wide.count)
-    else:
+        wanted = max(sorted(set(wide), key=str), key=wide.count)
+    elif dtype in ("float32", "bfloat16", "float16"):
         wanted = getattr(torch, dtype)
+    else:
+        raise UsageError(f"dtype {dtype!r} is not known", "float32, bfloat16, float16 or auto")
     return load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")

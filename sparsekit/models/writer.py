@@ -1,9 +1,9 @@
 """Writing a checkpoint of the same layout as its source: `OUT` exists exactly when it is complete.
 
-Names, shapes and dtypes of a pruned checkpoint are those of its source, so each weight file has
-the source's header, and a tensor's bytes have a known place in it. The files are laid out at full
-size in `OUT.partial` (a full disk shows at once); each finished part is written to its place,
-made durable and entered into a journal; one rename publishes the folder.
+Names, shapes and dtypes are known before the first weight is computed (those of the source, and of
+the factors that weights will get), so each tensor has a known place in a file with a known header.
+The files are laid out at full size in `OUT.partial` (a full disk shows at once); each finished part
+is written to its place, made durable and entered into a journal; one rename publishes the folder.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Source: Liu et al. 2025, "ARMOR: High-Performance Semi-Structured Pruning via Adaptive Matrix
 Factorization", section 3; LawrenceRLiu/ARMOR@3977e54.
-Differs: the default solver minimises over A, over B and over each group of the core in turn,
-instead of Adam steps with one group of each block at a time (`solver=adam`). The default proxy is
-not the published diagonal one but the Gram matrix with its off-diagonal halved, on rows of norm 1.
-Biases are kept.
+Differs: the default solver minimises over A, over B and over the groups of the core in turn (see
+`tensors/blockfit.py`), instead of Adam steps with one group of each block at a time
+(`solver=adam`). The default proxy is not the published diagonal one but the Gram matrix with its
+off-diagonal halved, on rows of norm 1. Biases are kept.
 
 Why: SmolLM2-135M, 2:4, block 64, 32 x 512 tokens of C4, WikiText-2 perplexity after six sweeps of a
 prototype that solved the groups strictly one after the other: 39.1 with half of the off-diagonal,
@@ -193,7 +193,11 @@ class Armor(Refiner):
         return fit, {"iterations": done, "first_loss": first}
 
     def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
-        """The largest block that divides both sides and holds whole groups; 0: none does."""
+        """The largest block that divides both sides and holds whole groups; 0: none does.
+
+        Unless one was asked for, A and B add at most a quarter of the weight's numbers, if the
+        smallest such block does.
+        """
         common = gcd(rows, columns)
         sizes = range(pattern.group, min(common, self.block or LARGEST_BLOCK) + 1, pattern.group)
         fitting = [size for size in sizes if common % size == 0]

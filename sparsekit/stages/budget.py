@@ -10,6 +10,8 @@ from sparsekit.refiners import GoOn
 MOST_SHARE = 3.0
 # How the least rate of fall that is worth a further sweep follows the clock, after each weight.
 ADJUST = 1.1
+# That rate is never 0, from which it could not rise.
+LEAST = 1e-6
 
 
 class Budget:
@@ -84,4 +86,4 @@ class Budget:
         self._rates.append((rate, size))
         if self._done in self._ends:
             total = sum(n for _, n in self._rates)
-            self._least = sum(r * n for r, n in self._rates) / total
+            self._least = max(sum(max(r, 0.0) * n for r, n in self._rates) / total, LEAST)

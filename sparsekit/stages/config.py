@@ -149,6 +149,8 @@ class PruneConfig:
         if self.dense is not None:
             if self.refiner is None:
                 raise UsageError("--dense needs a refinement", "pass --refine dsnot")
+            if self.allocate != "none":
+                raise UsageError("--allocate has no effect on a given mask", "leave it out")
             given = self.initial or (self.method if self.method != self.refiner else None)
             if given:
                 raise UsageError(
@@ -158,6 +160,9 @@ class PruneConfig:
         told = methods.describe("refiners", self.refiner) if self.refiner else None
         if self.budget is not None and not (told and told.rounds):
             raise UsageError(f"--budget has no effect on {self.title}", "armor takes one")
+        solver = self.options.get("solver", "als" if self.preset is None else "adam")
+        if self.budget is not None and solver == "adam":
+            raise UsageError("--budget has no effect on solver=adam", "give it -O iterations=500")
         if self.refiner is not None:
             methods.check("refiners", self.refiner, self.options_of("refiners"), self.preset)
         elif self.preset is not None:

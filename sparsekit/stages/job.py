@@ -87,9 +87,12 @@ def prepare(
     _refuse_misfits(targets, pattern)
     for target in targets:
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
-            raise UsageError(f"{target.name}: {reason}", "--pattern 2:4 is usual; or --skip it")
+            raise UsageError(
+                f"{target.name}: {reason}", "another --pattern or -O block, or --skip it"
+            )
     if config.allocate != "none" and any(chain.stored_shapes(t, pattern) for t in targets):
-        raise UsageError(f"--allocate has no meaning for the factors of {config.title}")
+        cause = f"--compensate {config.compensate}" if config.share else config.title
+        raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
     if config.reconstruct == "cg" and any(
         chain.refiner.block_of(*t.shape, pattern) for t in targets if chain.refiner
     ):

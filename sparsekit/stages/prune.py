@@ -224,7 +224,7 @@ def _config(job: Job) -> dict[str, Any]:
 def _tell_damping(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
     """Say when a Gram matrix needed more damping than was asked for."""
     used = [row["numbers"]["damping"] for row in weights if "damping" in row["numbers"]]
-    asked = max(asdict(step).get("damping", 0.0) for step in job.chain.steps)
+    asked = asdict(job.chain.pruner).get("damping", 0.0) if job.chain.pruner else 0.0
     raised = sum(damping > asked for damping in used)
     if raised:
         progress.note(

@@ -129,5 +129,5 @@ def _pair(weight: Tensor, squares: Tensor, side: int, iterations: int) -> dict[s
         "als_loss": loss,
         "als_sweeps": sweeps,
         "als_seconds": seconds,
-        "ratio": adam_seconds / seconds if loss <= goal else None,
+        "ratio": adam_seconds / seconds if sweeps and loss <= goal else None,
     }

@@ -17,13 +17,13 @@ zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No
 runs faster because of the zeros."""
 PRODUCTS = """\
 A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
-weights are products A S B of a sparse core S and two block-diagonal matrices: **they are not
-sparse themselves**, and take the space and time of dense ones. The factors, which are smaller,
-lie in `sparsekit-factors.safetensors`."""
+weights are put together from factors: a sparse core with block-diagonal or low-rank matrices.
+**They are not sparse themselves**, and take the space and time of dense ones. The factors lie in
+`sparsekit-factors.safetensors`."""
 FACTORED = """\
-Not a plain checkpoint: each pruned weight is kept as a packed sparse core S and two
-block-diagonal matrices A and B, whose product A S B it is. `sparsekit.load` and `sparsekit eval`
-run it in three products; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+Not a plain checkpoint: each pruned weight is kept as factors, a packed sparse core with
+block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run them product by
+product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 
 
@@ -110,12 +110,16 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
         text = "none (the method needs no data)"
     error = summary["mean_error"]
     bits = bits_per_weight(entry["weights"])
+    counted = "them" if bits is None else "their cores"
     skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
         ("pattern", recipe["pattern"]),
         ("reconstruction", recipe["reconstruct"]),
-        ("pruned", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
+        (
+            "pruned",
+            f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of {counted} zero",
+        ),
         ("calibration", text),
         ("bits of a pruned weight as factors", "-" if bits is None else f"{bits:.2f}"),
         ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
@@ -137,7 +141,7 @@ tags:
 {table}
 
 The whole history, with one row for each weight, is in `sparsekit.json`. Check the zeros with
-`sparsekit verify . --pattern {recipe["pattern"]}`.
+`sparsekit verify .`.
 
 Matrices left dense:{skipped or " none"}
 """

@@ -71,7 +71,8 @@ class BlockFit:
         supports = list(combinations(range(group), keep))
         self._supports = torch.tensor(supports, device=weight.device)  # [supports, N]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._reach = 1.0
+        self._reach = 1.0  # how far to go beyond a sweep, in units of its way
+        # What the slope of each block row is divided by, [J, 1]; above 1 after a rise of the loss.
         self._care = torch.ones(rows // block, 1, device=weight.device)
         self.singular = 0
         """Supports of groups whose matrix was singular in the last core step."""
@@ -120,7 +121,7 @@ class BlockFit:
         return loss
 
     def fit_left(self) -> None:
-        """The best A: with P = S B, A[j] (P D Pᵀ)[j] = (W D Pᵀ)[j] for each block row j."""
+        """The best A: with P = S B, A[j] (P H Pᵀ)[j] = (W H Pᵀ)[j] for each block row j."""
         reached = times_right(self.core, self.right)
         pulled = _rows(self._measured(reached), self.block).mT  # H Pᵀ [J, in, b]
         normal = _rows(reached, self.block) @ pulled
@@ -151,7 +152,9 @@ class BlockFit:
 
         With U = Aᵀ A of a block row and V = B H Bᵀ, the loss as a function of S is
         tr(Sᵀ U S V) − 2 tr(Sᵀ Aᵀ W H Bᵀ) + constant. The J x K blocks are solved together; in each
-        the rows follow one another, and in a row the groups, each with all changes before it.
+        the rows follow one another, and in a row of a block the groups, each with all changes
+        before it. Where H is a whole matrix, the K blocks of a row act on each other: the row is solved as
+        if they did not, and left as it was if that would raise the loss of its block row.
         """
         b = self.block
         curve = self.left.mT @ self.left  # U [J, b, b]

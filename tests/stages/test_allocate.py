@@ -112,7 +112,7 @@ def test_first_block_is_pruned_as_alone_with_its_own_pattern(family, run):
 def test_factors_and_owl_are_refused_together(family, row_file, tmp_path):
     rows = Calibration(source=str(row_file))
     config = PruneConfig(method="armor", allocate="owl", calibration=rows)
-    with pytest.raises(UsageError, match="--allocate has no meaning for the factors of armor"):
+    with pytest.raises(UsageError, match="--allocate does not go with the factors of armor"):
         plan(config, str(family("llama")), tmp_path / "out")
     with pytest.raises(UsageError, match="--allocate 'even' is not known"):
         PruneConfig(allocate="even").check()
