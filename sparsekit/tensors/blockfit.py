@@ -153,8 +153,8 @@ class BlockFit:
         With U = Aᵀ A of a block row and V = B H Bᵀ, the loss as a function of S is
         tr(Sᵀ U S V) − 2 tr(Sᵀ Aᵀ W H Bᵀ) + constant. The J x K blocks are solved together; in each
         the rows follow one another, and in a row of a block the groups, each with all changes
-        before it. Where H is a whole matrix, the K blocks of a row act on each other: the row is solved as
-        if they did not, and left as it was if that would raise the loss of its block row.
+        before it. Where H is a whole matrix, the K blocks of a row act on each other: the row is
+        solved as if they did not, and left as it was if that would raise the loss of its block row.
         """
         b = self.block
         curve = self.left.mT @ self.left  # U [J, b, b]
