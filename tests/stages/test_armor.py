@@ -683,7 +683,7 @@ def test_model_card_says_what_it_is(run, family, made):
     dense, factored, plain = (
         " ".join(cards[form].split()) for form in ("dense", "factored", "plain")
     )
-    assert "**they are not sparse themselves**" in dense
+    assert "**They are not sparse themselves**" in dense
     assert "take the space and time of dense ones" in dense
     assert "`sparsekit-factors.safetensors`" in dense
     assert "`AutoModelForCausalLM.from_pretrained`" in dense
