@@ -689,7 +689,7 @@ def test_model_card_says_what_it_is(run, family, made):
     assert "`AutoModelForCausalLM.from_pretrained`" in dense
     assert "exact zeros" not in dense + factored
     assert "Not a plain checkpoint" in factored
-    assert "`sparsekit.load` and `sparsekit eval` run it" in factored
+    assert "`sparsekit.load` and `sparsekit eval` run them" in factored
     assert "not sparse themselves" not in factored + plain
     assert "the pruned weights are exact zeros" in plain
 
