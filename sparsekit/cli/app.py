@@ -9,19 +9,27 @@ import sparsekit
 from sparsekit.cli import bench, show
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
+    Allocate,
+    BudgetText,
+    Compensate,
     Debug,
+    Dense,
     Device,
+    DryRun,
     Dtype,
+    Form,
     Initial,
     Json,
     Length,
     Method,
     Model,
     Options,
+    Overwrite,
     PatternText,
     Preset,
     Propagate,
     Quiet,
+    Rank,
     Reconstruct,
     Refine,
     Samples,
@@ -72,10 +80,7 @@ def prune(
     preset: Preset = None,
     initial: Initial = None,
     refine: Refine = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(help="The dense model of a MODEL that is sparse already, to refine its mask."),
-    ] = None,
+    dense: Dense = None,
     calibration: Source = None,
     samples: Samples = None,
     length: Length = None,
@@ -83,34 +88,15 @@ def prune(
     skip: Skip = [],  # noqa: B006  (the same)
     reconstruct: Reconstruct = "none",
     propagate: Propagate = None,
-    allocate: Annotated[
-        str, typer.Option(help="none, or owl: blocks with many outliers keep more weights.")
-    ] = "none",
-    compensate: Annotated[
-        str, typer.Option(help="none, or lowrank: a low-rank matrix makes up for what is lost.")
-    ] = "none",
-    rank: Annotated[
-        str | None,
-        typer.Option(
-            help="Rank of --compensate lowrank, as a share of the smaller side. Default: 5%."
-        ),
-    ] = None,
-    form: Annotated[
-        str,
-        typer.Option("--format", help="dense, or factored: factors only, which is smaller."),
-    ] = "dense",
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Time that the run may take, as 10m: armor does its best within it."),
-    ] = None,
+    allocate: Allocate = "none",
+    compensate: Compensate = "none",
+    rank: Rank = None,
+    form: Form = "dense",
+    budget: BudgetText = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier output of sparsekit.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan; stdout stays empty.")
-    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -68,6 +68,32 @@ Propagate = Annotated[
         "Default: as the method's source does.",
     ),
 ]
+Dense = Annotated[
+    str | None,
+    typer.Option(help="The dense model of a MODEL that is sparse already, to refine its mask."),
+]
+Allocate = Annotated[
+    str, typer.Option(help="none, or owl: blocks with many outliers keep more weights.")
+]
+Compensate = Annotated[
+    str, typer.Option(help="none, or lowrank: a low-rank matrix makes up for what is lost.")
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(help="Rank of --compensate lowrank, as a share of the smaller side. Default: 5%."),
+]
+Form = Annotated[
+    str,
+    typer.Option("--format", help="dense, or factored: factors only, which is smaller."),
+]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(help="Time that the run may take, as 10m: armor does its best within it."),
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output of sparsekit.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check and show the plan; stdout stays empty.")
+]
 
 
 def prune_config(
