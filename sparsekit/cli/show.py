@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekit import methods as registry
 from sparsekit.cli.console import Terminal
-from sparsekit.stages.report import bits_per_weight
 
 if TYPE_CHECKING:
     from sparsekit.stages.demo import DemoRow
@@ -36,8 +35,15 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
         ),
         ("peak memory", f"{plan['peak_memory_estimate_bytes'] / 1e9:.2f} GB above the libraries"),
         ("compute", f"{plan['dtype']} on {plan['device']}"),
+        *(
+            [("factors", f"{plan['bits_per_weight']:.2f} bits a weight")]
+            if plan["bits_per_weight"] is not None
+            else []
+        ),
         *(("left dense", f"{row['name']}: {row['reason']}") for row in plan["skipped"]),
     ]
+    for note in plan["notes"]:
+        terminal.note(note)
     terminal.table("plan (nothing was written)", ("", ""), rows)
     if terminal.json:
         terminal.result("", plan)
@@ -51,7 +57,7 @@ def pruned(terminal: Terminal, report: "PruneReport") -> None:
     rows = [_kind_row(name, group) for name, group in kinds.items()]
     rows.append(_kind_row("all", report.entry["weights"]))
     recipe = report.entry["recipe"]
-    if (bits := bits_per_weight(report.entry["weights"])) is not None:
+    if (bits := report.entry["totals"]["bits_per_weight"]) is not None:
         terminal.note(
             f"{bits:.2f} bits a weight as factors; zeros are those of the cores"
             + ("" if recipe["format"] == "factored" else ": the products on disk are not sparse")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparsekit.errors import DataError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import factor_name
-from sparsekit.tensors.factored import PARTS, check_shapes, unpack
+from sparsekit.tensors.factored import PARTS, check_shapes, mask_of, unpack
 from sparsekit.tensors.patterns import Pattern
 
 
@@ -21,6 +21,7 @@ class FactoredLinear(nn.Module):
     def __init__(self, source: Checkpoint, name: str, old: nn.Module) -> None:
         super().__init__()
         self.weight_name = name
+        self.checked = False
         self.pattern = Pattern.parse(source.factor_patterns[name])
         transposed = not isinstance(old, nn.Linear)  # GPT-2's Conv1D
         self.in_features = old.weight.shape[0 if transposed else 1]
@@ -35,7 +36,11 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        core, _ = unpack(self.values, self.indices, self.pattern, self.in_features)
+        packed = self.values, self.indices, self.pattern, self.in_features
+        if not self.checked:
+            mask_of(*packed)
+            self.checked = True
+        core = unpack(*packed)
         inner = x if self.right is None else _by_blocks(x, self.right)  # x Bᵀ
         outer = inner @ core.T
         if self.left is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -37,24 +39,22 @@ class Layout:
         metadata: Mapping[str, str],
     ) -> Layout:
         """One more file, with tensors of these types and shapes in the given order."""
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values()]
+        stops = list(accumulate(sizes, initial=0))
         header: dict[str, object] = {"__metadata__": dict(metadata)}
-        at = 0
-        for name, (dtype, shape) in tensors.items():
-            size = dtype.itemsize * torch.Size(shape).numel()
+        for name, offsets in zip(tensors, pairwise(stops), strict=True):
+            dtype, shape = tensors[name]
             header[name] = {
                 "dtype": TYPE_NAMES[dtype],
                 "shape": list(shape),
-                "data_offsets": [at, at + size],
+                "data_offsets": offsets,
             }
-            at += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
+        data = 8 + len(text)
         places = dict(self.places)
-        for name, (dtype, shape) in tensors.items():
-            size = dtype.itemsize * torch.Size(shape).numel()
-            places[name] = TensorPlace(file, dtype, shape, start, start + size)
-            start += size
+        for name, (start, stop) in zip(tensors, pairwise(stops), strict=True):
+            places[name] = TensorPlace(file, *tensors[name], data + start, data + stop)
         headers = {**self.headers, file: len(text).to_bytes(8, "little") + text}
         return Layout(places, headers)
 

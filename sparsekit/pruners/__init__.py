@@ -38,6 +38,8 @@ class Pruner(ABC):
     rowwise: ClassVar[bool] = False
     """Whether a row's result depends on no other row, unless the pattern compares them; weights
     with the same inputs are then solved as one."""
+    updates: ClassVar[bool] = False
+    """Whether weights that are kept get other values than they had."""
     propagate: ClassVar[bool] = True
     """Whether a block's inputs come from the pruned blocks before it, or from the dense model."""
 

@@ -31,6 +31,7 @@ class Alps(Pruner):
     """Least layer error under the pattern, approximately; no initial score is needed."""
 
     needs: ClassVar[Want | None] = Want.GRAM
+    updates: ClassVar[bool] = True
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     penalty: float = 0.1

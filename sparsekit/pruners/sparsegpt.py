@@ -32,6 +32,7 @@ class Sparsegpt(Pruner):
     """Score W² / U_jj², with an optimal-brain-surgeon update of the columns to the right."""
 
     needs: ClassVar[Want | None] = Want.GRAM
+    updates: ClassVar[bool] = True
     rowwise: ClassVar[bool] = True
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sparsekit.pruners import Pruned
+from sparsekit.pruners import Pruned, Pruner
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -71,6 +71,6 @@ class Refiner(ABC):
         """Side of the blocks of the factors that a weight gets; 0: it stays one matrix."""
         return 0
 
-    def caution(self, pattern: Pattern) -> str:
-        """What the user should know before this pattern is asked for; empty: nothing."""
-        return ""
+    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """What the user should know before this pattern is asked for after this pruner."""
+        return []

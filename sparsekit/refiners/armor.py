@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import UsageError
-from sparsekit.pruners import Pruned, keep_on
+from sparsekit.pruners import Pruned, Pruner, keep_on
 from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.tensors.blockadam import BlockAdam
 from sparsekit.tensors.blockfit import BlockFit
@@ -92,12 +92,12 @@ class Armor(Refiner):
             return f"no block of whole groups of {pattern.group} divides {rows} x {columns}"
         return ""
 
-    def caution(self, pattern: Pattern) -> str:
-        """See `Refiner.caution`."""
+    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """See `Refiner.cautions`."""
         count = comb(pattern.group, pattern.keep)
         if count <= MANY_SUPPORTS:
-            return ""
-        return f"{pattern} has {count} supports a group: a sweep takes about {count // 6} times 2:4"
+            return []
+        return [f"{pattern} has {count} supports a group: a sweep takes {count // 6} times 2:4's"]
 
     def refine(
         self,

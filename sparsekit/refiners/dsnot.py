@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparsekit.pruners import Pruned, keep_on
+from sparsekit.pruners import Pruned, Pruner, keep_on
 from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
@@ -53,11 +53,16 @@ class Dsnot(Refiner):
         """See `Refiner.covers`."""
         return self.modules == "all" or "attn" in name or "attention" in name
 
-    def caution(self, pattern: Pattern) -> str:
-        """See `Refiner.caution`."""
-        if pattern.scope != "group":
-            return ""
-        return f"DSnoT is known to make {pattern} models worse: compare with the initial method"
+    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """See `Refiner.cautions`."""
+        found = []
+        if pattern.scope == "group":
+            known = f"DSnoT is known to make {pattern} models worse"
+            found.append(f"{known}: compare with the initial method")
+        if pruner is not None and pruner.updates:
+            method = type(pruner).__name__.lower()
+            found.append(f"where DSnoT refines, the values that {method} gave the weights are lost")
+        return found
 
     def refine(
         self,

@@ -17,6 +17,7 @@ import torch
 
 from sparsekit.models.rows import TokenRows
 from sparsekit.progress import Progress
+from sparsekit.stages.chain import Patterns
 from sparsekit.stages.job import Job
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import Want
@@ -28,7 +29,7 @@ OUTLIER, SPREAD = 5.0, 0.08
 STEP = 10_000
 
 
-def allocate(job: Job, rows: TokenRows, progress: Progress) -> dict[str, Pattern]:
+def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
     """The pattern of each weight, alike within a block, from one pass of the dense model."""
     wanted = {target.name for target in job.targets}
     outliers, sizes, names = [], [], []
@@ -52,8 +53,14 @@ def allocate(job: Job, rows: TokenRows, progress: Progress) -> dict[str, Pattern
     progress.end()
     kept = keep_shares(outliers, sizes, 1 - float(job.pattern.sparsity))
     patterns = patterns_of(kept, sizes, job.pattern)
+    zeros = [float(pattern.sparsity) for pattern in patterns]
+    mean = sum(share * size for share, size in zip(zeros, sizes, strict=True)) / sum(sizes)
+    progress.note(
+        f"blocks get from {min(zeros):.2%} to {max(zeros):.2%} zeros, "
+        f"{mean:.2%} of all weights ({float(job.pattern.sparsity):.2%} asked for)"
+    )
     pairs = zip(names, patterns, strict=True)
-    return {name: pattern for block, pattern in pairs for name in block}
+    return Patterns(job.pattern, {name: pattern for block, pattern in pairs for name in block})
 
 
 def keep_shares(outliers: Sequence[float], sizes: Sequence[int], keep: float) -> list[float]:

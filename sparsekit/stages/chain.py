@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -26,6 +26,19 @@ from sparsekit.tensors.sums import InputSums, Want
 # Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
 RECONSTRUCT_STEPS = 20
 RECONSTRUCT_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The pattern of each weight: one for all, but where blocks or a given mask differ."""
+
+    base: Pattern
+    own: Mapping[str, Pattern] = field(default_factory=dict)
+    """By the weight's name."""
+
+    def of(self, target: Target) -> Pattern:
+        """The pattern of a weight."""
+        return self.own.get(target.name, self.base)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +97,33 @@ class Chain:
             told[kind] = {key: str(value) for key, value in asdict(step).items()}
         return told
 
+    def block_of(self, target: Target, pattern: Pattern) -> int:
+        """Side of the blocks of a weight's factors; 0 without such blocks."""
+        if self.refiner is None or not self._refines(target):
+            return 0
+        return self.refiner.block_of(*target.shape, pattern)
+
     def stored_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors that a weight gets; empty when it stays one matrix."""
         rows, columns = target.shape
-        block = 0
-        if self.refiner is not None and self._refines(target):
-            block = self.refiner.block_of(rows, columns, pattern)
+        block = self.block_of(target, pattern)
         rank = self._rank_of(rows, columns)
         if not block and not rank:
             return {}
         return stored_shapes(rows, columns, pattern, block=block, rank=rank)
 
     def groups(
-        self, targets: Sequence[Target], sums: dict[str, InputSums], pattern: Pattern
+        self, targets: Sequence[Target], sums: Mapping[str, InputSums], patterns: Patterns
     ) -> list[list[Target]]:
         """Targets that are solved as one: those with the same inputs, if no row needs another."""
-        alone = pattern.scope == "tensor" or not all(step.rowwise for step in self.steps)
-        if alone or self.rank:  # factors are those of one weight
-            return [[target] for target in targets]
+        # Factors are those of one weight.
+        alone = bool(self.rank) or not all(step.rowwise for step in self.steps)
         groups: dict[Any, list[Target]] = {}
         for target in targets:
-            key = id(sums.get(target.name)), self._refines(target)
+            pattern = patterns.of(target)
+            key: Any = (id(sums.get(target.name)), self._refines(target), pattern)
+            if alone or pattern.scope == "tensor":
+                key = target.name
             groups.setdefault(key, []).append(target)
         return list(groups.values())
 
@@ -169,8 +188,8 @@ def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
             )
 
 
-def require_pattern(given: Checkpoint, targets: Sequence[Target], pattern: Pattern) -> None:
-    """Refuse a sparse model that does not have the pattern.
+def require_patterns(given: Checkpoint, targets: Sequence[Target], patterns: Patterns) -> None:
+    """Refuse a sparse model that does not have the patterns.
 
     Raises:
         DataError: Names the first weight without it.
@@ -178,7 +197,7 @@ def require_pattern(given: Checkpoint, targets: Sequence[Target], pattern: Patte
     for target in targets:
         weight = given.read([target.name])[target.name]
         try:
-            pattern.check(weight.T if target.transposed else weight, target.name)
+            patterns.of(target).check(weight.T if target.transposed else weight, target.name)
         except PatternError as error:
             raise DataError(
                 f"{given.path}: {error.message}", "pass its --pattern, or --skip what is dense"

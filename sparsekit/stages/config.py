@@ -27,7 +27,7 @@ class PruneConfig:
     pattern: str | None = None
     """None: `2:4`, or with `dense` what the history of the sparse model says."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Options of the method and of what it begins with, as text."""
+    """Options of the method and of what it begins with, as text; `alps.damping` names which."""
     preset: str | None = None
     """A named set of options of the refiner."""
     initial: str | None = None
@@ -65,6 +65,7 @@ class PruneConfig:
             DataError: The calibration source cannot be used.
         """
         self._check_methods()
+        self._check_options()
         if self.pattern is not None:
             Pattern.parse(self.pattern)
         if self.calibration:
@@ -121,11 +122,25 @@ class PruneConfig:
             return str(self.pruner)
         return f"{self.refiner} from {self.pruner or 'the given mask'}"
 
-    def options_of(self, kind: str) -> dict[str, str]:
+    def options_of(self, kind: Literal["pruners", "refiners"]) -> dict[str, str]:
         """The options of the refiner, or of the pruner: those that the refiner does not have."""
-        refiner = methods.describe("refiners", self.refiner).options if self.refiner else ()
-        names = {option.name for option in refiner}
-        return {k: v for k, v in self.options.items() if (k in names) == (kind == "refiners")}
+        refiner = self._known("refiners")
+        found = {}
+        for key, value in self.options.items():
+            method, _, name = key.rpartition(".")
+            of = "refiners" if name in refiner else "pruners"
+            if method:
+                of = "refiners" if method == self.refiner else "pruners"
+            if of == kind:
+                found[name] = value
+        return found
+
+    def _known(self, kind: Literal["pruners", "refiners"]) -> set[str]:
+        """The names of the options that the pruner, or the refiner, has."""
+        method = self.pruner if kind == "pruners" else self.refiner
+        return (
+            {option.name for option in methods.describe(kind, method).options} if method else set()
+        )
 
     def _check_methods(self) -> None:
         refiners = methods.names("refiners")
@@ -160,32 +175,40 @@ class PruneConfig:
         told = methods.describe("refiners", self.refiner) if self.refiner else None
         if self.budget is not None and not (told and told.rounds):
             raise UsageError(f"--budget has no effect on {self.title}", "armor takes one")
-        solver = self.options.get("solver", "als" if self.preset is None else "adam")
+        solver = self.options_of("refiners").get("solver", "als" if self.preset is None else "adam")
         if self.budget is not None and solver == "adam":
             raise UsageError("--budget has no effect on solver=adam", "give it -O iterations=500")
+        if self.refiner is None and self.preset is not None:
+            raise UsageError("--preset has no effect without a refinement", "pass --refine dsnot")
+
+    def _check_options(self) -> None:
+        """Refuse options that no method of the run has, or that could be those of two."""
+        taking = [name for name in (self.refiner, self.pruner) if name is not None]
+        shared = self._known("refiners") & self._known("pruners")
+        for key in self.options:
+            method, _, name = key.rpartition(".")
+            if method and method not in taking:
+                raise UsageError(
+                    f"option {key!r}: {method!r} is no method of this run",
+                    f"{' and '.join(taking)} take options",
+                )
+            if not method and name in shared:
+                both = f"{self.refiner}.{name} or {self.pruner}.{name}"
+                raise UsageError(
+                    f"{' and '.join(taking)} both have an option {name!r}", f"write {both}"
+                )
+            known = self._known("refiners") | self._known("pruners")
+            if not method and name not in known and len(taking) > 1:
+                raise UsageError(
+                    f"neither {self.refiner} nor {self.pruner} has an option {name!r}",
+                    did_you_mean(name, known),
+                )
         if self.refiner is not None:
             methods.check("refiners", self.refiner, self.options_of("refiners"), self.preset)
-        elif self.preset is not None:
-            raise UsageError("--preset has no effect without a refinement", "pass --refine dsnot")
-        left = self.options_of("pruners")
-        if self.pruner is not None and (self.refiner is None or left):
-            self._check_options(left)
-        elif left:
+        if self.pruner is not None:
+            methods.check("pruners", self.pruner, self.options_of("pruners"))
+        elif left := self.options_of("pruners"):
             methods.check("refiners", str(self.refiner), left)
-
-    def _check_options(self, left: Mapping[str, str]) -> None:
-        """Refuse options that neither the pruner nor the refiner has."""
-        assert self.pruner is not None
-        pruner = methods.describe("pruners", self.pruner)
-        known = {option.name for option in pruner.options}
-        if self.refiner is not None and (unknown := [key for key in left if key not in known]):
-            refiner = methods.describe("refiners", self.refiner)
-            both = {option.name for option in (*refiner.options, *pruner.options)}
-            raise UsageError(
-                f"neither {self.refiner} nor {self.pruner} has an option {unknown[0]!r}",
-                did_you_mean(unknown[0], both),
-            )
-        methods.check("pruners", self.pruner, left)
 
 
 def one_of(flag: str, value: Any, choices: Sequence[str]) -> None:

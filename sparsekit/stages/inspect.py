@@ -118,12 +118,13 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     pruned = source.pruned()
     if given is None and not pruned:
         raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
+    told = _latest(pruned)
+    _require_factors(source, told)
     try:
         fingerprint = source.scan(progress)
     except DataError as error:
         raise CheckFailedError(error.message, error.hint) from error
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
-    told = _latest(pruned)
     expected = {name: row["pattern"] for name, row in told.items()}
     progress.begin("verify", len(stream))
     checked: set[str] = set()
@@ -142,7 +143,7 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     progress.end()
     if missing := sorted(expected.keys() - checked):
         raise CheckFailedError(f"{missing[0]} is in the history of {model} but not in its blocks")
-    _check_factors(source, stream, told)
+    _check_factors(source, stream)
     _check_tied(source, stream)
     return {
         "model": model,
@@ -182,22 +183,24 @@ def _latest(pruned: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     """What the history says last of each weight; a later run drops factors that it did not make."""
     told: dict[str, Mapping[str, Any]] = {}
     for entry in pruned:
-        told = {n: row for n, row in told.items() if "bits_per_weight" not in row["numbers"]}
+        told = {n: row for n, row in told.items() if row.get("bits") is None}
         told |= {row["name"]: row for row in entry["weights"]}
     return told
 
 
-def _check_factors(
-    source: Checkpoint, stream: BlockStream, told: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Factors must be there where the history says so, and multiply to the weights beside them.
+def _require_factors(source: Checkpoint, told: Mapping[str, Mapping[str, Any]]) -> None:
+    """Factors must be there where the history says so."""
+    factored = {name for name, row in told.items() if row.get("bits") is not None}
+    if missing := sorted(factored - source.factor_patterns.keys()):
+        raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
+
+
+def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
+    """Factors must multiply to the weights beside them.
 
     Products are float32 sums in any order, rounded to the type on disk: they may differ by one
     unit in the last place, and by the rounding of terms that cancel.
     """
-    factored = {name for name, row in told.items() if "bits_per_weight" in row["numbers"]}
-    if missing := sorted(factored - source.factor_patterns.keys()):
-        raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
     for target in stream.targets():
         name = target.name
         if name not in source.factor_patterns:

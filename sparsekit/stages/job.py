@@ -3,8 +3,9 @@
 import fnmatch
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.chain import Chain, require_shapes
+from sparsekit.stages.chain import Chain, Patterns, require_shapes
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.tensors.patterns import Pattern
@@ -35,7 +36,7 @@ class Job:
 
     config: PruneConfig
     chain: Chain
-    pattern: Pattern
+    patterns: Patterns
     source: Checkpoint
     stream: BlockStream
     targets: list[Target]
@@ -44,12 +45,32 @@ class Job:
     propagate: bool
     layout: Layout
     calibration: Calibration | None
-    patterns: Mapping[str, Pattern] = field(default_factory=dict)
-    """By weight, where blocks differ."""
 
-    def pattern_of(self, target: Target) -> Pattern:
-        """The pattern of a weight."""
-        return self.patterns.get(target.name, self.pattern)
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern that was asked for."""
+        return self.patterns.base
+
+    def notes(self) -> list[str]:
+        """What the user should know before the run."""
+        found = []
+        kind = self.source.config.model_type
+        if not self.stream.tested:
+            found.append(
+                f"{kind!r} is not among the tested families: compare the output's perplexity with "
+                "the source's"
+            )
+        if self.chain.refiner:
+            found += self.chain.refiner.cautions(self.pattern, self.chain.pruner)
+            if self.source.pruned():
+                found.append(
+                    f"{self.source.path} is pruned already: to refine its mask, name its --dense"
+                )
+        sides = Counter(self.chain.block_of(t, self.patterns.of(t)) for t in self.targets)
+        counts = [f"{side} in {count} weights" for side, count in sorted(sides.items()) if side]
+        if counts:
+            found.append(f"side of the blocks of A and B: {', '.join(counts)}")
+        return found
 
 
 def prepare(
@@ -80,45 +101,31 @@ def prepare(
     partial = out.with_name(out.name + ".partial")
     refuse_foreign(partial)
     chain = Chain.build(config, given if config.dense is not None else None)
-    pattern = _pattern(config, given)
+    patterns = _patterns(config, given)
+    pattern = patterns.base
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = _select(stream, config.skip)
     _refuse_misfits(targets, pattern)
-    for target in targets:
-        if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
-            raise UsageError(
-                f"{target.name}: {reason}", "another --pattern or -O block, or --skip it"
-            )
-    if config.allocate != "none" and any(chain.stored_shapes(t, pattern) for t in targets):
-        cause = f"--compensate {config.compensate}" if config.share else config.title
-        raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
-    if config.reconstruct == "cg" and any(
-        chain.refiner.block_of(*t.shape, pattern) for t in targets if chain.refiner
-    ):
-        raise UsageError(f"--reconstruct cg has no meaning for {config.title}", "leave it out")
+    _refuse_what_does_not_go(config, chain, targets, patterns)
     if chain.given is not None:
         require_shapes(chain.given, targets)
-    layout = _layout(config, source, targets, chain, pattern)
+    layout = _layout(config, source, targets, chain, patterns)
     if not partial.exists():
         require_space(existing_parent(out), layout)
     calibration = config.rows
-    if calibration is None:
-        want = None
-    else:
+    if calibration is not None:
         calibration.require(source)
-        want = chain.want
-    propagate = chain.propagate if config.propagate is None else config.propagate
     return Job(
         config=config,
         chain=chain,
-        pattern=pattern,
+        patterns=patterns,
         source=source,
         stream=stream,
         targets=targets,
         skipped=skipped,
-        want=want,
-        propagate=propagate,
+        want=chain.want if calibration else None,
+        propagate=chain.propagate if config.propagate is None else config.propagate,
         layout=layout,
         calibration=calibration,
     )
@@ -151,6 +158,8 @@ def plan(
         "zeros": zeros,
         "size": size,
         "skipped": job.skipped,
+        "bits_per_weight": _bits(job),
+        "notes": job.notes(),
         "bytes_to_write": job.layout.n_bytes,
         "bytes_free": shutil.disk_usage(existing_parent(out)).free,
         "peak_memory_estimate_bytes": _peak_estimate(job),
@@ -159,14 +168,45 @@ def plan(
     }
 
 
-def _pattern(config: PruneConfig, given: Checkpoint) -> Pattern:
-    """The pattern that was asked for, or that a sparse model was pruned to."""
+def _bits(job: Job) -> float | None:
+    """Mean bits on disk of a weight that is kept as factors; None without such."""
+    stored = [place for place in job.layout.places.values() if place.file == FACTORS]
+    shapes = [t.shape for t in job.targets if job.chain.stored_shapes(t, job.patterns.of(t))]
+    if not stored:
+        return None
+    return 8 * sum(p.stop - p.start for p in stored) / sum(map(math.prod, shapes))
+
+
+def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
+    """The pattern that was asked for, or those that a sparse model was pruned to."""
     if config.pattern is not None or config.dense is None:
-        return Pattern.parse(config.pattern or "2:4")
-    told = [entry["recipe"]["pattern"] for entry in given.pruned()]
+        return Patterns(Pattern.parse(config.pattern or "2:4"))
+    told = given.pruned()
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
-    return Pattern.parse(told[-1])
+    own = {row["name"]: Pattern.parse(row["pattern"]) for e in told for row in e["weights"]}
+    return Patterns(Pattern.parse(told[-1]["recipe"]["pattern"]), own)
+
+
+def _refuse_what_does_not_go(
+    config: PruneConfig, chain: Chain, targets: Sequence[Target], patterns: Patterns
+) -> None:
+    """Refuse methods that cannot have the pattern or each other.
+
+    Raises:
+        UsageError: Names what does not go together.
+    """
+    for target in targets:
+        pattern = patterns.of(target)
+        if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
+            raise UsageError(
+                f"{target.name}: {reason}", "another --pattern or -O block, or --skip it"
+            )
+        if config.allocate != "none" and chain.stored_shapes(target, pattern):
+            cause = f"--compensate {config.compensate}" if config.share else config.title
+            raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
+        if config.reconstruct == "cg" and chain.block_of(target, pattern):
+            raise UsageError(f"--reconstruct cg has no meaning for {config.title}", "leave it out")
 
 
 def _layout(
@@ -174,14 +214,15 @@ def _layout(
     source: Checkpoint,
     targets: Sequence[Target],
     chain: Chain,
-    pattern: Pattern,
+    patterns: Patterns,
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    patterns = {}
+    cores = {}
     for target in targets:
+        pattern = patterns.of(target)
         for part, shape in chain.stored_shapes(target, pattern).items():
-            patterns[target.name] = str(pattern)
+            cores[target.name] = str(pattern)
             dtype = torch.uint8 if part == "indices" else source.places[target.name].dtype
             shapes[factor_name(target.name, part)] = dtype, shape
     if config.format == "factored" and not shapes:
@@ -190,9 +231,9 @@ def _layout(
         return Layout.of(source)
     base = Layout.of(source)
     if config.format == "factored":
-        left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in patterns}
+        left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in cores}
         base = Layout({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
-    return base.with_file(FACTORS, shapes, patterns)
+    return base.with_file(FACTORS, shapes, cores)
 
 
 def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:

@@ -20,7 +20,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.allocate import allocate
 from sparsekit.stages.budget import Budget
-from sparsekit.stages.chain import require_pattern
+from sparsekit.stages.chain import require_patterns
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
@@ -124,7 +124,7 @@ def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None
 def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress) -> None:
     """Refuse a sparse model that was made from another dense one, or lacks the pattern."""
     given.scan(progress)
-    require_pattern(given, job.targets, job.pattern)
+    require_patterns(given, job.targets, job.patterns)
     parents = [entry["source"] for entry in given.pruned()]
     if not parents:
         progress.note(f"{given.path} does not say which model it was made from")
@@ -137,16 +137,8 @@ def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress)
 
 def _rows(job: Job, progress: Progress) -> TokenRows | None:
     """The calibration rows; says first what should make the user look at the result with care."""
-    if not job.stream.tested:
-        progress.note(
-            f"{job.source.config.model_type!r} is not among the tested families: compare the "
-            "output's perplexity with the source's"
-        )
-    refiner = job.chain.refiner
-    if caution := refiner.caution(job.pattern) if refiner else "":
-        progress.note(caution)
-    if refiner and job.source.pruned():
-        progress.note(f"{job.source.path} is pruned already: to refine its mask, name its --dense")
+    for note in job.notes():
+        progress.note(note)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in rows.notes if rows else ():
         progress.note(note)

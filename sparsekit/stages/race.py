@@ -13,6 +13,7 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
+from sparsekit.refiners.armor import EPSILON, Armor
 from sparsekit.stages.device import pick_device
 from sparsekit.tensors.blockadam import BlockAdam
 from sparsekit.tensors.blockfit import BlockFit
@@ -21,8 +22,6 @@ from sparsekit.tensors.scaling import importance, normalise
 from sparsekit.tensors.sums import Want
 
 PATTERN = Pattern(keep=2, group=4)
-# As published: the step size of Adam, and what is added to every norm.
-RATE, EPSILON = 1e-4, 1e-5
 # Sweeps after which coordinate descent counts as not having reached the loss.
 MOST_SWEEPS = 200
 
@@ -109,7 +108,7 @@ def _pair(weight: Tensor, squares: Tensor, side: int, iterations: int) -> dict[s
     mask = PATTERN.mask(normal.square() * squares)
     core = normal * mask
     shared: dict[str, Any] = {"block": side, "keep": PATTERN.keep, "group": PATTERN.group}
-    adam = BlockAdam(normal, core, mask, squares, rate=RATE, **shared)
+    adam = BlockAdam(normal, core, mask, squares, rate=Armor.rate, **shared)
     first = adam.loss()
     started = time.perf_counter()
     for _ in range(iterations):

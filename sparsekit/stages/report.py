@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class WeightRow:
     """‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on sampled calibration tokens; None without calibration."""
     seconds: float
     """Of weights that were solved as one, the share by size."""
+    bits: float | None = None
+    """On disk, for each number of a weight that is kept as factors: values, indices, both sides."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,27 +65,21 @@ def versions() -> dict[str, str]:
     return {"sparsekit": sparsekit.__version__, "python": platform.python_version(), **found}
 
 
-def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Zeros, size and sparsity over weights, and their mean output error."""
+def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Zeros, size and sparsity over weights, mean output error, bits of those with factors."""
     rows = list(rows)
     zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
     errors = [row["error"] for row in rows if row["error"] is not None]
+    factored = [row for row in rows if row.get("bits") is not None]
+    bits = sum(row["bits"] * row["size"] for row in factored)
     return {
         "weights": len(rows),
         "zeros": zeros,
         "size": size,
         "sparsity": zeros / size if size else 0.0,
         "mean_error": sum(errors) / len(errors) if errors else None,
+        "bits_per_weight": bits / sum(row["size"] for row in factored) if factored else None,
     }
-
-
-def bits_per_weight(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Mean bits on disk of a weight that is kept as factors: values, indices, both sides."""
-    told = [row for row in rows if "bits_per_weight" in row["numbers"]]
-    if not told:
-        return None
-    total = sum(row["size"] for row in told)
-    return sum(row["numbers"]["bits_per_weight"] * row["size"] for row in told) / total
 
 
 def _what_it_is(form: str, bits: float | None) -> str:
@@ -97,6 +94,19 @@ def row_json(row: WeightRow) -> dict[str, Any]:
     return {**asdict(row), "shape": list(row.shape)}
 
 
+def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run was asked for besides its method, without what was left out."""
+    budget, rank = recipe["budget"], recipe["compensate"]
+    told = {
+        "begun with": recipe.get("initial_options"),
+        "reconstruction": recipe["reconstruct"],
+        "allocation of zeros": recipe["allocate"],
+        "rank of the compensation": rank != "0" and f"{float(Fraction(rank)):.3g} of a side",
+        "time limit": budget and f"{budget:g} s",
+    }
+    return [(name, str(value)) for name, value in told.items() if value and value != "none"]
+
+
 def model_card(entry: Mapping[str, Any], base: str) -> str:
     """The README of a pruned checkpoint."""
     recipe, summary = entry["recipe"], entry["totals"]
@@ -109,13 +119,13 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
     else:
         text = "none (the method needs no data)"
     error = summary["mean_error"]
-    bits = bits_per_weight(entry["weights"])
+    bits = summary["bits_per_weight"]
     counted = "them" if bits is None else "their cores"
     skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        *_asked(recipe),
         ("pattern", recipe["pattern"]),
-        ("reconstruction", recipe["reconstruct"]),
         (
             "pruned",
             f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of {counted} zero",

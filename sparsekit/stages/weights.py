@@ -29,9 +29,7 @@ def prune_block(
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
     rows, factors = [], {}
-    # All weights of a block have one pattern.
-    pattern = job.pattern_of(chosen[0]) if chosen else job.pattern
-    for group in job.chain.groups(chosen, sums, pattern):
+    for group in job.chain.groups(chosen, sums, job.patterns):
         made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
         rows += made
         factors |= parts
@@ -47,7 +45,7 @@ def _prune_group(
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     try:
-        pattern = job.pattern_of(group[0])
+        pattern = job.patterns.of(group[0])
         with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
             pruned = job.chain.run(group, stacked, sums, pattern, go_on)
     except NumericalError as error:
@@ -85,7 +83,7 @@ def _prune_group(
             for part, tensor in factors.stored(pattern, dtype).items()
         }
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
-        rows = [replace(rows[0], numbers={**rows[0].numbers, "bits_per_weight": bits})]
+        rows = [replace(rows[0], bits=bits)]
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
     return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
 
@@ -107,10 +105,11 @@ def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tenso
     for target in block.targets:
         if target.name in tensors:
             continue
-        parts = job.chain.stored_shapes(target, job.pattern)
+        pattern = job.patterns.of(target)
+        parts = job.chain.stored_shapes(target, pattern)
         read = writer.read(factor_name(target.name, part) for part in parts)
         stored = {part: read[factor_name(target.name, part)] for part in parts}
-        weight = Factored.of(stored, job.pattern, target.shape[1]).dense()
+        weight = Factored.of(stored, pattern, target.shape[1]).dense()
         weight = weight.to(job.source.places[target.name].dtype)
         tensors[target.name] = (weight.T if target.transposed else weight).contiguous()
     return tensors

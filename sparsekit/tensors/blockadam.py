@@ -30,7 +30,8 @@ class BlockAdam:
         weight: W `[out, in]` float32.
         core: The first S `[out, in]`.
         mask: Its support `[out, in]`, N of every M inputs.
-        importance: h `[in]` float32, positive.
+        importance: h `[in]` float32, positive; in any unit, since the loss is a share of that
+            of S = 0 (published: twice the mean square of the inputs).
         block: Side of the blocks, which divides both sides of W.
         keep: N of N:M.
         group: M, which divides `block`.

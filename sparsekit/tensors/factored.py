@@ -69,7 +69,8 @@ class Factored:
         check_shapes(
             {name: tuple(part.shape) for name, part in stored.items()}, rows, columns, pattern
         )
-        core, mask = unpack(stored["values"].float(), stored["indices"], pattern, columns)
+        packed = stored["values"].float(), stored["indices"], pattern, columns
+        mask, core = mask_of(*packed), unpack(*packed)
         sides = {name: stored[name].float() for name in PARTS[2:] if name in stored}
         return cls(core=core, mask=mask, **sides)
 
@@ -166,32 +167,45 @@ def pack(core: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     return values, _bytes((places.flatten(1)[..., None] >> width & 1).flatten(1))
 
 
-def unpack(
-    values: Tensor, indices: Tensor, pattern: Pattern, columns: int
-) -> tuple[Tensor, Tensor]:
-    """The core `[out, in]` and its mask, from what `pack` gave.
+def unpack(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
+    """The core `[out, in]`, from what `pack` gave and `mask_of` accepts."""
+    if pattern.scope != "group":
+        mask = _bits_of(indices, columns).bool()
+        return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+    places = _places(indices, pattern, columns).long()
+    grouped = values.new_zeros(*places.shape[:2], pattern.group)
+    return grouped.scatter_(-1, places, values.unflatten(1, (-1, pattern.keep))).flatten(1)
+
+
+def mask_of(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
+    """The mask `[out, in]` of a packed core.
 
     Raises:
         DataError: The shapes do not fit the pattern, or a place lies outside its group.
     """
-    rows = len(indices)
     shapes = {"values": tuple(values.shape), "indices": tuple(indices.shape)}
-    check_shapes(shapes, rows, columns, pattern)
+    check_shapes(shapes, len(indices), columns, pattern)
     if pattern.scope != "group":
         mask = _bits_of(indices, columns).bool()
         if int(mask.sum()) != len(values):
             raise DataError(f"the bits of a {pattern} core do not count its {len(values)} values")
-        return values.new_zeros(rows, columns).masked_scatter_(mask, values), mask
-    kept, width = values.shape[1], _bits(pattern.group)
-    bits = _bits_of(indices, kept * width).unflatten(1, (kept, width)).long()
-    places = (bits << torch.arange(width, device=values.device)).sum(-1)
-    places = places.unflatten(1, (-1, pattern.keep))  # [out, groups, N]
-    if int(places.max()) >= pattern.group or bool((places.diff(dim=-1) <= 0).any()):
+        return mask
+    places = _places(indices, pattern, columns)
+    if int(places.max()) >= pattern.group or bool((places[..., 1:] <= places[..., :-1]).any()):
         raise DataError(f"the places of a {pattern} core do not rise within their groups")
-    grouped = values.new_zeros(rows, columns // pattern.group, pattern.group)
-    core = grouped.scatter(-1, places, values.unflatten(1, (-1, pattern.keep))).flatten(1)
-    mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, places, True).flatten(1)
-    return core, mask
+    mask = torch.zeros(*places.shape[:2], pattern.group, dtype=torch.bool, device=places.device)
+    return mask.scatter_(-1, places.long(), True).flatten(1)
+
+
+def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
+    """Where the kept values of an N:M core lie in their groups, integers `[out, groups, N]`."""
+    groups, width = columns // pattern.group, _bits(pattern.group)
+    bits = _bits_of(indices, groups * pattern.keep * width)
+    if width > 8:
+        bits = bits.int()
+    bits = bits.unflatten(1, (groups, pattern.keep, width))
+    powers = 2 ** torch.arange(width, device=bits.device, dtype=bits.dtype)
+    return (bits * powers).sum(-1, dtype=bits.dtype)
 
 
 def _bytes(bits: Tensor) -> Tensor:

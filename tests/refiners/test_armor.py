@@ -316,10 +316,10 @@ def test_what_fits_is_not_refused(text: str) -> None:
 
 
 def test_many_supports_come_with_a_caution_that_counts_them() -> None:
-    caution = armor().caution(Pattern.parse("5:10"))
-    assert caution == "5:10 has 252 supports a group: a sweep takes about 42 times 2:4"
+    (caution,) = armor().cautions(Pattern.parse("5:10"), None)
+    assert caution == "5:10 has 252 supports a group: a sweep takes 42 times 2:4's"
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:16"])
 def test_few_supports_come_without_a_caution(text: str) -> None:
-    assert armor().caution(Pattern.parse(text)) == ""
+    assert armor().cautions(Pattern.parse(text), None) == []

@@ -527,14 +527,21 @@ def test_preset_has_the_published_values() -> None:
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "1:4"])
 def test_n_of_m_comes_with_a_caution_that_names_the_pattern(text: str) -> None:
-    caution = methods.load("refiners", "dsnot", {}).caution(Pattern.parse(text))
+    (caution,) = methods.load("refiners", "dsnot", {}).cautions(Pattern.parse(text), None)
     assert f"make {text} models worse" in caution
     assert "compare" in caution
 
 
 @pytest.mark.parametrize("text", ["50%", "60%", "50%/tensor"])
 def test_unstructured_pattern_comes_without_a_caution(text: str) -> None:
-    assert methods.load("refiners", "dsnot", {}).caution(Pattern.parse(text)) == ""
+    wanda = methods.load("pruners", "wanda", {})
+    assert methods.load("refiners", "dsnot", {}).cautions(Pattern.parse(text), wanda) == []
+
+
+def test_pruner_whose_values_are_lost_is_named() -> None:
+    sparsegpt = methods.load("pruners", "sparsegpt", {})
+    (caution,) = methods.load("refiners", "dsnot", {}).cautions(Pattern.parse("50%"), sparsegpt)
+    assert caution == "where DSnoT refines, the values that sparsegpt gave the weights are lost"
 
 
 @pytest.mark.parametrize(

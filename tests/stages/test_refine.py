@@ -676,7 +676,7 @@ def test_command_line_refines_a_sparse_model(cli, run, family, sparse, row_file,
 
 
 def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row_file, tmp_path):
-    flags = ("--method", "dsnot", "--initial", "ria", "-O", "power=0", "-O", "modules=all")
+    flags = ("--method", "dsnot", "--initial", "ria", "-O", "dsnot.power=0", "-O", "modules=all")
     found = cli(
         "prune", family("llama"), "-o", tmp_path / "typed", "--calibration", row_file, *flags
     )

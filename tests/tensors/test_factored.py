@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsekit.errors import DataError
-from sparsekit.tensors.factored import Factored, pack, stored_shapes, unpack
+from sparsekit.tensors.factored import Factored, mask_of, pack, stored_shapes, unpack
 from sparsekit.tensors.patterns import Pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,6 +42,11 @@ def factored_of(text: str, rows: int, columns: int, block: int, seed: int = 0) -
     return Factored(core=core, mask=mask, left=left, right=right)
 
 
+def unpacked(*packed) -> tuple[Tensor, Tensor]:
+    """Core and mask of what `pack` gave."""
+    return unpack(*packed), mask_of(*packed)
+
+
 def places_of(row: Tensor, count: int, width: int) -> list[int]:
     """The numbers that a row of bytes holds, each in so many bits, the first in the lowest."""
     bits = [(byte >> at) & 1 for byte in row.tolist() for at in range(8)]
@@ -56,7 +61,7 @@ def test_core_and_mask_come_back_bit_for_bit(text: str) -> None:
     core, mask = core_of(text)
     pattern = Pattern.parse(text)
     values, indices = pack(core, mask, pattern)
-    found = unpack(values, indices, pattern, core.shape[1])
+    found = unpacked(values, indices, pattern, core.shape[1])
     assert torch.equal(found[0], core)
     assert torch.equal(found[1], mask)
     assert not (found[0].signbit() & (found[0] == 0)).any()
@@ -110,7 +115,7 @@ def test_value_of_zero_inside_the_mask_keeps_its_place(text: str) -> None:
     core[1] = 0
     first = mask.nonzero()[0]
     core[first[0], first[1]] = 0
-    found, where = unpack(*pack(core, mask, pattern), pattern, core.shape[1])
+    found, where = unpacked(*pack(core, mask, pattern), pattern, core.shape[1])
     assert torch.equal(where, mask)
     assert torch.equal(found, core)
 
@@ -122,15 +127,15 @@ def test_places_that_do_not_rise_are_refused(text: str) -> None:
     pattern = Pattern.parse(text)
     values, indices = pack(core, mask, pattern)
     if pattern.keep == 1:
-        _, found = unpack(values, torch.zeros_like(indices), pattern, core.shape[1])
+        found = mask_of(values, torch.zeros_like(indices), pattern, core.shape[1])
         assert found.nonzero()[:, 1].remainder(pattern.group).eq(0).all()
         return
     with pytest.raises(DataError, match=f"places of a {text} core do not rise within their groups"):
-        unpack(values, torch.zeros_like(indices), pattern, core.shape[1])
+        mask_of(values, torch.zeros_like(indices), pattern, core.shape[1])
     swapped = indices.clone()
     swapped[3, 0] = 0b00000001 if pattern.group == 4 else 0b00010010
     with pytest.raises(DataError, match="do not rise"):
-        unpack(values, swapped, pattern, core.shape[1])
+        mask_of(values, swapped, pattern, core.shape[1])
 
 
 @pytest.mark.parametrize("text", ["5:10", "3:5"])
@@ -140,15 +145,15 @@ def test_places_beyond_their_group_are_refused(text: str) -> None:
     pattern = Pattern.parse(text)
     values, indices = pack(core, mask, pattern)
     with pytest.raises(DataError, match="within their groups"):
-        unpack(values, torch.full_like(indices, 255), pattern, core.shape[1])
+        mask_of(values, torch.full_like(indices, 255), pattern, core.shape[1])
     # The last place alone, as if the group were one longer.
     wide = Pattern.parse(f"{pattern.keep}:{pattern.group + 1}")
     last = torch.zeros(1, wide.group)
     last[0, -pattern.keep :] = 1
     values, indices = pack(last, last != 0, wide)
-    assert unpack(values, indices, wide, wide.group)[1][0, -1]
+    assert mask_of(values, indices, wide, wide.group)[0, -1]
     with pytest.raises(DataError, match="within their groups"):
-        unpack(values, indices, pattern, pattern.group)
+        mask_of(values, indices, pattern, pattern.group)
 
 
 @pytest.mark.parametrize("what", ["columns", "values", "bytes", "rows", "pattern"])
@@ -167,7 +172,7 @@ def test_shapes_that_do_not_fit_are_refused(what: str) -> None:
     else:
         pattern = Pattern.parse("3:4")
     with pytest.raises(DataError, match=rf"of a {pattern} weight \d+ x {columns} has the shape"):
-        unpack(values, indices, pattern, columns)
+        mask_of(values, indices, pattern, columns)
 
 
 # --------------------------------------------------------------------------------------- products
@@ -253,6 +258,22 @@ def test_published_size_of_a_core() -> None:
     assert math.prod(shapes["left"]) + math.prod(shapes["right"]) == 128 * (256 + 512)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "bits"),
+    [
+        (4096, 4096, 128, 10.0),  # attention of LLaMA-2-7B: 9 + 16 * 128 * 2 / 4096
+        (11008, 4096, 128, 9.686),  # its MLP: 9 + 16 * 128 * (1 / 4096 + 1 / 11008)
+        (576, 576, 32, 10.778),  # attention of SmolLM2-135M
+        (1536, 576, 32, 10.222),  # its MLP
+    ],
+)
+def test_bits_of_a_weight_with_its_blocks(rows, columns, block, bits) -> None:
+    """2:4 in bfloat16, 9 bits, and 16 for each number of A and B (by hand, spec. 8.9)."""
+    shapes = stored_shapes(rows, columns, Pattern.parse("2:4"), block=block)
+    found = 8 * math.prod(shapes.pop("indices")) + 16 * sum(map(math.prod, shapes.values()))
+    assert found / (rows * columns) == pytest.approx(bits, abs=5e-4)
+
+
 @pytest.mark.parametrize("how", ["flat", "other blocks"])
 @pytest.mark.parametrize(
     "part",
@@ -283,7 +304,7 @@ def test_core_of_an_unstructured_pattern_comes_back_bit_for_bit(text: str, colum
     assert [places_of(row, columns, 1) for row in indices] == mask.int().tolist()
     shapes = {"values": tuple(values.shape), "indices": tuple(indices.shape)}
     assert shapes == stored_shapes(7, columns, pattern)
-    found, where = unpack(values, indices, pattern, columns)
+    found, where = unpacked(values, indices, pattern, columns)
     assert torch.equal(found, core)
     assert torch.equal(where, mask)
 
@@ -294,7 +315,7 @@ def test_bits_that_do_not_count_the_values_are_refused() -> None:
     values, indices = pack(weight, mask, pattern)
     indices[3, 1] ^= 1
     with pytest.raises(DataError, match=r"bits of a 50% core do not count its 56 values"):
-        unpack(values, indices, pattern, 16)
+        mask_of(values, indices, pattern, 16)
 
 
 def test_low_rank_part_is_added_and_stored() -> None:
