@@ -18,7 +18,7 @@ ROWS = PARITY / "calibration_c4_32x512.safetensors"
 WINDOWS = PARITY / "eval_wikitext2_16x1024.safetensors"
 SPARSEGPT = 96.98  # 2:4, published
 # The same for all that is compared: enough to tell them apart, in a third of the time.
-SHORT = ("--method", "armor", "-O", "block=64", "-O", "sweeps=6")
+SHORT = ("--method", "armor", "-O", "armor.block=64", "-O", "sweeps=6")
 
 pytestmark = [
     pytest.mark.slow,
@@ -78,7 +78,7 @@ def test_compensation_makes_armor_better(measured):
 
 
 def test_larger_blocks_cost_bits_and_buy_quality(measured):
-    sides = [measured("--method", "armor", "-O", f"block={n}", *SHORT[4:]) for n in (32, 64)]
+    sides = [measured(*SHORT[:3], f"armor.block={n}", *SHORT[4:]) for n in (32, 64)]
     assert sides[1]["perplexity"] < sides[0]["perplexity"]
     assert sides[0]["bits"] < sides[1]["bits"]
 
@@ -102,6 +102,8 @@ def test_coordinate_descent_takes_a_twentieth_of_the_time_of_adam():
 
 def test_armor_is_far_below_sparsegpt_and_better_with_more_time(measured):
     found = {n: measured("--method", "armor", "--budget", f"{n}m") for n in (4, 8, 12)}
+    others = [measured("--method", m) for m in ("wanda", "nowag", "sparsegpt", "alps")]
+    assert found[4]["perplexity"] < 0.7 * min(other["perplexity"] for other in others)
     for minutes, run in found.items():
         assert run["seconds"] < 60 * minutes * 1.1
         assert run["perplexity"] < 0.6 * SPARSEGPT

@@ -133,7 +133,7 @@ def prune(
         name = named(model)
         refuse_early(name, out, overwrite=overwrite)
         if dry_run:
-            from sparsekit.stages.job import plan as stage
+            from sparsekit.stages.plan import plan as stage
 
             show.plan(terminal, stage(config, name, out, overwrite=overwrite, progress=progress))
         else:

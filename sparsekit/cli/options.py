@@ -39,7 +39,10 @@ PatternText = Annotated[
     ),
 ]
 Options = Annotated[
-    list[str], typer.Option("--option", "-O", help="KEY=VALUE of the method; repeatable.")
+    list[str],
+    typer.Option(
+        "--option", "-O", help="KEY=VALUE of the method, or METHOD.KEY=VALUE; repeatable."
+    ),
 ]
 Refine = Annotated[
     str | None, typer.Option(help="A refinement of what the method makes, as dsnot.")
@@ -126,6 +129,8 @@ def prune_config(
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"--option {item!r} has no value", "write --option KEY=VALUE")
+        if key.strip() in options:
+            raise UsageError(f"option {key.strip()!r} is given twice", "leave out one")
         options[key.strip()] = value.strip()
     rows: Calibration | None = None
     if calibration is not None:

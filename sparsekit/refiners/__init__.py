@@ -38,7 +38,8 @@ class Refiner(ABC):
     rowwise: ClassVar[bool] = False
     """As of `Pruner`."""
     rounds: ClassVar[Mapping[str, Any]] = {}
-    """Options with which only a time limit ends the method; empty: it does not work in rounds."""
+    """Options with which only a time limit ends the method; empty: it does not work in rounds. Such
+    a method tells in its numbers how many `sweeps` a weight got."""
     propagate: ClassVar[bool] = True
     """As of `Pruner`."""
 

@@ -60,7 +60,8 @@ def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
         f"{mean:.2%} of all weights ({float(job.pattern.sparsity):.2%} asked for)"
     )
     pairs = zip(names, patterns, strict=True)
-    return Patterns(job.pattern, {name: pattern for block, pattern in pairs for name in block})
+    own = {name: pattern for block, pattern in pairs for name in block}
+    return Patterns(base=job.pattern, own=own)
 
 
 def keep_shares(outliers: Sequence[float], sizes: Sequence[int], keep: float) -> list[float]:

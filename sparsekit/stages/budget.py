@@ -32,8 +32,6 @@ class Budget:
         self, seconds: float, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.seconds = seconds
-        self.unswept = 0
-        """Weights for which no time was left."""
         self._clock = clock
         self._started = clock()
         self._ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
@@ -63,7 +61,6 @@ class Budget:
             return not slow and now - began + took / 2 < limit
 
         yield go_on
-        self.unswept += share <= 0
         self._done += size
         self._solving += self._clock() - began
         self._learn(rate, size, late=self._clock() - began > share)

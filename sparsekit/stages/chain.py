@@ -28,11 +28,12 @@ RECONSTRUCT_STEPS = 20
 RECONSTRUCT_DAMPING = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Patterns:
     """The pattern of each weight: one for all, but where blocks or a given mask differ."""
 
     base: Pattern
+    """Of the weights that have no other."""
     own: Mapping[str, Pattern] = field(default_factory=dict)
     """By the weight's name."""
 

@@ -123,7 +123,10 @@ class PruneConfig:
         return f"{self.refiner} from {self.pruner or 'the given mask'}"
 
     def options_of(self, kind: Literal["pruners", "refiners"]) -> dict[str, str]:
-        """The options of the refiner, or of the pruner: those that the refiner does not have."""
+        """The options of the refiner or of the pruner, without the method before their names.
+
+        An option that names no method is the refiner's, if it has such a one.
+        """
         refiner = self._known("refiners")
         found = {}
         for key, value in self.options.items():
@@ -185,19 +188,21 @@ class PruneConfig:
         """Refuse options that no method of the run has, or that could be those of two."""
         taking = [name for name in (self.refiner, self.pruner) if name is not None]
         shared = self._known("refiners") & self._known("pruners")
+        known = self._known("refiners") | self._known("pruners")
         for key in self.options:
-            method, _, name = key.rpartition(".")
-            if method and method not in taking:
+            method, dot, name = key.rpartition(".")
+            if dot and method not in taking:
                 raise UsageError(
                     f"option {key!r}: {method!r} is no method of this run",
-                    f"{' and '.join(taking)} take options",
+                    f"this run has {' and '.join(taking)}",
                 )
             if not method and name in shared:
                 both = f"{self.refiner}.{name} or {self.pruner}.{name}"
                 raise UsageError(
                     f"{' and '.join(taking)} both have an option {name!r}", f"write {both}"
                 )
-            known = self._known("refiners") | self._known("pruners")
+            if dot and name in self.options:
+                raise UsageError(f"option {name!r} is given twice", "leave out one")
             if not method and name not in known and len(taking) > 1:
                 raise UsageError(
                     f"neither {self.refiner} nor {self.pruner} has an option {name!r}",

@@ -12,7 +12,7 @@ from sparsekit.models.reference import resolve, title
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate
-from sparsekit.stages.job import plan
+from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.report import NUMERICS
 

@@ -103,18 +103,13 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
 
     Raises:
         PatternError: The first weight without the pattern.
-        CheckFailedError: The first other offender: NaN or Inf, -0.0, other bytes, untied weights.
+        CheckFailedError: The first other offender: NaN or Inf, -0.0, other bytes, untied weights,
+            factors that are missing or do not multiply to the weight.
         UsageError: There is no pattern to check.
         DataError: The folder is no readable checkpoint.
     """
     given = Pattern.parse(pattern) if pattern else None
-    path = resolve(model, progress)
-    try:
-        source = Checkpoint.open(path)
-    except DataError as error:
-        if (path / PROVENANCE).is_file():  # a folder that sparsekit wrote was whole once
-            raise CheckFailedError(error.message, error.hint) from error
-        raise
+    source = _written(resolve(model, progress))
     pruned = source.pruned()
     if given is None and not pruned:
         raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
@@ -155,6 +150,16 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
         "size": size,
         "fingerprint": fingerprint,
     }
+
+
+def _written(path: Path) -> Checkpoint:
+    """The checkpoint in a folder; one that sparsekit wrote was whole once."""
+    try:
+        return Checkpoint.open(path)
+    except DataError as error:
+        if (path / PROVENANCE).is_file():
+            raise CheckFailedError(error.message, error.hint) from error
+        raise
 
 
 def _weights(

@@ -2,12 +2,10 @@
 
 import fnmatch
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,13 +19,12 @@ from sparsekit.models.folder import FACTORS, UNFACTORED, factor_name
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve
-from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.chain import Chain, Patterns, require_shapes
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
+from sparsekit.tensors.sums import Want
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +45,11 @@ class Job:
 
     @property
     def pattern(self) -> Pattern:
-        """The pattern that was asked for."""
+        """The pattern that was asked for, or that a given mask was last made with."""
         return self.patterns.base
 
     def notes(self) -> list[str]:
-        """What the user should know before the run."""
+        """What the user should know before the run: what speaks against it, and ARMOR's blocks."""
         found = []
         kind = self.source.config.model_type
         if not self.stream.tested:
@@ -61,7 +58,8 @@ class Job:
                 "the source's"
             )
         if self.chain.refiner:
-            found += self.chain.refiner.cautions(self.pattern, self.chain.pruner)
+            for pattern in dict.fromkeys(map(self.patterns.of, self.targets)):
+                found += self.chain.refiner.cautions(pattern, self.chain.pruner)
             if self.source.pruned():
                 found.append(
                     f"{self.source.path} is pruned already: to refine its mask, name its --dense"
@@ -102,11 +100,10 @@ def prepare(
     refuse_foreign(partial)
     chain = Chain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
-    pattern = patterns.base
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = _select(stream, config.skip)
-    _refuse_misfits(targets, pattern)
+    _refuse_misfits(targets, patterns)
     _refuse_what_does_not_go(config, chain, targets, patterns)
     if chain.given is not None:
         require_shapes(chain.given, targets)
@@ -131,61 +128,15 @@ def prepare(
     )
 
 
-def plan(
-    config: PruneConfig,
-    model: str,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """What `prune` would do, after the same checks, without a forward pass or a written byte.
-
-    Raises:
-        UsageError: As `prune`.
-        DataError: As `prune`, except for what only reading all weights shows.
-    """
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
-    size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
-    zeros = sum(job.pattern.zeros(*t.shape) for t in job.targets)
-    return {
-        "model": str(job.source.path),
-        "out": str(out),
-        "method": config.title,
-        "pattern": str(job.pattern),
-        "blocks": len(job.stream),
-        "weights": len(job.targets),
-        "zeros": zeros,
-        "size": size,
-        "skipped": job.skipped,
-        "bits_per_weight": _bits(job),
-        "notes": job.notes(),
-        "bytes_to_write": job.layout.n_bytes,
-        "bytes_free": shutil.disk_usage(existing_parent(out)).free,
-        "peak_memory_estimate_bytes": _peak_estimate(job),
-        "device": str(job.stream.device),
-        "dtype": str(job.stream.dtype).removeprefix("torch."),
-    }
-
-
-def _bits(job: Job) -> float | None:
-    """Mean bits on disk of a weight that is kept as factors; None without such."""
-    stored = [place for place in job.layout.places.values() if place.file == FACTORS]
-    shapes = [t.shape for t in job.targets if job.chain.stored_shapes(t, job.patterns.of(t))]
-    if not stored:
-        return None
-    return 8 * sum(p.stop - p.start for p in stored) / sum(map(math.prod, shapes))
-
-
 def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
     """The pattern that was asked for, or those that a sparse model was pruned to."""
     if config.pattern is not None or config.dense is None:
-        return Patterns(Pattern.parse(config.pattern or "2:4"))
+        return Patterns(base=Pattern.parse(config.pattern or "2:4"))
     told = given.pruned()
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
     own = {row["name"]: Pattern.parse(row["pattern"]) for e in told for row in e["weights"]}
-    return Patterns(Pattern.parse(told[-1]["recipe"]["pattern"]), own)
+    return Patterns(base=Pattern.parse(told[-1]["recipe"]["pattern"]), own=own)
 
 
 def _refuse_what_does_not_go(
@@ -280,15 +231,16 @@ def _globs_like(glob: str, names: Iterable[str]) -> str:
     return did_you_mean(glob, known, otherwise=form)
 
 
-def _refuse_misfits(targets: Sequence[Target], pattern: Pattern) -> None:
-    """Refuse a pattern whose groups do not divide the inputs of every target.
+def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
+    """Refuse a pattern whose groups do not divide the inputs of its targets.
 
     Raises:
         UsageError: Names the first such weight, and the ways out.
     """
-    odd = [target for target in targets if pattern.misfit(target.shape[1])]
+    odd = [target for target in targets if patterns.of(target).misfit(target.shape[1])]
     if not odd:
         return
+    pattern = patterns.of(odd[0])
     common = math.gcd(*(target.shape[1] for target in targets))
     # The same share with the largest shorter group that divides every weight.
     keeps = ((group * pattern.keep / pattern.group, group) for group in range(pattern.group, 1, -1))
@@ -301,33 +253,3 @@ def _refuse_misfits(targets: Sequence[Target], pattern: Pattern) -> None:
         f"{odd[0].name}: {pattern.misfit(odd[0].shape[1])}",
         ", or ".join(ways) or "50% fits every weight",
     )
-
-
-def _peak_estimate(job: Job) -> int:
-    """An estimate of this process's memory above the interpreter with its libraries, in bytes."""
-    stream, places = job.stream, job.source.places
-    wide = torch.tensor([], dtype=stream.dtype).element_size()
-    blocks = []
-    for index in range(len(stream)):
-        block = stream.block(index)
-        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
-        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
-        # Which weights share an input shows in the forward only: at most one Gram matrix for each,
-        # and for the largest its factors (ALPS: eigenvectors in float64, their inverse, and what
-        # LAPACK works in).
-        widths = [target.shape[1] for target in block.targets]
-        grams = 0
-        if job.want and Want.GRAM in job.want:
-            grams = 4 * sum(w * w for w in widths) + 8 * 6 * max(widths) ** 2
-        solving = 2 * max(math.prod(target.shape) for target in block.targets)
-        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
-    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
-    hidden = 0
-    if job.calibration:
-        samples, length = job.calibration.shape(job.source.config)
-        width = job.source.config.get_text_config().hidden_size
-        hidden = samples * length * width * wide
-        # What one row makes on its way through a block, and the sampled inputs.
-        ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
-        hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
-    return hidden + max(max(blocks), outside) + KEPT_BYTES

@@ -33,7 +33,7 @@ from sparsekit.stages.report import (
 from sparsekit.stages.weights import prune_block, restore
 
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
-UNTOLD = ("stage", "versions", "source", "config", "layout")
+UNTOLD = ("stage", "versions", "source", "config", "layout", "own_patterns")
 
 
 def prune(
@@ -90,12 +90,7 @@ def prune(
             progress=progress,
         )
         progress.end()
-        _tell_damping(job, weights, progress)
-        if budget and budget.unswept:
-            progress.note(
-                f"{config.budget:g} s were not enough for one round on each weight: "
-                f"{budget.unswept} of {len(weights)} stay as {config.pruner or 'given'}"
-            )
+        _tell_trouble(job, weights, progress)
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": config.dense or model, "fingerprint": fingerprint},
             "mask": _mask_source(job, model),
@@ -136,7 +131,7 @@ def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress)
 
 
 def _rows(job: Job, progress: Progress) -> TokenRows | None:
-    """The calibration rows; says first what should make the user look at the result with care."""
+    """The calibration rows; tells first what the user should know before the run."""
     for note in job.notes():
         progress.note(note)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
@@ -155,6 +150,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         "layout": job.source.layout,
         "method": job.config.title,
         "pattern": str(job.pattern),
+        "own_patterns": sha256_json({name: str(own) for name, own in job.patterns.own.items()}),
         **job.chain.options(),
         "mask": job.chain.given.fingerprint if job.chain.given else None,
         "reconstruct": job.config.reconstruct,
@@ -213,8 +209,14 @@ def _config(job: Job) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "_name_or_path"}
 
 
-def _tell_damping(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
-    """Say when a Gram matrix needed more damping than was asked for."""
+def _tell_trouble(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
+    """Say where a Gram matrix needed more damping than was asked for, or the time was too short."""
+    unswept = sum(row["numbers"].get("sweeps") == 0 for row in weights)
+    if job.config.budget is not None and unswept:
+        progress.note(
+            f"{job.config.budget:g} s were not enough for one round on each weight: "
+            f"{unswept} of {len(weights)} stay as {job.config.pruner or 'given'}"
+        )
     used = [row["numbers"]["damping"] for row in weights if "damping" in row["numbers"]]
     asked = asdict(job.chain.pruner).get("damping", 0.0) if job.chain.pruner else 0.0
     raised = sum(damping > asked for damping in used)

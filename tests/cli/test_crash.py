@@ -72,8 +72,8 @@ def uninterrupted(family, many_rows, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("blocks", "method"),
-    [(1, "sparsegpt"), (3, "nowag"), (BLOCKS - 1, "sparsegpt")],
-    ids=["first", "middle", "last"],
+    [(1, "sparsegpt"), (3, "nowag"), (2, "armor"), (BLOCKS - 1, "sparsegpt")],
+    ids=["first", "middle", "factors", "last"],
 )
 def test_run_killed_at_a_block_is_finished_by_the_same_command_to_the_same_bytes(
     start, cli, family, many_rows, tmp_path, uninterrupted, blocks, method

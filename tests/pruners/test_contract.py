@@ -93,6 +93,14 @@ def test_weights_with_the_same_input_share_sums_without_disturbing_them(name: st
 
 
 @every_method
+def test_method_that_updates_weights_says_so(name: str) -> None:
+    weight = weight_of(16, 64)
+    pruned = run(name, "2:4", weight, inputs_of(200, 64))
+    kept = torch.equal(pruned.weight, weight.masked_fill(~pruned.mask, 0.0))
+    assert load(name).updates == (not kept)
+
+
+@every_method
 @every_pattern
 def test_dead_inputs_give_finite_weights(name: str, text: str) -> None:
     run(name, text, weight_of(12, 64), inputs_of(200, 64, dead=(0, 5, 6, 7, 63)))

@@ -1,5 +1,7 @@
 """How OWL shares the zeros out over blocks: its arithmetic, and whole runs on tiny checkpoints."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
+from sparsekit.progress import SILENT, Silent
 from sparsekit.stages.allocate import keep_shares, patterns_of
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
-from sparsekit.stages.job import plan
+from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.tensors.patterns import Pattern
 
@@ -59,12 +62,21 @@ def test_groups_are_rounded_so_that_their_mean_is_within_half_a_step_of_one_bloc
     assert abs(kept - 0.5) <= max(SIZES) / sum(SIZES) / pattern.group / 2 + 1e-9
 
 
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
 @pytest.fixture
 def run(row_file, tmp_path):
-    def pruned(source, out="out", **options):
+    def pruned(source, out="out", progress=SILENT, **options):
         rows = Calibration(source=str(row_file))
         options = {"allocate": "owl", "pattern": "60%", **options}
-        return prune(PruneConfig(calibration=rows, **options), str(source), tmp_path / out)
+        config = PruneConfig(calibration=rows, **options)
+        return prune(config, str(source), tmp_path / out, progress=progress)
 
     return pruned
 
@@ -80,7 +92,8 @@ def test_block_with_outliers_keeps_more_and_the_whole_keeps_its_share(
         if name.startswith("model.layers.1.") and name.endswith("proj.weight"):
             tensors[name].view(-1)[::20] *= 12
     save_file(tensors, file, {"format": "pt"})
-    report = run(source, pattern=pattern)
+    notes = Notes()
+    report = run(source, pattern=pattern, progress=notes)
     rows = report.entry["weights"]
     shares = [
         sum(r["zeros"] for r in rows if f".{block}." in r["name"])
@@ -93,6 +106,12 @@ def test_block_with_outliers_keeps_more_and_the_whole_keeps_its_share(
     asked = float(Pattern.parse(pattern).sparsity)
     assert report.entry["totals"]["sparsity"] == pytest.approx(asked, abs=step)
     assert len({row["pattern"] for row in rows}) == 2
+    (note,) = [note for note in notes.told if note.startswith("blocks get from")]
+    told = [float(number) / 100 for number in re.findall(r"([\d.]+)%", note)]
+    parts = [float(Pattern.parse(row["pattern"]).sparsity) for row in rows]
+    assert told[:2] == pytest.approx([min(parts), max(parts)], abs=1e-4)
+    assert told[2] == pytest.approx(mean(parts, [row["size"] for row in rows]), abs=1e-4)
+    assert told[3] == pytest.approx(asked)
     assert verify(str(report.out))["weights"] == len(rows)
     model = AutoModelForCausalLM.from_pretrained(report.out)
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()

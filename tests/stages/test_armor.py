@@ -25,7 +25,7 @@ from sparsekit.progress import Silent
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import inspect, verify
-from sparsekit.stages.job import plan
+from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.report import PruneReport
 from sparsekit.tensors.factored import Factored
@@ -671,8 +671,31 @@ def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_
         files = report.out.glob("*.safetensors")
         assert found["bytes_to_write"] == sum(file.stat().st_size for file in files)
         assert found["method"] == "armor from nowag"
-        for key in ("zeros", "size", "weights"):
+        assert found["notes"] == ["side of the blocks of A and B: 8 in 14 weights"]
+        for key in ("zeros", "size", "weights", "bits_per_weight"):
             assert found[key] == report.entry["totals"][key]
+
+
+def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
+    options = {
+        "compensate": "lowrank",
+        "rank": "10%",
+        "budget": 600.0,
+        "options": {"armor.block": "8"},
+    }
+    entry = run(family("llama"), method="armor", initial="sparsegpt", **options)
+    card = (entry.out / "README.md").read_text()
+    assert "| method | armor from sparsegpt {'solver': 'als', 'block': '8'," in card
+    assert "| begun with | {'damping': '0.01'" in card
+    assert "| rank of the compensation | 0.1 of a side |" in card
+    assert "| time limit | 600 s |" in card
+    assert "reconstruction" not in card
+    plain = {"method": "wanda", "options": {}, "pattern": "60%"}
+    owl = run(family("llama"), allocate="owl", reconstruct="cg", **plain)
+    card = (owl.out / "README.md").read_text()
+    assert "| reconstruction | cg |" in card
+    assert "| allocation of zeros | owl |" in card
+    assert "time limit" not in card
 
 
 def test_model_card_says_what_it_is(run, family, made):

@@ -71,7 +71,7 @@ import psutil, torch
 from sparsekit.models.calibration import Calibration
 from sparsekit.progress import Silent
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.job import plan
+from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.memory import peak_memory
 

@@ -16,7 +16,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.rows import fingerprint
 from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.job import plan
+from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.report import PruneReport
 

@@ -10,13 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import sha256_file
+from sparsekit.models.architecture import Target
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.stages.chain import Chain, Patterns
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
-from sparsekit.stages.job import plan
+from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.report import PruneReport
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import InputSums, Want
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DSNOT = {
@@ -684,3 +688,85 @@ def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row
     recipe = history(tmp_path / "typed")[0]["recipe"]
     assert recipe["method"] == "dsnot from ria"
     assert recipe["options"] == {**DSNOT, "power": "0.0"}
+
+
+# Options of two methods
+
+
+@pytest.mark.parametrize(
+    ("method", "initial", "name"),
+    [("armor", "sparsegpt", "damping"), ("dsnot", "ria", "power")],
+)
+def test_option_of_both_methods_must_name_its_own(method, initial, name):
+    config = PruneConfig(method=method, initial=initial, options={name: "0.5"})
+    with pytest.raises(UsageError, match=f"both have an option '{name}'") as refused:
+        config.check()
+    assert refused.value.hint == f"write {method}.{name} or {initial}.{name}"
+    for one, kind in ((method, "refiners"), (initial, "pruners")):
+        named = PruneConfig(method=method, initial=initial, options={f"{one}.{name}": "0.5"})
+        named.check()
+        other = {"refiners": "pruners", "pruners": "refiners"}[kind]
+        assert named.options_of(kind) == {name: "0.5"}
+        assert named.options_of(other) == {}
+
+
+def test_option_of_a_method_that_does_not_run_is_refused():
+    config = PruneConfig(method="dsnot", options={"alps.damping": "0.5"})
+    with pytest.raises(UsageError, match="'alps' is no method of this run") as refused:
+        config.check()
+    assert refused.value.hint == "this run has dsnot and wanda"
+
+
+@pytest.mark.parametrize("key", ["dsnot.cycles", ".cycles"])
+def test_option_given_twice_or_without_a_method_is_refused(key):
+    options = {"cycles": "7", key: "9"} if key[0] == "d" else {key: "9"}
+    match = "'cycles' is given twice" if key[0] == "d" else "'' is no method of this run"
+    with pytest.raises(UsageError, match=match):
+        PruneConfig(method="dsnot", options=options).check()
+
+
+def test_option_of_one_method_alone_reaches_it(run, family):
+    options = {"options": {"sparsegpt.damping": "0.05", "cycles": "7"}}
+    recipe = run(family("llama"), method="dsnot", initial="sparsegpt", **options).entry["recipe"]
+    assert recipe["initial_options"]["damping"] == "0.05"
+    assert recipe["options"]["cycles"] == "7"
+
+
+# What differs from weight to weight
+
+
+def test_mask_made_with_owl_is_refined_block_by_block(run, family, sparse, tmp_path):
+    given = sparse(pattern="60%", allocate="owl")
+    rows = history(given)[-1]["weights"]
+    assert len({row["pattern"] for row in rows}) == 2
+    options = {"refine": "dsnot", "dense": str(family("llama"))}
+    planned = plan(PruneConfig(**options), str(given), tmp_path / "planned")
+    report = run(given, **options)
+    assert planned["zeros"] == report.entry["totals"]["zeros"] == sum(r["zeros"] for r in rows)
+    found = {row["name"]: row for row in report.entry["weights"]}
+    assert {row["name"]: (row["pattern"], row["zeros"]) for row in rows} == {
+        name: (row["pattern"], row["zeros"]) for name, row in found.items()
+    }
+    before, after = tensors_in(given), tensors_in(report.out)
+    assert sum(swapped(before[name], after[name]) for name in found) > 0
+    assert verify(str(report.out))["weights"] == len(rows)
+
+
+def test_weights_of_unlike_treatment_are_not_solved_as_one():
+    """Attention and MLP of one block may read the same inputs (parallel blocks)."""
+    names = ("attn.q.weight", "attn.k.weight", "mlp.up.weight")
+    targets = [
+        Target(name, name.removesuffix(".weight"), transposed=False, shape=(4, 8)) for name in names
+    ]
+    sums = dict.fromkeys(names, InputSums(8, Want.MOMENTS))
+    one = Patterns(base=Pattern.parse("50%"))
+    two = Patterns(base=Pattern.parse("50%"), own={names[0]: Pattern.parse("60%")})
+
+    def sizes(patterns, **options):
+        chain = Chain.build(PruneConfig(method="dsnot", initial="sparsegpt", **options), None)
+        return [len(group) for group in chain.groups(targets, sums, patterns)]
+
+    assert sizes(one) == [2, 1]
+    assert sizes(one, options={"modules": "all"}) == [3]
+    assert sizes(two, options={"modules": "all"}) == [1, 2]
+    assert sizes(one, compensate="lowrank") == [1, 1, 1]

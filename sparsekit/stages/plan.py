@@ -1,0 +1,92 @@
+"""What a prune run would do and cost, told without doing it."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit.files import existing_parent
+from sparsekit.models.folder import FACTORS
+from sparsekit.models.skeleton import KEPT_BYTES
+from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.job import Job, prepare
+from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
+
+
+def plan(
+    config: PruneConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `prune` would do, after the same checks, without a forward pass or a written byte.
+
+    Raises:
+        UsageError: As `prune`.
+        DataError: As `prune`, except for what only reading all weights shows.
+    """
+    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
+    zeros = sum(job.patterns.of(t).zeros(*t.shape) for t in job.targets)
+    return {
+        "model": str(job.source.path),
+        "out": str(out),
+        "method": config.title,
+        "pattern": str(job.pattern),
+        "blocks": len(job.stream),
+        "weights": len(job.targets),
+        "zeros": zeros,
+        "size": size,
+        "skipped": job.skipped,
+        "bits_per_weight": _bits(job),
+        "notes": job.notes(),
+        "bytes_to_write": job.layout.n_bytes,
+        "bytes_free": shutil.disk_usage(existing_parent(out)).free,
+        "peak_memory_estimate_bytes": _peak_estimate(job),
+        "device": str(job.stream.device),
+        "dtype": str(job.stream.dtype).removeprefix("torch."),
+    }
+
+
+def _bits(job: Job) -> float | None:
+    """Mean bits on disk of a weight that is kept as factors; None without such."""
+    stored = [place for place in job.layout.places.values() if place.file == FACTORS]
+    shapes = [t.shape for t in job.targets if job.chain.stored_shapes(t, job.patterns.of(t))]
+    if not stored:
+        return None
+    return 8 * sum(p.stop - p.start for p in stored) / sum(map(math.prod, shapes))
+
+
+def _peak_estimate(job: Job) -> int:
+    """An estimate of this process's memory above the interpreter with its libraries, in bytes."""
+    stream, places = job.stream, job.source.places
+    wide = torch.tensor([], dtype=stream.dtype).element_size()
+    blocks = []
+    for index in range(len(stream)):
+        block = stream.block(index)
+        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
+        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
+        # Which weights share an input shows in the forward only: at most one Gram matrix for each,
+        # and for the largest its factors (ALPS: eigenvectors in float64, their inverse, and what
+        # LAPACK works in).
+        widths = [target.shape[1] for target in block.targets]
+        grams = 0
+        if job.want and Want.GRAM in job.want:
+            grams = 4 * sum(w * w for w in widths) + 8 * 6 * max(widths) ** 2
+        solving = 2 * max(math.prod(target.shape) for target in block.targets)
+        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
+    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
+    hidden = 0
+    if job.calibration:
+        samples, length = job.calibration.shape(job.source.config)
+        width = job.source.config.get_text_config().hidden_size
+        hidden = samples * length * width * wide
+        # What one row makes on its way through a block, and the sampled inputs.
+        ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
+        hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
+    return hidden + max(max(blocks), outside) + KEPT_BYTES
