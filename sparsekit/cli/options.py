@@ -95,7 +95,7 @@ BudgetText = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output of sparsekit.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check and show the plan; stdout stays empty.")
+    bool, typer.Option("--dry-run", help="Check and show the plan, on stdout with --json only.")
 ]
 
 

@@ -85,9 +85,10 @@ class Armor(Refiner):
     def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
         """See `Refiner.misfit`."""
         if pattern.scope != "group":
-            return f"armor needs an N:M pattern, not {pattern}"
+            return f"armor needs an N:M pattern, not {pattern}: 2:4 is usual"
         if self.block % pattern.group:
-            return f"armor: blocks of {self.block} do not hold whole groups of {pattern.group}"
+            groups = f"whole groups of {pattern.group}: its multiples do"
+            return f"armor: blocks of {self.block} do not hold {groups}"
         if (count := comb(pattern.group, pattern.keep)) > MOST_SUPPORTS:
             return f"armor tries all supports of a group, and {pattern} has {count:,}"
         if not self.block_of(rows, columns, pattern):

@@ -150,9 +150,7 @@ def _refuse_what_does_not_go(
     for target in targets:
         pattern = patterns.of(target)
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
-            raise UsageError(
-                f"{target.name}: {reason}", "another --pattern or -O block, or --skip it"
-            )
+            raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
         if config.allocate != "none" and chain.stored_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
