@@ -21,7 +21,7 @@ class FactoredLinear(nn.Module):
     def __init__(self, source: Checkpoint, name: str, old: nn.Module) -> None:
         super().__init__()
         self.weight_name = name
-        self.checked = False
+        self._checked = False  # its weight never changes, so that the first call's check is enough
         self.pattern = Pattern.parse(source.factor_patterns[name])
         transposed = not isinstance(old, nn.Linear)  # GPT-2's Conv1D
         self.in_features = old.weight.shape[0 if transposed else 1]
@@ -37,9 +37,9 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         packed = self.values, self.indices, self.pattern, self.in_features
-        if not self.checked:
+        if not self._checked:
             mask_of(*packed)
-            self.checked = True
+            self._checked = True
         core = unpack(*packed)
         inner = x if self.right is None else _by_blocks(x, self.right)  # x Bᵀ
         outer = inner @ core.T
