@@ -135,8 +135,9 @@ def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
     told = given.pruned()
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
+    base = Pattern.parse(told[-1]["recipe"]["pattern"])
     own = {row["name"]: Pattern.parse(row["pattern"]) for e in told for row in e["weights"]}
-    return Patterns(base=Pattern.parse(told[-1]["recipe"]["pattern"]), own=own)
+    return Patterns(base=base, own={name: one for name, one in own.items() if one != base})
 
 
 def _refuse_what_does_not_go(

@@ -460,7 +460,7 @@ def test_interrupted_refinement_goes_on_to_the_same_bytes(run, family, sparse, w
     assert ours == theirs
 
 
-@pytest.mark.parametrize("change", ["mask", "options", "refinement"])
+@pytest.mark.parametrize("change", ["mask", "options", "patterns", "refinement"])
 def test_interrupted_refinement_does_not_go_on_with_another(run, family, sparse, change):
     given, dense = sparse(), str(family("llama"))
     options = {"refine": "dsnot", "dense": dense}
@@ -470,6 +470,10 @@ def test_interrupted_refinement_does_not_go_on_with_another(run, family, sparse,
         given = sparse(method="magnitude", calibration=None)
     elif change == "options":
         options["options"] = {"cycles": "3"}
+    elif change == "patterns":
+        told = json.loads((given / "sparsekit.json").read_text())
+        told["history"][-1]["weights"][-1]["pattern"] = "3:4"
+        (given / "sparsekit.json").write_text(json.dumps(told))
     else:
         given, options = family("llama"), {"method": "dsnot"}
     with pytest.raises(UsageError, match=r"out\.partial"):
