@@ -821,6 +821,7 @@ def test_armor_refuses_patterns_and_blocks_that_it_cannot_have(cli, family, row_
     for arguments, match in [
         (("--pattern", "50%"), "armor needs an N:M pattern, not 50%"),
         (("-O", "block=6"), "blocks of 6 do not hold whole groups of 4"),
+        (("-O", "block=8", "-O", "block=16"), "option 'block' is given twice; leave out one"),
         (("--pattern", "8:16"), "8:16 has 12,870"),
         (("--reconstruct", "cg"), "--reconstruct cg has no meaning for armor"),
         (("--format", "packed"), "--format 'packed' is not known"),

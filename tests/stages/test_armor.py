@@ -21,6 +21,7 @@ from sparsekit.errors import CheckFailedError, DataError, UsageError
 from sparsekit.files import sha256_file
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import FactoredLinear
 from sparsekit.progress import Silent
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
@@ -674,6 +675,14 @@ def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_
         assert found["notes"] == ["side of the blocks of A and B: 8 in 14 weights"]
         for key in ("zeros", "size", "weights", "bits_per_weight"):
             assert found[key] == report.entry["totals"][key]
+
+
+def test_layer_refuses_a_core_whose_places_do_not_rise(made):
+    model = sparsekit.load(made("llama", "factored").out, "float32")
+    layer = next(m for m in model.modules() if isinstance(m, FactoredLinear))
+    layer.indices.zero_()  # every kept value lies first in its group
+    with pytest.raises(DataError, match="do not rise within their groups"):
+        layer(torch.ones(1, layer.in_features))
 
 
 def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
