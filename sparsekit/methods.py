@@ -41,7 +41,7 @@ class Method:
 
 
 def names(kind: str) -> list[str]:
-    """The names of all methods of a kind (`pruners`, `refiners`)."""
+    """The names of all methods of a kind (`pruners`, `refiners`, `recoverers`)."""
     folder = Path(__file__).with_name(kind)
     return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
@@ -154,7 +154,8 @@ def _constant(body: list[ast.stmt], name: str) -> Any:
 def _method_class(tree: ast.Module) -> ast.ClassDef:
     """The one class that derives from the abstract class of its kind."""
     classes = (n for n in tree.body if isinstance(n, ast.ClassDef))
-    return next(n for n in classes if any(ast.unparse(b) in ("Pruner", "Refiner") for b in n.bases))
+    kinds = ("Pruner", "Refiner", "Recoverer")
+    return next(n for n in classes if any(ast.unparse(b) in kinds for b in n.bases))
 
 
 def _options(body: list[ast.stmt]) -> list[Option]:

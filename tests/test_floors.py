@@ -10,7 +10,7 @@ import pytest
 import sparsekit
 
 ROOT = Path(sparsekit.__file__).parent
-FLOORS = ["", "tensors", "models", "pruners", "refiners", "stages", "cli"]
+FLOORS = ["", "tensors", "models", "pruners", "refiners", "recoverers", "stages", "cli"]
 FILES = sorted(ROOT.rglob("*.py"))
 # These answer a wrong flag, method or pattern, so they load without torch.
 LIGHT = {

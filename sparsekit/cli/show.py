@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsekit.stages.demo import DemoRow
     from sparsekit.stages.evaluate import Score
     from sparsekit.stages.inspect import Inspection
+    from sparsekit.stages.recover import RecoverReport
     from sparsekit.stages.report import PruneReport
 
 TASK_COLUMNS = (
@@ -66,6 +67,26 @@ def pruned(terminal: Terminal, report: "PruneReport") -> None:
         f"{recipe['method']} {recipe['pattern']} in {report.entry['seconds']:.0f} s",
         ("weights", "count", "zeros", "relative error", "worst", "solve s"),
         rows,
+    )
+    terminal.result(report.out, report.to_json())
+
+
+def recovered(terminal: Terminal, report: "RecoverReport") -> None:
+    """The outcome of `recover`."""
+    entry = report.entry
+    flipped = sum(row["flipped"] for row in entry["weights"]) / entry["totals"]["size"]
+    terminal.table(
+        f"{entry['recipe']['method']} {entry['recipe']['pattern']} in {entry['seconds']:.0f} s",
+        ("weights", "steps", "tokens", "zeros", "changed sides"),
+        [
+            (
+                entry["totals"]["weights"],
+                entry["plan"]["steps"],
+                entry["tokens"],
+                f"{entry['totals']['sparsity']:.2%}",
+                f"{flipped:.2%}",
+            )
+        ],
     )
     terminal.result(report.out, report.to_json())
 

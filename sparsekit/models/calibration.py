@@ -155,24 +155,33 @@ class Calibration:
         return token_rows(tokens[:samples].clone(), self.source, config, notes)
 
     def _key(self, checkpoint: Checkpoint, samples: int, length: int) -> str:
-        kind = "documents" if is_documents(self.source) else "text"
-        if self.source == "builtin":
-            content: Any = hashlib.sha256(builtin_text(held_out=False).encode()).hexdigest()
-        elif self.source == "self":
-            content = [checkpoint.fingerprint, checkpoint.config.to_json_string()]
-        else:
-            content = TRAIN_FILES.get(self.source) or sha256_file(Path(self.source))
-        found = {path for pattern in TOKENIZER_FILES for path in checkpoint.path.glob(pattern)}
         return sha256_json(
             {
                 "format": CACHE_FORMAT,
-                "source": self.source if self.source in SOURCES else kind,
-                "content": content,
-                "tokenizer": {path.name: sha256_file(path) for path in found if path.is_file()},
+                **source_key(self.source, checkpoint),
+                "tokenizer": tokenizer_key(checkpoint),
                 "draw": [samples, length, self.seed],
                 "versions": [version(name) for name in ("torch", "transformers", "tokenizers")],
             }
         )
+
+
+def source_key(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells the text of a source from any other, for the keys of caches."""
+    kind = "documents" if is_documents(source) else "text"
+    if source == "builtin":
+        content: Any = hashlib.sha256(builtin_text(held_out=False).encode()).hexdigest()
+    elif source == "self":
+        content = [checkpoint.fingerprint, checkpoint.config.to_json_string()]
+    else:
+        content = TRAIN_FILES.get(source) or sha256_file(Path(source))
+    return {"source": source if source in SOURCES else kind, "content": content}
+
+
+def tokenizer_key(checkpoint: Checkpoint) -> dict[str, str]:
+    """What tells a checkpoint's tokenizer from any other."""
+    found = {path for pattern in TOKENIZER_FILES for path in checkpoint.path.glob(pattern)}
+    return {path.name: sha256_file(path) for path in found if path.is_file()}
 
 
 def evaluation_rows(

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
 SOON_READ = 1 << 30
+# Stages after which each weight has a pattern that the history tells.
+PATTERNED = ("prune", "recover")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -160,8 +162,8 @@ class Checkpoint:
         return found
 
     def pruned(self) -> list[dict[str, Any]]:
-        """The entries of the history that pruned this checkpoint."""
-        return [e for e in self.provenance()["history"] if e.get("stage") == "prune"]
+        """The entries of the history that gave this checkpoint its pattern, or trained it."""
+        return [e for e in self.provenance()["history"] if e.get("stage") in PATTERNED]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in their dtype on disk, in memory of their own."""
@@ -237,11 +239,11 @@ class Checkpoint:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether a history entry has what `prune` writes, if it is one of `prune`."""
+    """Whether a history entry has what `prune` and `recover` write, if it is one of theirs."""
     if not isinstance(entry, dict):
         return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
-    return entry.get("stage") != "prune" or all(isinstance(entry.get(k), t) for k, t in parts)
+    return entry.get("stage") not in PATTERNED or all(isinstance(entry.get(k), t) for k, t in parts)
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:

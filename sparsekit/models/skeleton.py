@@ -25,7 +25,7 @@ MAPPED_BYTES = 8 << 20
 KEPT_BYTES = 64 << 20
 # What is free in the heap goes back to the system after this many bytes of blocks.
 TRIM_BYTES = 24 << 20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 class Skeleton:
@@ -161,6 +161,18 @@ def _steady_heap() -> None:
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def keep_heap() -> None:
+    """Let freed memory stay with the process, for what takes as much again at once: training.
+
+    Every page that comes anew from the system costs a fault, which for the tensors of a step is
+    a good part of the time.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_MAX, 0)
+        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _trim_heap() -> None:

@@ -26,6 +26,7 @@ TEXT_FILES = (".txt", ".raw", ".md")
 DOCUMENT_FILES = (".jsonl", ".json.gz", ".parquet")
 ROW_FILE = ".safetensors"
 C4_DOCUMENTS = 1100
+PIECE_BYTES = 1 << 20
 ELSEWHERE = "use builtin or a local file instead"
 
 
@@ -63,6 +64,11 @@ def is_documents(source: str) -> bool:
     return source == "c4" or is_kind(source, *DOCUMENT_FILES)
 
 
+def has_documents(source: str) -> bool:
+    """Whether the texts to train on are documents, and not pieces of one running text."""
+    return source in TRAIN_FILES or is_kind(source, *DOCUMENT_FILES)
+
+
 def calibration_texts(source: str) -> Sequence[str]:
     """The documents to draw windows from; exactly one when the text is a running one."""
     if source == "builtin":
@@ -72,6 +78,44 @@ def calibration_texts(source: str) -> Sequence[str]:
     if source == "wikitext2":
         return [" ".join(hub_texts(*TRAIN_FILES["wikitext2"]))]
     return file_texts(Path(source))
+
+
+def training_texts(source: str) -> Iterator[str]:
+    """The documents of a source one after another, never all of them in memory.
+
+    A plain text comes in pieces that end with a line; Python's help text comes without the part
+    that is held out for evaluation.
+    """
+    if source in TRAIN_FILES:
+        yield from hub_texts(*TRAIN_FILES[source])
+    elif source == "builtin":
+        yield builtin_text(held_out=False)
+    elif is_kind(source, *TEXT_FILES):
+        yield from text_pieces(Path(source))
+    elif is_kind(source, ".parquet"):
+        yield from parquet_texts(Path(source))
+    else:
+        yield from json_texts(Path(source))
+
+
+def text_pieces(path: Path) -> Iterator[str]:
+    """A text file in pieces of about `PIECE_BYTES`, each ending with a line.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    offset, held = 0, b""
+    with path.open("rb") as file:
+        while data := file.read(PIECE_BYTES):
+            whole, newline, rest = data.rpartition(b"\n")
+            if newline:
+                piece = held + whole + newline
+                yield decode(piece, path, offset)
+                offset, held = offset + len(piece), rest
+            else:
+                held += data
+    if held:
+        yield decode(held, path, offset)
 
 
 def evaluation_text(source: str) -> str:
@@ -122,7 +166,7 @@ def file_texts(path: Path) -> list[str]:
     """
     if is_kind(path.name, *TEXT_FILES):
         return [decode(path.read_bytes(), path, 0)]
-    texts = parquet_texts(path) if is_kind(path.name, ".parquet") else list(json_texts(path))
+    texts = list(parquet_texts(path) if is_kind(path.name, ".parquet") else json_texts(path))
     if not texts:
         raise DataError(f"{path} holds no documents")
     return texts
@@ -162,8 +206,8 @@ def record_text(line: str, place: str) -> str:
     return record["text"]
 
 
-def parquet_texts(path: Path) -> list[str]:
-    """The column `text` of a parquet file.
+def parquet_texts(path: Path) -> Iterator[str]:
+    """The column `text` of a parquet file, a batch of rows in memory at a time.
 
     Raises:
         DataError: The file is damaged, or a row has no text.
@@ -171,18 +215,20 @@ def parquet_texts(path: Path) -> list[str]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    row = 0
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
-            texts = file.read(["text"])["text"].to_pylist() if "text" in names else None
+            if "text" not in names:
+                raise DataError(f"{path} has no column 'text'", f"its columns: {', '.join(names)}")
+            for batch in file.iter_batches(columns=["text"]):
+                for text in batch["text"].to_pylist():
+                    if not isinstance(text, str):
+                        raise DataError(f"{path}, row {row}: no field 'text' that is a string")
+                    yield text
+                    row += 1
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a valid parquet file: {error}") from error
-    if texts is None:
-        raise DataError(f"{path} has no column 'text'", f"its columns: {', '.join(names)}")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{path}, row {row}: no field 'text' that is a string")
-    return texts
 
 
 def decode(data: bytes, path: Path, offset: int) -> str:

@@ -155,3 +155,43 @@ The whole history, with one row for each weight, is in `sparsekit.json`. Check t
 
 Matrices left dense:{skipped or " none"}
 """
+
+
+def recover_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a trained checkpoint."""
+    recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
+    flipped = sum(row["flipped"] for row in entry["weights"])
+    rows = [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        ("pattern", recipe["pattern"]),
+        ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
+        ("trained on", f"{entry['tokens']} tokens (sha256 `{recipe['data'][:16]}…`)"),
+        ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
+        ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
+        ("loss", f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"),
+        ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags:
+- sparsekit
+- pruned
+---
+
+# {base}, trained at {recipe["pattern"]}
+
+{PLAIN}
+
+| | |
+|---|---|
+{table}
+
+The whole history, with one row for each weight, is in `sparsekit.json`; the log of training is in
+`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.
+"""
+
+
+def base_name(path: str) -> str:
+    """The last part of a path or hub id."""
+    return Path(path).name

@@ -1,0 +1,73 @@
+"""AST: an adaptive mask, and a pull toward zero on what it leaves out that grows and stays.
+
+Source: Huang et al. 2025, "Pruning Large Language Models with Semi-Structural Adaptive Sparse
+Training" (AAAI 2025), sections on SR-STE and distillation; the released code of December 2024.
+Differs: the decay follows the text. In the released optimizer of GPT-2 the mask is an integer that
+is inverted bit by bit, which pushes kept and pruned entries outwards instead; the released LLaMA
+code adds the decay to the gradient (`coupled=yes` here). Strength and learning rate of sizes that
+were not published are interpolated.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from sparsekit.recoverers import Recoverer, Scale, by_size
+from sparsekit.tensors.maskedadam import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ast(Recoverer):
+    """Forward with the mask, straight-through gradient, annealed decay off the mask."""
+
+    refresh: int = 10
+    """Steps between two selections of the largest entries."""
+    decay: float = 0.0
+    """λ: strength of the decay at its plateau; 0: by the size of the model."""
+    ramp: float = 0.25
+    """Share of the steps in which the decay rises from 0 to its plateau."""
+    coupled: Literal["no", "yes"] = "no"
+    """Whether the decay is part of the gradient, as in the released LLaMA code."""
+
+    def rule(self, scale: Scale) -> Rule:
+        """See `Recoverer.rule`."""
+        return Annealed(self.decay_of(scale), self.ramp, coupled=self.coupled == "yes")
+
+    def decay_of(self, scale: Scale) -> float:
+        """See `Recoverer.decay_of`."""
+        return self.decay or by_size(scale.parameters, 1e-4, 6e-5, 6e-5)
+
+
+class Annealed(Rule):
+    """Adds λ(t) W to the first moment off the mask, where λ(t) = λ min(1, t / ramp).
+
+    Args:
+        decay: λ.
+        ramp: Share of the steps after which it is reached.
+        coupled: Whether the decay goes through both moments, as a part of the gradient.
+    """
+
+    hides = True
+    frees = True
+
+    def __init__(self, decay: float, ramp: float, *, coupled: bool) -> None:
+        self.decay = decay
+        self.ramp = ramp
+        self.coupled = coupled
+        self.squares_mix = not coupled
+
+    def strength(self, done: float) -> float:
+        """λ after this share of the steps."""
+        return self.decay * (min(1.0, done / self.ramp) if self.ramp else 1.0)
+
+    def on_gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """See `Rule.on_gradient`."""
+        return self._decayed(gradient, weight, mask, done) if self.coupled else gradient
+
+    def mix(self, mean: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """See `Rule.mix`."""
+        return mean if self.coupled else self._decayed(mean, weight, mask, done)
+
+    def _decayed(self, moment: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        return weight.masked_fill(mask, 0.0).mul_(self.strength(done)).add_(moment)

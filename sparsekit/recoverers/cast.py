@@ -1,0 +1,60 @@
+"""CAST: a dense model whose smallest weights follow their gradient less and a pull to zero more.
+
+Source: CAST, "Continuous Adaptive Sparse Trainer" (arXiv 2509.25996), of which no code is public;
+AdamS and weight scaling after an independent reproduction that cites equations and algorithm lines.
+Unknown there and chosen here: β1, β2, ε = 0.9, 0.95, 1e-8 (those of the same group's AST); the
+schedule (warm-up, constant, then to 0 in the last tenth); spans of a row are contiguous; scales and
+all other parameters take AdamW without decay; the strength λ, when not given, is the root mean
+square of the averaged gradient over the entries off the mask (the paper: "of the order of the
+gradient").
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsekit.recoverers import Recoverer, Scale
+from sparsekit.tensors.maskedadam import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast(Recoverer):
+    """Dense forward; AdamS; a scale for each half of a row."""
+
+    needs_gradient: ClassVar[bool] = True
+    settles: ClassVar[bool] = True
+    spans: int = 2
+    """Spans of a row that have a trained scale each; 0: none."""
+    refresh: int = 10
+    """Steps between two selections of the largest entries."""
+    decay: float = 0.0
+    """λ: strength of the pull toward zero; 0: the size of the gradients before training."""
+
+    def rule(self, scale: Scale) -> Rule:
+        """See `Recoverer.rule`."""
+        return Continuous(self.decay_of(scale))
+
+    def decay_of(self, scale: Scale) -> float:
+        """See `Recoverer.decay_of`."""
+        return self.decay or scale.masked_gradient
+
+
+class Continuous(Rule):
+    """Off the mask the first moment m becomes (1 − a) m + a λ sign(W), a the share of steps done.
+
+    Args:
+        decay: λ.
+    """
+
+    frees = True
+    squares_mix = True
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def mix(self, mean: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """See `Rule.mix`."""
+        share = min(1.0, done)
+        pull = weight.sign().mul_(share * self.decay).add_(mean, alpha=1 - share)
+        return pull.where(~mask, mean)

@@ -1,0 +1,23 @@
+"""Fixed mask: AdamW on the weights that are kept, against a teacher.
+
+Source: the fixed-mask arm of AST's ablation (Huang et al., AAAI 2025, table of components); AdamW
+as in torch.
+"""
+
+from dataclasses import dataclass
+
+from sparsekit.recoverers import Recoverer, Scale
+from sparsekit.tensors.maskedadam import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(Recoverer):
+    """What is pruned stays pruned."""
+
+    def rule(self, scale: Scale) -> Rule:
+        """See `Recoverer.rule`."""
+        return Rule()
+
+    def decay_of(self, scale: Scale) -> float:
+        """See `Recoverer.decay_of`."""
+        return 0.0

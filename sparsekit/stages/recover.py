@@ -1,0 +1,451 @@
+"""Train a sparse model against its dense parent, from disk to disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CheckFailedError, NumericalError, UsageError
+from sparsekit.files import read_json, sha256_json, write_atomic, write_json
+from sparsekit.memory import peak_memory
+from sparsekit.models.calibration import evaluation_rows
+from sparsekit.models.corpus import TrainingRows
+from sparsekit.models.reference import title
+from sparsekit.models.skeleton import Skeleton, keep_heap
+from sparsekit.models.whole import load_whole
+from sparsekit.models.writer import CheckpointWriter
+from sparsekit.progress import SILENT, Progress
+from sparsekit.recoverers import Scale
+from sparsekit.stages.recovery import Recovery, prepare
+from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
+from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.stages.training import (
+    Plan,
+    Training,
+    hidden_states,
+    measure,
+    other_parameters,
+    sparsity_measure,
+)
+from sparsekit.stages.trainstate import STATE, load_state, save_state
+from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAN = ".sparsekit-plan.json"
+LOG = "sparsekit-training.jsonl"
+# The log while it grows.
+PROGRESS = ".sparsekit-log.jsonl"
+# Seconds between two saved states, when no number of steps is given.
+SAVE_SECONDS = 600.0
+# Steps at rate 0 that measure speed and gradients.
+PROBED = 8
+# Share of the time that is planned for, and seconds kept for writing.
+PLANNED, WRITING = 0.95, 10.0
+# Windows of an evaluation during training.
+EVAL_WINDOWS = 8
+# A model that computes with all entries is done when the last selection changes no more than this
+# share of them, and leaving the others out moves the last hidden states by no more than that.
+MOST_FLIPS, MOST_MOVED = 1e-3, 5e-3
+# Tensors that go to disk together.
+TOGETHER = 32
+NEED = {"purpose": "training", "way_out": "train it where there is more memory"}
+# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
+UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverReport:
+    """The outcome of `recover`."""
+
+    out: Path
+    entry: Mapping[str, Any]
+    """This run's entry of the history."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return {"out": str(self.out), **self.entry}
+
+
+def recover(
+    config: RecoverConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> RecoverReport:
+    """Write a trained copy of a model, with exactly its pattern, to the folder `out`.
+
+    Args:
+        config: What to do.
+        model: A folder, hub id or `demo`; sparse from any pruner, or dense.
+        out: The folder to make; it appears when it is complete.
+        overwrite: Replace an earlier output of sparsekit.
+        progress: Told of each step.
+
+    Raises:
+        UsageError: The configuration does not fit the model, or `out` is in use.
+        DataError: The model, its teacher or the text cannot be read or do not fit together.
+        NumericalError: The loss is not finite; the last saved state is kept.
+        CheckFailedError: The decay has not brought the entries off the mask to zero.
+        StorageError: The output cannot be written.
+    """
+    started = time.perf_counter()
+    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    rows = config.corpus(config.tokens).rows(job.source, job.teacher, progress)
+    for note in (*job.notes, *rows.notes):
+        progress.note(note)
+    prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
+    recipe = _recipe(job, rows) | prints
+    with CheckpointWriter(out, job.source, recipe, overwrite=overwrite) as writer:
+        student = Student.load(job)
+        training = _training(job, student, rows, writer.partial, started, progress)
+        first = {name: weight.mask.clone() for name, weight in student.sparse.items()}
+        log = _train(training, job, writer.partial, progress)
+        finished = _finish(training)
+        weights = _write(job, writer, student, first)
+        lines = "".join(json.dumps(row) + "\n" for row in log)
+        write_atomic(writer.partial / LOG, lines.encode())
+        entry = {
+            "stage": "recover",
+            "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
+            "versions": recipe["versions"],
+            "source": {"path": model, "fingerprint": prints["source"]},
+            "teacher": {"path": job.teacher_name, "fingerprint": prints["teacher"]},
+            "plan": asdict(training.plan),
+            "tokens": training.plan.steps * config.step_tokens,
+            "finished": finished,
+            "totals": totals(weights),
+            "weights": weights,
+            "skipped": job.skipped,
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": peak_memory(),
+        }
+        for name in (PLAN, STATE, PROGRESS):
+            (writer.partial / name).unlink(missing_ok=True)
+        writer.commit(entry, recover_card(entry, title(model)))
+    return RecoverReport(out=out, entry=entry)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Student:
+    """The model that is trained, with the names that its weights have on disk."""
+
+    model: PreTrainedModel
+    skeleton: Skeleton
+    sparse: Mapping[str, SparseWeight]
+    """By name on disk."""
+
+    @classmethod
+    def load(cls, job: Recovery) -> Student:
+        """The model in float32, each weight that is to be sparse with its mask."""
+        skeleton = Skeleton(job.source, job.device, torch.float32)
+        model = skeleton.fill()
+        keep_heap()
+        parameters = dict(model.named_parameters())
+        by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
+        for parameter in parameters.values():
+            parameter.requires_grad_(parameter.is_floating_point())
+        rule = job.recoverer.rule(Scale(parameters=1, steps=1, masked_gradient=0.0))
+        sparse = {
+            target.name: SparseWeight.of(
+                parameters[by_disk[target.name]],
+                job.patterns.of(target),
+                transposed=target.transposed,
+                rule=rule,
+                spans=job.recoverer.spans,
+            )
+            for target in job.targets
+        }
+        return cls(model=model, skeleton=skeleton, sparse=sparse)
+
+    def optimizer(self, rule: Rule) -> MaskedAdam:
+        """A fresh one over all parameters."""
+        others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
+        return MaskedAdam(self.sparse, others, rule, Settings())
+
+    @property
+    def size(self) -> int:
+        """How many parameters there are."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def _recipe(job: Recovery, rows: TrainingRows) -> dict[str, Any]:
+    """Everything that decides the output's bytes."""
+    config = job.config
+    told = {
+        key: value
+        for key, value in asdict(config).items()
+        if key not in ("data", "teacher", "save_every", "eval_every", "eval_text", "dtype")
+    }
+    own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
+    model = {k: v for k, v in job.source.config.to_dict().items() if k != "_name_or_path"}
+    return {
+        "stage": "recover",
+        "numerics": NUMERICS,
+        **told,
+        "options": asdict(job.recoverer),
+        "pattern": str(job.patterns.base),
+        "own_patterns": sha256_json(own),
+        "data": rows.fingerprint,
+        "length": rows.length,
+        "config": sha256_json(model),
+        "layout": job.source.layout,
+        "device": job.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _training(
+    job: Recovery,
+    student: Student,
+    rows: TrainingRows,
+    folder: Path,
+    started: float,
+    progress: Progress,
+) -> Training:
+    """The training as far as an interrupted run had come, or its beginning."""
+    config = job.config
+    teacher = None
+    if config.share != 0:
+        teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device)
+        teacher.requires_grad_(False)
+    if (folder / PLAN).is_file():
+        plan = Plan(**read_json(folder / PLAN))
+    else:
+        plan = _plan(job, student, teacher, rows, started, progress)
+        write_json(folder / PLAN, asdict(plan))
+    scale = Scale(parameters=student.size, steps=plan.steps, masked_gradient=plan.masked_gradient)
+    optimizer = student.optimizer(job.recoverer.rule(scale))
+    training = Training(
+        student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh
+    )
+    if load_state(folder, optimizer):
+        progress.note(f"going on after {optimizer.steps} steps in {folder}")
+    return training
+
+
+def _plan(
+    job: Recovery,
+    student: Student,
+    teacher: PreTrainedModel | None,
+    rows: TrainingRows,
+    started: float,
+    progress: Progress,
+) -> Plan:
+    """Steps, rates and strengths, some of them measured on steps that change nothing."""
+    config, recoverer = job.config, job.recoverer
+    steps = config.steps()
+    scale = Scale(parameters=student.size, steps=steps, masked_gradient=0.0)
+    share = recoverer.share_of(scale) if config.share is None else config.share
+    rate = config.lr or recoverer.rate_of(scale)
+    gradient = 0.0
+    if config.max_time is not None or recoverer.needs_gradient:
+        still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
+        optimizer = student.optimizer(recoverer.rule(scale))
+        trial = Training(student.model, teacher, optimizer, rows, config, still, 0)
+        progress.begin("measuring speed and gradients", PROBED)
+        seconds = []
+        for _ in range(PROBED):
+            seconds.append(trial.step().seconds)
+            progress.step("")
+        progress.end()
+        gradient = optimizer.masked_mean()
+        if config.max_time is not None:
+            left = config.max_time - (time.perf_counter() - started) - WRITING
+            steps = math.floor(PLANNED * left / median(seconds))
+            if steps < 1:
+                raise UsageError(
+                    f"--max-time: one step takes {median(seconds):.1f} s, {left:.0f} s are left",
+                    "give it more time, or a smaller --batch, --length or --accumulate",
+                )
+            progress.note(f"{steps} steps of {median(seconds):.2f} s in the time that is left")
+    decay = recoverer.decay_of(
+        Scale(parameters=student.size, steps=steps, masked_gradient=gradient)
+    )
+    plan = Plan(steps=steps, rate=rate, share=share, decay=decay, masked_gradient=gradient)
+    progress.note(
+        f"{steps} steps of {config.step_tokens} tokens, learning rate {rate:g} ({config.schedule})"
+        f", {share:.2f} of the loss is the divergence from the teacher"
+        + (f", decay {decay:.3g}" if decay else "")
+    )
+    _require_budget(job, student, plan, progress)
+    return plan
+
+
+def _require_budget(job: Recovery, student: Student, plan: Plan, progress: Progress) -> None:
+    """Refuse a pull that cannot bring the entries off the mask to zero in the steps there are.
+
+    Raises:
+        UsageError: Says by how much.
+    """
+    if not job.recoverer.settles:
+        return
+    distance = decay_budget(job.config.schedule, plan)
+    sizes = [w.weight[~w.mask].abs() for w in student.sparse.values()]
+    count = sum(map(len, sizes))
+    mean = sum(s.sum(dtype=torch.float64).item() for s in sizes) / max(1, count)
+    high = max((_quantile(s, 0.99) for s in sizes if len(s)), default=0.0)
+    progress.note(
+        f"decay budget: a weight off the mask can travel {distance:.4g}; they measure {mean:.4g} "
+        f"on average, the largest 99th percentile of a weight is {high:.4g}"
+    )
+    if distance < 1.5 * mean:
+        raise UsageError(
+            f"in {plan.steps} steps the decay moves a weight by {distance:.4g}, those off the mask "
+            f"measure {mean:.4g} on average",
+            f"{1.5 * mean / max(distance, 1e-12):.1f} times the --tokens or --lr would do, or "
+            "start from a pruned model, or take --method ast",
+        )
+
+
+def decay_budget(schedule: str, plan: Plan) -> float:
+    """How far the pull can move a weight in all steps together (specification, section 4.3)."""
+    size, total = plan.masked_gradient, 0.0
+    for step in range(plan.steps):
+        share = step / plan.steps
+        pull, noise = share * plan.decay, (1 - share) * size
+        length = math.hypot(pull, noise)
+        total += plan.rate * rate_at(schedule, step, plan.steps) * (pull / length if length else 0)
+    return total
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """A quantile of a tensor of any size."""
+    return values.kthvalue(max(1, math.ceil(share * len(values)))).values.item()
+
+
+def _train(
+    training: Training, job: Recovery, folder: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """Take the steps that are left; gives the log of all steps."""
+    config, optimizer = job.config, training.optimizer
+    log = [row for row in _read_log(folder / PROGRESS) if row["step"] <= optimizer.steps]
+    text = "".join(json.dumps(row) + "\n" for row in log)
+    write_atomic(folder / PROGRESS, text.encode())
+    windows = None
+    if config.eval_every is not None:
+        source = config.eval_text or "builtin"
+        windows = evaluation_rows(
+            source,
+            job.source,
+            length=None if config.eval_text else config.length,
+            limit=EVAL_WINDOWS,
+        ).tokens
+    progress.begin(f"recover {config.method} {job.patterns.base}", training.plan.steps)
+    for _ in range(optimizer.steps):
+        progress.step("")
+    saved = time.perf_counter()
+    with (folder / PROGRESS).open("a") as file:
+        while not training.done:
+            row = training.step().to_json()
+            now = optimizer.steps
+            if windows is not None and (now % config.eval_every == 0 or training.done):
+                row["perplexity"] = measure(training.student, optimizer, windows)
+                row["sparsity"] = sparsity_measure(optimizer)
+                progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
+            log.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            late = time.perf_counter() - saved > SAVE_SECONDS
+            if training.done or (now % config.save_every == 0 if config.save_every else late):
+                save_state(folder, optimizer)
+                saved = time.perf_counter()
+            rate = config.step_tokens / row["seconds"]
+            progress.step(f"loss {row['loss']:.3f} {rate:.0f} tokens/s")
+    progress.end()
+    return log
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a line without its end was cut off by an interruption."""
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+@torch.no_grad()
+def _finish(training: Training) -> dict[str, Any]:
+    """Select once more, and leave out what is off the masks.
+
+    Raises:
+        CheckFailedError: The model computed with entries that the mask leaves out, and they have
+            not vanished.
+    """
+    optimizer = training.optimizer
+    settles = optimizer.rule.frees and not optimizer.rule.hides
+    flips = optimizer.refresh() if training.refresh else 0
+    size = sum(weight.weight.numel() for weight in optimizer.sparse.values())
+    found = {"last_flips": flips, "sparsity_measure": sparsity_measure(optimizer)}
+    tokens = training.rows.take(0, 1).to(training.student.device)
+    before = hidden_states(training.student, tokens) if settles else None
+    for weight in optimizer.sparse.values():
+        weight.view.copy_(weight.values)
+    if before is not None:
+        moved = (hidden_states(training.student, tokens) - before).norm() / before.norm()
+        found["moved"] = moved.item()
+        if flips > MOST_FLIPS * size or not found["moved"] <= MOST_MOVED:
+            raise CheckFailedError(
+                "the decay has not finished: leaving out what is off the mask moves the last "
+                f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
+                f"selection changed {flips} of {size} entries",
+                "train on more --tokens, with a higher --lr or a stronger decay (-O decay=…)",
+            )
+    return found
+
+
+def _write(
+    job: Recovery, writer: CheckpointWriter, student: Student, first: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Put all tensors in their places; gives a row for each that is sparse."""
+    rows = []
+    state = student.model.state_dict()
+    names = {on_disk: name for name, on_disk in student.skeleton.on_disk.items()}
+    batch: dict[str, Tensor] = {}
+    targets = {target.name: target for target in job.targets}
+    for number, (on_disk, name) in enumerate(sorted(names.items()), 1):
+        place = job.source.places[on_disk]
+        tensor = state[name].detach().cpu()
+        if tensor.is_floating_point():
+            tensor = tensor.to(place.dtype) + 0.0  # no negative zeros
+        if not tensor.isfinite().all():
+            raise NumericalError(f"{on_disk} does not fit into {place.dtype}")
+        if on_disk in targets:
+            rows.append(_row(job, student, targets[on_disk], tensor, first[on_disk]))
+        batch[on_disk] = tensor
+        if len(batch) == TOGETHER or number == len(names):
+            writer.write(f"{on_disk} and before", batch, None)
+            batch = {}
+    return rows
+
+
+def _row(
+    job: Recovery, student: Student, target: Any, tensor: Tensor, first: Tensor
+) -> dict[str, Any]:
+    """What became of a weight, after the check of its pattern as it goes to disk."""
+    weight = tensor.T if target.transposed else tensor
+    pattern = job.patterns.of(target)
+    pattern.check(weight, target.name)
+    return {
+        "name": target.name,
+        "shape": list(target.shape),
+        "pattern": str(pattern),
+        "zeros": int((weight == 0).sum()),
+        "size": weight.numel(),
+        "error": None,
+        "bits": None,
+        "flipped": int((student.sparse[target.name].mask ^ first).sum()),
+    }

@@ -1,0 +1,194 @@
+"""What a recover run will do: every check and every choice that needs no training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsekit import methods
+from sparsekit.errors import DataError, PatternError, UsageError
+from sparsekit.files import existing_parent
+from sparsekit.models.architecture import Target
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.calibration import tokenizer_key
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.layout import Layout
+from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
+from sparsekit.models.reference import resolve
+from sparsekit.progress import SILENT, Progress
+from sparsekit.recoverers import Recoverer
+from sparsekit.stages.chain import Patterns
+from sparsekit.stages.device import pick_device
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.tensors.patterns import Pattern
+
+# A model with a larger share of zeros than this is no dense one.
+DENSE_ZEROS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """A checked configuration with everything that training needs."""
+
+    config: RecoverConfig
+    recoverer: Recoverer
+    source: Checkpoint
+    teacher: Checkpoint
+    teacher_name: str
+    targets: list[Target]
+    patterns: Patterns
+    skipped: list[dict[str, str]]
+    device: torch.device
+    notes: list[str]
+
+
+def prepare(
+    config: RecoverConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Recovery:
+    """Check a configuration against a model, its teacher and an output folder.
+
+    Raises:
+        UsageError: The configuration does not fit the model, or `out` is in use.
+        DataError: A model cannot be read, or the teacher is not one for this student.
+        StorageError: The disk has no room for the output.
+    """
+    config.check()
+    refuse_output(out, overwrite=overwrite)
+    source = Checkpoint.open(resolve(model, progress))
+    refuse_source(out, source.path)
+    if source.factored:
+        raise DataError(f"{source.path} holds factors only", "train the model it comes from")
+    refuse_foreign(out.with_name(out.name + ".partial"))
+    if not out.with_name(out.name + ".partial").exists():
+        require_space(existing_parent(out), Layout.of(source))
+    recoverer = methods.load("recoverers", config.method, config.options)
+    device = torch.device(pick_device(config.device))
+    stream = BlockStream(source, device=str(device), dtype=torch.float32)
+    linear = stream.targets()
+    told = _told(source)
+    targets = [target for target in linear if not told or target.name in told]
+    if not targets:
+        raise DataError(f"{source.path} has no linear weight in its blocks to train")
+    patterns = _patterns(config, source, targets, told)
+    _refuse_misfits(targets, patterns, recoverer)
+    teacher_name = config.teacher or _parent(source) or model
+    teacher = Checkpoint.open(resolve(teacher_name, progress))
+    refuse_source(out, teacher.path)
+    _refuse_other_teacher(source, teacher)
+    left = [target.name for target in linear if target not in targets]
+    return Recovery(
+        config=config,
+        recoverer=recoverer,
+        source=source,
+        teacher=teacher,
+        teacher_name=teacher_name,
+        targets=targets,
+        patterns=patterns,
+        skipped=[{"name": name, "reason": "left dense when it was pruned"} for name in left],
+        device=device,
+        notes=_notes(source, teacher, stream),
+    )
+
+
+def _told(source: Checkpoint) -> dict[str, str]:
+    """The pattern that each weight was last pruned to, by name."""
+    return {row["name"]: row["pattern"] for e in source.pruned() for row in e["weights"]}
+
+
+def _parent(source: Checkpoint) -> str | None:
+    """The dense model that the history of a sparse one begins with, where that can be reached."""
+    history = source.pruned()
+    return history[0]["source"].get("path") if history else None
+
+
+def _patterns(
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], told: Mapping[str, str]
+) -> Patterns:
+    """The pattern that was asked for, that of the history, or 2:4 for a dense model.
+
+    Raises:
+        UsageError: The model does not have the pattern that it should have, and none was named.
+    """
+    if config.pattern is not None:
+        return Patterns(base=Pattern.parse(config.pattern))
+    if told:
+        base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])
+        own = {name: Pattern.parse(text) for name, text in told.items()}
+        patterns = Patterns(base=base, own={n: one for n, one in own.items() if one != base})
+    else:
+        patterns = Patterns(base=Pattern(keep=2, group=4))
+    zeros = size = 0
+    missing = ""
+    for target in targets:
+        weight = source.read([target.name])[target.name]
+        weight = weight.T if target.transposed else weight
+        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+        try:
+            patterns.of(target).check(weight, target.name)
+        except PatternError as error:
+            missing = missing or error.message
+    if missing and (told or zeros > DENSE_ZEROS * size):
+        raise UsageError(
+            f"{source.path} is sparse, but not {patterns.base}: {missing}",
+            "name the pattern that it has, or is to have, with --pattern",
+        )
+    return patterns
+
+
+def _refuse_misfits(targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer) -> None:
+    """Refuse a pattern, or spans of scales, that do not divide the inputs of a weight."""
+    for target in targets:
+        columns, pattern, spans = target.shape[1], patterns.of(target), recoverer.spans
+        if reason := pattern.misfit(columns):
+            raise UsageError(f"{target.name}: {reason}", "another --pattern fits")
+        if spans and (columns % spans or (pattern.group and columns // spans % pattern.group)):
+            raise UsageError(
+                f"{target.name}: {columns} inputs do not divide into {spans} spans of whole "
+                f"groups of {pattern.group or 1}",
+                "-O spans=0 trains without scales",
+            )
+
+
+def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a teacher whose logits mean other tokens.
+
+    Raises:
+        DataError: Says what differs.
+    """
+    if teacher.factored:
+        raise DataError(f"the teacher {teacher.path} holds factors only", "name the dense model")
+    sizes = [c.config.get_text_config().vocab_size for c in (source, teacher)]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"the teacher {teacher.path} has a vocabulary of {sizes[1]}, the model one of "
+            f"{sizes[0]}",
+            "a teacher must be of the same family: name the dense model with --teacher",
+        )
+    if tokenizer_key(source) and tokenizer_key(teacher):
+        ours, theirs = (c.tokenizer().get_vocab() for c in (source, teacher))
+        if ours != theirs:
+            raise DataError(
+                f"the tokenizer of the teacher {teacher.path} gives other ids than the model's",
+                "a teacher must be of the same family: name the dense model with --teacher",
+            )
+
+
+def _notes(source: Checkpoint, teacher: Checkpoint, stream: BlockStream) -> list[str]:
+    """What the user should know before the run."""
+    found = []
+    if not stream.tested:
+        found.append(
+            f"{source.config.model_type!r} is not among the tested families: compare the output's "
+            "perplexity with the source's"
+        )
+    if source.path.resolve() == teacher.path.resolve() and source.pruned():
+        found.append("the sparse model is its own teacher: name the dense one with --teacher")
+    return found

@@ -1,0 +1,144 @@
+"""What `recover` is asked to do, checked without torch so that a wrong word answers at once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil, cos, pi
+
+from sparsekit import methods
+from sparsekit.errors import UsageError, did_you_mean
+from sparsekit.models.corpus import Corpus
+from sparsekit.models.texts import check_source
+from sparsekit.stages.config import DEVICES, one_of
+from sparsekit.tensors.patterns import Pattern
+
+SCHEDULES = ("flat", "cosine", "linear", "constant")
+# Shares of the steps in which the learning rate rises, and in which `flat` falls to 0.
+WARM_UP, TAIL = 0.04, 0.1
+# What `cosine` ends at, as a share of the largest rate.
+COSINE_END = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig:
+    """The options of `recover`; the command's flags have the same names and defaults."""
+
+    method: str = "fixed"
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Options of the method, as text."""
+    data: str = "builtin"
+    """Where the text to train on comes from."""
+    teacher: str | None = None
+    """The dense model; None: the one that the model's history names, or the model itself."""
+    tokens: int | None = None
+    """How many tokens are trained on, rounded up to whole steps."""
+    max_time: float | None = None
+    """Seconds that the run may take; the number of steps is planned from the measured speed."""
+    pattern: str | None = None
+    """None: that of the model's history, `2:4` for a dense model."""
+    batch: int = 2
+    """Rows in one forward pass."""
+    length: int = 512
+    """Tokens in a row."""
+    accumulate: int = 1
+    """Forward passes in one step."""
+    lr: float | None = None
+    """The largest learning rate; None: the method's choice by the size of the model."""
+    schedule: str = "flat"
+    share: float | None = None
+    """Share of the divergence from the teacher in the loss; None: by the size of the model."""
+    temperature: float = 1.0
+    save_every: int | None = None
+    """Steps between two saved states; None: about ten minutes."""
+    eval_every: int | None = None
+    """Steps between two evaluations; None: none."""
+    eval_text: str | None = None
+    """What is evaluated on; None: the held-out part of `builtin`."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever the model is.
+
+        Raises:
+            UsageError: An unknown method, option, schedule, pattern or device, or a number out of
+                range.
+            DataError: The data cannot be used.
+        """
+        known = methods.names("recoverers")
+        if self.method not in known:
+            raise UsageError(f"no method {self.method!r}", did_you_mean(self.method, known))
+        methods.check("recoverers", self.method, self.options)
+        if self.schedule not in SCHEDULES:
+            raise UsageError(
+                f"no schedule {self.schedule!r}", did_you_mean(self.schedule, SCHEDULES)
+            )
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
+        self.corpus(0).check()
+        if self.eval_text is not None:
+            check_source(self.eval_text)
+            if self.eval_every is None:
+                raise UsageError("--eval-text has no effect without --eval-every")
+        self._check_numbers()
+        one_of("--device", self.device, DEVICES)
+        if self.dtype in ("bfloat16", "float16"):
+            raise UsageError(
+                f"--dtype {self.dtype}: steps of training are smaller than the resolution of "
+                "16-bit weights, and would be lost",
+                "leave it out: training computes in float32",
+            )
+        one_of("--dtype", self.dtype, ("auto", "float32"))
+
+    def _check_numbers(self) -> None:
+        if (self.tokens is None) == (self.max_time is None):
+            raise UsageError(
+                "recover needs to know how long: either --tokens or --max-time",
+                "as --tokens 20M, or --max-time 30m",
+            )
+        for name in ("tokens", "batch", "accumulate", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.tokens is not None and self.tokens < self.step_tokens:
+            raise UsageError(
+                f"--tokens {self.tokens} is less than one step of {self.step_tokens}",
+                "give more tokens, or a smaller --batch, --length or --accumulate",
+            )
+        if self.lr is not None and not 0 < self.lr < 1:
+            raise UsageError(f"--lr must be between 0 and 1, not {self.lr:g}", "1e-4 is usual")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise UsageError(f"--share must be between 0 and 1, not {self.share:g}")
+        if not 0 < self.temperature < 100:
+            raise UsageError(f"--temperature must be above 0, not {self.temperature:g}")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch * self.length * self.accumulate
+
+    def steps(self) -> int:
+        """How many steps the tokens make."""
+        return ceil((self.tokens or 0) / self.step_tokens)
+
+    def corpus(self, tokens: int | None) -> Corpus:
+        """The rows, of at most so many tokens."""
+        return Corpus(source=self.data, length=self.length, tokens=tokens, seed=self.seed)
+
+
+def rate_at(schedule: str, step: int, steps: int) -> float:
+    """The learning rate of a step as a share of the largest.
+
+    All but `constant` rise for the first 4 % of the steps. `flat` falls to 0 in the last 10 %,
+    `cosine` to 10 % and `linear` to 0 over the whole.
+    """
+    if schedule == "constant":
+        return 1.0
+    rising = max(1, round(WARM_UP * steps))
+    rise = min(1.0, (step + 1) / rising)
+    left = (steps - step) / steps
+    if schedule == "flat":
+        return min(rise, left / TAIL)
+    if schedule == "linear":
+        return min(rise, left)
+    return rise * (COSINE_END + (1 - COSINE_END) * (1 + cos(pi * (1 - left))) / 2)

@@ -1,0 +1,228 @@
+"""The one training loop: batches, teacher, learning rate, masks; every method is a rule in it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import NumericalError
+from sparsekit.models.corpus import TrainingRows
+from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.tensors.distillation import IGNORED, Losses, distil
+from sparsekit.tensors.maskedadam import MaskedAdam
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """What the log tells of one step."""
+
+    step: int
+    """Steps done."""
+    tokens: int
+    """Tokens trained on so far."""
+    loss: float
+    divergence: float
+    """KL from the teacher, in nats for each token."""
+    entropy: float
+    """CE with the text, in nats for each token."""
+    rate: float
+    norm: float
+    """Of all gradients, before clipping."""
+    flips: int
+    """Mask entries that changed sides in this step's selection."""
+    seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        """Everything, as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is chosen before the first step, and kept when a run goes on."""
+
+    steps: int
+    rate: float
+    share: float
+    decay: float
+    masked_gradient: float
+
+
+class Training:
+    """A student, its teacher and its optimizer, step by step.
+
+    Args:
+        student: The model that is trained, in float32.
+        teacher: The dense model; None when the loss needs none.
+        optimizer: Holds the student's parameters.
+        rows: What is trained on.
+        config: Rows in a step.
+        plan: Steps, rates and shares.
+        refresh: Steps between two selections of the largest entries; 0: none.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        optimizer: MaskedAdam,
+        rows: TrainingRows,
+        config: RecoverConfig,
+        plan: Plan,
+        refresh: int,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.optimizer = optimizer
+        self.rows = rows
+        self.config = config
+        self.plan = plan
+        self.refresh = refresh
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.optimizer.steps >= self.plan.steps
+
+    def step(self) -> StepRow:
+        """Take the next step.
+
+        Raises:
+            NumericalError: The loss or a gradient is NaN or Inf; nothing was changed.
+        """
+        started = time.perf_counter()
+        optimizer, plan = self.optimizer, self.plan
+        step = optimizer.steps
+        rate = plan.rate * rate_at(self.config.schedule, step, plan.steps)
+        hides, last = optimizer.rule.hides, step == plan.steps - 1
+        selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
+        # A model that computes with all entries selects before the step, one with a mask after it.
+        flips = optimizer.refresh() if selects and not hides else 0
+        total, divergence, entropy = self.gradients(step)
+        if not math.isfinite(total):
+            raise NumericalError(f"step {step + 1}: the loss is {total}")
+        try:
+            norm = optimizer.step(rate, step / plan.steps)
+        except NumericalError as error:
+            raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
+        if selects and hides:
+            flips = optimizer.refresh()
+        return StepRow(
+            step=optimizer.steps,
+            tokens=optimizer.steps * self.config.step_tokens,
+            loss=total,
+            divergence=divergence,
+            entropy=entropy,
+            rate=rate,
+            norm=norm,
+            flips=flips,
+            seconds=time.perf_counter() - started,
+        )
+
+    def gradients(self, step: int) -> tuple[float, float, float]:
+        """Leave the gradients of one step's batches in the parameters; gives loss, KL and CE."""
+        config = self.config
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in range(config.accumulate):
+            first = (step * config.accumulate + part) * config.batch
+            tokens = self.rows.take(first, config.batch).to(self.student.device)
+            losses = model_losses(
+                self.student,
+                self.teacher,
+                tokens,
+                share=self.plan.share,
+                temperature=config.temperature,
+            )
+            (losses.total / config.accumulate).backward()
+            told = [losses.total.detach(), losses.divergence, losses.entropy]
+            sums += torch.stack(told).double().cpu() / config.accumulate
+        total, divergence, entropy = sums.tolist()
+        return total, divergence, entropy
+
+
+def model_losses(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokens: Tensor,  # [rows, length] int64
+    *,
+    share: float,
+    temperature: float = 1.0,
+) -> Losses:
+    """The loss of a model on rows of tokens, each position with the next token as its label."""
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = IGNORED
+    hidden = hidden_states(student, tokens)
+    head = student.get_output_embeddings()
+    other = None
+    if teacher is not None and share:
+        with torch.no_grad():
+            states = hidden_states(teacher, tokens)
+        their_head = teacher.get_output_embeddings()
+
+        def other(rows: slice) -> Tensor:
+            with torch.no_grad():
+                return their_head(states[rows])
+
+    return distil(
+        hidden,
+        head,
+        list(head.parameters()),
+        labels.reshape(-1),
+        other,
+        share=share,
+        temperature=temperature,
+    )
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What enters the head, `[rows * length, hidden]`."""
+    found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return found.flatten(0, 1)
+
+
+@torch.no_grad()
+def measure(student: PreTrainedModel, optimizer: MaskedAdam, rows: Tensor) -> float:
+    """Perplexity of the sparse model on windows `[windows, length]`; training is not disturbed.
+
+    A model that computes with all entries is measured with the others at zero.
+    """
+    full = {}
+    for name, weight in optimizer.sparse.items():
+        if not optimizer.rule.hides and optimizer.rule.frees:
+            full[name] = weight.view.clone()
+            weight.view.copy_(weight.values)
+    try:
+        losses = [
+            model_losses(student, None, row[None].to(student.device), share=0.0).entropy
+            for row in rows
+        ]
+    finally:
+        for name, tensor in full.items():
+            optimizer.sparse[name].view.copy_(tensor)
+    mean = torch.stack(losses).double().mean().item()
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def sparsity_measure(optimizer: MaskedAdam) -> float:
+    """Σ|m W| / Σ|W|: 1 when nothing is left off the mask."""
+    kept = total = 0.0
+    for weight in optimizer.sparse.values():
+        sizes = weight.weight.abs()
+        total += sizes.sum(dtype=torch.float64).item()
+        kept += (sizes * weight.mask).sum(dtype=torch.float64).item()
+    return kept / total if total else 1.0
+
+
+def other_parameters(model: nn.Module, sparse: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """All trained parameters that are not to be sparse; a tied one comes once."""
+    taken = {id(parameter) for parameter in sparse}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken}

@@ -1,0 +1,162 @@
+"""Cross entropy and divergence from a teacher, without ever holding the logits of all tokens.
+
+With n counted positions and τ the temperature, the loss is share · KL + (1 − share) · CE:
+
+    KL = τ²/n Σ_i Σ_x p_t(x|i) (log p_t(x|i) − log p_s(x|i)),   p = softmax(logits / τ)
+    CE = −1/n Σ_i log softmax(student logits)(label_i)
+
+Source: AST (Huang et al., AAAI 2025), section "knowledge distillation"; CAST takes τ = 1.
+Differs: both terms leave out the same positions, those without a label (AST's code averages KL over
+all of them). The gradient by the logits has a closed form, so that it is taken with the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits of a chunk of tokens take about this much; they exist twice, and their gradient once.
+CHUNK_BYTES = 24 << 20
+IGNORED = -100
+
+Logits = Callable[[Tensor], Tensor]
+"""From hidden states `[tokens, hidden]` to logits `[tokens, vocabulary]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The loss and its parts, each a mean over the counted positions, in nats."""
+
+    total: Tensor
+    """Scalar, with the gradient by the student."""
+    divergence: Tensor
+    """KL; 0 without a teacher."""
+    entropy: Tensor
+    """CE with the true next tokens."""
+
+
+def distil(
+    hidden: Tensor,  # [tokens, hidden], the student's
+    head: Logits,
+    head_parameters: Sequence[Tensor],
+    labels: Tensor,  # [tokens] int64, IGNORED where there is none
+    teacher: Callable[[slice], Tensor] | None,
+    *,
+    share: float,
+    temperature: float = 1.0,
+) -> Losses:
+    """The loss of a student, chunk by chunk.
+
+    Args:
+        hidden: What enters the student's head.
+        head: The student's head.
+        head_parameters: Its parameters, which get gradients too.
+        labels: The next tokens.
+        teacher: Gives the teacher's logits `[chunk, vocabulary]` of a slice of positions; not
+            needed with share 0.
+        share: Of KL in the loss, 0 to 1.
+        temperature: τ, above 0.
+    """
+    trained = [p for p in head_parameters if p.requires_grad]
+    total, divergence, entropy = _Chunked.apply(
+        hidden, head, labels, teacher, share, temperature, *trained
+    )
+    return Losses(total=total, divergence=divergence, entropy=entropy)
+
+
+class _Chunked(torch.autograd.Function):
+    """Takes the gradients with the values, so that no logits wait for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Logits,
+        labels: Tensor,
+        teacher: Callable[[slice], Tensor] | None,
+        share: float,
+        temperature: float,
+        *trained: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = any(ctx.needs_input_grad)
+        count = (labels != IGNORED).sum().clamp(min=1)
+        parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        by_hidden = torch.empty_like(hidden) if wanted else None
+        by_head = [torch.zeros_like(p) for p in trained] if wanted else []
+        start = 0
+        while start < len(hidden):
+            step = max(1, CHUNK_BYTES // (4 * _vocabulary(head, hidden)))
+            rows = slice(start, min(start + step, len(hidden)))
+            with torch.set_grad_enabled(wanted):
+                part = hidden[rows].detach().requires_grad_(wanted)
+                logits = head(part)
+            other = teacher(rows) if teacher is not None and share else None
+            sums, gradient = _values(logits.detach(), other, labels[rows], share, temperature)
+            parts += sums
+            if by_hidden is not None:
+                gradient = (gradient / count).to(logits.dtype)
+                found = torch.autograd.grad(logits, [part, *trained], gradient)
+                by_hidden[rows] = found[0]
+                for whole, piece in zip(by_head, found[1:], strict=True):
+                    whole += piece
+            start = rows.stop
+        ctx.gradients = by_hidden, by_head
+        divergence, entropy = (parts / count).float()
+        return share * divergence + (1 - share) * entropy, divergence, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        by_hidden, by_head = ctx.gradients
+        ctx.gradients = None
+        found = [by_hidden.mul_(outer[0]), *(g.mul_(outer[0]) for g in by_head)]
+        return found[0], None, None, None, None, None, *found[1:]
+
+
+def _vocabulary(head: Logits, hidden: Tensor) -> int:
+    """How many logits a token has; asked of the head once, with one token."""
+    size = getattr(head, "out_features", None)
+    if size is None:
+        with torch.no_grad():
+            size = head(hidden[:1].detach()).shape[-1]
+    return size
+
+
+def _values(
+    logits: Tensor,  # [chunk, vocabulary]
+    teacher: Tensor | None,  # the same shape
+    labels: Tensor,  # [chunk]
+    share: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Summed KL and CE, and the gradient of their mix by the logits, before the division by n."""
+    counted = labels != IGNORED
+    index = labels.clamp(min=0)[:, None]
+    log = torch.log_softmax(logits.float(), -1)
+    picked = log.gather(-1, index)[:, 0]
+    entropy = -picked[counted].double().sum()
+    divergence = torch.zeros_like(entropy)
+    if teacher is None:
+        gradient = log.exp_()
+        gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+        gradient *= 1 - share
+    else:
+        soft = log if temperature == 1 else torch.log_softmax(logits.float() / temperature, -1)
+        hard = log.exp() if temperature != 1 and share < 1 else None
+        goal = torch.log_softmax(teacher.float() / temperature, -1)
+        wanted = goal.exp()
+        rows = torch.linalg.vecdot(wanted, goal.sub_(soft))
+        divergence = temperature**2 * rows[counted].double().sum()
+        given = soft.exp_()
+        if hard is None:  # τ = 1, or only the divergence counts
+            gradient = given.sub_(wanted, alpha=share) if share < 1 else given.sub_(wanted)
+            gradient *= temperature
+        else:
+            gradient = hard.mul_(1 - share).add_(given.sub_(wanted), alpha=temperature * share)
+        if share < 1:
+            gradient.scatter_add_(-1, index, torch.full_like(index, share - 1, dtype=given.dtype))
+    gradient.masked_fill_(~counted[:, None], 0)
+    return torch.stack([divergence, entropy]), gradient

@@ -1,0 +1,360 @@
+"""Adam for a model some of whose weights are to become sparse: one step, with a rule for the decay.
+
+The model computes with ordinary parameters, so that its forward and backward passes, and sums of
+its gradients over processes, are those of any model. What is trained may lie beside the parameter:
+
+- a rule that `hides` lets the model compute with `mask * weight` while the other entries of the
+  weight live on; the gradient by the parameter is then the straight-through one, for all entries;
+- with scales the parameter is `weight * scale`, one scale for each of a few spans of a row.
+
+Source: one family (recovery specification, section 4.1): AdamW; SR-STE of AST (Huang et al., AAAI
+2025, section "Annealing SR-STE"); AdamS of CAST (arXiv 2509.25996, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import NumericalError
+from sparsekit.tensors.patterns import Pattern
+
+# Ends the name of a weight's scale.
+SCALE = ".scale"
+
+
+class Rule:
+    """How Adam's step treats entries off the mask; with this one they are zero, and stay so."""
+
+    hides = False
+    """Whether the model computes with the kept entries only, while the others are trained on."""
+    frees = False
+    """Whether entries off the mask follow their gradient."""
+    squares_mix = False
+    """Whether the second moment is that of what `mix` gives, or that of the gradient."""
+
+    def on_gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """What enters the first moment, for a gradient that has been clipped."""
+        return gradient
+
+    def mix(self, mean: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """What takes the place of the first moment in this step, and is not kept.
+
+        Args:
+            mean: The first moment, not to be changed.
+            weight: The weight before the step.
+            mask: True = keep.
+            done: Share of all steps that lie before this one.
+        """
+        return mean
+
+
+@dataclass(eq=False)
+class SparseWeight:
+    """A weight with its mask, and the parameter that the model computes with."""
+
+    parameter: torch.nn.Parameter
+    transposed: bool
+    """Whether the parameter is stored as `[in, out]` (GPT-2's Conv1D)."""
+    pattern: Pattern
+    weight: Tensor  # [out, in] float32: what is trained; the parameter itself when nothing hides
+    mask: Tensor  # [out, in] bool, True = keep
+    scale: Tensor | None = None  # [out, spans] float32
+
+    @classmethod
+    def of(
+        cls,
+        parameter: torch.nn.Parameter,
+        pattern: Pattern,
+        *,
+        transposed: bool = False,
+        rule: Rule,
+        spans: int = 0,
+    ) -> SparseWeight:
+        """The weight in a parameter, with the mask of its largest entries.
+
+        Under a rule that frees no other entries, these become zero.
+
+        Raises:
+            NumericalError: The parameter is not float32: steps of 1e-5 of the size of a weight are
+                lost in 16 bits.
+        """
+        if parameter.dtype != torch.float32:
+            raise NumericalError(
+                f"weights of type {str(parameter.dtype).removeprefix('torch.')} cannot be trained: "
+                "a step is smaller than their resolution",
+                "load the model in float32",
+            )
+        view = parameter.data.T if transposed else parameter.data
+        weight = view.clone() if rule.hides or spans else view
+        scale = torch.ones(len(view), spans, device=view.device) if spans else None
+        made = cls(parameter, transposed, pattern, weight, pattern.mask(view.abs()), scale)
+        if not rule.frees:
+            weight.masked_fill_(~made.mask, 0.0)
+        made.publish(hides=rule.hides)
+        return made
+
+    @property
+    def view(self) -> Tensor:
+        """The parameter's values as `[out, in]`."""
+        return self.parameter.data.T if self.transposed else self.parameter.data
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient by the parameter as `[out, in]`."""
+        found = self.parameter.grad
+        if found is None:
+            raise NumericalError("a sparse weight has no gradient: the loss does not depend on it")
+        return found.T if self.transposed else found
+
+    @property
+    def values(self) -> Tensor:
+        """What the weight is in the sparse model, `[out, in]`: kept entries times their scale."""
+        kept = self.weight.masked_fill(~self.mask, 0.0)
+        return kept if self.scale is None else self.scaled(kept)
+
+    def scaled(self, tensor: Tensor) -> Tensor:
+        """A tensor `[out, in]` times the scale of each entry."""
+        if self.scale is None:
+            return tensor
+        spans = self.scale.shape[1]
+        return (tensor.unflatten(1, (spans, -1)) * self.scale[:, :, None]).flatten(1)
+
+    def publish(self, *, hides: bool) -> None:
+        """Bring the parameter up to date with the weight."""
+        if hides:
+            torch.mul(self.weight, self.mask, out=self.view)
+        elif self.scale is not None:
+            self.view.copy_(self.scaled(self.weight))
+
+    def refresh(self) -> int:
+        """Select the largest entries anew; gives how many entries changed sides."""
+        old = self.mask
+        self.mask = self.pattern.mask(self.weight.abs())
+        return int((old ^ self.mask).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Adam's constants."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    """Of matrices, decoupled and before the step, kept entries and others alike."""
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0: no limit."""
+
+
+class MaskedAdam:
+    """Takes the steps of a whole model.
+
+    Args:
+        sparse: The weights that are to be sparse, by name.
+        others: All other trained parameters, by name: AdamW, weight decay on matrices only.
+        rule: How entries off the mask are treated.
+        settings: The constants.
+    """
+
+    def __init__(
+        self,
+        sparse: Mapping[str, SparseWeight],
+        others: Mapping[str, torch.nn.Parameter],
+        rule: Rule,
+        settings: Settings,
+    ) -> None:
+        self.sparse = dict(sparse)
+        self.others = dict(others)
+        self.rule = rule
+        self.settings = settings
+        self.steps = 0
+        """Steps taken."""
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, weight in self.sparse.items():
+            self._moments[name] = _zeros(weight.weight)
+            if weight.scale is not None:
+                self._moments[name + SCALE] = _zeros(weight.scale)
+        self._moments |= {name: _zeros(p.data) for name, p in self.others.items()}
+
+    @torch.no_grad()
+    def step(self, rate: float, done: float) -> float:
+        """Take one step with the gradients that the parameters hold, and drop them.
+
+        Args:
+            rate: The learning rate.
+            done: Share of all steps that lie before this one.
+
+        Returns:
+            The norm of all gradients before clipping.
+
+        Raises:
+            NumericalError: The norm is NaN or Inf; nothing was changed.
+        """
+        gradients = self._gradients()
+        norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt().item()
+        if not norm < float("inf"):
+            raise NumericalError(f"the gradient's norm is {norm}")
+        clip = self.settings.clip
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        self.steps += 1
+        for name, weight in self.sparse.items():
+            self._step_sparse(name, weight, gradients, factor, rate, done)
+        for name, parameter in self.others.items():
+            gradient = gradients[name]
+            decay = self.settings.weight_decay if parameter.ndim >= 2 else 0.0
+            if factor < 1:
+                gradient.mul_(factor)
+            self._adam(name, parameter.data, gradient, None, rate, decay)
+        for parameter in (*(w.parameter for w in self.sparse.values()), *self.others.values()):
+            parameter.grad = None
+        return norm
+
+    def refresh(self) -> int:
+        """Select the largest entries of every weight anew; gives how many changed sides."""
+        flips = sum(weight.refresh() for weight in self.sparse.values())
+        if self.rule.hides:
+            for weight in self.sparse.values():
+                weight.publish(hides=True)
+        return flips
+
+    def masked_mean(self) -> float:
+        """Root mean square of the averaged gradient over all entries off the masks."""
+        total, count = 0.0, 0
+        for name, weight in self.sparse.items():
+            mean = self._moments[name][0][~weight.mask]
+            total += mean.square().sum(dtype=torch.float64).item()
+            count += len(mean)
+        return math.sqrt(total / max(1, count)) / (1 - self.settings.beta1**self.steps)
+
+    def off_mask(self) -> int:
+        """How many entries the masks leave out."""
+        return sum(int((~weight.mask).sum()) for weight in self.sparse.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step depends on, by name; masks as packed bits."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.sparse.items():
+            found[f"{name}.weight"] = weight.weight
+            found[f"{name}.mask"] = pack_bits(weight.mask)
+            if weight.scale is not None:
+                found[f"{name}{SCALE}.weight"] = weight.scale
+        found |= {f"{name}.weight": p.data for name, p in self.others.items()}
+        for name, (mean, square) in self._moments.items():
+            found |= {f"{name}.mean": mean, f"{name}.square": square}
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from an earlier `state`, after so many steps.
+
+        Raises:
+            NumericalError: The state does not fit, or its second moments are all zero.
+        """
+        own = self.state()
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [
+            name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
+        ]
+        if wrong:
+            raise NumericalError(f"the saved state does not fit this run: {wrong[0]}")
+        if steps and not any(state[f"{name}.square"].any() for name in self._moments):
+            raise NumericalError("the second moments of the saved state are all zero")
+        for name, tensor in own.items():
+            if not name.endswith(".mask"):
+                tensor.copy_(state[name])
+        for name, weight in self.sparse.items():
+            weight.mask = unpack_bits(state[f"{name}.mask"], weight.mask.shape)
+            weight.publish(hides=self.rule.hides)
+        self.steps = steps
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """By name the gradient of everything that is trained, `[out, in]` where it is sparse."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.sparse.items():
+            gradient = weight.gradient
+            if weight.scale is not None:
+                spans = gradient.unflatten(1, (weight.scale.shape[1], -1))
+                found[name + SCALE] = (spans * weight.weight.view_as(spans)).sum(-1)
+                spans.mul_(weight.scale[:, :, None])
+            found[name] = gradient if self.rule.frees else gradient.mul_(weight.mask)
+        for name, parameter in self.others.items():
+            if parameter.grad is None:
+                raise NumericalError(f"{name} has no gradient: the loss does not depend on it")
+            found[name] = parameter.grad
+        return found
+
+    def _step_sparse(
+        self,
+        name: str,
+        weight: SparseWeight,
+        gradients: Mapping[str, Tensor],
+        factor: float,
+        rate: float,
+        done: float,
+    ) -> None:
+        """One step of a sparse weight and its scale."""
+        if weight.mask.shape != weight.weight.shape or weight.mask.dtype != torch.bool:
+            raise NumericalError(
+                f"{name}: a mask of {weight.mask.dtype} {tuple(weight.mask.shape)} does not fit a "
+                f"weight {tuple(weight.weight.shape)}"
+            )
+        gradient = gradients[name]
+        if factor < 1:
+            gradient.mul_(factor)
+        gradient = self.rule.on_gradient(gradient, weight.weight, weight.mask, done)
+        self._adam(
+            name,
+            weight.weight,
+            gradient,
+            lambda mean: self.rule.mix(mean, weight.weight, weight.mask, done),
+            rate,
+            self.settings.weight_decay,
+        )
+        if weight.scale is not None:
+            by_scale = gradients[name + SCALE] * factor
+            self._adam(name + SCALE, weight.scale, by_scale, None, rate, 0.0)
+        weight.publish(hides=self.rule.hides)
+
+    def _adam(
+        self,
+        name: str,
+        weight: Tensor,  # changed in place
+        gradient: Tensor,
+        mix: Callable[[Tensor], Tensor] | None,
+        rate: float,
+        decay: float,
+    ) -> None:
+        """One step of one tensor."""
+        beta1, beta2 = self.settings.beta1, self.settings.beta2
+        mean, square = self._moments[name]
+        if decay:
+            weight.mul_(1 - rate * decay)
+        mean.lerp_(gradient, 1 - beta1)
+        mixed = mean if mix is None else mix(mean)
+        squared = mixed if mix is not None and self.rule.squares_mix else gradient
+        square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
+        size = (square / (1 - beta2**self.steps)).sqrt_().add_(self.settings.epsilon)
+        weight.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
+
+
+def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments of a weight, before the first step."""
+    return torch.zeros_like(weight), torch.zeros_like(weight)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor as uint8, eight entries in each, the first in the lowest bit."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bool tensor of this shape that `pack_bits` packed."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = (bits[:, None] >> places) & 1
+    return flat.reshape(-1)[: math.prod(shape)].view(shape).bool()

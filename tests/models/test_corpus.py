@@ -1,0 +1,155 @@
+"""Rows to train on: every token once an epoch, in an order of its own, tokenised once."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from sparsekit.errors import DataError, UsageError
+from sparsekit.models import corpus, texts
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.corpus import Corpus
+
+
+@pytest.fixture
+def llama(family):
+    return Checkpoint.open(family("llama"))
+
+
+@pytest.fixture
+def documents(tmp_path):
+    found = [f"document {n} " + "x" * n for n in range(200)]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+    return path, found
+
+
+def stream_of(rows):
+    return torch.as_tensor(rows.stream[: rows.count])
+
+
+def test_stream_is_the_documents_each_closed_by_the_end_of_text_token(llama, documents):
+    path, found = documents
+    rows = Corpus(source=str(path), length=64).rows(llama, llama)
+    tokenizer = llama.tokenizer()
+    wanted = [i for text in found for i in [*tokenizer(text)["input_ids"], 257]]
+    assert stream_of(rows).tolist() == wanted
+
+
+def test_an_epoch_has_every_row_once_and_the_next_another_order(llama, documents):
+    rows = Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+    stream = stream_of(rows)
+    cut = stream[: len(rows) * 64].view(-1, 64).long()
+    first, second = rows.take(0, len(rows)), rows.take(len(rows), len(rows))
+    assert sorted(first.tolist()) == sorted(cut.tolist()) == sorted(second.tolist())
+    assert not torch.equal(first, cut)
+    assert not torch.equal(first, second)
+
+
+def test_rows_do_not_depend_on_how_many_are_taken_at_once(llama, documents):
+    rows = Corpus(source=str(documents[0]), length=64, seed=3).rows(llama, llama)
+    singly = torch.cat([rows.take(i, 1) for i in range(7)])
+    assert torch.equal(rows.take(0, 7), singly)
+
+
+def test_seeds_give_other_orders(llama, documents):
+    both = [Corpus(source=str(documents[0]), length=64, seed=s).rows(llama, llama) for s in (0, 1)]
+    assert both[0].fingerprint == both[1].fingerprint
+    assert not torch.equal(both[0].take(0, 9), both[1].take(0, 9))
+
+
+def test_text_is_tokenised_once(llama, documents, monkeypatch):
+    first = Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+    monkeypatch.setattr(corpus, "token_ids", None)
+    again = Corpus(source=str(documents[0]), length=32).rows(llama, llama)
+    assert again.fingerprint == first.fingerprint
+
+
+def test_no_more_tokens_are_read_than_asked_for(llama, documents):
+    rows = Corpus(source=str(documents[0]), length=16, tokens=100).rows(llama, llama)
+    assert rows.count == 100
+    assert len(rows) == 6
+
+
+def test_an_endless_source_is_read_as_far_as_needed(llama, tmp_path, monkeypatch):
+    def endless(_):
+        while True:
+            yield "more and more "
+
+    monkeypatch.setattr(corpus, "training_texts", endless)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n')
+    assert Corpus(source=str(path), length=8, tokens=5000).rows(llama, llama).count == 5000
+
+
+def test_a_plain_text_comes_in_pieces_that_make_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE_BYTES", 10)
+    path = tmp_path / "plain.txt"
+    text = "ab\ncdé\n" * 5 + "a line that is longer than a piece\nend without newline"
+    path.write_text(text, encoding="utf-8")
+    pieces = list(texts.training_texts(str(path)))
+    assert "".join(pieces) == text
+    assert len(pieces) > 4
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+
+def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE_BYTES", 4)
+    path = tmp_path / "plain.txt"
+    path.write_bytes(b"ab\ncd\n\xff\n")
+    with pytest.raises(DataError, match="not UTF-8 at byte 6"):
+        list(texts.training_texts(str(path)))
+
+
+def test_parquet_and_compressed_lines_are_streamed_too(tmp_path, documents):
+    import pyarrow
+    from pyarrow import parquet
+
+    found = documents[1]
+    parquet.write_table(pyarrow.table({"text": found}), tmp_path / "d.parquet", row_group_size=7)
+    with gzip.open(tmp_path / "d.json.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in found)
+    for name in ("d.parquet", "d.json.gz"):
+        assert list(texts.training_texts(str(tmp_path / name))) == found
+
+
+def test_builtin_trains_on_what_is_not_held_out(llama):
+    rows = Corpus(length=64).rows(llama, llama)
+    text = texts.builtin_text(held_out=False)
+    assert stream_of(rows).tolist() == llama.tokenizer()(text)["input_ids"]
+
+
+def test_a_row_file_is_taken_as_it_is(llama, row_file, rows):
+    found = Corpus(source=str(row_file), length=None).rows(llama, llama)
+    assert sorted(found.take(0, len(rows)).tolist()) == sorted(rows.tolist())
+
+
+def test_self_is_sampled_from_the_teacher(llama, family):
+    teacher = Checkpoint.open(family("llama"))
+    found = Corpus(source="self", length=16, tokens=40).rows(llama, teacher)
+    assert (len(found), found.length) == (3, 16)
+
+
+def test_less_text_than_a_row_is_refused(llama, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("short")
+    with pytest.raises(DataError, match=r"has 5 tokens, a row needs 64.*--length 5"):
+        Corpus(source=str(path), length=64).rows(llama, llama)
+
+
+def test_a_damaged_cache_is_named(llama, documents, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "own"))
+    Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+    (file,) = (tmp_path / "own" / "corpora").iterdir()
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"is damaged.*delete it"):
+        Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"source": "no/such.txt"}, {"length": 1}, {"seed": -1}, {"source": "buildin"}]
+)
+def test_wrong_words_are_refused_before_anything_is_read(wrong):
+    with pytest.raises((UsageError, DataError)):
+        Corpus(**wrong).check()

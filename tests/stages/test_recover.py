@@ -1,0 +1,418 @@
+"""Recovery from disk to disk: patterns, resume, refusals."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsekit.errors import (
+    CheckFailedError,
+    DataError,
+    NumericalError,
+    StorageError,
+    UsageError,
+)
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.progress import Silent
+from sparsekit.stages import recover as stage
+from sparsekit.stages import training, trainstate
+from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.evaluate import evaluate
+from sparsekit.stages.inspect import verify
+from sparsekit.stages.prune import prune
+from sparsekit.stages.recover import LOG, recover
+from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.tensors.patterns import Pattern
+
+# Twelve steps of 2 x 16 tokens.
+SHORT = RecoverConfig(method="ast", tokens=384, batch=2, length=16, lr=1e-3)
+# Settles within its steps.
+CAST = RecoverConfig(
+    method="cast", options={"decay": "1e-2"}, tokens=9600, batch=2, length=16, lr=4e-3
+)
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.told = []
+
+    def note(self, text):
+        self.told.append(text)
+
+
+class StopsAt(Silent):
+    """Interrupts when so many steps are done."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def step(self, label):
+        self.left -= "tokens/s" in label
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def unsettled(monkeypatch):
+    """Let a model pass whose entries off the mask have not vanished."""
+    monkeypatch.setattr(stage, "MOST_MOVED", math.inf)
+    monkeypatch.setattr(stage, "MOST_FLIPS", math.inf)
+
+
+def linear(checkpoint):
+    return {n: p for n, p in checkpoint.places.items() if len(p.shape) == 2 and ".layers." in n}
+
+
+@pytest.mark.parametrize("method", ["fixed", "ast"])
+def test_output_has_exactly_the_pattern_and_every_tensor_was_trained(pruned, tmp_path, method):
+    found = recover(replace(SHORT, method=method), str(pruned), tmp_path / "out")
+    assert verify(str(found.out))["zeros"] == 9216
+    before, after = Checkpoint.open(pruned), Checkpoint.open(found.out)
+    old, new = before.read(before.places), after.read(after.places)
+    for name in old:
+        assert not torch.equal(old[name], new[name]), name
+        zeros = new[name].numel() // 2 if name in linear(after) else int((old[name] == 0).sum())
+        assert int((new[name] == 0).sum()) == zeros, name
+    assert found.entry["totals"]["sparsity"] == 0.5
+    assert after.pruned()[-1]["stage"] == "recover"
+
+
+def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_path):
+    masks = []
+    for method in ("fixed", "ast"):
+        config = replace(SHORT, method=method, lr=1e-2)
+        found = recover(config, str(pruned), tmp_path / method)
+        flips = sum(row["flipped"] for row in found.entry["weights"])
+        out = Checkpoint.open(found.out)
+        name = "model.layers.0.mlp.up_proj.weight"
+        masks.append(out.read([name])[name] != 0)
+        assert (flips > 0) == (method == "ast")
+    source = Checkpoint.open(pruned).read([name])[name] != 0
+    assert torch.equal(masks[0], source)
+    assert not torch.equal(masks[1], source)
+
+
+def test_cast_makes_a_dense_model_sparse_without_a_jump(family, tmp_path):
+    config = replace(CAST, eval_every=50)
+    found = recover(config, str(family("llama")), tmp_path / "out")
+    assert verify(str(found.out))["pattern"] == ["2:4"]
+    assert found.entry["finished"]["moved"] < 5e-3
+    log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
+    shares = [row["sparsity"] for row in log if "sparsity" in row]
+    assert shares[-1] > 0.99
+    assert shares == sorted(shares)
+
+
+def test_a_dense_model_is_sparse_from_the_first_step_of_fixed(family, tmp_path):
+    found = recover(replace(SHORT, method="fixed"), str(family("llama")), tmp_path / "out")
+    assert verify(str(found.out))["pattern"] == ["2:4"]
+    dense = Checkpoint.open(family("llama"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    wanted = Pattern.parse("2:4").mask(dense.read([name])[name].abs())
+    assert torch.equal(Checkpoint.open(found.out).read([name])[name] != 0, wanted)
+
+
+def test_training_lowers_the_divergence_from_the_teacher(pruned, tmp_path):
+    config = replace(SHORT, tokens=6400, share=1.0)
+    out = recover(config, str(pruned), tmp_path / "out").out
+    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert len(log) == 200
+    first, last = (sum(r["divergence"] for r in part) for part in (log[:20], log[-20:]))
+    assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3", "qwen2", "llama_tied", "llama_sharded"])
+def test_families_are_trained_and_load_again(family, row_file, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    sparse = prune(config, str(family(name)), tmp_path / "sparse").out
+    told = replace(SHORT, data=str(row_file), tokens=96)
+    found = recover(told, str(sparse), tmp_path / "out")
+    verify(str(found.out))
+    _, report = AutoModelForCausalLM.from_pretrained(found.out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert Checkpoint.open(found.out).layout == Checkpoint.open(sparse).layout
+
+
+@pytest.mark.parametrize("method", ["fixed", "ast"])
+def test_the_model_that_was_measured_is_the_one_on_disk(family, row_file, tmp_path, method):
+    """A10: leaving out what is off the mask changes no output, to the rounding of the disk."""
+    config = replace(
+        SHORT, method=method, data=str(row_file), eval_every=12, eval_text=str(row_file)
+    )
+    out = recover(config, str(family("llama_tied")), tmp_path / "out").out  # float32 on disk
+    last = json.loads((out / LOG).read_text().splitlines()[-1])
+    (score,) = evaluate(EvalConfig(text=str(row_file)), [str(out)])
+    assert last["perplexity"] == pytest.approx(score.perplexity.value, rel=1e-5)
+
+
+def test_evaluating_does_not_change_the_outcome(family, tmp_path):
+    """C9, for the method that computes with all entries."""
+    short = replace(CAST, tokens=6400)
+    prints = []
+    for every in (None, 40):
+        out = tmp_path / str(every)
+        config = replace(short, eval_every=every)
+        prints.append(recover(config, str(family("llama")), out).out)
+    first, second = (Checkpoint.open(path).fingerprint for path in prints)
+    assert first == second
+
+
+@pytest.mark.parametrize("method", ["fixed", "ast", "cast"])
+@pytest.mark.parametrize("stop", [1, 7])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(family, tmp_path, method, stop, monkeypatch):
+    """R1."""
+    unsettled(monkeypatch)  # as twelve steps leave it
+    config = replace(SHORT, method=method, save_every=3, options={})
+    if method == "cast":
+        config = replace(config, options={"decay": "1e-3"}, lr=0.1)
+    model = str(family("llama"))
+    whole = recover(config, model, tmp_path / "whole").out
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, model, tmp_path / "again", progress=StopsAt(stop))
+    notes = Notes()
+    again = recover(config, model, tmp_path / "again", progress=notes).out
+    assert any("going on after 6 steps" in note for note in notes.told) == (stop == 7)
+    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (path / LOG).read_text().splitlines()
+        ]
+        for path in (whole, again)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypatch):
+    config = replace(SHORT, save_every=4)
+    whole = recover(config, str(pruned), tmp_path / "whole").out
+    replaced, calls = trainstate.os.replace, []
+
+    def second_fails(*paths):
+        if str(paths[1]).endswith(trainstate.STATE):
+            calls.append(paths)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        replaced(*paths)
+
+    monkeypatch.setattr(trainstate.os, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "again")
+    notes = Notes()
+    again = recover(config, str(pruned), tmp_path / "again", progress=notes).out
+    assert any("going on after 4 steps" in note for note in notes.told)
+    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+
+
+def test_a_full_disk_during_a_save_is_told_and_keeps_the_state(pruned, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainstate, "fsync_path", full)
+    with pytest.raises(StorageError, match="No space left"):
+        recover(replace(SHORT, save_every=4), str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 800},
+        {"lr": 2e-3},
+        {"schedule": "cosine"},
+        {"seed": 1},
+        {"length": 8, "batch": 4},
+        {"options": {"decay": "1e-3"}},
+        {"temperature": 2.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_interrupted_run_with_other_settings_is_refused(pruned, tmp_path, change):
+    """R2."""
+    with pytest.raises(KeyboardInterrupt):
+        recover(SHORT, str(pruned), tmp_path / "out", progress=StopsAt(3))
+    with pytest.raises(UsageError, match=f"another .*{next(iter(change))}"):
+        recover(replace(SHORT, **change), str(pruned), tmp_path / "out")
+
+
+def test_accumulated_batches_are_one_large_batch(family, tmp_path):
+    """R3: the same tokens in a step, and the same decay."""
+    logs = []
+    for batch, accumulate in ((4, 1), (1, 4)):
+        out = tmp_path / str(batch)
+        config = replace(SHORT, tokens=768, batch=batch, accumulate=accumulate)
+        recover(config, str(family("llama")), out)
+        logs.append([json.loads(line) for line in (out / LOG).read_text().splitlines()])
+    for one, four in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
+        assert one["norm"] == pytest.approx(four["norm"], rel=1e-4)
+
+
+def test_teacher_is_the_dense_parent_and_is_not_touched(pruned, family, tmp_path, monkeypatch):
+    """K2."""
+    seen = []
+    losses = training.model_losses
+
+    def spy(student, teacher, *args, **options):
+        seen.append(teacher)
+        return losses(student, teacher, *args, **options)
+
+    monkeypatch.setattr(training, "model_losses", spy)
+    found = recover(SHORT, str(pruned), tmp_path / "out")
+    assert found.entry["teacher"]["path"] == str(family("llama"))
+    (teacher,) = set(seen)
+    assert not teacher.training
+    dense = Checkpoint.open(family("llama"))
+    for name, tensor in dense.read(dense.places).items():
+        assert torch.equal(teacher.state_dict()[name], tensor.float())
+
+
+def test_without_divergence_no_teacher_is_needed(pruned, tmp_path):
+    found = recover(replace(SHORT, share=0.0), str(pruned), tmp_path / "out")
+    assert found.entry["plan"]["share"] == 0
+
+
+def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
+    config = replace(SHORT, tokens=None, max_time=20.0)
+    found = recover(config, str(pruned), tmp_path / "out")
+    assert found.entry["plan"]["steps"] > 50
+    assert found.entry["seconds"] < 20
+
+
+def test_a_time_that_is_too_short_for_a_step_is_refused(pruned, tmp_path):
+    with pytest.raises(UsageError, match="one step takes"):
+        recover(replace(SHORT, tokens=None, max_time=0.5), str(pruned), tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pruned, tmp_path, monkeypatch):
+    losses, calls = training.model_losses, []
+
+    def broken(*args, **options):
+        calls.append(1)
+        found = losses(*args, **options)
+        return replace(found, total=found.total * math.nan) if len(calls) == 6 else found
+
+    monkeypatch.setattr(training, "model_losses", broken)
+    with pytest.raises(NumericalError, match="step 6: the loss is nan"):
+        recover(replace(SHORT, save_every=2), str(pruned), tmp_path / "out")
+    monkeypatch.setattr(training, "model_losses", losses)
+    notes = Notes()
+    recover(replace(SHORT, save_every=2), str(pruned), tmp_path / "out", progress=notes)
+    assert any("going on after 4 steps" in note for note in notes.told)
+
+
+def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_path):
+    config = replace(CAST, lr=1e-5)
+    with pytest.raises(UsageError, match=r"moves a weight by .* times the --tokens or --lr"):
+        recover(config, str(family("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cast_that_has_not_settled_is_not_shipped(pruned, tmp_path):
+    with pytest.raises(CheckFailedError, match=r"the decay has not finished.*more --tokens"):
+        recover(replace(CAST, tokens=384, lr=1e-3), str(pruned), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_strength_of_cast_is_the_size_of_the_gradients(family, tmp_path, monkeypatch):
+    unsettled(monkeypatch)
+    config = replace(CAST, options={}, tokens=3200, lr=1e-2)
+    plan = recover(config, str(family("llama")), tmp_path / "out").entry["plan"]
+    assert plan["decay"] == plan["masked_gradient"] > 0
+
+
+def damaged(folder, change):
+    """A copy's weights, changed, without the history that would tell of it."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+    (folder / "sparsekit.json").unlink(missing_ok=True)
+
+
+def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, pruned, tmp_path):
+    def fill(tensors):
+        for tensor in tensors.values():
+            tensor[..., :4] = 1.0
+
+    copy = copy_of(pruned)
+    damaged(copy, fill)
+    with pytest.raises(UsageError, match=r"is sparse, but not 2:4.*--pattern"):
+        recover(SHORT, str(copy), tmp_path / "out")
+    recover(replace(SHORT, pattern="2:4"), str(copy), tmp_path / "out")
+    assert verify(str(tmp_path / "out"))["zeros"] == 9216
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(pruned, copy_of, tmp_path):
+    copy = copy_of("llama")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(DataError, match="vocabulary of 300, the model one of 260"):
+        recover(replace(SHORT, teacher=str(copy)), str(pruned), tmp_path / "out")
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(pruned, copy_of, tmp_path):
+    copy = copy_of("llama")
+    file = copy / "tokenizer.json"
+    found = json.loads(file.read_text())
+    vocabulary = found["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(found))
+    with pytest.raises(DataError, match="tokenizer of the teacher"):
+        recover(replace(SHORT, teacher=str(copy)), str(pruned), tmp_path / "out")
+
+
+def test_a_missing_teacher_is_named(pruned, tmp_path):
+    with pytest.raises((UsageError, DataError), match="nowhere"):
+        recover(replace(SHORT, teacher="./nowhere"), str(pruned), tmp_path / "out")
+
+
+def test_text_of_fewer_tokens_than_a_row_is_refused(pruned, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(DataError, match="a row needs 16"):
+        recover(replace(SHORT, data=str(tmp_path / "short.txt")), str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "asst"}, "no method 'asst'; did you mean 'ast'"),
+        ({"schedule": "cosin"}, "no schedule 'cosin'; did you mean 'cosine'"),
+        ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit weights"),
+        ({"tokens": None}, "either --tokens or --max-time"),
+        ({"max_time": 9.0}, "either --tokens or --max-time"),
+        ({"tokens": 31}, "--tokens 31 is less than one step of 32"),
+        ({"batch": 0}, "--batch must be at least 1"),
+        ({"lr": -1.0}, "--lr must be between 0 and 1"),
+        ({"share": 1.5}, "--share must be between 0 and 1"),
+        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"options": {"decai": "1"}}, "did you mean 'decay'"),
+        ({"eval_text": "builtin"}, "--eval-text has no effect without --eval-every"),
+        ({"data": "no.txt"}, "does not exist"),
+        ({"pattern": "2;4"}, "is not understood"),
+    ],
+)
+def test_wrong_words_are_refused_at_once(change, message):
+    with pytest.raises((UsageError, DataError), match=message):
+        replace(SHORT, **change).check()
+
+
+def test_rates_rise_stay_and_fall():
+    steps = 200
+    rates = {
+        name: [rate_at(name, step, steps) for step in range(steps)]
+        for name in ("flat", "cosine", "linear", "constant")
+    }
+    assert set(rates["constant"]) == {1.0}
+    for name in ("flat", "cosine", "linear"):
+        assert rates[name][0] == pytest.approx(1 / 8)  # 4 % of the steps rise
+        assert rates[name][8] > 0.9
+    assert rates["flat"][100] == rates["flat"][179] == 1.0
+    assert rates["flat"][-1] == pytest.approx(1 / 20)
+    assert rates["cosine"][-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates["linear"][100] == 0.5

@@ -1,0 +1,136 @@
+"""The chunked loss equals the written-out one, in value and gradient (K1-K3)."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekit.tensors import distillation
+from sparsekit.tensors.distillation import IGNORED, distil
+
+TOKENS, HIDDEN, WORDS = 23, 8, 50
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks, the last one short: 4 tokens each."""
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 4 * 4 * WORDS)
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(3)
+    head = nn.Linear(HIDDEN, WORDS)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    teacher = torch.randn(TOKENS, WORDS, generator=generator)
+    labels = torch.randint(WORDS, (TOKENS,), generator=generator)
+    labels[[2, 9, 22]] = IGNORED
+    return head, hidden, teacher, labels
+
+
+def written_out(head, hidden, teacher, labels, share, temperature):
+    """The formulas of the specification, section 1.4, on all logits at once."""
+    kept = labels != IGNORED
+    logits, goal = head(hidden)[kept], teacher[kept]
+    entropy = nn.functional.cross_entropy(logits, labels[kept])
+    ours = torch.log_softmax(logits / temperature, -1)
+    theirs = torch.log_softmax(goal / temperature, -1)
+    divergence = temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    return share * divergence + (1 - share) * entropy, divergence, entropy
+
+
+def ours(head, hidden, teacher, labels, share, temperature):
+    found = distil(
+        hidden,
+        head,
+        list(head.parameters()),
+        labels,
+        lambda rows: teacher[rows],
+        share=share,
+        temperature=temperature,
+    )
+    return found.total, found.divergence, found.entropy
+
+
+def gradients(loss, head, hidden, *rest):
+    head.zero_grad()
+    leaf = hidden.clone().requires_grad_()
+    loss(head, leaf, *rest)[0].backward()
+    return [leaf.grad, *(p.grad.clone() for p in head.parameters())]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_values_and_gradients_are_those_of_the_formulas(case, share, temperature):
+    head, hidden, teacher, labels = case
+    found = ours(head, hidden, teacher, labels, share, temperature)
+    wanted = written_out(head, hidden, teacher, labels, share, temperature)
+    if share == 0:  # the teacher is not asked, so that there is no KL to tell
+        found, wanted = (found[0], found[2]), (wanted[0], wanted[2])
+    torch.testing.assert_close(torch.stack(found), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+    both = [
+        gradients(f, head, hidden, teacher, labels, share, temperature) for f in (ours, written_out)
+    ]
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_share_of_0_is_exactly_the_entropy_and_1_exactly_the_divergence(case):
+    head, hidden, teacher, labels = case
+    total, _, entropy = ours(head, hidden, teacher, labels, 0.0, 1.0)
+    assert total == entropy
+    total, divergence, _ = ours(head, hidden, teacher, labels, 1.0, 1.0)
+    assert total == divergence
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient(case, temperature):
+    head, hidden, _, labels = case
+    teacher = torch.cat([head(part) for part in hidden.split(4)]).detach()
+    assert ours(head, hidden, teacher, labels, 1.0, temperature)[1] == 0
+    for gradient in gradients(ours, head, hidden, teacher, labels, 1.0, temperature):
+        assert not gradient.any()
+
+
+def test_divergence_is_positive_and_a_constant_for_a_position_changes_nothing(case):
+    head, hidden, teacher, labels = case
+    found = ours(head, hidden, teacher, labels, 1.0, 1.0)[1]
+    shifted = teacher + torch.linspace(-3, 3, TOKENS)[:, None]
+    assert found > 0
+    torch.testing.assert_close(ours(head, hidden, shifted, labels, 1.0, 1.0)[1], found)
+
+
+def test_positions_without_a_label_count_in_neither_term(case):
+    head, hidden, teacher, labels = case
+    ignored = labels == IGNORED
+    found = ours(head, hidden, teacher, labels, 0.5, 1.0)
+    others = torch.where(ignored[:, None], 9 * torch.ones_like(hidden), hidden)
+    goal = torch.where(ignored[:, None], -teacher, teacher)
+    assert ours(head, others, goal, labels, 0.5, 1.0) == found
+    assert not gradients(ours, head, hidden, teacher, labels, 0.5, 1.0)[0][ignored].any()
+
+
+def test_no_chunk_holds_more_logits_than_it_may(case):
+    head, hidden, teacher, labels = case
+    sizes = []
+    distil(
+        hidden,
+        head,
+        [],
+        labels,
+        lambda rows: sizes.append(rows.stop - rows.start) or teacher[rows],
+        share=1.0,
+    )
+    assert sum(sizes) == TOKENS
+    assert max(sizes) == 4
+
+
+def test_without_a_label_at_all_the_loss_is_zero(case):
+    head, hidden, teacher, labels = case
+    nothing = torch.full_like(labels, IGNORED)
+    assert [v.item() for v in ours(head, hidden, teacher, nothing, 0.5, 1.0)] == [0, 0, 0]
+    assert math.isfinite(ours(head, hidden, teacher, nothing, 0.0, 1.0)[0].item())
