@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
     from transformers import PreTrainedModel
+
+    from sparsekit.models.keepzeros import Masked
 
 __version__ = "0.1.0"
 
@@ -25,3 +28,18 @@ def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     from sparsekit.models.whole import load
 
     return load(path, dtype)
+
+
+def masked(model: nn.Module) -> Masked:
+    """Keep the zeros of a model's matrices while anything else trains it.
+
+    A context manager: `with sparsekit.masked(model): trainer.train()`. The entries that are zero
+    now are zero after every step of a torch optimizer, and when it is left, so that adapters which
+    were merged in between have not filled them.
+
+    Raises:
+        UsageError: The model has no zeros.
+    """
+    from sparsekit.models.keepzeros import Masked
+
+    return Masked(model)

@@ -46,6 +46,8 @@ RECIPE = ".sparsekit-recipe.json"
 REPLACED = ".sparsekit-replaced"
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
+# So begin files that tell of one run only.
+OWN = (".", "sparsekit-training")
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
 
@@ -218,7 +220,7 @@ class CheckpointWriter:
             for file in sorted(templates.iterdir()):
                 write_atomic(self.partial / CHAT_TEMPLATES / file.name, file.read_bytes())
         for file in sorted(self.source.path.iterdir()):
-            own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(".")
+            own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(OWN)
             if file.is_file() and not own and file.suffix not in LEFT_OUT:
                 write_atomic(self.partial / file.name, file.read_bytes())
         if (self.source.path / INDEX).is_file() and self.source.headers.keys() <= files:

@@ -25,6 +25,7 @@ from sparsekit.models.whole import load_whole
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recoverers import Scale
+from sparsekit.stages.curve import draw
 from sparsekit.stages.recovery import Recovery, prepare
 from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 PLAN = ".sparsekit-plan.json"
 LOG = "sparsekit-training.jsonl"
+CURVE = "sparsekit-training.png"
 # The log while it grows.
 PROGRESS = ".sparsekit-log.jsonl"
 # Seconds between two saved states, when no number of steps is given.
@@ -117,6 +119,8 @@ def recover(
         weights = _write(job, writer, student, first)
         lines = "".join(json.dumps(row) + "\n" for row in log)
         write_atomic(writer.partial / LOG, lines.encode())
+        picture = draw(log, f"{title(model)}, {config.method} {job.patterns.base}")
+        write_atomic(writer.partial / CURVE, picture)
         entry = {
             "stage": "recover",
             "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},

@@ -187,6 +187,8 @@ tags:
 |---|---|
 {table}
 
+![Training](sparsekit-training.png)
+
 The whole history, with one row for each weight, is in `sparsekit.json`; the log of training is in
 `sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.
 """
