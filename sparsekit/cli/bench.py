@@ -30,6 +30,7 @@ from sparsekit.cli.options import (
 )
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
+from sparsekit.stages.trainconfig import RecoverConfig
 
 app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
@@ -161,3 +162,31 @@ def bench_armor(
             progress=progress,
         )
         show.race(terminal, result)
+
+
+@app.command("recover")
+def bench_recover(
+    model: Model = "demo",
+    method: Annotated[str, typer.Option(help="fixed, ast or cast.")] = "fixed",
+    batch: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
+    steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.")] = 6,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time training against the machine's rate of matrix products, and tell what it holds.
+
+    Example: sparsekit bench recover demo
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working() as progress:
+        config = RecoverConfig(
+            method=method, tokens=batch * length, batch=batch, length=length, device=device
+        )
+        config.check()
+        name = named(model)
+        from sparsekit.stages.trainspeed import bench_recover as stage
+
+        show.train_speed(terminal, stage(config, name, steps=steps, progress=progress))

@@ -91,6 +91,29 @@ def recovered(terminal: Terminal, report: "RecoverReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
+def train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
+    """Speed of training as a share of the possible, and the parts of its memory."""
+    terminal.table(
+        f"{result['method']} on {result['model']}, {result['threads']} threads",
+        ("tokens/s", "GFLOP/token", "matrix GFLOP/s", "share of the possible"),
+        [
+            (
+                f"{result['tokens_per_second']:.1f}",
+                f"{result['flop_per_token'] / 1e9:.3f}",
+                f"{result['matrix_gflops']:.1f}",
+                f"{result['share_of_the_possible']:.3f}",
+            )
+        ],
+    )
+    parts = [(name, f"{size / 1e6:.0f} MB") for name, size in result["bytes"].items()]
+    terminal.table("memory", ("what", "size"), [*parts, ("peak", _megabytes(result))])
+    terminal.result(f"{result['share_of_the_possible']:.3f}", result)
+
+
+def _megabytes(result: dict[str, Any]) -> str:
+    return f"{result['peak_bytes'] / 1e6:.0f} MB"
+
+
 def _kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
     errors = [row["error"] for row in rows if row["error"] is not None]
     zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)

@@ -179,10 +179,18 @@ class Student:
         others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
         return MaskedAdam(self.sparse, others, rule, Settings())
 
-    @property
-    def size(self) -> int:
-        """How many parameters there are."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+    def scale(self, steps: int, masked_gradient: float) -> Scale:
+        """What the automatic choices go by."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return Scale(parameters=size, steps=steps, masked_gradient=masked_gradient)
+
+
+def load_teacher(job: Recovery) -> PreTrainedModel | None:
+    """The frozen dense model; None when the loss does not ask for it."""
+    if job.config.share == 0:
+        return None
+    teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device)
+    return teacher.requires_grad_(False)
 
 
 def _recipe(job: Recovery, rows: TrainingRows) -> dict[str, Any]:
@@ -222,16 +230,13 @@ def _training(
 ) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
     config = job.config
-    teacher = None
-    if config.share != 0:
-        teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device)
-        teacher.requires_grad_(False)
+    teacher = load_teacher(job)
     if (folder / PLAN).is_file():
         plan = Plan(**read_json(folder / PLAN))
     else:
         plan = _plan(job, student, teacher, rows, started, progress)
         write_json(folder / PLAN, asdict(plan))
-    scale = Scale(parameters=student.size, steps=plan.steps, masked_gradient=plan.masked_gradient)
+    scale = student.scale(plan.steps, plan.masked_gradient)
     optimizer = student.optimizer(job.recoverer.rule(scale))
     training = Training(
         student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh
@@ -252,7 +257,7 @@ def _plan(
     """Steps, rates and strengths, some of them measured on steps that change nothing."""
     config, recoverer = job.config, job.recoverer
     steps = config.steps()
-    scale = Scale(parameters=student.size, steps=steps, masked_gradient=0.0)
+    scale = student.scale(steps, 0.0)
     share = recoverer.share_of(scale) if config.share is None else config.share
     rate = config.lr or recoverer.rate_of(scale)
     gradient = 0.0
@@ -276,9 +281,7 @@ def _plan(
                     "give it more time, or a smaller --batch, --length or --accumulate",
                 )
             progress.note(f"{steps} steps of {median(seconds):.2f} s in the time that is left")
-    decay = recoverer.decay_of(
-        Scale(parameters=student.size, steps=steps, masked_gradient=gradient)
-    )
+    decay = recoverer.decay_of(student.scale(steps, gradient))
     plan = Plan(steps=steps, rate=rate, share=share, decay=decay, masked_gradient=gradient)
     progress.note(
         f"{steps} steps of {config.step_tokens} tokens, learning rate {rate:g} ({config.schedule})"
