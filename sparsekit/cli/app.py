@@ -229,7 +229,9 @@ def recover(
         refuse_early(name, out, overwrite=overwrite)
         from sparsekit.stages.recover import recover as stage
 
-        show.recovered(terminal, stage(config, name, out, overwrite=overwrite, progress=progress))
+        report = stage(config, name, out, overwrite=overwrite, progress=progress)
+        if report is not None:
+            show.recovered(terminal, report)
 
 
 @app.command("eval")

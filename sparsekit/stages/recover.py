@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -26,6 +27,8 @@ from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recoverers import Scale
 from sparsekit.stages.curve import draw
+from sparsekit.stages.device import pick_device
+from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery, prepare
 from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
@@ -86,7 +89,7 @@ def recover(
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> RecoverReport:
+) -> RecoverReport | None:
     """Write a trained copy of a model, with exactly its pattern, to the folder `out`.
 
     Args:
@@ -96,6 +99,9 @@ def recover(
         overwrite: Replace an earlier output of sparsekit.
         progress: Told of each step.
 
+    Returns:
+        What was done; None in a process that trains along with the main one.
+
     Raises:
         UsageError: The configuration does not fit the model, or `out` is in use.
         DataError: The model, its teacher or the text cannot be read or do not fit together.
@@ -104,23 +110,29 @@ def recover(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
+    config.check()
+    ranks = Ranks.current(pick_device(config.device))
+    ranks.parts(config.accumulate)
+    progress = progress if ranks.main else SILENT
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
-    rows = config.corpus(config.tokens).rows(job.source, job.teacher, progress)
-    for note in (*job.notes, *rows.notes):
-        progress.note(note)
+    rows = _rows(job, ranks, progress)
     prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
     recipe = _recipe(job, rows) | prints
-    with CheckpointWriter(out, job.source, recipe, overwrite=overwrite) as writer:
+    ranks.wait()
+    writing = CheckpointWriter(out, job.source, recipe, overwrite=overwrite) if ranks.main else None
+    with writing or contextlib.nullcontext() as writer:
+        ranks.wait()
+        folder = out.with_name(out.name + ".partial")
         student = Student.load(job)
-        training = _training(job, student, rows, writer.partial, started, progress)
+        training = _training(job, student, rows, folder, ranks, started, progress)
         first = {name: weight.mask.clone() for name, weight in student.sparse.items()}
-        log = _train(training, job, writer.partial, progress)
+        log = _train(training, job, folder, progress)
         finished = _finish(training)
+        ranks.require_same(training.optimizer.fingerprint(), "masks")
+        if writer is None:
+            return None
         weights = _write(job, writer, student, first)
-        lines = "".join(json.dumps(row) + "\n" for row in log)
-        write_atomic(writer.partial / LOG, lines.encode())
-        picture = draw(log, f"{title(model)}, {config.method} {job.patterns.base}")
-        write_atomic(writer.partial / CURVE, picture)
+        _tell(job, writer, log, title(model))
         entry = {
             "stage": "recover",
             "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
@@ -129,6 +141,7 @@ def recover(
             "teacher": {"path": job.teacher_name, "fingerprint": prints["teacher"]},
             "plan": asdict(training.plan),
             "tokens": training.plan.steps * config.step_tokens,
+            "processes": ranks.size,
             "finished": finished,
             "totals": totals(weights),
             "weights": weights,
@@ -136,10 +149,31 @@ def recover(
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        for name in (PLAN, STATE, PROGRESS):
-            (writer.partial / name).unlink(missing_ok=True)
         writer.commit(entry, recover_card(entry, title(model)))
     return RecoverReport(out=out, entry=entry)
+
+
+def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
+    """The rows; the main process tokenises the text, the others find it done."""
+    corpus = job.config.corpus(job.config.tokens)
+    if not ranks.main:
+        ranks.wait()
+    rows = corpus.rows(job.source, job.teacher, progress)
+    if ranks.main:
+        ranks.wait()
+    for note in (*job.notes, *rows.notes):
+        progress.note(note)
+    return rows
+
+
+def _tell(job: Recovery, writer: CheckpointWriter, log: list[dict[str, Any]], name: str) -> None:
+    """Put log and picture into the output, and what only a resumed run needs away."""
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    write_atomic(writer.partial / LOG, lines.encode())
+    picture = draw(log, f"{name}, {job.config.method} {job.patterns.base}")
+    write_atomic(writer.partial / CURVE, picture)
+    for file in (PLAN, STATE, PROGRESS):
+        (writer.partial / file).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -225,17 +259,19 @@ def _training(
     student: Student,
     rows: TrainingRows,
     folder: Path,
+    ranks: Ranks,
     started: float,
     progress: Progress,
 ) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
     config = job.config
     teacher = load_teacher(job)
-    if (folder / PLAN).is_file():
+    if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
-        plan = _plan(job, student, teacher, rows, started, progress)
-        write_json(folder / PLAN, asdict(plan))
+        plan = _plan(job, student, teacher, rows, ranks, started, progress)
+        if ranks.main:
+            write_json(folder / PLAN, asdict(plan))
     scale = student.scale(plan.steps, plan.masked_gradient)
     optimizer = student.optimizer(job.recoverer.rule(scale))
     training = Training(
@@ -251,6 +287,7 @@ def _plan(
     student: Student,
     teacher: PreTrainedModel | None,
     rows: TrainingRows,
+    ranks: Ranks,
     started: float,
     progress: Progress,
 ) -> Plan:
@@ -264,7 +301,7 @@ def _plan(
     if config.max_time is not None or recoverer.needs_gradient:
         still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
         optimizer = student.optimizer(recoverer.rule(scale))
-        trial = Training(student.model, teacher, optimizer, rows, config, still, 0)
+        trial = Training(student.model, teacher, optimizer, rows, config, still, 0, ranks)
         progress.begin("measuring speed and gradients", PROBED)
         seconds = []
         for _ in range(PROBED):
@@ -274,7 +311,7 @@ def _plan(
         gradient = optimizer.masked_mean()
         if config.max_time is not None:
             left = config.max_time - (time.perf_counter() - started) - WRITING
-            steps = math.floor(PLANNED * left / median(seconds))
+            steps = ranks.of_main(math.floor(PLANNED * left / median(seconds)))
             if steps < 1:
                 raise UsageError(
                     f"--max-time: one step takes {median(seconds):.1f} s, {left:.0f} s are left",
@@ -339,6 +376,10 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Take the steps that are left; gives the log of all steps."""
     config, optimizer = job.config, training.optimizer
+    if not training.ranks.main:
+        while not training.done:
+            training.step()
+        return []
     log = [row for row in _read_log(folder / PROGRESS) if row["step"] <= optimizer.steps]
     text = "".join(json.dumps(row) + "\n" for row in log)
     write_atomic(folder / PROGRESS, text.encode())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import NumericalError
 from sparsekit.models.corpus import TrainingRows
+from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
 from sparsekit.tensors.distillation import IGNORED, Losses, distil
 from sparsekit.tensors.maskedadam import MaskedAdam
@@ -68,6 +69,7 @@ class Training:
         config: Rows in a step.
         plan: Steps, rates and shares.
         refresh: Steps between two selections of the largest entries; 0: none.
+        ranks: The processes that share the batches of a step.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Training:
         config: RecoverConfig,
         plan: Plan,
         refresh: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -87,6 +90,7 @@ class Training:
         self.config = config
         self.plan = plan
         self.refresh = refresh
+        self.ranks = ranks or Ranks()
 
     @property
     def done(self) -> bool:
@@ -129,10 +133,13 @@ class Training:
         )
 
     def gradients(self, step: int) -> tuple[float, float, float]:
-        """Leave the gradients of one step's batches in the parameters; gives loss, KL and CE."""
+        """Leave the gradients of one step's batches in the parameters; gives loss, KL and CE.
+
+        Every process computes its part of the batches, and has the sum of all afterwards.
+        """
         config = self.config
         sums = torch.zeros(3, dtype=torch.float64)
-        for part in range(config.accumulate):
+        for part in self.ranks.parts(config.accumulate):
             first = (step * config.accumulate + part) * config.batch
             tokens = self.rows.take(first, config.batch).to(self.student.device)
             losses = model_losses(
@@ -145,6 +152,10 @@ class Training:
             (losses.total / config.accumulate).backward()
             told = [losses.total.detach(), losses.divergence, losses.entropy]
             sums += torch.stack(told).double().cpu() / config.accumulate
+        if self.ranks.size > 1:
+            self.ranks.sum_(self.optimizer.raw_gradients())
+            sums = sums.to(self.student.device)
+            self.ranks.sum_([sums])
         total, divergence, entropy = sums.tolist()
         return total, divergence, entropy
 

@@ -13,6 +13,7 @@ Source: one family (recovery specification, section 4.1): AdamW; SR-STE of AST (
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -221,6 +222,19 @@ class MaskedAdam:
             for weight in self.sparse.values():
                 weight.publish(hides=True)
         return flips
+
+    def raw_gradients(self) -> list[Tensor]:
+        """The gradients that the parameters hold, in an order that is always the same."""
+        parameters = [*(w.parameter for w in self.sparse.values()), *self.others.values()]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    def fingerprint(self) -> str:
+        """The sha256 of all masks."""
+        digest = hashlib.sha256()
+        for name, weight in self.sparse.items():
+            digest.update(name.encode())
+            digest.update(pack_bits(weight.mask).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def masked_mean(self) -> float:
         """Root mean square of the averaged gradient over all entries off the masks."""

@@ -1,0 +1,103 @@
+"""The processes that train together: one, or those that `accelerate launch` or `torchrun` started.
+
+All of them hold the whole model and take the same steps; each computes its part of the batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import NumericalError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls, device: str) -> Ranks:
+        """The processes that a launcher started, connected; or this one alone.
+
+        Raises:
+            UsageError: The launcher was told to shard the model, or to use DeepSpeed.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+                raise UsageError(
+                    f"accelerate was told to use {name}: the weights and their masks would be cut "
+                    "into pieces that do not match",
+                    "launch it with --multi_gpu, on CPUs too",
+                )
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        return cls(rank=state.process_index, size=state.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process reads, writes and tells for all."""
+        return self.rank == 0
+
+    def parts(self, count: int) -> range:
+        """Which of so many equal parts of a step are this process's.
+
+        Raises:
+            UsageError: They cannot be shared out evenly.
+        """
+        if count % self.size:
+            raise UsageError(
+                f"--accumulate {count} cannot be shared by {self.size} processes",
+                f"make it a multiple of {self.size}: it counts the forward passes of all",
+            )
+        return range(self.rank, count, self.size)
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.size == 1:
+            return
+        works = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in works:
+            work.wait()
+
+    def of_main(self, value: T) -> T:
+        """The value that the main process has."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def require_same(self, value: str, what: str) -> None:
+        """Refuse to go on when the processes do not have the same.
+
+        Raises:
+            NumericalError: They differ.
+        """
+        if self.size == 1:
+            return
+        found: list[str] = [""] * self.size
+        torch.distributed.all_gather_object(found, value)
+        if len(set(found)) > 1:
+            odd = next(rank for rank, one in enumerate(found) if one != found[0])
+            raise NumericalError(
+                f"process {odd} has other {what} than process 0",
+                "are versions, threads and devices the same everywhere?",
+            )
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
