@@ -226,11 +226,11 @@ def _begins_with(method: registry.Method) -> str:
 
 
 def methods(terminal: Terminal) -> None:
-    """The pruning methods; stdout has one name a line unless it is the terminal itself."""
-    kinds = ("pruners", "refiners")
+    """The methods; stdout has one name a line unless it is the terminal itself."""
+    kinds = ("pruners", "refiners", "recoverers")
     found = [registry.describe(kind, name) for kind in kinds for name in registry.names(kind)]
     terminal.table(
-        "pruning methods",
+        "methods of prune, and of recover: " + ", ".join(registry.names("recoverers")),
         ("method", "what it does", "begins with", "source"),
         [(m.name, m.summary, _begins_with(m), m.source) for m in found],
     )

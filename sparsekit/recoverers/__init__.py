@@ -16,8 +16,9 @@ class Scale:
 
     parameters: int
     """Of the model."""
-    steps: int
-    masked_gradient: float
+    weight: float = 0.0
+    """Mean size of the entries of sparse weights that are not zero."""
+    masked_gradient: float = 0.0
     """Root mean square of the averaged gradient over the entries off the mask, before training; 0
     when no method asked for it."""
 
@@ -37,8 +38,8 @@ class Recoverer(ABC):
     """Steps between two selections of the largest entries; 0: the mask stays."""
 
     @abstractmethod
-    def rule(self, scale: Scale) -> Rule:
-        """How Adam's step treats entries off the mask."""
+    def rule(self, decay: float) -> Rule:
+        """How Adam's step treats entries off the mask, with this λ."""
 
     @abstractmethod
     def decay_of(self, scale: Scale) -> float:

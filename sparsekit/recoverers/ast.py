@@ -4,16 +4,19 @@ Source: Huang et al. 2025, "Pruning Large Language Models with Semi-Structural A
 Training" (AAAI 2025), sections on SR-STE and distillation; the released code of December 2024.
 Differs: the decay follows the text. In the released optimizer of GPT-2 the mask is an integer that
 is inverted bit by bit, which pushes kept and pruned entries outwards instead; the released LLaMA
-code adds the decay to the gradient (`coupled=yes` here). Strength and learning rate of sizes that
-were not published are interpolated.
+code adds the decay to the gradient (`coupled=yes` here). The strength λ, when not given, is
+measured: at its plateau the pull on an entry of mean size is as large as the averaged gradient
+(root mean square) off the mask before training. Published are 1e-4 for GPT-2 124M and 6e-5 for
+LLaMA-2-7B, with 131,000 tokens and more in a step; with few tokens in a step gradients are larger,
+and such a λ moves nothing. Learning rates of sizes that were not published are interpolated.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sparsekit.recoverers import Recoverer, Scale, by_size
+from sparsekit.recoverers import Recoverer, Scale
 from sparsekit.tensors.maskedadam import Rule
 
 
@@ -21,22 +24,24 @@ from sparsekit.tensors.maskedadam import Rule
 class Ast(Recoverer):
     """Forward with the mask, straight-through gradient, annealed decay off the mask."""
 
+    needs_gradient: ClassVar[bool] = True
     refresh: int = 10
     """Steps between two selections of the largest entries."""
     decay: float = 0.0
-    """λ: strength of the decay at its plateau; 0: by the size of the model."""
+    """λ: strength of the decay at its plateau; 0: by the size of gradients and weights."""
     ramp: float = 0.25
     """Share of the steps in which the decay rises from 0 to its plateau."""
     coupled: Literal["no", "yes"] = "no"
     """Whether the decay is part of the gradient, as in the released LLaMA code."""
 
-    def rule(self, scale: Scale) -> Rule:
+    def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""
-        return Annealed(self.decay_of(scale), self.ramp, coupled=self.coupled == "yes")
+        return Annealed(decay, self.ramp, coupled=self.coupled == "yes")
 
     def decay_of(self, scale: Scale) -> float:
         """See `Recoverer.decay_of`."""
-        return self.decay or by_size(scale.parameters, 1e-4, 6e-5, 6e-5)
+        measured = scale.masked_gradient / scale.weight if scale.weight else 0.0
+        return self.decay or measured
 
 
 class Annealed(Rule):

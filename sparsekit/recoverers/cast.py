@@ -31,9 +31,9 @@ class Cast(Recoverer):
     decay: float = 0.0
     """λ: strength of the pull toward zero; 0: the size of the gradients before training."""
 
-    def rule(self, scale: Scale) -> Rule:
+    def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""
-        return Continuous(self.decay_of(scale))
+        return Continuous(decay)
 
     def decay_of(self, scale: Scale) -> float:
         """See `Recoverer.decay_of`."""

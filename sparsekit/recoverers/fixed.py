@@ -14,7 +14,7 @@ from sparsekit.tensors.maskedadam import Rule
 class Fixed(Recoverer):
     """What is pruned stays pruned."""
 
-    def rule(self, scale: Scale) -> Rule:
+    def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""
         return Rule()
 

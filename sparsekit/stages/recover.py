@@ -195,7 +195,7 @@ class Student:
         by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(parameter.is_floating_point())
-        rule = job.recoverer.rule(Scale(parameters=1, steps=1, masked_gradient=0.0))
+        rule = job.recoverer.rule(0.0)
         sparse = {
             target.name: SparseWeight.of(
                 parameters[by_disk[target.name]],
@@ -213,10 +213,17 @@ class Student:
         others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
         return MaskedAdam(self.sparse, others, rule, Settings())
 
-    def scale(self, steps: int, masked_gradient: float) -> Scale:
+    def scale(self, masked_gradient: float) -> Scale:
         """What the automatic choices go by."""
-        size = sum(parameter.numel() for parameter in self.model.parameters())
-        return Scale(parameters=size, steps=steps, masked_gradient=masked_gradient)
+        total = count = 0.0
+        for weight in self.sparse.values():
+            total += weight.weight.abs().sum(dtype=torch.float64).item()
+            count += int(weight.weight.count_nonzero())
+        return Scale(
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            weight=total / max(1.0, count),
+            masked_gradient=masked_gradient,
+        )
 
 
 def load_teacher(job: Recovery) -> PreTrainedModel | None:
@@ -272,8 +279,7 @@ def _training(
         plan = _plan(job, student, teacher, rows, ranks, started, progress)
         if ranks.main:
             write_json(folder / PLAN, asdict(plan))
-    scale = student.scale(plan.steps, plan.masked_gradient)
-    optimizer = student.optimizer(job.recoverer.rule(scale))
+    optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(
         student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh
     )
@@ -294,13 +300,13 @@ def _plan(
     """Steps, rates and strengths, some of them measured on steps that change nothing."""
     config, recoverer = job.config, job.recoverer
     steps = config.steps()
-    scale = student.scale(steps, 0.0)
+    scale = student.scale(0.0)
     share = recoverer.share_of(scale) if config.share is None else config.share
     rate = config.lr or recoverer.rate_of(scale)
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
         still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
-        optimizer = student.optimizer(recoverer.rule(scale))
+        optimizer = student.optimizer(recoverer.rule(0.0))
         trial = Training(student.model, teacher, optimizer, rows, config, still, 0, ranks)
         progress.begin("measuring speed and gradients", PROBED)
         seconds = []
@@ -318,7 +324,7 @@ def _plan(
                     "give it more time, or a smaller --batch, --length or --accumulate",
                 )
             progress.note(f"{steps} steps of {median(seconds):.2f} s in the time that is left")
-    decay = recoverer.decay_of(student.scale(steps, gradient))
+    decay = recoverer.decay_of(student.scale(gradient))
     plan = Plan(steps=steps, rate=rate, share=share, decay=decay, masked_gradient=gradient)
     progress.note(
         f"{steps} steps of {config.step_tokens} tokens, learning rate {rate:g} ({config.schedule})"

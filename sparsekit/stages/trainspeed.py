@@ -49,7 +49,7 @@ def bench_recover(
     before = psutil.Process().memory_info().rss
     student = Student.load(job)
     teacher = load_teacher(job)
-    scale = student.scale(steps, 1e-6)
+    scale = student.scale(1e-6)
     plan = Plan(
         steps=steps + 1,
         rate=config.lr or job.recoverer.rate_of(scale),
@@ -57,7 +57,7 @@ def bench_recover(
         decay=job.recoverer.decay_of(scale),
         masked_gradient=scale.masked_gradient,
     )
-    optimizer = student.optimizer(job.recoverer.rule(scale))
+    optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(student.model, teacher, optimizer, rows, config, plan, 0)
     progress.begin("training steps", steps + 1)
     seconds = []

@@ -650,7 +650,8 @@ def test_verify_of_a_wrong_pattern_is_a_usage_error(cli, pruned):
 def test_methods_lists_every_method_with_source_options_and_defaults(cli):
     found = cli("methods")
     assert found.code == 0
-    assert found.stdout.split() == methods.names("pruners") + methods.names("refiners")
+    kinds = ("pruners", "refiners", "recoverers")
+    assert found.stdout.split() == [name for kind in kinds for name in methods.names(kind)]
     assert {"alps", "magnitude", "nowag", "ria", "sparsegpt", "wanda"} <= set(found.stdout.split())
     listed = strict_json(cli("methods", "--json").stdout)
     for method in listed:

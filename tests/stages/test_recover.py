@@ -297,11 +297,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pruned, tmp_pa
         return replace(found, total=found.total * math.nan) if len(calls) == 6 else found
 
     monkeypatch.setattr(training, "model_losses", broken)
+    config = replace(SHORT, method="fixed", save_every=2)
     with pytest.raises(NumericalError, match="step 6: the loss is nan"):
-        recover(replace(SHORT, save_every=2), str(pruned), tmp_path / "out")
+        recover(config, str(pruned), tmp_path / "out")
     monkeypatch.setattr(training, "model_losses", losses)
     notes = Notes()
-    recover(replace(SHORT, save_every=2), str(pruned), tmp_path / "out", progress=notes)
+    recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert any("going on after 4 steps" in note for note in notes.told)
 
 
@@ -316,6 +317,14 @@ def test_cast_that_has_not_settled_is_not_shipped(pruned, tmp_path):
     with pytest.raises(CheckFailedError, match=r"the decay has not finished.*more --tokens"):
         recover(replace(CAST, tokens=384, lr=1e-3), str(pruned), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_strength_of_ast_pulls_a_mean_entry_as_much_as_the_gradient(pruned, tmp_path):
+    plan = recover(SHORT, str(pruned), tmp_path / "out").entry["plan"]
+    source = Checkpoint.open(pruned)
+    values = torch.cat([source.read([n])[n].float().flatten() for n in linear(source)])
+    mean = values[values != 0].abs().mean().item()
+    assert plan["decay"] * mean == pytest.approx(plan["masked_gradient"], rel=1e-5)
 
 
 def test_strength_of_cast_is_the_size_of_the_gradients(family, tmp_path, monkeypatch):
