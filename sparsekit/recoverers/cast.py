@@ -1,12 +1,12 @@
 """CAST: a dense model whose smallest weights follow their gradient less and a pull to zero more.
 
-Source: CAST, "Continuous Adaptive Sparse Trainer" (arXiv 2509.25996), of which no code is public;
-AdamS and weight scaling after an independent reproduction that cites equations and algorithm lines.
-Unknown there and chosen here: β1, β2, ε = 0.9, 0.95, 1e-8 (those of the same group's AST); the
-schedule (warm-up, constant, then to 0 in the last tenth); spans of a row are contiguous; scales and
+Source: "CAST: Continuous Adaptive Sparse Trainer", 2025 (arXiv 2509.25996), of which no code is
+public; AdamS and weight scaling after an independent reproduction that cites its equations and
+algorithm lines.
+Differs: what is not known is chosen. β1, β2, ε = 0.9, 0.95, 1e-8, those of the same group's AST;
+the schedule (warm-up, constant, to 0 in the last tenth); spans of a row are contiguous; scales and
 all other parameters take AdamW without decay; the strength λ, when not given, is the root mean
-square of the averaged gradient over the entries off the mask (the paper: "of the order of the
-gradient").
+square of the averaged gradient off the mask before training (the paper: of its order).
 """
 
 from dataclasses import dataclass
