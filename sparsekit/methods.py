@@ -28,9 +28,11 @@ class Method:
     """What a method's file says of it."""
 
     name: str
+    kind: str
     summary: str
     source: str
     data_free: bool
+    """Of a pruner: it needs no calibration."""
     options: tuple[Option, ...]
     initial: str = ""
     """The method that a refiner begins with by default."""
@@ -61,9 +63,11 @@ def describe(kind: str, name: str) -> Method:
     body = _method_class(tree).body
     return Method(
         name=name,
+        kind=kind,
         summary=summary.partition(": ")[2] or summary,
         source=" ".join(source.split()),
-        data_free=not any("needs" in (_field(n), getattr(n, "name", "")) for n in body),
+        data_free=kind == "pruners"
+        and not any("needs" in (_field(n), getattr(n, "name", "")) for n in body),
         options=tuple(_options(body)),
         initial=_constant(body, "initial") or "",
         presets=_constant(body, "presets") or {},
