@@ -23,7 +23,7 @@ from sparsekit.models.checkpoint import Checkpoint
 MAPPED_BYTES = 8 << 20
 # The top of the heap is kept up to this size; with a size above set, glibc would keep 128 kB only.
 KEPT_BYTES = 64 << 20
-# What is free in the heap goes back to the system after this many bytes of blocks.
+# What is free in the heap goes back to the system after this many bytes of weights.
 TRIM_BYTES = 24 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
@@ -84,7 +84,7 @@ class Skeleton:
             self._set(name, torch.empty_like(old, device="meta"))
 
     def passed(self, n_bytes: int) -> None:
-        """Count the bytes of a block that is done, and tidy the heap when enough came together."""
+        """Count bytes of weights that are done, and tidy the heap when enough came together."""
         self._passed += n_bytes
         if self._passed >= TRIM_BYTES:
             self._passed = 0

@@ -82,6 +82,7 @@ def _prune_group(
             factor_name(group[0].name, part): tensor
             for part, tensor in factors.stored(pattern, dtype).items()
         }
+        block.stream.skeleton.passed(stacked.nbytes)  # fitting them took many times as much
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
         rows = [replace(rows[0], bits=bits)]
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
