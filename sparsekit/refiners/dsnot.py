@@ -12,10 +12,9 @@ dense value: an update of the initial method is lost, as in the source.
 Of what was tried at 60 %, the defaults do least harm to SmolLM2-135M (32 x 512 tokens of C4,
 WikiText-2 perplexity, Wanda before DSnoT over it): 142.6 becomes 143.0 on attention and 145.1 on
 all weights. On attention 50 % goes from 52.8 to 52.9, 70 % from 1312 to 1643 (2093 as published)
-and 2:4 from 193.8 to 194.2; on all weights 50 % goes to 52.6 and 2:4 to 197.3.
-A threshold relative to the first error of each row
-means the same in every layer; one in units of the output means another share of the error in each,
-and the published one also grows with the length of the calibration rows.
+and 2:4 from 193.8 to 194.2; on all weights 50 % goes to 52.6 and 2:4 to 197.3. A threshold relative
+to the first error of each row means the same in every layer; one in units of the output means
+another share of the error in each, and the published one also grows with the length of the rows.
 """
 
 from dataclasses import dataclass
