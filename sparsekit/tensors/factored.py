@@ -158,19 +158,19 @@ def pack(core: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     is kept. The first bits lie lowest.
     """
     if pattern.scope != "group":
-        return core[mask], _bytes(mask)
+        return core[mask], pack_bits(mask)
     grouped = mask.unflatten(1, (-1, pattern.group)).byte()
     order = grouped.argsort(dim=-1, descending=True, stable=True)
     places = order[..., : pattern.keep]  # [out, groups, N], rising
     values = core.unflatten(1, (-1, pattern.group)).gather(-1, places).flatten(1)
     width = torch.arange(_bits(pattern.group), device=core.device)
-    return values, _bytes((places.flatten(1)[..., None] >> width & 1).flatten(1))
+    return values, pack_bits((places.flatten(1)[..., None] >> width & 1).flatten(1))
 
 
 def unpack(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     """The core `[out, in]`, from what `pack` gave and `mask_of` accepts."""
     if pattern.scope != "group":
-        mask = _bits_of(indices, columns).bool()
+        mask = unpack_bits(indices, columns).bool()
         return values.new_zeros(mask.shape).masked_scatter_(mask, values)
     places = _places(indices, pattern, columns).long()
     grouped = values.new_zeros(*places.shape[:2], pattern.group)
@@ -186,7 +186,7 @@ def mask_of(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> 
     shapes = {"values": tuple(values.shape), "indices": tuple(indices.shape)}
     check_shapes(shapes, len(indices), columns, pattern)
     if pattern.scope != "group":
-        mask = _bits_of(indices, columns).bool()
+        mask = unpack_bits(indices, columns).bool()
         if int(mask.sum()) != len(values):
             raise DataError(f"the bits of a {pattern} core do not count its {len(values)} values")
         return mask
@@ -200,7 +200,7 @@ def mask_of(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> 
 def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     """Where the kept values of an N:M core lie in their groups, integers `[out, groups, N]`."""
     groups, width = columns // pattern.group, _bits(pattern.group)
-    bits = _bits_of(indices, groups * pattern.keep * width)
+    bits = unpack_bits(indices, groups * pattern.keep * width)
     if width > 8:
         bits = bits.int()
     bits = bits.unflatten(1, (groups, pattern.keep, width))
@@ -208,14 +208,14 @@ def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     return (bits * powers).sum(-1, dtype=bits.dtype)
 
 
-def _bytes(bits: Tensor) -> Tensor:
-    """Rows of bits as uint8, eight in each, the last filled up with zeros."""
+def pack_bits(bits: Tensor) -> Tensor:
+    """Rows of bits as uint8, eight in each, the first lowest, the last filled up with zeros."""
     bits = torch.nn.functional.pad(bits.byte(), (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
     powers = 2 ** torch.arange(8, device=bits.device, dtype=torch.uint8)
     return (bits * powers).sum(-1, dtype=torch.uint8)
 
 
-def _bits_of(packed: Tensor, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first bits of each row, as uint8 0 or 1."""
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
     return (packed[..., None] >> places & 1).flatten(1)[:, :count]

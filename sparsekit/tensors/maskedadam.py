@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericalError
+from sparsekit.tensors.factored import pack_bits, unpack_bits
 from sparsekit.tensors.patterns import Pattern
 
 # Ends the name of a weight's scale.
@@ -281,7 +282,7 @@ class MaskedAdam:
             if not name.endswith(".mask"):
                 tensor.copy_(state[name])
         for name, weight in self.sparse.items():
-            weight.mask = unpack_bits(state[f"{name}.mask"], weight.mask.shape)
+            weight.mask = unpack_bits(state[f"{name}.mask"], weight.mask.shape[1]).bool()
             weight.publish(hides=self.rule.hides)
         self.steps = steps
 
@@ -358,17 +359,3 @@ class MaskedAdam:
 def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both moments of a weight, before the first step."""
     return torch.zeros_like(weight), torch.zeros_like(weight)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """A bool tensor as uint8, eight entries in each, the first in the lowest bit."""
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1).to(torch.uint8)
-
-
-def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of this shape that `pack_bits` packed."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    flat = (bits[:, None] >> places) & 1
-    return flat.reshape(-1)[: math.prod(shape)].view(shape).bool()
