@@ -180,6 +180,11 @@ def recover(
         typer.Option(help="Share of the loss that is KL from the teacher. Default: by size."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the softmax in that KL.")] = 1.0,
+    slorb: Annotated[
+        int | None,
+        typer.Option(help="Train low-rank branches too, one row for so many inputs, as 16."),
+    ] = None,
+    form: Form = "dense",
     save_every: Annotated[
         int | None, typer.Option(help="Steps between saved states. Default: ten minutes.")
     ] = None,
@@ -218,6 +223,8 @@ def recover(
             schedule=schedule,
             share=share,
             temperature=temperature,
+            slorb=slorb,
+            format=form,
             save_every=save_every,
             eval_every=eval_every,
             eval_text=eval_text,

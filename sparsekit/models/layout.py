@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from sparsekit.models.checkpoint import DTYPES, Checkpoint, TensorPlace
+from sparsekit.models.folder import FACTORS, UNFACTORED, factor_name
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -57,6 +58,34 @@ class Layout:
             places[name] = TensorPlace(file, *tensors[name], data + start, data + stop)
         headers = {**self.headers, file: len(text).to_bytes(8, "little") + text}
         return Layout(places, headers)
+
+    @classmethod
+    def with_factors(
+        cls,
+        source: Checkpoint,
+        parts: Mapping[str, Mapping[str, tuple[int, ...]]],
+        patterns: Mapping[str, str],
+        *,
+        alone: bool,
+    ) -> Layout:
+        """The files of a checkpoint, and one for the factors of some of its weights.
+
+        Args:
+            source: The checkpoint.
+            parts: For each weight that gets factors the shape of each.
+            patterns: For each of these weights the pattern of its core.
+            alone: Whether factors stand for the weights, or lie beside them.
+        """
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, those in parts.items():
+            for part, shape in those.items():
+                dtype = torch.uint8 if part == "indices" else source.places[name].dtype
+                shapes[factor_name(name, part)] = dtype, shape
+        base = cls.of(source)
+        if alone:
+            left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
+            base = cls({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
+        return base.with_file(FACTORS, shapes, patterns)
 
     def size(self, file: str) -> int:
         """Bytes of a file."""

@@ -7,15 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sparsekit.errors import DataError, UsageError, did_you_mean
 from sparsekit.files import existing_parent
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import FACTORS, UNFACTORED, factor_name
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve
@@ -167,23 +164,14 @@ def _layout(
     patterns: Patterns,
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    cores = {}
-    for target in targets:
-        pattern = patterns.of(target)
-        for part, shape in chain.stored_shapes(target, pattern).items():
-            cores[target.name] = str(pattern)
-            dtype = torch.uint8 if part == "indices" else source.places[target.name].dtype
-            shapes[factor_name(target.name, part)] = dtype, shape
-    if config.format == "factored" and not shapes:
-        raise UsageError(f"{config.title} makes no factors", "leave out --format factored")
-    if not shapes:
+    parts = {t.name: chain.stored_shapes(t, patterns.of(t)) for t in targets}
+    parts = {name: shapes for name, shapes in parts.items() if shapes}
+    if not parts:
+        if config.format == "factored":
+            raise UsageError(f"{config.title} makes no factors", "leave out --format factored")
         return Layout.of(source)
-    base = Layout.of(source)
-    if config.format == "factored":
-        left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in cores}
-        base = Layout({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
-    return base.with_file(FACTORS, shapes, cores)
+    cores = {t.name: str(patterns.of(t)) for t in targets if t.name in parts}
+    return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
 def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:

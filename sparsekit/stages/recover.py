@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckFailedError, NumericalError, UsageError
+from sparsekit.errors import CheckFailedError, DataError, NumericalError, UsageError
 from sparsekit.files import read_json, sha256_json, write_atomic, write_json
 from sparsekit.memory import peak_memory
+from sparsekit.models.architecture import Target
+from sparsekit.models.branch import Branch, attach
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
+from sparsekit.models.folder import factor_name
 from sparsekit.models.reference import title
 from sparsekit.models.skeleton import Skeleton, keep_heap
 from sparsekit.models.whole import load_whole
@@ -41,7 +44,9 @@ from sparsekit.stages.training import (
     sparsity_measure,
 )
 from sparsekit.stages.trainstate import STATE, load_state, save_state
+from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight
+from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +124,9 @@ def recover(
     prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
     recipe = _recipe(job, rows) | prints
     ranks.wait()
-    writing = CheckpointWriter(out, job.source, recipe, overwrite=overwrite) if ranks.main else None
+    writing = None
+    if ranks.main:
+        writing = CheckpointWriter(out, job.source, recipe, layout=job.layout, overwrite=overwrite)
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
         folder = out.with_name(out.name + ".partial")
@@ -184,6 +191,8 @@ class Student:
     skeleton: Skeleton
     sparse: Mapping[str, SparseWeight]
     """By name on disk."""
+    branches: Mapping[str, Branch]
+    """What lies beside sparse weights, by the same names."""
 
     @classmethod
     def load(cls, job: Recovery) -> Student:
@@ -206,7 +215,28 @@ class Student:
             )
             for target in job.targets
         }
-        return cls(model=model, skeleton=skeleton, sparse=sparse)
+        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={})
+        return replace(made, branches=made._branches(job)) if job.config.slorb else made
+
+    def _branches(self, job: Recovery) -> dict[str, Branch]:
+        """A branch beside each sparse weight, for what it lacks against the dense parent's."""
+        found = {}
+        by_disk = {on_disk: name for name, on_disk in self.skeleton.on_disk.items()}
+        for target in job.targets:
+            place = job.teacher.places.get(target.name)
+            weight = self.sparse[target.name]
+            if place is None or place.shape != job.source.places[target.name].shape:
+                raise DataError(
+                    f"the teacher has no weight {target.name} of the same shape",
+                    "--slorb needs the dense parent as the teacher",
+                )
+            dense = job.teacher.read([target.name])[target.name].to(job.device, torch.float32)
+            dense = dense.T if target.transposed else dense
+            branch = Branch(dense - weight.values, job.config.slorb or 1)
+            layer = by_disk[target.name].removesuffix(".weight")
+            attach(self.model.get_submodule(layer), branch)
+            found[target.name] = branch
+        return found
 
     def optimizer(self, rule: Rule) -> MaskedAdam:
         """A fresh one over all parameters."""
@@ -471,27 +501,32 @@ def _write(
     batch: dict[str, Tensor] = {}
     targets = {target.name: target for target in job.targets}
     for number, (on_disk, name) in enumerate(sorted(names.items()), 1):
-        place = job.source.places[on_disk]
+        dtype = job.source.places[on_disk].dtype
         tensor = state[name].detach().cpu()
         if tensor.is_floating_point():
-            tensor = tensor.to(place.dtype) + 0.0  # no negative zeros
+            tensor = tensor.to(dtype) + 0.0  # no negative zeros
         if not tensor.isfinite().all():
-            raise NumericalError(f"{on_disk} does not fit into {place.dtype}")
+            raise NumericalError(f"{on_disk} does not fit into {dtype}")
         if on_disk in targets:
-            rows.append(_row(job, student, targets[on_disk], tensor, first[on_disk]))
-        batch[on_disk] = tensor
-        if len(batch) == TOGETHER or number == len(names):
+            target, mask = targets[on_disk], student.sparse[on_disk].mask
+            flipped = int((mask ^ first[on_disk]).sum())
+            rows.append(_row(target, tensor, job.patterns.of(target)) | {"flipped": flipped})
+            if on_disk in student.branches:
+                branch = student.branches[on_disk]
+                stored, tensor = _with_branch(target, tensor, mask, branch, rows[-1]["pattern"])
+                rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
+                batch |= {factor_name(on_disk, part): made for part, made in stored.items()}
+        if on_disk in job.layout.places:
+            batch[on_disk] = tensor
+        if len(batch) >= TOGETHER or number == len(names):
             writer.write(f"{on_disk} and before", batch, None)
             batch = {}
     return rows
 
 
-def _row(
-    job: Recovery, student: Student, target: Any, tensor: Tensor, first: Tensor
-) -> dict[str, Any]:
+def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
     """What became of a weight, after the check of its pattern as it goes to disk."""
     weight = tensor.T if target.transposed else tensor
-    pattern = job.patterns.of(target)
     pattern.check(weight, target.name)
     return {
         "name": target.name,
@@ -501,5 +536,18 @@ def _row(
         "size": weight.numel(),
         "error": None,
         "bits": None,
-        "flipped": int((student.sparse[target.name].mask ^ first).sum()),
     }
+
+
+def _with_branch(
+    target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The factors of a weight with a branch, and their product as it goes to disk."""
+    core = tensor.T if target.transposed else tensor
+    up, down = branch.up.detach().cpu(), branch.down.detach().cpu()
+    factors = Factored(core=core.float(), mask=mask.cpu(), up=up, down=down).to(tensor.dtype)
+    product = factors.dense().to(tensor.dtype) + 0.0
+    if not product.isfinite().all():
+        raise NumericalError(f"{target.name} does not fit into {tensor.dtype}")
+    stored = factors.stored(Pattern.parse(pattern), tensor.dtype)
+    return stored, (product.T.contiguous() if target.transposed else product)

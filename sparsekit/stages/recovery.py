@@ -23,6 +23,7 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
 
 # A model with a larger share of zeros than this is no dense one.
@@ -41,6 +42,7 @@ class Recovery:
     targets: list[Target]
     patterns: Patterns
     skipped: list[dict[str, str]]
+    layout: Layout
     device: torch.device
     notes: list[str]
 
@@ -67,8 +69,6 @@ def prepare(
     if source.factored:
         raise DataError(f"{source.path} holds factors only", "train the model it comes from")
     refuse_foreign(out.with_name(out.name + ".partial"))
-    if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), Layout.of(source))
     recoverer = methods.load("recoverers", config.method, config.options)
     device = torch.device(pick_device(config.device))
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
@@ -78,7 +78,10 @@ def prepare(
     if not targets:
         raise DataError(f"{source.path} has no linear weight in its blocks to train")
     patterns = _patterns(config, source, targets, told)
-    _refuse_misfits(targets, patterns, recoverer)
+    _refuse_misfits(targets, patterns, recoverer, config.slorb)
+    layout = _layout(config, source, targets, patterns)
+    if not out.with_name(out.name + ".partial").exists():
+        require_space(existing_parent(out), layout)
     teacher_name = config.teacher or _parent(source) or model
     teacher = Checkpoint.open(resolve(teacher_name, progress))
     refuse_source(out, teacher.path)
@@ -93,8 +96,9 @@ def prepare(
         targets=targets,
         patterns=patterns,
         skipped=[{"name": name, "reason": "left dense when it was pruned"} for name in left],
+        layout=layout,
         device=device,
-        notes=_notes(source, teacher, stream),
+        notes=_notes(config, source, teacher, stream),
     )
 
 
@@ -143,8 +147,10 @@ def _patterns(
     return patterns
 
 
-def _refuse_misfits(targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer) -> None:
-    """Refuse a pattern, or spans of scales, that do not divide the inputs of a weight."""
+def _refuse_misfits(
+    targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer, width: int | None
+) -> None:
+    """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""
     for target in targets:
         columns, pattern, spans = target.shape[1], patterns.of(target), recoverer.spans
         if reason := pattern.misfit(columns):
@@ -155,6 +161,22 @@ def _refuse_misfits(targets: Sequence[Target], patterns: Patterns, recoverer: Re
                 f"groups of {pattern.group or 1}",
                 "-O spans=0 trains without scales",
             )
+        if width and columns % width:
+            raise UsageError(f"{target.name}: --slorb {width} does not divide {columns} inputs")
+
+
+def _layout(
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: Patterns
+) -> Layout:
+    """The files of the output: the source's, and one for the branches if there are such."""
+    if config.slorb is None:
+        return Layout.of(source)
+    parts = {
+        t.name: stored_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb)
+        for t in targets
+    }
+    cores = {target.name: str(patterns.of(target)) for target in targets}
+    return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
 def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
@@ -181,9 +203,16 @@ def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
             )
 
 
-def _notes(source: Checkpoint, teacher: Checkpoint, stream: BlockStream) -> list[str]:
+def _notes(
+    config: RecoverConfig, source: Checkpoint, teacher: Checkpoint, stream: BlockStream
+) -> list[str]:
     """What the user should know before the run."""
     found = []
+    if config.slorb is not None:
+        found.append(
+            "the branches of --slorb cannot be folded into the sparse weights, and a model that "
+            "was trained with them is much worse without"
+        )
     if not stream.tested:
         found.append(
             f"{source.config.model_type!r} is not among the tested families: compare the output's "

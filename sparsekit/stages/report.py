@@ -170,6 +170,7 @@ def recover_card(entry: Mapping[str, Any], base: str) -> str:
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
         ("loss", f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"),
         ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
+        ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -181,7 +182,7 @@ tags:
 
 # {base}, trained at {recipe["pattern"]}
 
-{PLAIN}
+{_what_it_is(recipe["format"], summary["bits_per_weight"])}
 
 | | |
 |---|---|

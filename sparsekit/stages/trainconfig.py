@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, cos, pi
+from typing import Literal
 
 from sparsekit import methods
 from sparsekit.errors import UsageError, did_you_mean
@@ -47,6 +48,10 @@ class RecoverConfig:
     share: float | None = None
     """Share of the divergence from the teacher in the loss; None: by the size of the model."""
     temperature: float = 1.0
+    slorb: int | None = None
+    """Inputs of a span of the low-rank branches beside the sparse weights; None: no branches."""
+    format: Literal["dense", "factored"] = "dense"
+    """Whether a weight with a branch is written as their sum too, or as factors only."""
     save_every: int | None = None
     """Steps between two saved states; None: about ten minutes."""
     eval_every: int | None = None
@@ -81,6 +86,14 @@ class RecoverConfig:
             if self.eval_every is None:
                 raise UsageError("--eval-text has no effect without --eval-every")
         self._check_numbers()
+        if self.slorb is not None and self.method == "cast":
+            raise UsageError(
+                "--slorb does not go with cast: it computes with all entries until the end",
+                "take --method ast",
+            )
+        one_of("--format", self.format, ("dense", "factored"))
+        if self.format == "factored" and self.slorb is None:
+            raise UsageError("--format factored has no effect without --slorb", "leave it out")
         one_of("--device", self.device, DEVICES)
         if self.dtype in ("bfloat16", "float16"):
             raise UsageError(
@@ -96,7 +109,7 @@ class RecoverConfig:
                 "recover needs to know how long: either --tokens or --max-time",
                 "as --tokens 20M, or --max-time 30m",
             )
-        for name in ("tokens", "batch", "accumulate", "save_every", "eval_every"):
+        for name in ("tokens", "batch", "accumulate", "slorb", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")

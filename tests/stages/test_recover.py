@@ -387,6 +387,65 @@ def test_text_of_fewer_tokens_than_a_row_is_refused(pruned, tmp_path):
         recover(replace(SHORT, data=str(tmp_path / "short.txt")), str(pruned), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_branches_are_kept_as_factors(family, row_file, tmp_path, name, form):
+    """SLoRB: the product of the factors is what the training model computed with."""
+    config = replace(
+        SHORT,
+        data=str(row_file),
+        tokens=96,
+        slorb=16,
+        format=form,
+        eval_every=3,
+        eval_text=str(row_file),
+    )
+    notes = Notes()
+    found = recover(config, str(family(name)), tmp_path / "out", progress=notes)
+    assert any("cannot be folded" in note for note in notes.told)
+    assert verify(str(found.out))["zeros"] == found.entry["totals"]["zeros"]
+    assert found.entry["totals"]["sparsity"] == 0.5
+    assert found.entry["totals"]["bits_per_weight"] > 0
+    made = Checkpoint.open(found.out)
+    assert made.factored == (form == "factored")
+    last = json.loads((found.out / LOG).read_text().splitlines()[-1])
+    (score,) = evaluate(EvalConfig(text=str(row_file)), [str(found.out)])
+    assert score.perplexity.value == pytest.approx(last["perplexity"], rel=0.02)
+
+
+def test_branches_go_on_after_an_interruption_to_the_same_bytes(family, tmp_path):
+    config = replace(SHORT, slorb=16, save_every=3)
+    whole = recover(config, str(family("llama")), tmp_path / "whole").out
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(family("llama")), tmp_path / "again", progress=StopsAt(7))
+    again = recover(config, str(family("llama")), tmp_path / "again").out
+    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+
+
+def test_a_branch_beside_a_pruned_weight_makes_up_for_what_it_lost(pruned, tmp_path):
+    """Before the first step the sparse model with branches is closer to its parent."""
+    logs = []
+    for slorb in (None, 8):
+        out = tmp_path / str(slorb)
+        recover(replace(SHORT, slorb=slorb, share=1.0), str(pruned), out)
+        logs.append(json.loads((out / LOG).read_text().splitlines()[0])["divergence"])
+    assert logs[1] < logs[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slorb": 24}, "--slorb 24 does not divide 32 inputs"),
+        ({"slorb": 16, "method": "cast"}, "does not go with cast"),
+        ({"format": "factored"}, "no effect without --slorb"),
+        ({"slorb": 0}, "--slorb must be at least 1"),
+    ],
+)
+def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        recover(replace(SHORT, **change), str(pruned), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
