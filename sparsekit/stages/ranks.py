@@ -1,6 +1,7 @@
 """The processes that train together: one, or those that `accelerate launch` or `torchrun` started.
 
-All of them hold the whole model and take the same steps; each computes its part of the batches.
+Each computes its part of the batches, and all take the same steps. Every process holds the whole
+model, or the rows of each decoder block's weights are sharded over them (FSDP2).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.errors import NumericalError, UsageError
 
@@ -24,27 +25,31 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    shards: bool = False
+    """Whether each process holds a part of the decoder blocks only."""
 
     @classmethod
     def current(cls, device: str) -> Ranks:
         """The processes that a launcher started, connected; or this one alone.
 
         Raises:
-            UsageError: The launcher was told to shard the model, or to use DeepSpeed.
+            UsageError: The launcher was told to shard the model in a way that cuts rows.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
+        shards = _asked("FSDP")
+        older = shards and os.environ.get("FSDP_VERSION", "1") != "2"
         for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            if _asked(name) and (older or name != "FSDP"):
                 raise UsageError(
-                    f"accelerate was told to use {name}: the weights and their masks would be cut "
-                    "into pieces that do not match",
-                    "launch it with --multi_gpu, on CPUs too",
+                    f"accelerate was told to use {name}{' 1' if older else ''}, which cuts weights "
+                    "without regard to their rows: they and their masks would no longer match",
+                    "launch it with --multi_gpu, or with --use_fsdp --fsdp_version 2",
                 )
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")
-        return cls(rank=state.process_index, size=state.num_processes)
+        return cls(rank=state.process_index, size=state.num_processes, shards=shards)
 
     @property
     def main(self) -> bool:
@@ -71,6 +76,15 @@ class Ranks:
         works = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
         for work in works:
             work.wait()
+
+    def shard(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
+        """Leave to each process some rows of the weights of these blocks."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
 
     def of_main(self, value: T) -> T:
         """The value that the main process has."""
@@ -101,3 +115,8 @@ class Ranks:
         """Until all processes are here."""
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def _asked(name: str) -> bool:
+    """Whether accelerate was told to use a way to shard models."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1")

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsekit.errors import CheckFailedError, DataError, NumericalError, UsageError
 from sparsekit.files import read_json, sha256_json, write_atomic, write_json
 from sparsekit.memory import peak_memory
-from sparsekit.models.architecture import Target
+from sparsekit.models.architecture import Target, find_blocks
 from sparsekit.models.branch import Branch, attach
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
@@ -41,11 +41,12 @@ from sparsekit.stages.training import (
     hidden_states,
     measure,
     other_parameters,
+    require_plain_head,
     sparsity_measure,
 )
-from sparsekit.stages.trainstate import STATE, load_state, save_state
+from sparsekit.stages.trainstate import forget_states, load_state, save_state
 from sparsekit.tensors.factored import Factored
-from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight
+from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight, is_sharded
 from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -130,15 +131,15 @@ def recover(
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
         folder = out.with_name(out.name + ".partial")
-        student = Student.load(job)
+        student = Student.load(job, ranks)
         training = _training(job, student, rows, folder, ranks, started, progress)
-        first = {name: weight.mask.clone() for name, weight in student.sparse.items()}
         log = _train(training, job, folder, progress)
         finished = _finish(training)
-        ranks.require_same(training.optimizer.fingerprint(), "masks")
+        if not ranks.shards:
+            ranks.require_same(training.optimizer.fingerprint(), "masks")
+        weights = _write(job, writer, student, training.optimizer)
         if writer is None:
             return None
-        weights = _write(job, writer, student, first)
         _tell(job, writer, log, title(model))
         entry = {
             "stage": "recover",
@@ -179,7 +180,8 @@ def _tell(job: Recovery, writer: CheckpointWriter, log: list[dict[str, Any]], na
     write_atomic(writer.partial / LOG, lines.encode())
     picture = draw(log, f"{name}, {job.config.method} {job.patterns.base}")
     write_atomic(writer.partial / CURVE, picture)
-    for file in (PLAN, STATE, PROGRESS):
+    forget_states(writer.partial)
+    for file in (PLAN, PROGRESS):
         (writer.partial / file).unlink(missing_ok=True)
 
 
@@ -193,29 +195,33 @@ class Student:
     """By name on disk."""
     branches: Mapping[str, Branch]
     """What lies beside sparse weights, by the same names."""
+    ranks: Ranks
 
     @classmethod
-    def load(cls, job: Recovery) -> Student:
+    def load(cls, job: Recovery, ranks: Ranks) -> Student:
         """The model in float32, each weight that is to be sparse with its mask."""
         skeleton = Skeleton(job.source, job.device, torch.float32)
         model = skeleton.fill()
         keep_heap()
+        require_plain_head(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        if ranks.shards:
+            _refuse_cuts(job)
+            ranks.shard(skeleton.blocks, job.device)
         parameters = dict(model.named_parameters())
         by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(parameter.is_floating_point())
-        rule = job.recoverer.rule(0.0)
         sparse = {
             target.name: SparseWeight.of(
                 parameters[by_disk[target.name]],
                 job.patterns.of(target),
                 transposed=target.transposed,
-                rule=rule,
+                rule=job.recoverer.rule(0.0),
                 spans=job.recoverer.spans,
             )
             for target in job.targets
         }
-        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={})
+        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={}, ranks=ranks)
         return replace(made, branches=made._branches(job)) if job.config.slorb else made
 
     def _branches(self, job: Recovery) -> dict[str, Branch]:
@@ -241,7 +247,8 @@ class Student:
     def optimizer(self, rule: Rule) -> MaskedAdam:
         """A fresh one over all parameters."""
         others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
-        return MaskedAdam(self.sparse, others, rule, Settings())
+        sums = (lambda tensor: self.ranks.sum_([tensor])) if self.ranks.shards else None
+        return MaskedAdam(self.sparse, others, rule, Settings(), sums)
 
     def scale(self, masked_gradient: float) -> Scale:
         """What the automatic choices go by."""
@@ -249,6 +256,7 @@ class Student:
         for weight in self.sparse.values():
             total += weight.weight.abs().sum(dtype=torch.float64).item()
             count += int(weight.weight.count_nonzero())
+        total, count = self.optimizer(Rule()).total(total, count)
         return Scale(
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             weight=total / max(1.0, count),
@@ -256,12 +264,33 @@ class Student:
         )
 
 
-def load_teacher(job: Recovery) -> PreTrainedModel | None:
+def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
     """The frozen dense model; None when the loss does not ask for it."""
     if job.config.share == 0:
         return None
-    teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device)
-    return teacher.requires_grad_(False)
+    teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device).requires_grad_(False)
+    require_plain_head(teacher)
+    if ranks.shards:
+        ranks.shard(find_blocks(teacher)[1], job.device)
+    return teacher
+
+
+def _refuse_cuts(job: Recovery) -> None:
+    """Refuse what shards of rows would cut into pieces that no longer match.
+
+    Raises:
+        UsageError: Names it.
+    """
+    way = "train it without shards, as with --multi_gpu"
+    for target in job.targets:
+        if target.transposed:
+            raise UsageError(
+                f"{target.name} is stored as [in, out]: its shards would cut groups of inputs", way
+            )
+        if job.patterns.of(target).scope == "tensor":
+            raise UsageError(f"{job.patterns.of(target)} needs whole weights, not shards", way)
+    if job.config.slorb is not None:
+        raise UsageError("--slorb needs whole weights, not shards", way)
 
 
 def _recipe(job: Recovery, rows: TrainingRows) -> dict[str, Any]:
@@ -302,7 +331,7 @@ def _training(
 ) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
     config = job.config
-    teacher = load_teacher(job)
+    teacher = load_teacher(job, ranks)
     if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
@@ -311,9 +340,9 @@ def _training(
             write_json(folder / PLAN, asdict(plan))
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(
-        student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh
+        student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh, ranks
     )
-    if load_state(folder, optimizer):
+    if load_state(folder, optimizer, ranks):
         progress.note(f"going on after {optimizer.steps} steps in {folder}")
     return training
 
@@ -411,44 +440,38 @@ def _train(
     training: Training, job: Recovery, folder: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """Take the steps that are left; gives the log of all steps."""
-    config, optimizer = job.config, training.optimizer
-    if not training.ranks.main:
-        while not training.done:
-            training.step()
-        return []
+    config, optimizer, ranks = job.config, training.optimizer, training.ranks
     log = [row for row in _read_log(folder / PROGRESS) if row["step"] <= optimizer.steps]
+    ranks.wait()
     text = "".join(json.dumps(row) + "\n" for row in log)
-    write_atomic(folder / PROGRESS, text.encode())
+    if ranks.main:
+        write_atomic(folder / PROGRESS, text.encode())
     windows = None
     if config.eval_every is not None:
         source = config.eval_text or "builtin"
-        windows = evaluation_rows(
-            source,
-            job.source,
-            length=None if config.eval_text else config.length,
-            limit=EVAL_WINDOWS,
-        ).tokens
+        length = None if config.eval_text else config.length
+        windows = evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS).tokens
     progress.begin(f"recover {config.method} {job.patterns.base}", training.plan.steps)
     for _ in range(optimizer.steps):
         progress.step("")
     saved = time.perf_counter()
-    with (folder / PROGRESS).open("a") as file:
-        while not training.done:
-            row = training.step().to_json()
-            now = optimizer.steps
-            if windows is not None and (now % config.eval_every == 0 or training.done):
-                row["perplexity"] = measure(training.student, optimizer, windows)
-                row["sparsity"] = sparsity_measure(optimizer)
-                progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
-            log.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            late = time.perf_counter() - saved > SAVE_SECONDS
-            if training.done or (now % config.save_every == 0 if config.save_every else late):
-                save_state(folder, optimizer)
-                saved = time.perf_counter()
-            rate = config.step_tokens / row["seconds"]
-            progress.step(f"loss {row['loss']:.3f} {rate:.0f} tokens/s")
+    while not training.done:
+        row = training.step().to_json()
+        now = optimizer.steps
+        if windows is not None and (now % config.eval_every == 0 or training.done):
+            row["perplexity"] = measure(training.student, optimizer, windows)
+            row["sparsity"] = sparsity_measure(optimizer)
+            progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
+        log.append(row)
+        if ranks.main:
+            with (folder / PROGRESS).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
+        if training.done or (now % config.save_every == 0 if config.save_every else late):
+            save_state(folder, optimizer, ranks)
+            saved = time.perf_counter()
+        rate = config.step_tokens / row["seconds"]
+        progress.step(f"loss {row['loss']:.3f} {rate:.0f} tokens/s")
     progress.end()
     return log
 
@@ -472,7 +495,7 @@ def _finish(training: Training) -> dict[str, Any]:
     optimizer = training.optimizer
     settles = optimizer.rule.frees and not optimizer.rule.hides
     flips = optimizer.refresh() if training.refresh else 0
-    size = sum(weight.weight.numel() for weight in optimizer.sparse.values())
+    (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
     found = {"last_flips": flips, "sparsity_measure": sparsity_measure(optimizer)}
     tokens = training.rows.take(0, 1).to(training.student.device)
     before = hidden_states(training.student, tokens) if settles else None
@@ -485,34 +508,37 @@ def _finish(training: Training) -> dict[str, Any]:
             raise CheckFailedError(
                 "the decay has not finished: leaving out what is off the mask moves the last "
                 f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
-                f"selection changed {flips} of {size} entries",
+                f"selection changed {flips} of {size:.0f} entries",
                 "train on more --tokens, with a higher --lr or a stronger decay (-O decay=…)",
             )
     return found
 
 
 def _write(
-    job: Recovery, writer: CheckpointWriter, student: Student, first: Mapping[str, Tensor]
+    job: Recovery, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
 ) -> list[dict[str, Any]]:
-    """Put all tensors in their places; gives a row for each that is sparse."""
-    rows = []
-    state = student.model.state_dict()
+    """Put all tensors in their places; gives a row for each that is sparse.
+
+    Every process takes part, since a sharded tensor is put together from all.
+    """
+    rows: list[dict[str, Any]] = []
+    parameters = dict(student.model.named_parameters(remove_duplicate=False))
+    buffers = dict(student.model.named_buffers())
     names = {on_disk: name for name, on_disk in student.skeleton.on_disk.items()}
     batch: dict[str, Tensor] = {}
     targets = {target.name: target for target in job.targets}
     for number, (on_disk, name) in enumerate(sorted(names.items()), 1):
-        dtype = job.source.places[on_disk].dtype
-        tensor = state[name].detach().cpu()
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype) + 0.0  # no negative zeros
-        if not tensor.isfinite().all():
-            raise NumericalError(f"{on_disk} does not fit into {dtype}")
+        held = (parameters.get(name, buffers.get(name))).detach()
+        whole = (held.full_tensor() if is_sharded(held) else held).cpu()
+        flipped = optimizer.flipped(on_disk) if on_disk in targets else 0
+        if writer is None:
+            continue
+        tensor = _as_on_disk(on_disk, whole, job.source.places[on_disk].dtype)
         if on_disk in targets:
-            target, mask = targets[on_disk], student.sparse[on_disk].mask
-            flipped = int((mask ^ first[on_disk]).sum())
+            target = targets[on_disk]
             rows.append(_row(target, tensor, job.patterns.of(target)) | {"flipped": flipped})
             if on_disk in student.branches:
-                branch = student.branches[on_disk]
+                mask, branch = student.sparse[on_disk].mask, student.branches[on_disk]
                 stored, tensor = _with_branch(target, tensor, mask, branch, rows[-1]["pattern"])
                 rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
                 batch |= {factor_name(on_disk, part): made for part, made in stored.items()}
@@ -522,6 +548,20 @@ def _write(
             writer.write(f"{on_disk} and before", batch, None)
             batch = {}
     return rows
+
+
+def _as_on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in its type on disk, without negative zeros.
+
+    Raises:
+        NumericalError: It is not finite in this type.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype) + 0.0
+    if not cast.isfinite().all():
+        raise NumericalError(f"{name} does not fit into {dtype}")
+    return cast
 
 
 def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import NumericalError
+from sparsekit.errors import DataError, NumericalError
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
@@ -81,7 +81,7 @@ class Training:
         config: RecoverConfig,
         plan: Plan,
         refresh: int,
-        ranks: Ranks | None = None,
+        ranks: Ranks,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -90,7 +90,7 @@ class Training:
         self.config = config
         self.plan = plan
         self.refresh = refresh
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
 
     @property
     def done(self) -> bool:
@@ -137,9 +137,11 @@ class Training:
 
         Every process computes its part of the batches, and has the sum of all afterwards.
         """
-        config = self.config
+        config, ranks = self.config, self.ranks
+        # Backward passes through shards give means over the processes, and the rest is summed.
+        shards = ranks.size if ranks.shards else 1
         sums = torch.zeros(3, dtype=torch.float64)
-        for part in self.ranks.parts(config.accumulate):
+        for part in ranks.parts(config.accumulate):
             first = (step * config.accumulate + part) * config.batch
             tokens = self.rows.take(first, config.batch).to(self.student.device)
             losses = model_losses(
@@ -149,13 +151,16 @@ class Training:
                 share=self.plan.share,
                 temperature=config.temperature,
             )
-            (losses.total / config.accumulate).backward()
+            (losses.total * shards / config.accumulate).backward()
             told = [losses.total.detach(), losses.divergence, losses.entropy]
             sums += torch.stack(told).double().cpu() / config.accumulate
-        if self.ranks.size > 1:
-            self.ranks.sum_(self.optimizer.raw_gradients())
+        if ranks.size > 1:
+            whole = self.optimizer.whole_gradients()
+            ranks.sum_(whole)
+            for gradient in whole if ranks.shards else ():
+                gradient /= shards
             sums = sums.to(self.student.device)
-            self.ranks.sum_([sums])
+            ranks.sum_([sums])
         total, divergence, entropy = sums.tolist()
         return total, divergence, entropy
 
@@ -230,7 +235,25 @@ def sparsity_measure(optimizer: MaskedAdam) -> float:
         sizes = weight.weight.abs()
         total += sizes.sum(dtype=torch.float64).item()
         kept += (sizes * weight.mask).sum(dtype=torch.float64).item()
+    kept, total = optimizer.total(kept, total)
     return kept / total if total else 1.0
+
+
+@torch.no_grad()
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not what its head makes of the last hidden states.
+
+    Raises:
+        DataError: It scales or caps them.
+    """
+    tokens = torch.arange(4, device=model.device)[None]
+    wanted = model(input_ids=tokens, use_cache=False).logits[0]
+    found = model.get_output_embeddings()(hidden_states(model, tokens))
+    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-4):
+        raise DataError(
+            f"{model.config.model_type!r} changes its logits after the output layer (a scale or a "
+            "cap), which training does not do yet",
+        )
 
 
 def other_parameters(model: nn.Module, sparse: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:

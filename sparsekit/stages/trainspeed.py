@@ -14,6 +14,7 @@ import torch
 from sparsekit.errors import UsageError
 from sparsekit.memory import peak_memory
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import Student, load_teacher
 from sparsekit.stages.recovery import prepare
 from sparsekit.stages.trainconfig import RecoverConfig
@@ -47,8 +48,8 @@ def bench_recover(
         job = prepare(config, model, Path(folder) / "out", progress=progress)
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss
-    student = Student.load(job)
-    teacher = load_teacher(job)
+    student = Student.load(job, Ranks())
+    teacher = load_teacher(job, Ranks())
     scale = student.scale(1e-6)
     plan = Plan(
         steps=steps + 1,
@@ -58,7 +59,7 @@ def bench_recover(
         masked_gradient=scale.masked_gradient,
     )
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
-    training = Training(student.model, teacher, optimizer, rows, config, plan, 0)
+    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Ranks())
     progress.begin("training steps", steps + 1)
     seconds = []
     for _ in range(steps + 1):

@@ -91,7 +91,7 @@ class SparseWeight:
                 "a step is smaller than their resolution",
                 "load the model in float32",
             )
-        view = parameter.data.T if transposed else parameter.data
+        view = local(parameter.data).T if transposed else local(parameter.data)
         weight = view.clone() if rule.hides or spans else view
         scale = torch.ones(len(view), spans, device=view.device) if spans else None
         made = cls(parameter, transposed, pattern, weight, pattern.mask(view.abs()), scale)
@@ -102,8 +102,9 @@ class SparseWeight:
 
     @property
     def view(self) -> Tensor:
-        """The parameter's values as `[out, in]`."""
-        return self.parameter.data.T if self.transposed else self.parameter.data
+        """The parameter's values as `[out, in]`; of a sharded one the rows that are here."""
+        here = local(self.parameter.data)
+        return here.T if self.transposed else here
 
     @property
     def gradient(self) -> Tensor:
@@ -111,7 +112,7 @@ class SparseWeight:
         found = self.parameter.grad
         if found is None:
             raise NumericalError("a sparse weight has no gradient: the loss does not depend on it")
-        return found.T if self.transposed else found
+        return local(found).T if self.transposed else local(found)
 
     @property
     def values(self) -> Tensor:
@@ -161,6 +162,8 @@ class MaskedAdam:
         others: All other trained parameters, by name: AdamW, weight decay on matrices only.
         rule: How entries off the mask are treated.
         settings: The constants.
+        sum_shards: Replaces a tensor by its sum over all processes, where parameters are sharded
+            over these by rows (as `fully_shard` does); what is here are then the rows of this one.
     """
 
     def __init__(
@@ -169,19 +172,22 @@ class MaskedAdam:
         others: Mapping[str, torch.nn.Parameter],
         rule: Rule,
         settings: Settings,
+        sum_shards: Callable[[Tensor], None] | None = None,
     ) -> None:
+        self._sum_shards = sum_shards
         self.sparse = dict(sparse)
         self.others = dict(others)
         self.rule = rule
         self.settings = settings
         self.steps = 0
         """Steps taken."""
+        self._first = {name: pack_bits(weight.mask) for name, weight in self.sparse.items()}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, weight in self.sparse.items():
             self._moments[name] = _zeros(weight.weight)
             if weight.scale is not None:
                 self._moments[name + SCALE] = _zeros(weight.scale)
-        self._moments |= {name: _zeros(p.data) for name, p in self.others.items()}
+        self._moments |= {name: _zeros(local(p.data)) for name, p in self.others.items()}
 
     @torch.no_grad()
     def step(self, rate: float, done: float) -> float:
@@ -198,7 +204,7 @@ class MaskedAdam:
             NumericalError: The norm is NaN or Inf; nothing was changed.
         """
         gradients = self._gradients()
-        norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt().item()
+        norm = self._norm(gradients)
         if not norm < float("inf"):
             raise NumericalError(f"the gradient's norm is {norm}")
         clip = self.settings.clip
@@ -211,7 +217,7 @@ class MaskedAdam:
             decay = self.settings.weight_decay if parameter.ndim >= 2 else 0.0
             if factor < 1:
                 gradient.mul_(factor)
-            self._adam(name, parameter.data, gradient, None, rate, decay)
+            self._adam(name, local(parameter.data), gradient, None, rate, decay)
         for parameter in (*(w.parameter for w in self.sparse.values()), *self.others.values()):
             parameter.grad = None
         return norm
@@ -222,12 +228,30 @@ class MaskedAdam:
         if self.rule.hides:
             for weight in self.sparse.values():
                 weight.publish(hides=True)
-        return flips
+        return int(self.total(flips)[0])
 
-    def raw_gradients(self) -> list[Tensor]:
-        """The gradients that the parameters hold, in an order that is always the same."""
+    def flipped(self, name: str) -> int:
+        """How many entries of a mask are not what they were before the first step."""
+        weight = self.sparse[name]
+        first = unpack_bits(self._first[name], weight.mask.shape[1]).bool()
+        return int(self.total(int((weight.mask ^ first).sum()))[0])
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over the sparse weights of this process, as sums over those of all."""
+        found = torch.tensor(values, dtype=torch.float64)
+        if self._sum_shards is not None:
+            device = next(iter(self.sparse.values())).weight.device
+            found = found.to(device)
+            self._sum_shards(found)
+        return found.tolist()
+
+    def whole_gradients(self) -> list[Tensor]:
+        """The gradients of parameters that every process has, in an order that is always the same.
+
+        Those of sharded parameters have been summed over the processes in the backward pass.
+        """
         parameters = [*(w.parameter for w in self.sparse.values()), *self.others.values()]
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
 
     def fingerprint(self) -> str:
         """The sha256 of all masks."""
@@ -244,11 +268,12 @@ class MaskedAdam:
             mean = self._moments[name][0][~weight.mask]
             total += mean.square().sum(dtype=torch.float64).item()
             count += len(mean)
+        total, count = self.total(total, count)
         return math.sqrt(total / max(1, count)) / (1 - self.settings.beta1**self.steps)
 
     def off_mask(self) -> int:
         """How many entries the masks leave out."""
-        return sum(int((~weight.mask).sum()) for weight in self.sparse.values())
+        return int(self.total(sum(int((~w.mask).sum()) for w in self.sparse.values()))[0])
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step depends on, by name; masks as packed bits."""
@@ -258,7 +283,7 @@ class MaskedAdam:
             found[f"{name}.mask"] = pack_bits(weight.mask)
             if weight.scale is not None:
                 found[f"{name}{SCALE}.weight"] = weight.scale
-        found |= {f"{name}.weight": p.data for name, p in self.others.items()}
+        found |= {f"{name}.weight": local(p.data) for name, p in self.others.items()}
         for name, (mean, square) in self._moments.items():
             found |= {f"{name}.mean": mean, f"{name}.square": square}
         return found
@@ -299,8 +324,21 @@ class MaskedAdam:
         for name, parameter in self.others.items():
             if parameter.grad is None:
                 raise NumericalError(f"{name} has no gradient: the loss does not depend on it")
-            found[name] = parameter.grad
+            found[name] = local(parameter.grad)
         return found
+
+    def _norm(self, gradients: Mapping[str, Tensor]) -> float:
+        """The norm of all gradients together, over all processes."""
+        sharded = {n for n, w in self.sparse.items() if is_sharded(w.parameter)}
+        sharded |= {name + SCALE for name in sharded}
+        sharded |= {name for name, p in self.others.items() if is_sharded(p)}
+        first = next(iter(gradients.values()))
+        sums = torch.zeros(2, device=first.device)  # of what all have, and of what each has a part
+        for name, gradient in gradients.items():
+            sums[int(name in sharded)] += gradient.square().sum()
+        if self._sum_shards is not None:
+            self._sum_shards(sums[1:])
+        return sums.sum().sqrt().item()
 
     def _step_sparse(
         self,
@@ -354,6 +392,17 @@ class MaskedAdam:
         square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
         size = (square / (1 - beta2**self.steps)).sqrt_().add_(self.settings.epsilon)
         weight.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process holds a part of a parameter only."""
+    return hasattr(parameter, "to_local")
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,60 +4,123 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from sparsekit.errors import UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recover import LOG, recover
+from sparsekit.stages.recover import LOG, PROGRESS, recover
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainstate import POINTER
 
 # This starts processes as torchrun does, on CPUs too; with --cpu accelerate would want MPI.
 LAUNCH = (
-    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2"),
+    *("-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
 )
+WHOLE = ("--multi_gpu",)
+SHARDED = ("--use_fsdp", "--fsdp_version", "2")
 
 
-def launched(*arguments):
-    command = [sys.executable, *LAUNCH, "-m", "sparsekit", "recover", *map(str, arguments)]
+def launched(way, *arguments, stop_after=None):
+    """The command in two processes; with `stop_after` killed once the log has so many steps."""
+    command = [sys.executable, *LAUNCH, *way, "-m", "sparsekit", "recover", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=180, env=environment
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
+    if stop_after is not None:
+        log = Path(f"{arguments[2]}.partial") / PROGRESS
+        while process.poll() is None and not (log.is_file() and lines(log) >= stop_after):
+            time.sleep(0.01)
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+    stdout, stderr = process.communicate(timeout=180)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def lines(file):
+    return file.read_bytes().count(b"\n")
 
 
 def logged(folder):
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["fixed", "ast"])
-def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path, method):
+@pytest.mark.parametrize(("way", "method"), [(WHOLE, "ast"), (SHARDED, "ast")])
+def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path, way, method):
     """D3, and the same sums: half the batches each, a step for all."""
     config = RecoverConfig(
         method=method, tokens=1280, batch=2, length=16, accumulate=2, lr=1e-3, eval_every=10
     )
     one = recover(config, str(pruned), tmp_path / "one").out
     done = launched(
-        *(pruned, "-o", tmp_path / "two", "--method", method, "--tokens", 1280, "--batch", 2),
+        *(way, pruned, "-o", tmp_path / "two", "--method", method, "--tokens", 1280, "--batch", 2),
         *("--length", 16, "--accumulate", 2, "--lr", 1e-3, "--eval-every", 10),
+        *("--save-every", 7),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "two")
     for mine, theirs in zip(logged(one), logged(tmp_path / "two"), strict=True):
-        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert theirs["norm"] == pytest.approx(mine["norm"], rel=1e-3)
         assert theirs["flips"] == mine["flips"]
+        if "sparsity" in mine:
+            assert theirs["sparsity"] == pytest.approx(mine["sparsity"], rel=1e-5)
+            assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-3)
     both = [Checkpoint.open(path) for path in (one, tmp_path / "two")]
     for name in both[0].places:
         first, second = (checkpoint.read([name])[name].float() for checkpoint in both)
         assert ((first == 0) == (second == 0)).all(), name
         assert (first - second).abs().max() < 1e-2, name
-    assert both[1].provenance()["history"][-1]["processes"] == 2
+    entries = [checkpoint.provenance()["history"][-1] for checkpoint in both]
+    assert [entry["processes"] for entry in entries] == [1, 2]
+    flipped = [[row["flipped"] for row in entry["weights"]] for entry in entries]
+    assert flipped[0] == flipped[1]
+    assert not [file.name for file in (tmp_path / "two").iterdir() if file.name.startswith(".")]
+
+
+def test_an_interrupted_run_of_two_goes_on_to_the_same_bytes(pruned, tmp_path):
+    """R1 where each process holds, and saves, a part: all die at once in the middle."""
+    arguments = ("--method", "ast", "--tokens", 6400, "--batch", 2, "--length", 16)
+    arguments += ("--accumulate", 2, "--lr", 1e-3, "--save-every", 4)
+    whole = launched(SHARDED, pruned, "-o", tmp_path / "whole", *arguments)
+    assert whole.returncode == 0, whole.stderr
+    again = (SHARDED, pruned, "-o", tmp_path / "again", *arguments)
+    killed = launched(*again, stop_after=9)
+    assert killed.returncode != 0
+    assert not (tmp_path / "again").exists()
+    state = json.loads((tmp_path / "again.partial" / POINTER).read_text())
+    assert state["processes"] == 2  # what the training itself knows
+    done = launched(*again)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stderr
+    both = [Checkpoint.open(tmp_path / name).fingerprint for name in ("whole", "again")]
+    assert both[0] == both[1]
+
+
+def test_shards_that_would_cut_groups_of_inputs_are_refused(family, row_file, tmp_path):
+    done = launched(
+        *(SHARDED, family("gpt2"), "-o", tmp_path / "out", "--tokens", 96, "--batch", 1),
+        *("--length", 16, "--accumulate", 2, "--data", row_file),
+    )
+    assert done.returncode != 0
+    assert "its shards would cut groups of inputs" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_batches_that_cannot_be_shared_are_refused_by_all_processes(pruned, tmp_path):
-    done = launched(pruned, "-o", tmp_path / "out", "--tokens", 1280, "--batch", 2, "--length", 16)
+    done = launched(
+        *(WHOLE, pruned, "-o", tmp_path / "out", "--tokens", 1280, "--batch", 2, "--length", 16)
+    )
     assert done.returncode != 0
     assert "--accumulate 1 cannot be shared by 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -67,8 +130,12 @@ def test_each_process_has_every_second_part():
     assert [list(Ranks(rank=r, size=2).parts(4)) for r in (0, 1)] == [[0, 2], [1, 3]]
 
 
-def test_sharding_that_would_cut_weights_and_masks_apart_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "version", "told"), [("FSDP", "1", "FSDP 1"), ("DEEPSPEED", "2", "DEEPSPEED")]
+)
+def test_ways_that_would_cut_weights_and_masks_apart_are_refused(monkeypatch, name, version, told):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match="use FSDP: the weights and their masks"):
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UsageError, match=f"use {told}, which cuts weights"):
         Ranks.current("cpu")

@@ -191,16 +191,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(family, tmp_path, method, 
 def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypatch):
     config = replace(SHORT, save_every=4)
     whole = recover(config, str(pruned), tmp_path / "whole").out
-    replaced, calls = trainstate.os.replace, []
+    told, calls = trainstate.write_json, []
 
-    def second_fails(*paths):
-        if str(paths[1]).endswith(trainstate.STATE):
-            calls.append(paths)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-        replaced(*paths)
+    def second_fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        told(*arguments)
 
-    monkeypatch.setattr(trainstate.os, "replace", second_fails)
+    monkeypatch.setattr(trainstate, "write_json", second_fails)
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "again")
     notes = Notes()
