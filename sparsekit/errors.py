@@ -47,6 +47,10 @@ class NumericalError(SparsekitError):
     """A computation gave NaN or Inf, or a matrix could not be factorised."""
 
 
+class MemoryShortError(SparsekitError):
+    """There is not enough memory for the work as it was asked for."""
+
+
 class StorageError(SparsekitError):
     """The output could not be written."""
 

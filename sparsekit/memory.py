@@ -28,6 +28,14 @@ def available_memory() -> int:
     return max(0, min(psutil.virtual_memory().available, *_room_in_groups(), sys.maxsize))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python's or torch's allocator failed; torch's has no class of its own on a CPU."""
+    told = isinstance(error, RuntimeError) and re.search(
+        r"out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE
+    )
+    return isinstance(error, MemoryError) or bool(told)
+
+
 def _room_in_groups() -> Iterator[int]:
     """What each memory group that holds this process has left, from its own up to the root."""
     lines = GROUPS.read_text().splitlines() if GROUPS.is_file() else []

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import time
 import traceback
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsekit.errors import SparsekitError
-from sparsekit.memory import peak_memory
+from sparsekit.memory import is_out_of_memory, peak_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
@@ -97,7 +96,7 @@ class Terminal:
             self._fail("interrupted", hint, INTERRUPTED)
         except Exception as error:
             display.end()
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 self._fail(
                     "error: out of memory", "fewer --samples or a shorter --length take less", 1
                 )
@@ -112,14 +111,6 @@ class Terminal:
             traceback.print_exc(file=sys.stderr)
         self.stderr.print(f"{message}; {hint}" if hint else message, markup=False)
         raise typer.Exit(code)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python's or torch's allocator failed; torch's has no class of its own on a CPU."""
-    told = isinstance(error, RuntimeError) and re.search(
-        r"out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE
-    )
-    return isinstance(error, MemoryError) or bool(told)
 
 
 class _Bars:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from sparsekit import methods
 from sparsekit.errors import DataError, PatternError, UsageError
 from sparsekit.files import existing_parent
+from sparsekit.memory import available_memory
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import tokenizer_key
@@ -86,6 +89,7 @@ def prepare(
     teacher = Checkpoint.open(resolve(teacher_name, progress))
     refuse_source(out, teacher.path)
     _refuse_other_teacher(source, teacher)
+    _require_memory(source, teacher if config.share != 0 else None, recoverer)
     left = [target.name for target in linear if target not in targets]
     return Recovery(
         config=config,
@@ -201,6 +205,35 @@ def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
                 f"the tokenizer of the teacher {teacher.path} gives other ids than the model's",
                 "a teacher must be of the same family: name the dense model with --teacher",
             )
+
+
+def _require_memory(source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer) -> None:
+    """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.
+
+    Raises:
+        DataError: Says what is needed, and what there is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return  # each process may need a part only
+    copies = 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
+    needed = copies * _float32_bytes(source)
+    told = "weights, gradients and two moments"
+    if teacher is not None:
+        needed += _float32_bytes(teacher)
+        told += ", and the teacher"
+    if needed > (free := available_memory()):
+        raise DataError(
+            f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told} in float32, "
+            f"besides the activations; {free / 1e9:.1f} GB are available",
+            "shard it over several processes (accelerate launch --use_fsdp --fsdp_version 2)"
+            + (", or leave out the teacher with --share 0" if teacher else ""),
+        )
+
+
+def _float32_bytes(source: Checkpoint) -> int:
+    """Bytes of all weights in float32."""
+    floats = [p for p in source.places.values() if p.dtype.is_floating_point]
+    return sum(4 * math.prod(place.shape) for place in floats)
 
 
 def _notes(

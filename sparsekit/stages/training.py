@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import DataError, NumericalError
+from sparsekit.errors import DataError, MemoryShortError, NumericalError
+from sparsekit.memory import is_out_of_memory
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
@@ -136,7 +137,23 @@ class Training:
         """Leave the gradients of one step's batches in the parameters; gives loss, KL and CE.
 
         Every process computes its part of the batches, and has the sum of all afterwards.
+
+        Raises:
+            MemoryShortError: A forward and backward pass does not fit into memory.
         """
+        try:
+            return self._gradients(step)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryShortError(
+                f"out of memory in a pass over {self.config.batch} rows of {self.config.length} "
+                "tokens",
+                _smaller(self.config),
+            ) from error
+
+    def _gradients(self, step: int) -> tuple[float, float, float]:
+        """See `gradients`."""
         config, ranks = self.config, self.ranks
         # Backward passes through shards give means over the processes, and the rest is summed.
         shards = ranks.size if ranks.shards else 1
@@ -163,6 +180,16 @@ class Training:
             ranks.sum_([sums])
         total, divergence, entropy = sums.tolist()
         return total, divergence, entropy
+
+
+def _smaller(config: RecoverConfig) -> str:
+    """What takes half of the memory of a pass."""
+    if config.batch > 1:
+        halves = -(-config.batch // 2)
+        return f"--batch {halves} --accumulate {2 * config.accumulate} takes half of it" + (
+            " for the same steps" if config.batch % 2 == 0 else ""
+        )
+    return f"--length {config.length // 2} --accumulate {2 * config.accumulate} takes half of it"
 
 
 def model_losses(

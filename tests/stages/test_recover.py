@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparsekit.errors import (
     CheckFailedError,
     DataError,
+    MemoryShortError,
     NumericalError,
     StorageError,
     UsageError,
@@ -19,7 +20,7 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import Silent
 from sparsekit.stages import recover as stage
-from sparsekit.stages import training, trainstate
+from sparsekit.stages import recovery, training, trainstate
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import verify
@@ -303,6 +304,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pruned, tmp_pa
     notes = Notes()
     recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert any("going on after 4 steps" in note for note in notes.told)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "hint"),
+    [
+        (2, 16, "--batch 1 --accumulate 2 takes half of it for the same steps"),
+        (1, 32, "--length 16 --accumulate 2 takes half of it"),
+    ],
+)
+def test_a_pass_that_does_not_fit_says_what_to_halve(
+    pruned, tmp_path, monkeypatch, batch, length, hint
+):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory")
+
+    monkeypatch.setattr(training, "distil", full)
+    config = replace(SHORT, batch=batch, length=length)
+    with pytest.raises(MemoryShortError, match=f"a pass over {batch} rows of {length}.*{hint}"):
+        recover(config, str(pruned), tmp_path / "out")
+
+
+def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "available_memory", lambda: 100_000)
+    with pytest.raises(DataError, match=r"needs 0\.0 GB .*and the teacher.*--share 0"):
+        recover(SHORT, str(pruned), tmp_path / "out")
 
 
 def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_path):
