@@ -5,7 +5,7 @@ To add a method, add a file with one `Recoverer` subclass; nothing else needs an
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from sparsekit.tensors.maskedadam import Rule
 
@@ -36,6 +36,8 @@ class Recoverer(ABC):
     """Spans of a row that have a trained scale each; 0: none."""
     refresh: int = 0
     """Steps between two selections of the largest entries; 0: the mask stays."""
+    metric: Literal["magnitude", "activation"] = "magnitude"
+    """What makes an entry large: |w|, or |w| times the norm of its input in the first batches."""
 
     @abstractmethod
     def rule(self, decay: float) -> Rule:

@@ -39,6 +39,7 @@ from sparsekit.stages.training import (
     Plan,
     Training,
     hidden_states,
+    input_norms,
     measure,
     other_parameters,
     require_plain_head,
@@ -131,7 +132,7 @@ def recover(
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
         folder = out.with_name(out.name + ".partial")
-        student = Student.load(job, ranks)
+        student = Student.load(job, rows, ranks)
         training = _training(job, student, rows, folder, ranks, started, progress)
         log = _train(training, job, folder, progress)
         finished = _finish(training)
@@ -198,7 +199,7 @@ class Student:
     ranks: Ranks
 
     @classmethod
-    def load(cls, job: Recovery, ranks: Ranks) -> Student:
+    def load(cls, job: Recovery, rows: TrainingRows, ranks: Ranks) -> Student:
         """The model in float32, each weight that is to be sparse with its mask."""
         skeleton = Skeleton(job.source, job.device, torch.float32)
         model = skeleton.fill()
@@ -211,6 +212,12 @@ class Student:
             ranks.shard(skeleton.blocks, job.device)
         parameters = dict(model.named_parameters())
         by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
+        norms: dict[str, Tensor] = {}
+        if job.recoverer.metric == "activation":
+            modules = {t.name: by_disk[t.name].removesuffix(".weight") for t in job.targets}
+            layers = {name: model.get_submodule(path) for name, path in modules.items()}
+            batches = (rows.take(n * job.config.batch, job.config.batch) for n in range(PROBED))
+            norms = input_norms(model, layers, batches)
         sparse = {
             target.name: SparseWeight.of(
                 parameters[by_disk[target.name]],
@@ -218,6 +225,7 @@ class Student:
                 transposed=target.transposed,
                 rule=job.recoverer.rule(0.0),
                 spans=job.recoverer.spans,
+                inputs=norms.get(target.name),
             )
             for target in job.targets
         }

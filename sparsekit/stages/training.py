@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -230,6 +230,28 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """What enters the head, `[rows * length, hidden]`."""
     found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     return found.flatten(0, 1)
+
+
+@torch.no_grad()
+def input_norms(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """By name the norm of each input of a layer over batches `[rows, length]`, `[in]` float32."""
+    sums: dict[str, Tensor] = {}
+
+    def observe(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0].flatten(0, -2).float().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
+    for tokens in batches:
+        hidden_states(model, tokens.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    return {name: squares.sqrt() for name, squares in sums.items()}
 
 
 @torch.no_grad()

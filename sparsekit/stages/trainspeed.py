@@ -48,7 +48,7 @@ def bench_recover(
         job = prepare(config, model, Path(folder) / "out", progress=progress)
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss
-    student = Student.load(job, Ranks())
+    student = Student.load(job, rows, Ranks())
     teacher = load_teacher(job, Ranks())
     scale = student.scale(1e-6)
     plan = Plan(

@@ -66,6 +66,7 @@ class SparseWeight:
     weight: Tensor  # [out, in] float32: what is trained; the parameter itself when nothing hides
     mask: Tensor  # [out, in] bool, True = keep
     scale: Tensor | None = None  # [out, spans] float32
+    inputs: Tensor | None = None  # [in] float32: by what the size of an entry is multiplied
 
     @classmethod
     def of(
@@ -76,6 +77,7 @@ class SparseWeight:
         transposed: bool = False,
         rule: Rule,
         spans: int = 0,
+        inputs: Tensor | None = None,
     ) -> SparseWeight:
         """The weight in a parameter, with the mask of its largest entries.
 
@@ -94,7 +96,8 @@ class SparseWeight:
         view = local(parameter.data).T if transposed else local(parameter.data)
         weight = view.clone() if rule.hides or spans else view
         scale = torch.ones(len(view), spans, device=view.device) if spans else None
-        made = cls(parameter, transposed, pattern, weight, pattern.mask(view.abs()), scale)
+        mask = pattern.mask(view.abs() if inputs is None else view.abs() * inputs)
+        made = cls(parameter, transposed, pattern, weight, mask, scale, inputs)
         if not rule.frees:
             weight.masked_fill_(~made.mask, 0.0)
         made.publish(hides=rule.hides)
@@ -137,7 +140,8 @@ class SparseWeight:
     def refresh(self) -> int:
         """Select the largest entries anew; gives how many entries changed sides."""
         old = self.mask
-        self.mask = self.pattern.mask(self.weight.abs())
+        sizes = self.weight.abs()
+        self.mask = self.pattern.mask(sizes if self.inputs is None else sizes * self.inputs)
         return int((old ^ self.mask).sum())
 
 

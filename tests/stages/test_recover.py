@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sparsekit
 from sparsekit.errors import (
     CheckFailedError,
     DataError,
@@ -94,6 +95,28 @@ def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_p
     source = Checkpoint.open(pruned).read([name])[name] != 0
     assert torch.equal(masks[0], source)
     assert not torch.equal(masks[1], source)
+
+
+def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path):
+    """With a rate of next to nothing nothing flips: the mask is that of |w| times input norm."""
+    config = replace(SHORT, options={"metric": "activation"}, lr=1e-12, tokens=256, save_every=3)
+    model = str(family("llama"))
+    found = recover(config, model, tmp_path / "out")
+    assert sum(row["flipped"] for row in found.entry["weights"]) == 0
+    source, out = Checkpoint.open(family("llama")), Checkpoint.open(found.out)
+    rows = config.corpus(256).rows(source, source).take(0, 16)
+    loaded = sparsekit.load(family("llama"), "float32")
+    seen = []
+    layer = loaded.model.layers[1].mlp.up_proj
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        loaded(input_ids=rows)
+    norms = torch.cat(seen).flatten(0, 1).norm(dim=0)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = source.read([name])[name].float()
+    mask = out.read([name])[name] != 0
+    assert torch.equal(mask, Pattern.parse("2:4").mask(weight.abs() * norms))
+    assert not torch.equal(mask, Pattern.parse("2:4").mask(weight.abs()))
 
 
 def test_cast_makes_a_dense_model_sparse_without_a_jump(family, tmp_path):
