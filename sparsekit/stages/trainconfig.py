@@ -109,6 +109,10 @@ class RecoverConfig:
                 "recover needs to know how long: either --tokens or --max-time",
                 "as --tokens 20M, or --max-time 30m",
             )
+        if self.data == "self" and self.tokens is None:
+            raise UsageError(
+                "--data self needs to know how much to sample", "give --tokens, not --max-time"
+            )
         for name in ("tokens", "batch", "accumulate", "slorb", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -502,6 +502,7 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
         ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit weights"),
         ({"tokens": None}, "either --tokens or --max-time"),
         ({"max_time": 9.0}, "either --tokens or --max-time"),
+        ({"tokens": None, "max_time": 9.0, "data": "self"}, "--data self needs to know how much"),
         ({"tokens": 31}, "--tokens 31 is less than one step of 32"),
         ({"batch": 0}, "--batch must be at least 1"),
         ({"lr": -1.0}, "--lr must be between 0 and 1"),
