@@ -67,6 +67,7 @@ def measured(tmp_path_factory):
         ("--initial", "sparsegpt"),
         ("--initial", "alps"),
     ],
+    ids=" ".join,
 )
 def test_defaults_of_armor_are_the_best(measured, other):
     assert measured(*SHORT)["perplexity"] < measured(*SHORT, *other)["perplexity"]
