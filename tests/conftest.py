@@ -67,6 +67,12 @@ def family(tmp_path_factory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., None]:
+    """Writes a random Llama of any shape to a folder."""
+    return llama
+
+
 @pytest.fixture
 def copy_of(family, tmp_path) -> Callable[[str | Path], Path]:
     """Gives a private copy of a named checkpoint or of a folder, to be damaged."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import llama
 from safetensors.torch import save_file
 
 from sparsekit.models.calibration import Calibration
@@ -45,7 +44,7 @@ def text(table: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, make_llama):
     """The text in two files, a dense model that has learned it, and that model at 2:4."""
     root = tmp_path_factory.mktemp("recovery")
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +54,7 @@ def folder(tmp_path_factory):
     save_file({"tokens": text(table, 64, seed=2)}, root / "held-out.safetensors")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        llama(root / "first", **SHAPE)
+        make_llama(root / "first", **SHAPE)
     learn(root / "first", root / "dense", rows)
     config = PruneConfig(
         calibration=Calibration(source=str(root / "train.safetensors"), samples=32)

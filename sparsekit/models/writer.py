@@ -162,6 +162,10 @@ class CheckpointWriter:
                 shutil.rmtree(self.out / REPLACED)
         return Checkpoint.open(self.out)
 
+    def abandon(self) -> None:
+        """Remove the folder beside the output: nothing in it is worth going on with."""
+        self._discard()
+
     def _begin(self) -> None:
         try:
             require_space(self.partial, self.layout)

@@ -32,7 +32,7 @@ from sparsekit.recoverers import Scale
 from sparsekit.stages.curve import draw
 from sparsekit.stages.device import pick_device
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recovery import Recovery, prepare
+from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
 from sparsekit.stages.training import (
@@ -124,6 +124,7 @@ def recover(
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, ranks, progress)
     prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
+    require_parent(job, prints["teacher"])
     recipe = _recipe(job, rows) | prints
     ranks.wait()
     writing = None
@@ -133,7 +134,12 @@ def recover(
         ranks.wait()
         folder = out.with_name(out.name + ".partial")
         student = Student.load(job, rows, ranks)
-        training = _training(job, student, rows, folder, ranks, started, progress)
+        try:
+            training = _training(job, student, rows, folder, ranks, started, progress)
+        except UsageError:  # refused before the first step
+            if writer is not None:
+                writer.abandon()
+            raise
         log = _train(training, job, folder, progress)
         finished = _finish(training)
         if not ranks.shards:

@@ -86,7 +86,12 @@ def prepare(
     if not out.with_name(out.name + ".partial").exists():
         require_space(existing_parent(out), layout)
     teacher_name = config.teacher or _parent(source) or model
-    teacher = Checkpoint.open(resolve(teacher_name, progress))
+    try:
+        teacher = Checkpoint.open(resolve(teacher_name, progress))
+    except (DataError, UsageError) as error:
+        raise DataError(
+            f"the teacher cannot be read: {error.message}", "name the dense model with --teacher"
+        ) from error
     refuse_source(out, teacher.path)
     _refuse_other_teacher(source, teacher)
     _require_memory(source, teacher if config.share != 0 else None, recoverer)
@@ -115,6 +120,21 @@ def _parent(source: Checkpoint) -> str | None:
     """The dense model that the history of a sparse one begins with, where that can be reached."""
     history = source.pruned()
     return history[0]["source"].get("path") if history else None
+
+
+def require_parent(job: Recovery, fingerprint: str) -> None:
+    """Refuse a teacher that was not named and is no longer what the history says.
+
+    Raises:
+        DataError: Its weights are others.
+    """
+    history = job.source.pruned()
+    told = history[0]["source"].get("fingerprint") if history else None
+    if job.config.teacher is None and told not in (None, fingerprint):
+        raise DataError(
+            f"the weights in {job.teacher_name} are not those that {job.source.path} was made from",
+            "name the dense model with --teacher, if they are to teach all the same",
+        )
 
 
 def _patterns(
