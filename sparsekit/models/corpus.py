@@ -21,7 +21,7 @@ from sparsekit.errors import DataError
 from sparsekit.files import CACHED, cache_dir, fsync_path, sha256_json, storage_errors
 from sparsekit.models.calibration import Calibration, check_number, source_key, tokenizer_key
 from sparsekit.models.rows import capped
-from sparsekit.models.texts import ROW_FILE, check_source, has_documents, is_kind, training_texts
+from sparsekit.models.texts import ROW_FILE, check_source, is_documents, is_kind, training_texts
 from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def token_ids(source: str, checkpoint: Checkpoint) -> Iterator[list[int]]:
     """
     tokenizer = checkpoint.tokenizer()
     documents = training_texts(source)
-    end = tokenizer.eos_token_id if has_documents(source) else None
+    end = tokenizer.eos_token_id if is_documents(source) else None
     while some := list(islice(documents, TOGETHER)):
         for ids in tokenizer(some, verbose=False)["input_ids"]:
             yield ids if end is None else [*ids, end]

@@ -64,11 +64,6 @@ def is_documents(source: str) -> bool:
     return source == "c4" or is_kind(source, *DOCUMENT_FILES)
 
 
-def has_documents(source: str) -> bool:
-    """Whether the texts to train on are documents, and not pieces of one running text."""
-    return source in TRAIN_FILES or is_kind(source, *DOCUMENT_FILES)
-
-
 def calibration_texts(source: str) -> Sequence[str]:
     """The documents to draw windows from; exactly one when the text is a running one."""
     if source == "builtin":
@@ -86,7 +81,9 @@ def training_texts(source: str) -> Iterator[str]:
     A plain text comes in pieces that end with a line; Python's help text comes without the part
     that is held out for evaluation.
     """
-    if source in TRAIN_FILES:
+    if source == "wikitext2":  # its rows are the lines of one text
+        yield "\n\n".join(hub_texts(*TRAIN_FILES[source]))
+    elif source in TRAIN_FILES:
         yield from hub_texts(*TRAIN_FILES[source])
     elif source == "builtin":
         yield builtin_text(held_out=False)

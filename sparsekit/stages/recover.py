@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckFailedError, DataError, NumericalError, UsageError
+from sparsekit.errors import (
+    CheckFailedError,
+    DataError,
+    NumericalError,
+    SparsekitError,
+    UsageError,
+)
 from sparsekit.files import read_json, sha256_json, write_atomic, write_json
 from sparsekit.memory import peak_memory
 from sparsekit.models.architecture import Target, find_blocks
@@ -45,7 +51,7 @@ from sparsekit.stages.training import (
     require_plain_head,
     sparsity_measure,
 )
-from sparsekit.stages.trainstate import forget_states, load_state, save_state
+from sparsekit.stages.trainstate import POINTER, forget_states, load_state, save_state
 from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight, is_sharded
 from sparsekit.tensors.patterns import Pattern
@@ -123,9 +129,11 @@ def recover(
     progress = progress if ranks.main else SILENT
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, ranks, progress)
+    config = replace(config, length=rows.length)  # which the model's maximum may have capped
+    job = replace(job, config=config)
     prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
     require_parent(job, prints["teacher"])
-    recipe = _recipe(job, rows) | prints
+    recipe = _recipe(job, rows, ranks) | prints
     ranks.wait()
     writing = None
     if ranks.main:
@@ -136,9 +144,9 @@ def recover(
         student = Student.load(job, rows, ranks)
         try:
             training = _training(job, student, rows, folder, ranks, started, progress)
-        except UsageError:  # refused before the first step
-            if writer is not None:
-                writer.abandon()
+        except SparsekitError:
+            if writer is not None and not (folder / POINTER).is_file():
+                writer.abandon()  # it was refused before the first step: another try may differ
             raise
         log = _train(training, job, folder, progress)
         finished = _finish(training)
@@ -165,6 +173,10 @@ def recover(
             "peak_memory_bytes": peak_memory(),
         }
         writer.commit(entry, recover_card(entry, title(model)))
+        # Only now: until the output stands, all that was trained must be found again.
+        forget_states(out)
+        for file in (PLAN, PROGRESS):
+            (out / file).unlink(missing_ok=True)
     return RecoverReport(out=out, entry=entry)
 
 
@@ -178,18 +190,25 @@ def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
         ranks.wait()
     for note in (*job.notes, *rows.notes):
         progress.note(note)
+    wanted = job.config.batch * job.config.accumulate
+    if len(rows) < wanted:
+        raise DataError(
+            f"{job.config.data} has {len(rows)} rows of {rows.length} tokens, a step takes "
+            f"{wanted}",
+            "give it more text, or a smaller --batch, --length or --accumulate",
+        )
+    passes = (job.config.tokens or 0) / (len(rows) * rows.length)
+    if passes > 1:
+        progress.note(f"the text is read {passes:.1f} times")
     return rows
 
 
 def _tell(job: Recovery, writer: CheckpointWriter, log: list[dict[str, Any]], name: str) -> None:
-    """Put log and picture into the output, and what only a resumed run needs away."""
+    """Put log and picture into the output."""
     lines = "".join(json.dumps(row) + "\n" for row in log)
     write_atomic(writer.partial / LOG, lines.encode())
     picture = draw(log, f"{name}, {job.config.method} {job.patterns.base}")
     write_atomic(writer.partial / CURVE, picture)
-    forget_states(writer.partial)
-    for file in (PLAN, PROGRESS):
-        (writer.partial / file).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -270,7 +289,10 @@ class Student:
         for weight in self.sparse.values():
             total += weight.weight.abs().sum(dtype=torch.float64).item()
             count += int(weight.weight.count_nonzero())
-        total, count = self.optimizer(Rule()).total(total, count)
+        if self.ranks.shards:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=self.model.device)
+            self.ranks.sum_([sums])
+            total, count = sums.tolist()
         return Scale(
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             weight=total / max(1.0, count),
@@ -307,7 +329,7 @@ def _refuse_cuts(job: Recovery) -> None:
         raise UsageError("--slorb needs whole weights, not shards", way)
 
 
-def _recipe(job: Recovery, rows: TrainingRows) -> dict[str, Any]:
+def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     config = job.config
     told = {
@@ -320,6 +342,7 @@ def _recipe(job: Recovery, rows: TrainingRows) -> dict[str, Any]:
     return {
         "stage": "recover",
         "numerics": NUMERICS,
+        "processes": ranks.size,
         **told,
         "options": asdict(job.recoverer),
         "pattern": str(job.patterns.base),
@@ -539,6 +562,10 @@ def _write(
     parameters = dict(student.model.named_parameters(remove_duplicate=False))
     buffers = dict(student.model.named_buffers())
     names = {on_disk: name for name, on_disk in student.skeleton.on_disk.items()}
+    tied: dict[str, list[str]] = {}
+    for alias, origin in getattr(student.model, "all_tied_weights_keys", {}).items():
+        if alias in job.layout.places and alias not in names:
+            tied.setdefault(student.skeleton.on_disk[origin], []).append(alias)
     batch: dict[str, Tensor] = {}
     targets = {target.name: target for target in job.targets}
     for number, (on_disk, name) in enumerate(sorted(names.items()), 1):
@@ -558,6 +585,8 @@ def _write(
                 batch |= {factor_name(on_disk, part): made for part, made in stored.items()}
         if on_disk in job.layout.places:
             batch[on_disk] = tensor
+        for alias in tied.get(on_disk, ()):  # a checkpoint may keep both of two tied tensors
+            batch[alias] = tensor
         if len(batch) >= TOGETHER or number == len(names):
             writer.write(f"{on_disk} and before", batch, None)
             batch = {}

@@ -31,6 +31,8 @@ from sparsekit.tensors.patterns import Pattern
 
 # A model with a larger share of zeros than this is no dense one.
 DENSE_ZEROS = 0.05
+# What a configuration may ask for after the output layer, and the value that asks for nothing.
+PLAIN_HEAD = {"final_logit_softcapping": 0.0, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,12 @@ def prepare(
     refuse_source(out, source.path)
     if source.factored:
         raise DataError(f"{source.path} holds factors only", "train the model it comes from")
+    if source.factor_patterns:
+        raise DataError(
+            f"{source.path} keeps factors beside its weights, which are not sparse themselves",
+            "train the model it comes from",
+        )
+    _refuse_other_heads(source)
     refuse_foreign(out.with_name(out.name + ".partial"))
     recoverer = methods.load("recoverers", config.method, config.options)
     device = torch.device(pick_device(config.device))
@@ -86,6 +94,11 @@ def prepare(
     if not out.with_name(out.name + ".partial").exists():
         require_space(existing_parent(out), layout)
     teacher_name = config.teacher or _parent(source) or model
+    if teacher_name == model and config.share != 0 and _zeros(source, targets) > DENSE_ZEROS:
+        raise DataError(
+            f"{source.path} is sparse and does not say which dense model it was made from",
+            "name that with --teacher, or train without one: --share 0",
+        )
     try:
         teacher = Checkpoint.open(resolve(teacher_name, progress))
     except (DataError, UsageError) as error:
@@ -94,7 +107,7 @@ def prepare(
         ) from error
     refuse_source(out, teacher.path)
     _refuse_other_teacher(source, teacher)
-    _require_memory(source, teacher if config.share != 0 else None, recoverer)
+    _require_memory(source, teacher if config.share != 0 else None, recoverer, device)
     left = [target.name for target in linear if target not in targets]
     return Recovery(
         config=config,
@@ -107,8 +120,17 @@ def prepare(
         skipped=[{"name": name, "reason": "left dense when it was pruned"} for name in left],
         layout=layout,
         device=device,
-        notes=_notes(config, source, teacher, stream),
+        notes=_notes(config, source, stream),
     )
+
+
+def _zeros(source: Checkpoint, targets: Sequence[Target]) -> float:
+    """The share of zeros in some weights."""
+    zeros = size = 0
+    for target in targets:
+        weight = source.read([target.name])[target.name]
+        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+    return zeros / size
 
 
 def _told(source: Checkpoint) -> dict[str, str]:
@@ -118,8 +140,15 @@ def _told(source: Checkpoint) -> dict[str, str]:
 
 def _parent(source: Checkpoint) -> str | None:
     """The dense model that the history of a sparse one begins with, where that can be reached."""
+    return _dense(source).get("path")
+
+
+def _dense(source: Checkpoint) -> Mapping[str, str]:
+    """What the history says of the dense model: that which was pruned, or which taught first."""
     history = source.pruned()
-    return history[0]["source"].get("path") if history else None
+    if not history:
+        return {}
+    return history[0]["teacher" if history[0]["stage"] == "recover" else "source"]
 
 
 def require_parent(job: Recovery, fingerprint: str) -> None:
@@ -128,8 +157,7 @@ def require_parent(job: Recovery, fingerprint: str) -> None:
     Raises:
         DataError: Its weights are others.
     """
-    history = job.source.pruned()
-    told = history[0]["source"].get("fingerprint") if history else None
+    told = _dense(job.source).get("fingerprint")
     if job.config.teacher is None and told not in (None, fingerprint):
         raise DataError(
             f"the weights in {job.teacher_name} are not those that {job.source.path} was made from",
@@ -153,22 +181,36 @@ def _patterns(
         patterns = Patterns(base=base, own={n: one for n, one in own.items() if one != base})
     else:
         patterns = Patterns(base=Pattern(keep=2, group=4))
-    zeros = size = 0
     missing = ""
     for target in targets:
         weight = source.read([target.name])[target.name]
         weight = weight.T if target.transposed else weight
-        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
         try:
             patterns.of(target).check(weight, target.name)
         except PatternError as error:
             missing = missing or error.message
-    if missing and (told or zeros > DENSE_ZEROS * size):
+    if missing and (told or _zeros(source, targets) > DENSE_ZEROS):
         raise UsageError(
             f"{source.path} is sparse, but not {patterns.base}: {missing}",
             "name the pattern that it has, or is to have, with --pattern",
         )
     return patterns
+
+
+def _refuse_other_heads(source: Checkpoint) -> None:
+    """Refuse a model that scales or caps its logits.
+
+    Raises:
+        DataError: Names what its configuration asks for.
+    """
+    config = source.config.get_text_config()
+    for key, plain in PLAIN_HEAD.items():
+        value = getattr(config, key, None)
+        if value not in (None, plain):
+            raise DataError(
+                f"{source.path}: its logits are changed after the output layer ({key} {value})",
+                "such models cannot be trained yet; prune alone works",
+            )
 
 
 def _refuse_misfits(
@@ -227,7 +269,9 @@ def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
             )
 
 
-def _require_memory(source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer) -> None:
+def _require_memory(
+    source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer, device: torch.device
+) -> None:
     """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.
 
     Raises:
@@ -241,7 +285,9 @@ def _require_memory(source: Checkpoint, teacher: Checkpoint | None, recoverer: R
     if teacher is not None:
         needed += _float32_bytes(teacher)
         told += ", and the teacher"
-    if needed > (free := available_memory()):
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
+    if needed > free:
         raise DataError(
             f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told} in float32, "
             f"besides the activations; {free / 1e9:.1f} GB are available",
@@ -256,9 +302,7 @@ def _float32_bytes(source: Checkpoint) -> int:
     return sum(4 * math.prod(place.shape) for place in floats)
 
 
-def _notes(
-    config: RecoverConfig, source: Checkpoint, teacher: Checkpoint, stream: BlockStream
-) -> list[str]:
+def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:
     """What the user should know before the run."""
     found = []
     if config.slorb is not None:
@@ -271,6 +315,4 @@ def _notes(
             f"{source.config.model_type!r} is not among the tested families: compare the output's "
             "perplexity with the source's"
         )
-    if source.path.resolve() == teacher.path.resolve() and source.pruned():
-        found.append("the sparse model is its own teacher: name the dense one with --teacher")
     return found

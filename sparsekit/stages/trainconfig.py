@@ -127,7 +127,7 @@ class RecoverConfig:
         if self.share is not None and not 0 <= self.share <= 1:
             raise UsageError(f"--share must be between 0 and 1, not {self.share:g}")
         if not 0 < self.temperature < 100:
-            raise UsageError(f"--temperature must be above 0, not {self.temperature:g}")
+            raise UsageError(f"--temperature must be between 0 and 100, not {self.temperature:g}")
 
     @property
     def step_tokens(self) -> int:

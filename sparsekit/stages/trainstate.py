@@ -14,7 +14,7 @@ from sparsekit.tensors.maskedadam import MaskedAdam
 
 # Says which state is whole.
 POINTER = ".sparsekit-state.json"
-STATES = ".sparsekit-state-*.safetensors"
+STATES = ".sparsekit-state-*.saved"
 
 
 def save_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> None:

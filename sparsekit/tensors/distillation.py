@@ -62,8 +62,9 @@ def distil(
         temperature: τ, above 0.
     """
     trained = [p for p in head_parameters if p.requires_grad]
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
     total, divergence, entropy = _Chunked.apply(
-        hidden, head, labels, teacher, share, temperature, *trained
+        hidden, head, labels, teacher, share, temperature, wanted, *trained
     )
     return Losses(total=total, divergence=divergence, entropy=entropy)
 
@@ -80,16 +81,15 @@ class _Chunked(torch.autograd.Function):
         teacher: Callable[[slice], Tensor] | None,
         share: float,
         temperature: float,
+        wanted: bool,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = any(ctx.needs_input_grad)
         count = (labels != IGNORED).sum().clamp(min=1)
         parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if wanted else None
         by_head = [torch.zeros_like(p) for p in trained] if wanted else []
-        start = 0
+        start, step = 0, max(1, CHUNK_BYTES // (4 * _vocabulary(head, hidden)))
         while start < len(hidden):
-            step = max(1, CHUNK_BYTES // (4 * _vocabulary(head, hidden)))
             rows = slice(start, min(start + step, len(hidden)))
             with torch.set_grad_enabled(wanted):
                 part = hidden[rows].detach().requires_grad_(wanted)
@@ -113,11 +113,11 @@ class _Chunked(torch.autograd.Function):
         by_hidden, by_head = ctx.gradients
         ctx.gradients = None
         found = [by_hidden.mul_(outer[0]), *(g.mul_(outer[0]) for g in by_head)]
-        return found[0], None, None, None, None, None, *found[1:]
+        return found[0], None, None, None, None, None, None, *found[1:]
 
 
 def _vocabulary(head: Logits, hidden: Tensor) -> int:
-    """How many logits a token has; asked of the head once, with one token."""
+    """How many logits a token has."""
     size = getattr(head, "out_features", None)
     if size is None:
         with torch.no_grad():

@@ -311,7 +311,8 @@ class MaskedAdam:
             if not name.endswith(".mask"):
                 tensor.copy_(state[name])
         for name, weight in self.sparse.items():
-            weight.mask = unpack_bits(state[f"{name}.mask"], weight.mask.shape[1]).bool()
+            mask = unpack_bits(state[f"{name}.mask"], weight.mask.shape[1]).bool()
+            weight.mask = mask.to(weight.weight.device)
             weight.publish(hides=self.rule.hides)
         self.steps = steps
 
@@ -354,10 +355,12 @@ class MaskedAdam:
         done: float,
     ) -> None:
         """One step of a sparse weight and its scale."""
-        if weight.mask.shape != weight.weight.shape or weight.mask.dtype != torch.bool:
+        mask, values = weight.mask, weight.weight
+        fits = mask.shape == values.shape and mask.device == values.device
+        if not fits or mask.dtype != torch.bool:
             raise NumericalError(
-                f"{name}: a mask of {weight.mask.dtype} {tuple(weight.mask.shape)} does not fit a "
-                f"weight {tuple(weight.weight.shape)}"
+                f"{name}: a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} does not fit "
+                f"a weight {tuple(values.shape)} on {values.device}"
             )
         gradient = gradients[name]
         if factor < 1:

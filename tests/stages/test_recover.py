@@ -28,6 +28,7 @@ from sparsekit.stages.inspect import verify
 from sparsekit.stages.prune import prune
 from sparsekit.stages.recover import LOG, recover
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.patterns import Pattern
 
 # Twelve steps of 2 x 16 tokens.
@@ -232,6 +233,96 @@ def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypa
     assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
 
 
+def test_a_kill_while_the_output_is_published_costs_no_training(pruned, tmp_path, monkeypatch):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.CheckpointWriter, "_publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recover(SHORT, str(pruned), tmp_path / "out")
+    notes = Notes()
+    out = recover(SHORT, str(pruned), tmp_path / "out", progress=notes).out
+    assert any("going on after 12 steps" in note for note in notes.told)
+    assert not [file.name for file in out.iterdir() if file.name.startswith(".")]
+
+
+def test_both_of_two_tied_tensors_on_disk_stay_equal(copy_of, row_file, tmp_path):
+    copy = copy_of("llama_tied")
+
+    def clone(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    damaged(copy, clone)
+    out = recover(replace(SHORT, data=str(row_file)), str(copy), tmp_path / "out").out
+    verify(str(out))
+    made = Checkpoint.open(out)
+    both = made.read(["lm_head.weight", "model.embed_tokens.weight"])
+    assert torch.equal(*both.values())
+
+
+def test_a_second_training_has_the_teacher_of_the_first(family, pruned, tmp_path):
+    """Also where the history begins with a training whose teacher was named."""
+    first = recover(SHORT, str(family("llama")), tmp_path / "first").out
+    second = recover(SHORT, str(first), tmp_path / "second")
+    assert second.entry["teacher"]["path"] == str(family("llama"))
+
+
+def test_a_length_beyond_the_models_maximum_counts_as_what_is_trained_on(pruned, tmp_path):
+    config = replace(SHORT, length=512, tokens=1024, batch=1)  # the maximum is 256
+    found = recover(config, str(pruned), tmp_path / "out")
+    assert found.entry["plan"]["steps"] == 4
+    assert found.entry["tokens"] == 1024
+
+
+def test_less_text_than_a_step_is_refused(pruned, row_file, tmp_path):
+    config = replace(SHORT, data=str(row_file), batch=8)
+    with pytest.raises(DataError, match="has 5 rows of 16 tokens, a step takes 8"):
+        recover(config, str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.5)]
+)
+def test_a_model_that_changes_its_logits_is_refused(copy_of, tmp_path, key, value):
+    copy = copy_of("llama")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(DataError, match=f"changed after the output layer \\({key}"):
+        recover(SHORT, str(copy), tmp_path / "out")
+
+
+def test_a_model_with_factors_is_refused(family, row_file, tmp_path):
+    config = PruneConfig(
+        method="armor", options={"sweeps": "1"}, calibration=Calibration(source=str(row_file))
+    )
+    out = prune(config, str(family("llama")), tmp_path / "armor").out
+    with pytest.raises(DataError, match="keeps factors beside its weights"):
+        recover(replace(SHORT, pattern="2:4"), str(out), tmp_path / "out")
+
+
+def test_selections_come_every_tenth_step_and_at_the_end(pruned, tmp_path):
+    """A9: counted in optimizer steps, whatever the number of batches in one."""
+    config = replace(SHORT, tokens=1600, batch=2, accumulate=2, lr=1e-2)
+    out = recover(config, str(pruned), tmp_path / "out").out
+    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert {row["step"] for row in log if row["flips"]} == {1, 11, 21, 25}
+
+
+def test_decay_sees_the_share_of_the_steps_that_are_done(pruned, tmp_path, monkeypatch):
+    """A5, C1 and C2 in the loop: 0 at the first step, never 1."""
+    seen = []
+    step = MaskedAdam.step
+
+    def spy(self, rate, done):
+        seen.append(done)
+        return step(self, rate, done)
+
+    monkeypatch.setattr(MaskedAdam, "step", spy)
+    recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "out")
+    assert seen == [n / 12 for n in range(12)]
+
+
 def test_a_full_disk_during_a_save_is_told_and_keeps_the_state(pruned, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -400,7 +491,10 @@ def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, 
     damaged(copy, fill)
     with pytest.raises(UsageError, match=r"is sparse, but not 2:4.*--pattern"):
         recover(SHORT, str(copy), tmp_path / "out")
-    recover(replace(SHORT, pattern="2:4"), str(copy), tmp_path / "out")
+    named = replace(SHORT, pattern="2:4")
+    with pytest.raises(DataError, match=r"does not say which dense model.*--teacher"):
+        recover(named, str(copy), tmp_path / "out")
+    recover(replace(named, share=0.0), str(copy), tmp_path / "out")
     assert verify(str(tmp_path / "out"))["zeros"] == 9216
 
 
@@ -530,7 +624,7 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
         ({"batch": 0}, "--batch must be at least 1"),
         ({"lr": -1.0}, "--lr must be between 0 and 1"),
         ({"share": 1.5}, "--share must be between 0 and 1"),
-        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"temperature": 0.0}, "--temperature must be between 0 and 100"),
         ({"options": {"decai": "1"}}, "did you mean 'decay'"),
         ({"eval_text": "builtin"}, "--eval-text has no effect without --eval-every"),
         ({"data": "no.txt"}, "does not exist"),
