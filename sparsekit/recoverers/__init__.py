@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsekit.tensors.maskedadam import Rule
+from sparsekit.tensors.sparseweight import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from sparsekit.recoverers import Recoverer, Scale
-from sparsekit.tensors.maskedadam import Rule
+from sparsekit.tensors.sparseweight import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

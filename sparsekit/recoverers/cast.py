@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsekit.recoverers import Recoverer, Scale
-from sparsekit.tensors.maskedadam import Rule
+from sparsekit.tensors.sparseweight import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

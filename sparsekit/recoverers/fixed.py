@@ -7,7 +7,7 @@ as in torch.
 from dataclasses import dataclass
 
 from sparsekit.recoverers import Recoverer, Scale
-from sparsekit.tensors.maskedadam import Rule
+from sparsekit.tensors.sparseweight import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,60 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sparsekit.errors import (
     CheckFailedError,
     DataError,
-    NumericalError,
     SparsekitError,
-    UsageError,
 )
 from sparsekit.files import read_json, sha256_json, write_atomic, write_json
 from sparsekit.memory import peak_memory
-from sparsekit.models.architecture import Target, find_blocks
-from sparsekit.models.branch import Branch, attach
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
-from sparsekit.models.folder import factor_name
 from sparsekit.models.reference import title
-from sparsekit.models.skeleton import Skeleton, keep_heap
-from sparsekit.models.whole import load_whole
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.recoverers import Scale
 from sparsekit.stages.curve import draw
 from sparsekit.stages.device import pick_device
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
-from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.stages.student import Student, load_teacher
+from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import (
     Plan,
     Training,
     hidden_states,
-    input_norms,
     measure,
-    other_parameters,
-    require_plain_head,
     sparsity_measure,
 )
+from sparsekit.stages.trainplan import make_plan
 from sparsekit.stages.trainstate import POINTER, forget_states, load_state, save_state
-from sparsekit.tensors.factored import Factored
-from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight, is_sharded
-from sparsekit.tensors.patterns import Pattern
+from sparsekit.stages.trainwrite import write_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 PLAN = ".sparsekit-plan.json"
 LOG = "sparsekit-training.jsonl"
@@ -66,18 +52,11 @@ CURVE = "sparsekit-training.png"
 PROGRESS = ".sparsekit-log.jsonl"
 # Seconds between two saved states, when no number of steps is given.
 SAVE_SECONDS = 600.0
-# Steps at rate 0 that measure speed and gradients.
-PROBED = 8
-# Share of the time that is planned for, and seconds kept for writing.
-PLANNED, WRITING = 0.95, 10.0
 # Windows of an evaluation during training.
 EVAL_WINDOWS = 8
 # A model that computes with all entries is done when the last selection changes no more than this
 # share of them, and leaving the others out moves the last hidden states by no more than that.
 MOST_FLIPS, MOST_MOVED = 1e-3, 5e-3
-# Tensors that go to disk together.
-TOGETHER = 32
-NEED = {"purpose": "training", "way_out": "train it where there is more memory"}
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
 
@@ -152,7 +131,7 @@ def recover(
         finished = _finish(training)
         if not ranks.shards:
             ranks.require_same(training.optimizer.fingerprint(), "masks")
-        weights = _write(job, writer, student, training.optimizer)
+        weights = write_tensors(job, writer, student, training.optimizer)
         if writer is None:
             return None
         _tell(job, writer, log, title(model))
@@ -211,124 +190,6 @@ def _tell(job: Recovery, writer: CheckpointWriter, log: list[dict[str, Any]], na
     write_atomic(writer.partial / CURVE, picture)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Student:
-    """The model that is trained, with the names that its weights have on disk."""
-
-    model: PreTrainedModel
-    skeleton: Skeleton
-    sparse: Mapping[str, SparseWeight]
-    """By name on disk."""
-    branches: Mapping[str, Branch]
-    """What lies beside sparse weights, by the same names."""
-    ranks: Ranks
-
-    @classmethod
-    def load(cls, job: Recovery, rows: TrainingRows, ranks: Ranks) -> Student:
-        """The model in float32, each weight that is to be sparse with its mask."""
-        skeleton = Skeleton(job.source, job.device, torch.float32)
-        model = skeleton.fill()
-        keep_heap()
-        require_plain_head(model)
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        if ranks.shards:
-            _refuse_cuts(job)
-            ranks.shard(skeleton.blocks, job.device)
-        parameters = dict(model.named_parameters())
-        by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
-        norms: dict[str, Tensor] = {}
-        if job.recoverer.metric == "activation":
-            modules = {t.name: by_disk[t.name].removesuffix(".weight") for t in job.targets}
-            layers = {name: model.get_submodule(path) for name, path in modules.items()}
-            batches = (rows.take(n * job.config.batch, job.config.batch) for n in range(PROBED))
-            norms = input_norms(model, layers, batches)
-        sparse = {
-            target.name: SparseWeight.of(
-                parameters[by_disk[target.name]],
-                job.patterns.of(target),
-                transposed=target.transposed,
-                rule=job.recoverer.rule(0.0),
-                spans=job.recoverer.spans,
-                inputs=norms.get(target.name),
-            )
-            for target in job.targets
-        }
-        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={}, ranks=ranks)
-        return replace(made, branches=made._branches(job)) if job.config.slorb else made
-
-    def _branches(self, job: Recovery) -> dict[str, Branch]:
-        """A branch beside each sparse weight, for what it lacks against the dense parent's."""
-        found = {}
-        by_disk = {on_disk: name for name, on_disk in self.skeleton.on_disk.items()}
-        for target in job.targets:
-            place = job.teacher.places.get(target.name)
-            weight = self.sparse[target.name]
-            if place is None or place.shape != job.source.places[target.name].shape:
-                raise DataError(
-                    f"the teacher has no weight {target.name} of the same shape",
-                    "--slorb needs the dense parent as the teacher",
-                )
-            dense = job.teacher.read([target.name])[target.name].to(job.device, torch.float32)
-            dense = dense.T if target.transposed else dense
-            branch = Branch(dense - weight.values, job.config.slorb or 1)
-            layer = by_disk[target.name].removesuffix(".weight")
-            attach(self.model.get_submodule(layer), branch)
-            found[target.name] = branch
-        return found
-
-    def optimizer(self, rule: Rule) -> MaskedAdam:
-        """A fresh one over all parameters."""
-        others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
-        sums = (lambda tensor: self.ranks.sum_([tensor])) if self.ranks.shards else None
-        return MaskedAdam(self.sparse, others, rule, Settings(), sums)
-
-    def scale(self, masked_gradient: float) -> Scale:
-        """What the automatic choices go by."""
-        total = count = 0.0
-        for weight in self.sparse.values():
-            total += weight.weight.abs().sum(dtype=torch.float64).item()
-            count += int(weight.weight.count_nonzero())
-        if self.ranks.shards:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=self.model.device)
-            self.ranks.sum_([sums])
-            total, count = sums.tolist()
-        return Scale(
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            weight=total / max(1.0, count),
-            masked_gradient=masked_gradient,
-        )
-
-
-def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
-    """The frozen dense model; None when the loss does not ask for it."""
-    if job.config.share == 0:
-        return None
-    teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device).requires_grad_(False)
-    require_plain_head(teacher)
-    if ranks.shards:
-        ranks.shard(find_blocks(teacher)[1], job.device)
-    return teacher
-
-
-def _refuse_cuts(job: Recovery) -> None:
-    """Refuse what shards of rows would cut into pieces that no longer match.
-
-    Raises:
-        UsageError: Names it.
-    """
-    way = "train it without shards, as with --multi_gpu"
-    for target in job.targets:
-        if target.transposed:
-            raise UsageError(
-                f"{target.name} is stored as [in, out]: its shards would cut groups of inputs", way
-            )
-        if job.patterns.of(target).scope == "tensor":
-            raise UsageError(f"{job.patterns.of(target)} needs whole weights, not shards", way)
-    if job.config.slorb is not None:
-        raise UsageError("--slorb needs whole weights, not shards", way)
-
-
 def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     config = job.config
@@ -372,7 +233,7 @@ def _training(
     if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
-        plan = _plan(job, student, teacher, rows, ranks, started, progress)
+        plan = make_plan(job, student, teacher, rows, ranks, started, progress)
         if ranks.main:
             write_json(folder / PLAN, asdict(plan))
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
@@ -382,95 +243,6 @@ def _training(
     if load_state(folder, optimizer, ranks):
         progress.note(f"going on after {optimizer.steps} steps in {folder}")
     return training
-
-
-def _plan(
-    job: Recovery,
-    student: Student,
-    teacher: PreTrainedModel | None,
-    rows: TrainingRows,
-    ranks: Ranks,
-    started: float,
-    progress: Progress,
-) -> Plan:
-    """Steps, rates and strengths, some of them measured on steps that change nothing."""
-    config, recoverer = job.config, job.recoverer
-    steps = config.steps()
-    scale = student.scale(0.0)
-    share = recoverer.share_of(scale) if config.share is None else config.share
-    rate = config.lr or recoverer.rate_of(scale)
-    gradient = 0.0
-    if config.max_time is not None or recoverer.needs_gradient:
-        still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
-        optimizer = student.optimizer(recoverer.rule(0.0))
-        trial = Training(student.model, teacher, optimizer, rows, config, still, 0, ranks)
-        progress.begin("measuring speed and gradients", PROBED)
-        seconds = []
-        for _ in range(PROBED):
-            seconds.append(trial.step().seconds)
-            progress.step("")
-        progress.end()
-        gradient = optimizer.masked_mean()
-        if config.max_time is not None:
-            left = config.max_time - (time.perf_counter() - started) - WRITING
-            steps = ranks.of_main(math.floor(PLANNED * left / median(seconds)))
-            if steps < 1:
-                raise UsageError(
-                    f"--max-time: one step takes {median(seconds):.1f} s, {left:.0f} s are left",
-                    "give it more time, or a smaller --batch, --length or --accumulate",
-                )
-            progress.note(f"{steps} steps of {median(seconds):.2f} s in the time that is left")
-    decay = recoverer.decay_of(student.scale(gradient))
-    plan = Plan(steps=steps, rate=rate, share=share, decay=decay, masked_gradient=gradient)
-    progress.note(
-        f"{steps} steps of {config.step_tokens} tokens, learning rate {rate:g} ({config.schedule})"
-        f", {share:.2f} of the loss is the divergence from the teacher"
-        + (f", decay {decay:.3g}" if decay else "")
-    )
-    _require_budget(job, student, plan, progress)
-    return plan
-
-
-def _require_budget(job: Recovery, student: Student, plan: Plan, progress: Progress) -> None:
-    """Refuse a pull that cannot bring the entries off the mask to zero in the steps there are.
-
-    Raises:
-        UsageError: Says by how much.
-    """
-    if not job.recoverer.settles:
-        return
-    distance = decay_budget(job.config.schedule, plan)
-    sizes = [w.weight[~w.mask].abs() for w in student.sparse.values()]
-    count = sum(map(len, sizes))
-    mean = sum(s.sum(dtype=torch.float64).item() for s in sizes) / max(1, count)
-    high = max((_quantile(s, 0.99) for s in sizes if len(s)), default=0.0)
-    progress.note(
-        f"decay budget: a weight off the mask can travel {distance:.4g}; they measure {mean:.4g} "
-        f"on average, the largest 99th percentile of a weight is {high:.4g}"
-    )
-    if distance < 1.5 * mean:
-        raise UsageError(
-            f"in {plan.steps} steps the decay moves a weight by {distance:.4g}, those off the mask "
-            f"measure {mean:.4g} on average",
-            f"{1.5 * mean / max(distance, 1e-12):.1f} times the --tokens or --lr would do, or "
-            "start from a pruned model, or take --method ast",
-        )
-
-
-def decay_budget(schedule: str, plan: Plan) -> float:
-    """How far the pull can move a weight in all steps together (specification, section 4.3)."""
-    size, total = plan.masked_gradient, 0.0
-    for step in range(plan.steps):
-        share = step / plan.steps
-        pull, noise = share * plan.decay, (1 - share) * size
-        length = math.hypot(pull, noise)
-        total += plan.rate * rate_at(schedule, step, plan.steps) * (pull / length if length else 0)
-    return total
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """A quantile of a tensor of any size."""
-    return values.kthvalue(max(1, math.ceil(share * len(values)))).values.item()
 
 
 def _train(
@@ -549,88 +321,3 @@ def _finish(training: Training) -> dict[str, Any]:
                 "train on more --tokens, with a higher --lr or a stronger decay (-O decay=…)",
             )
     return found
-
-
-def _write(
-    job: Recovery, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
-) -> list[dict[str, Any]]:
-    """Put all tensors in their places; gives a row for each that is sparse.
-
-    Every process takes part, since a sharded tensor is put together from all.
-    """
-    rows: list[dict[str, Any]] = []
-    parameters = dict(student.model.named_parameters(remove_duplicate=False))
-    buffers = dict(student.model.named_buffers())
-    names = {on_disk: name for name, on_disk in student.skeleton.on_disk.items()}
-    tied: dict[str, list[str]] = {}
-    for alias, origin in getattr(student.model, "all_tied_weights_keys", {}).items():
-        if alias in job.layout.places and alias not in names:
-            tied.setdefault(student.skeleton.on_disk[origin], []).append(alias)
-    batch: dict[str, Tensor] = {}
-    targets = {target.name: target for target in job.targets}
-    for number, (on_disk, name) in enumerate(sorted(names.items()), 1):
-        held = (parameters.get(name, buffers.get(name))).detach()
-        whole = (held.full_tensor() if is_sharded(held) else held).cpu()
-        flipped = optimizer.flipped(on_disk) if on_disk in targets else 0
-        if writer is None:
-            continue
-        tensor = _as_on_disk(on_disk, whole, job.source.places[on_disk].dtype)
-        if on_disk in targets:
-            target = targets[on_disk]
-            rows.append(_row(target, tensor, job.patterns.of(target)) | {"flipped": flipped})
-            if on_disk in student.branches:
-                mask, branch = student.sparse[on_disk].mask, student.branches[on_disk]
-                stored, tensor = _with_branch(target, tensor, mask, branch, rows[-1]["pattern"])
-                rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
-                batch |= {factor_name(on_disk, part): made for part, made in stored.items()}
-        if on_disk in job.layout.places:
-            batch[on_disk] = tensor
-        for alias in tied.get(on_disk, ()):  # a checkpoint may keep both of two tied tensors
-            batch[alias] = tensor
-        if len(batch) >= TOGETHER or number == len(names):
-            writer.write(f"{on_disk} and before", batch, None)
-            batch = {}
-    return rows
-
-
-def _as_on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in its type on disk, without negative zeros.
-
-    Raises:
-        NumericalError: It is not finite in this type.
-    """
-    if not tensor.is_floating_point():
-        return tensor
-    cast = tensor.to(dtype) + 0.0
-    if not cast.isfinite().all():
-        raise NumericalError(f"{name} does not fit into {dtype}")
-    return cast
-
-
-def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
-    """What became of a weight, after the check of its pattern as it goes to disk."""
-    weight = tensor.T if target.transposed else tensor
-    pattern.check(weight, target.name)
-    return {
-        "name": target.name,
-        "shape": list(target.shape),
-        "pattern": str(pattern),
-        "zeros": int((weight == 0).sum()),
-        "size": weight.numel(),
-        "error": None,
-        "bits": None,
-    }
-
-
-def _with_branch(
-    target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: str
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The factors of a weight with a branch, and their product as it goes to disk."""
-    core = tensor.T if target.transposed else tensor
-    up, down = branch.up.detach().cpu(), branch.down.detach().cpu()
-    factors = Factored(core=core.float(), mask=mask.cpu(), up=up, down=down).to(tensor.dtype)
-    product = factors.dense().to(tensor.dtype) + 0.0
-    if not product.isfinite().all():
-        raise NumericalError(f"{target.name} does not fit into {tensor.dtype}")
-    stored = factors.stored(Pattern.parse(pattern), tensor.dtype)
-    return stored, (product.T.contiguous() if target.transposed else product)

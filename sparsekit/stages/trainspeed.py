@@ -15,8 +15,8 @@ from sparsekit.errors import UsageError
 from sparsekit.memory import peak_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recover import Student, load_teacher
 from sparsekit.stages.recovery import prepare
+from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training
 from sparsekit.tensors.maskedadam import MaskedAdam

@@ -6,8 +6,9 @@ from torch import nn
 
 from sparsekit.recoverers.ast import Annealed
 from sparsekit.recoverers.cast import Continuous
-from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight
+from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 SETTINGS = Settings(clip=0)
 B1, B2, EPSILON = SETTINGS.beta1, SETTINGS.beta2, SETTINGS.epsilon

@@ -10,8 +10,9 @@ from torch import nn
 
 from sparsekit.recoverers.cast import Continuous
 from sparsekit.stages.trainconfig import rate_at
-from sparsekit.tensors.maskedadam import MaskedAdam, Settings, SparseWeight
+from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sparseweight import SparseWeight
 
 INPUTS, OUTPUTS, STEPS = 32, 16, 600
 

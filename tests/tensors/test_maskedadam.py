@@ -6,8 +6,9 @@ from torch import nn
 
 from sparsekit.errors import NumericalError
 from sparsekit.tensors.factored import pack_bits, unpack_bits
-from sparsekit.tensors.maskedadam import MaskedAdam, Rule, Settings, SparseWeight
+from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 TWO_OF_FOUR = Pattern(keep=2, group=4)
 

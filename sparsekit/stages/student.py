@@ -1,0 +1,155 @@
+"""The model that is trained and the one that teaches it, loaded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import (
+    DataError,
+    UsageError,
+)
+from sparsekit.models.architecture import find_blocks
+from sparsekit.models.branch import Branch, attach
+from sparsekit.models.corpus import TrainingRows
+from sparsekit.models.skeleton import Skeleton, keep_heap
+from sparsekit.models.whole import load_whole
+from sparsekit.recoverers import Scale
+from sparsekit.stages.ranks import Ranks
+from sparsekit.stages.recovery import Recovery
+from sparsekit.stages.training import (
+    input_norms,
+    other_parameters,
+    require_plain_head,
+)
+from sparsekit.tensors.maskedadam import MaskedAdam, Settings
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Batches that input norms are measured on, and steps at rate 0 that measure speed and gradients.
+PROBED = 8
+NEED = {"purpose": "training", "way_out": "train it where there is more memory"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Student:
+    """The model that is trained, with the names that its weights have on disk."""
+
+    model: PreTrainedModel
+    skeleton: Skeleton
+    sparse: Mapping[str, SparseWeight]
+    """By name on disk."""
+    branches: Mapping[str, Branch]
+    """What lies beside sparse weights, by the same names."""
+    ranks: Ranks
+
+    @classmethod
+    def load(cls, job: Recovery, rows: TrainingRows, ranks: Ranks) -> Student:
+        """The model in float32, each weight that is to be sparse with its mask."""
+        skeleton = Skeleton(job.source, job.device, torch.float32)
+        model = skeleton.fill()
+        keep_heap()
+        require_plain_head(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        if ranks.shards:
+            _refuse_cuts(job)
+            ranks.shard(skeleton.blocks, job.device)
+        parameters = dict(model.named_parameters())
+        by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
+        norms: dict[str, Tensor] = {}
+        if job.recoverer.metric == "activation":
+            modules = {t.name: by_disk[t.name].removesuffix(".weight") for t in job.targets}
+            layers = {name: model.get_submodule(path) for name, path in modules.items()}
+            batches = (rows.take(n * job.config.batch, job.config.batch) for n in range(PROBED))
+            norms = input_norms(model, layers, batches)
+        sparse = {
+            target.name: SparseWeight.of(
+                parameters[by_disk[target.name]],
+                job.patterns.of(target),
+                transposed=target.transposed,
+                rule=job.recoverer.rule(0.0),
+                spans=job.recoverer.spans,
+                inputs=norms.get(target.name),
+            )
+            for target in job.targets
+        }
+        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={}, ranks=ranks)
+        return replace(made, branches=made._branches(job)) if job.config.slorb else made
+
+    def _branches(self, job: Recovery) -> dict[str, Branch]:
+        """A branch beside each sparse weight, for what it lacks against the dense parent's."""
+        found = {}
+        by_disk = {on_disk: name for name, on_disk in self.skeleton.on_disk.items()}
+        for target in job.targets:
+            place = job.teacher.places.get(target.name)
+            weight = self.sparse[target.name]
+            if place is None or place.shape != job.source.places[target.name].shape:
+                raise DataError(
+                    f"the teacher has no weight {target.name} of the same shape",
+                    "--slorb needs the dense parent as the teacher",
+                )
+            dense = job.teacher.read([target.name])[target.name].to(job.device, torch.float32)
+            dense = dense.T if target.transposed else dense
+            branch = Branch(dense - weight.values, job.config.slorb or 1)
+            layer = by_disk[target.name].removesuffix(".weight")
+            attach(self.model.get_submodule(layer), branch)
+            found[target.name] = branch
+        return found
+
+    def optimizer(self, rule: Rule) -> MaskedAdam:
+        """A fresh one over all parameters."""
+        others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
+        sums = (lambda tensor: self.ranks.sum_([tensor])) if self.ranks.shards else None
+        return MaskedAdam(self.sparse, others, rule, Settings(), sums)
+
+    def scale(self, masked_gradient: float) -> Scale:
+        """What the automatic choices go by."""
+        total = count = 0.0
+        for weight in self.sparse.values():
+            total += weight.weight.abs().sum(dtype=torch.float64).item()
+            count += int(weight.weight.count_nonzero())
+        if self.ranks.shards:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=self.model.device)
+            self.ranks.sum_([sums])
+            total, count = sums.tolist()
+        return Scale(
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            weight=total / max(1.0, count),
+            masked_gradient=masked_gradient,
+        )
+
+
+def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
+    """The frozen dense model; None when the loss does not ask for it."""
+    if job.config.share == 0:
+        return None
+    teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device).requires_grad_(False)
+    require_plain_head(teacher)
+    if ranks.shards:
+        ranks.shard(find_blocks(teacher)[1], job.device)
+    return teacher
+
+
+def _refuse_cuts(job: Recovery) -> None:
+    """Refuse what shards of rows would cut into pieces that no longer match.
+
+    Raises:
+        UsageError: Names it.
+    """
+    way = "train it without shards, as with --multi_gpu"
+    for target in job.targets:
+        if target.transposed:
+            raise UsageError(
+                f"{target.name} is stored as [in, out]: its shards would cut groups of inputs", way
+            )
+        if job.patterns.of(target).scope == "tensor":
+            raise UsageError(f"{job.patterns.of(target)} needs whole weights, not shards", way)
+    if job.config.slorb is not None:
+        raise UsageError("--slorb needs whole weights, not shards", way)
