@@ -135,19 +135,7 @@ def recover(
         if writer is None:
             return None
         _tell(job, writer, log, title(model))
-        entry = {
-            "stage": "recover",
-            "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
-            "versions": recipe["versions"],
-            "source": {"path": model, "fingerprint": prints["source"]},
-            "teacher": {"path": job.teacher_name, "fingerprint": prints["teacher"]},
-            "plan": asdict(training.plan),
-            "tokens": training.plan.steps * config.step_tokens,
-            "processes": ranks.size,
-            "finished": finished,
-            "totals": totals(weights),
-            "weights": weights,
-            "skipped": job.skipped,
+        entry = _entry(job, recipe, model, training, finished, weights) | {
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
@@ -157,6 +145,31 @@ def recover(
         for file in (PLAN, PROGRESS):
             (out / file).unlink(missing_ok=True)
     return RecoverReport(out=out, entry=entry)
+
+
+def _entry(
+    job: Recovery,
+    recipe: Mapping[str, Any],
+    model: str,
+    training: Training,
+    finished: Mapping[str, Any],
+    weights: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """This run's entry of the history."""
+    return {
+        "stage": "recover",
+        "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
+        "versions": recipe["versions"],
+        "source": {"path": model, "fingerprint": recipe["source"]},
+        "teacher": {"path": job.teacher_name, "fingerprint": recipe["teacher"]},
+        "plan": asdict(training.plan),
+        "tokens": training.plan.steps * job.config.step_tokens,
+        "processes": training.ranks.size,
+        "finished": finished,
+        "totals": totals(weights),
+        "weights": weights,
+        "skipped": job.skipped,
+    }
 
 
 def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
