@@ -62,7 +62,6 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize(
     "other",
     [
-        ("-O", "proxy=diagonal"),
         ("--propagate",),
         ("--initial", "sparsegpt"),
         ("--initial", "alps"),

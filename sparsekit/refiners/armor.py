@@ -4,27 +4,20 @@ Source: Liu et al. 2025, "ARMOR: High-Performance Semi-Structured Pruning via Ad
 Factorization", section 3; LawrenceRLiu/ARMOR@3977e54.
 Differs: the default solver minimises over A, over B and over the groups of the core in turn (see
 `tensors/blockfit.py`), instead of Adam steps with one group of each block at a time
-(`solver=adam`). The default proxy is not the published diagonal one but the Gram matrix with its
-off-diagonal halved, on rows of norm 1. Biases are kept.
+(`solver=adam`). Biases are kept.
 
-Why: SmolLM2-135M, 2:4, block 64, 32 x 512 tokens of C4, WikiText-2 perplexity after six sweeps of a
-prototype that solved the groups strictly one after the other: 39.1 with half of the off-diagonal,
-40.3 with 70 % of it, 46.0 with all (the lowest layer error, yet not the best model), 42.9 with
-none, 43.7 with none on the published normalisation, and 40.1 with half on that. As it is here, the
-same setting gives 40.7 in 258 s, and 41.1 in 280 s on the inputs of the pruned blocks before
-(`--propagate`), which is why the dense model's are the default. `--initial sparsegpt` gives 40.9.
-In the same six sweeps `proxy=diagonal` gives 40.7 in 0.6 of the time. With `--budget 4m` it gave
-33.6 where the default gave 36.1, with `8m` 36.4 (on a machine that others used too) against 33.1.
+The loss stays the published diagonal one. In the whole Gram matrix of the inputs, its off-diagonal
+halved, a sweep takes 1.7 times as long: SmolLM2-135M at 2:4 (32 x 512 tokens of C4, WikiText-2
+perplexity) was 37.9, 33.7 and 32.2 after 4, 8 and 12 minutes, against 34.2, 31.4 and 30.6 as it is
+here, so that proxy was taken out.
 """
 
 from dataclasses import dataclass
 from math import comb, gcd
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner, keep_on
 from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.tensors.blockadam import BlockAdam
@@ -48,41 +41,25 @@ MANY_SUPPORTS, MOST_SUPPORTS = 100, 1000
 class Armor(Refiner):
     """A S B with A and B block-diagonal, starting as the initial method's weight."""
 
+    needs: ClassVar[Want] = Want.NORMS
     initial: ClassVar[str] = "nowag"
     rounds: ClassVar[dict[str, Any]] = {"sweeps": 10000, "iterations": 1000000, "tolerance": 0.0}
     propagate: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {"solver": "adam", "proxy": "diagonal", "block": 128, "iterations": 20000}
+        "published": {"solver": "adam", "block": 128, "iterations": 20000}
     }
     solver: Literal["als", "adam"] = "als"
-    """Coordinate descent, or the published iterations (which need `proxy=diagonal`)."""
+    """Coordinate descent, or the published iterations."""
     block: int = 0
     """Side of the blocks, at most; 0: up to 128 and a quarter more numbers than the weight has."""
     sweeps: int = 10
     """At most this many rounds of one step for each of A, B and the core."""
     tolerance: float = 0.005
     """Stop when a sweep lowers the loss by a smaller share than this."""
-    proxy: Literal["gram", "diagonal"] = "gram"
-    """What measures the loss: the shrunk Gram matrix of the inputs, or the published diagonal."""
-    shrink: float = 0.5
-    """Share by which the off-diagonal of the Gram matrix is reduced."""
-    damping: float = 0.01
-    """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     iterations: int = 3000
     """Of `adam`: at most this many."""
     rate: float = 1e-4
     """Of `adam`: step size."""
-
-    def __post_init__(self) -> None:
-        if self.shrink > 1:
-            raise UsageError(f"shrink of armor is a share, not {self.shrink:g}", "0.5 is usual")
-        if self.solver == "adam" and self.proxy != "diagonal":
-            raise UsageError("solver=adam of armor needs proxy=diagonal", "or --preset published")
-
-    @property
-    def needs(self) -> Want:
-        """See `Refiner.needs`."""
-        return Want.GRAM if self.proxy == "gram" else Want.NORMS
 
     def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
         """See `Refiner.misfit`."""
@@ -114,13 +91,8 @@ class Armor(Refiner):
     ) -> Pruned:
         """See `Refiner.refine`; the result has factors."""
         block = self.block_of(*weight.shape, pattern)
-        if self.proxy == "gram":
-            rows = weight.norm(dim=1) + EPSILON
-            normal, columns = weight / rows[:, None], torch.ones_like(weight[0])
-            metric = sums.derived(("shrunk", self.shrink, self.damping), lambda: self._shrunk(sums))
-        else:
-            normal, columns, rows = normalise(weight, EPSILON)
-            metric = importance(sums.squares)
+        normal, columns, rows = normalise(weight, EPSILON)
+        metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
         if self.solver == "adam":
             fit, told = self._train(normal, core, start.mask, metric, block, pattern, go_on)
@@ -209,10 +181,3 @@ class Armor(Refiner):
         room = MOST_ADDED * rows * columns / (rows + columns)
         within = [size for size in fitting if self.block or size <= room]
         return max(within or fitting[:1], default=0)
-
-    def _shrunk(self, sums: InputSums) -> Tensor:
-        """The Gram matrix with a damped diagonal and a shrunk rest, `[in, in]`."""
-        metric = sums.gram * (1 - self.shrink)
-        diagonal = sums.squares + self.damping * sums.squares.mean()
-        metric.diagonal().copy_(diagonal)
-        return metric / diagonal.mean()

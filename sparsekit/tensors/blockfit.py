@@ -2,13 +2,12 @@
 
 Blocks are square, [b, b]: A has J = out/b of them, B has K = in/b, so that S falls into J x K
 blocks and block (j, k) of the product is A[j] S[j, k] B[k]. The loss is a quadratic form H in the
-inputs, given by its diagonal or as a whole matrix,
+inputs with a diagonal H,
 
-    tr((W − A S B) H (W − A S B)ᵀ) / tr(W H Wᵀ).
+    tr((W − A S B) H (W − A S B)ᵀ) / tr(W H Wᵀ),
 
-A diagonal H separates all J x K blocks once A and B are given, and in any case the block rows are
-independent once B is. A step for A or B has a closed form; a step for S goes through its groups.
-No step lets the loss rise.
+so that all J x K blocks are independent once A and B are given. A step for A or B has a closed
+form; a step for S goes through its groups. No step lets the loss rise.
 """
 
 from __future__ import annotations
@@ -26,10 +25,6 @@ SMALLEST = 1e-30  # of that mean
 DEAD = 1e-12
 # The same for the few unknowns of a group, whose matrix is inverted in float64.
 GROUP_RIDGE = 1e-9
-# With a whole matrix H, groups of all K blocks are solved at a time as if the others did not move.
-# A block row whose changes would together raise the loss is left as it was, and moves by this much
-# more carefully from then on; each row that was improved makes it bolder again.
-CAREFUL, BOLDER = 1.5, 0.9
 # The way that is tried beyond a sweep grows by the first factor when it helped, else by the second.
 LONGER, SHORTER = 1.3, 0.5
 # Below this reciprocal condition a group's matrix counts as singular.
@@ -42,7 +37,7 @@ class BlockFit:
     Args:
         weight: W `[out, in]` float32.
         core: The first S `[out, in]`, zero off the mask; A and B begin as identities.
-        metric: H, `[in]` or `[in, in]` float32, positive.
+        metric: The diagonal of H, `[in]` float32, positive.
         block: b, which divides both sides.
         keep: N of N:M.
         group: M, which divides b.
@@ -66,14 +61,12 @@ class BlockFit:
         self.right = identity.repeat(columns // block, 1, 1)  # B [K, b, b]
         self._weight = weight
         self._metric = metric
-        self._weighted = self._measured(weight)
+        self._weighted = weight * metric
         self._total = (self._weighted * weight).sum().clamp_min(torch.finfo(torch.float32).tiny)
         supports = list(combinations(range(group), keep))
         self._supports = torch.tensor(supports, device=weight.device)  # [supports, N]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
         self._reach = 1.0  # how far to go beyond a sweep, in units of its way
-        # What the slope of each block row is divided by, [J, 1]; above 1 after a rise of the loss.
-        self._care = torch.ones(rows // block, 1, device=weight.device)
         self.singular = 0
         """Supports of groups whose matrix was singular in the last core step."""
 
@@ -84,11 +77,7 @@ class BlockFit:
     def loss(self) -> float:
         """The loss, 1 for S = 0."""
         error = self._weight - self.product()
-        return float((error * self._measured(error)).sum() / self._total)
-
-    def _measured(self, weight: Tensor) -> Tensor:
-        """A weight `[rows, in]` times H."""
-        return weight * self._metric if self._metric.ndim == 1 else weight @ self._metric
+        return float((error * error * self._metric).sum() / self._total)
 
     def sweep(self) -> float:
         """One step for each of A, B and S, and one further in their direction; gives the loss."""
@@ -123,7 +112,7 @@ class BlockFit:
     def fit_left(self) -> None:
         """The best A: with P = S B, A[j] (P H Pᵀ)[j] = (W H Pᵀ)[j] for each block row j."""
         reached = times_right(self.core, self.right)
-        pulled = _rows(self._measured(reached), self.block).mT  # H Pᵀ [J, in, b]
+        pulled = _rows(reached * self._metric, self.block).mT  # H Pᵀ [J, in, b]
         normal = _rows(reached, self.block) @ pulled
         wanted = _rows(self._weight, self.block) @ pulled
         self.left = _solve(normal, wanted.mT, self.left.mT).mT.contiguous()
@@ -135,17 +124,8 @@ class BlockFit:
         """
         reached = _columns(times_left(self.left, self.core), self.block)  # Q [K, out, b]
         normal = reached.mT @ reached
-        if self._metric.ndim == 1:
-            wanted = reached.mT @ _columns(self._weight, self.block)
-            self.right = _solve(normal, wanted, self.right)
-            return
-        lack = self._measured(self._weight - self.product())
-        for k in range(len(self.right)):
-            part = slice(k * self.block, (k + 1) * self.block)
-            change = _solve(normal[k], reached[k].mT @ lack[:, part])
-            change = _solve(self._metric[part, part], change.mT).mT
-            self.right[k] += change
-            lack -= (reached[k] @ change) @ self._metric[part]
+        wanted = reached.mT @ _columns(self._weight, self.block)
+        self.right = _solve(normal, wanted, self.right)
 
     def fit_core(self) -> None:
         """The best support and values of every group of M inputs, one group of a block at a time.
@@ -153,16 +133,14 @@ class BlockFit:
         With U = Aᵀ A of a block row and V = B H Bᵀ, the loss as a function of S is
         tr(Sᵀ U S V) − 2 tr(Sᵀ Aᵀ W H Bᵀ) + constant. The J x K blocks are solved together; in each
         the rows follow one another, and in a row of a block the groups, each with all changes
-        before it. Where H is a whole matrix, the K blocks of a row act on each other: the row is
-        solved as if they did not, and left as it was if that would raise the loss of its block row.
+        before it.
         """
         b = self.block
         curve = self.left.mT @ self.left  # U [J, b, b]
         diagonal = curve.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
         curve = curve / diagonal[:, :, None]  # each row's problem in units of its own U[i, i]
-        whole, inner = self._inner_metric()
-        image = times_right(self.core, inner) if whole is None else self.core @ whole
-        image = _rows(image, b)  # S V [J, b, in]
+        inner = (self.right * _columns(self._metric, b)) @ self.right.mT  # V [K, b, b]
+        image = _rows(times_right(self.core, inner), b)  # S V [J, b, in]
         pull = times_right(times_left(self.left.mT, self._weighted), self.right.mT)
         pull = _rows(pull, b) / diagonal[:, :, None]
         core = _rows(self.core, b)
@@ -170,27 +148,9 @@ class BlockFit:
         self.singular = solve.singular
         for i in range(b):
             slope = (curve[:, i : i + 1] @ image)[:, 0] - pull[:, i]  # half the gradient [J, in]
-            change = solve.row(core[:, i], slope / self._care)
-            if whole is None:
-                effect = times_right(change, inner)
-            else:
-                effect = change @ whole
-                worse = ((2 * slope + effect) * change).sum(1, keepdim=True) > 0
-                change, effect = (t.masked_fill(worse, 0.0) for t in (change, effect))
-                bolder = (BOLDER * self._care).clamp_min(1.0)
-                self._care = torch.where(worse, CAREFUL * self._care, bolder)
+            change = solve.row(core[:, i], slope)
             core[:, i] += change
-            image[:, i] += effect
-
-    def _inner_metric(self) -> tuple[Tensor | None, Tensor]:
-        """V = B H Bᵀ `[in, in]`, None for a diagonal H, and its diagonal blocks `[K, b, b]`."""
-        b = self.block
-        if self._metric.ndim == 1:
-            return None, (self.right * _columns(self._metric, b)) @ self.right.mT
-        whole = times_right(times_left(self.right, self._metric), self.right.mT)
-        whole = (whole + whole.T) / 2
-        parts = range(0, len(whole), b)
-        return whole, torch.stack([whole[p : p + b, p : p + b] for p in parts])
+            image[:, i] += times_right(change, inner)
 
 
 class _GroupSolver:

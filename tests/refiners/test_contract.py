@@ -20,8 +20,6 @@ REFINERS = methods.names("refiners")
 PATTERNS = ["2:4", "1:4", "4:8", "50%", "37%", "50%/tensor"]
 UNUSUAL = ["3:6", "5:10", "16:32", "2:2", "0%", "29%"]
 ODD = ["50%", "29%", "50%/tensor"]
-# Values that are refused alone, with what they need beside them, as `Differs` of their files says.
-TOGETHER = {("armor", "solver", "adam"): {"proxy": "diagonal"}}
 
 
 def load(name: str) -> Refiner:
@@ -278,25 +276,13 @@ def test_options_arrive_as_text_and_are_checked(name: str) -> None:
         choices = choices_of(name, option.name)
         number = "0" if getattr(load(name), option.name) == 1 else "1"
         for text in choices or (number,):
-            beside = TOGETHER.get((name, option.name, text), {})
-            refiner = methods.load("refiners", name, {option.name: text, **beside})
+            refiner = methods.load("refiners", name, {option.name: text})
             assert getattr(refiner, option.name) == (text if choices else int(number))
             assert type(getattr(refiner, option.name)).__name__ in (option.type, "str")
         with pytest.raises(UsageError, match=f"option {option.name} of {name}"):
             methods.load("refiners", name, {option.name: "many"})
     with pytest.raises(UsageError, match=f"{name} has no option 'colour'"):
         methods.load("refiners", name, {"colour": "3"})
-
-
-@every_refiner
-def test_value_that_needs_another_is_refused_without_it(name: str) -> None:
-    for (method, option, text), beside in TOGETHER.items():
-        if method != name:
-            continue
-        assert beside
-        for other in beside:
-            with pytest.raises(UsageError, match=f"{option}={text} of {name} needs {other}="):
-                methods.load("refiners", name, {option: text})
 
 
 @every_refiner
@@ -316,18 +302,8 @@ def test_presets_set_options_that_there_are_to_values_that_they_take(name: str) 
 @every_refiner
 def test_option_goes_before_the_preset(name: str) -> None:
     for preset, values in methods.describe("refiners", name).presets.items():
-        needed = {
-            key
-            for (method, option, text), beside in TOGETHER.items()
-            if (method, values.get(option)) == (name, text)
-            for key in beside
-        }
         for option in values:
             default = str(getattr(load(name), option))
-            if option in needed:
-                with pytest.raises(UsageError, match=f"of {name} needs {option}="):
-                    methods.load("refiners", name, {option: default}, preset)
-                continue
             refiner = methods.load("refiners", name, {option: default}, preset)
             assert str(getattr(refiner, option)) == default
 

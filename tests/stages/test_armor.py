@@ -516,7 +516,7 @@ def test_untouched_output_of_a_weight_with_zero_rows_passes(run, copy_of, tmp_pa
     edit(source / "model.safetensors", change)
     options = OPTIONS
     if solver == "adam":
-        options = {"block": "8", "solver": "adam", "proxy": "diagonal", "iterations": "20"}
+        options = {"block": "8", "solver": "adam", "iterations": "20"}
     out = run(source, tmp_path / "out", options=options, format=form).out
     assert verify(str(out))["weights"] == 14
 

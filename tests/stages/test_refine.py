@@ -698,19 +698,19 @@ def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row
 
 
 @pytest.mark.parametrize(
-    ("method", "initial", "name"),
-    [("armor", "sparsegpt", "damping"), ("dsnot", "ria", "power")],
+    ("method", "initial", "name", "value"),
+    [("armor", "sparsegpt", "block", "8"), ("dsnot", "ria", "power", "0.5")],
 )
-def test_option_of_both_methods_must_name_its_own(method, initial, name):
-    config = PruneConfig(method=method, initial=initial, options={name: "0.5"})
+def test_option_of_both_methods_must_name_its_own(method, initial, name, value):
+    config = PruneConfig(method=method, initial=initial, options={name: value})
     with pytest.raises(UsageError, match=f"both have an option '{name}'") as refused:
         config.check()
     assert refused.value.hint == f"write {method}.{name} or {initial}.{name}"
     for one, kind in ((method, "refiners"), (initial, "pruners")):
-        named = PruneConfig(method=method, initial=initial, options={f"{one}.{name}": "0.5"})
+        named = PruneConfig(method=method, initial=initial, options={f"{one}.{name}": value})
         named.check()
         other = {"refiners": "pruners", "pruners": "refiners"}[kind]
-        assert named.options_of(kind) == {name: "0.5"}
+        assert named.options_of(kind) == {name: value}
         assert named.options_of(other) == {}
 
 

@@ -25,24 +25,19 @@ ROWS, COLUMNS = 32, 48
 ROUNDING = 1e-5
 PATTERNS = {"2:4": (2, 4), "1:4": (1, 4), "4:8": (4, 8)}
 
-every_metric = pytest.mark.parametrize("kind", ["diagonal", "full", "correlated", "shrunk"])
+every_metric = pytest.mark.parametrize("kind", ["even", "uneven"])
 
 
 def metric_of(kind: str, columns: int = COLUMNS, seed: int = 0) -> Tensor:
-    """H: a diagonal; a random positive matrix; one of inputs that share a part; that, shrunk."""
+    """The diagonal of H: that of random inputs, or one over two decades."""
     x = inputs_of(3 * columns, columns, seed)
-    if kind == "full":
-        return x.T @ x / len(x)
-    shared = torch.randn(len(x), 2, generator=torch.Generator().manual_seed(seed))
-    x = x + 3 * shared @ torch.ones(2, columns)
-    gram = x.T @ x / len(x)
-    diagonal = gram.diagonal().clone()
-    if kind == "diagonal":
-        return diagonal
-    if kind == "shrunk":
-        gram *= 0.5
-        gram.diagonal().copy_(diagonal * 1.01)
-    return gram / diagonal.mean()
+    if kind == "uneven":
+        x = x * torch.logspace(-1, 0, columns)[torch.randperm(columns, generator=seeded(seed))]
+    return x.square().mean(0)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def fit_of(
@@ -74,21 +69,16 @@ def diagonal_of(blocks: Tensor) -> Tensor:
     return torch.block_diag(*blocks.double())
 
 
-def square_of(metric: Tensor) -> Tensor:
-    """H as a matrix, float64."""
-    return metric.double().diag() if metric.ndim == 1 else metric.double()
-
-
 def dense_loss(fit: BlockFit, weight: Tensor, metric: Tensor) -> float:
     """tr((W − A S B) H (W − A S B)ᵀ) / tr(W H Wᵀ), float64."""
-    w, h = weight.double(), square_of(metric)
+    w, h = weight.double(), metric.double().diag()
     error = w - diagonal_of(fit.left) @ fit.core.double() @ diagonal_of(fit.right)
     return float((error @ h @ error.T).trace() / (w @ h @ w.T).trace())
 
 
 def root_of(metric: Tensor) -> Tensor:
     """R with R Rᵀ = H, float64."""
-    return torch.linalg.cholesky(square_of(metric))
+    return metric.double().sqrt().diag()
 
 
 # -------------------------------------------------------------------------------------- the loss
@@ -109,7 +99,7 @@ def test_loss_of_an_empty_core_is_one(kind: str) -> None:
 
 
 def test_products_are_those_of_the_block_diagonal_matrices() -> None:
-    fit = moved(fit_of("full"))
+    fit = moved(fit_of("uneven"))
     left, right, core = diagonal_of(fit.left), diagonal_of(fit.right), fit.core.double()
     for found, wanted in [
         (times_left(fit.left, fit.core), left @ core),
@@ -192,7 +182,7 @@ def test_way_beyond_a_sweep_leaves_the_support(kind: str) -> None:
     assert supports == [True] * 6
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full", "shrunk"])
+@every_metric
 def test_next_sweep_does_not_move_where_the_last_one_ended(kind: str) -> None:
     """The way is from there on: a step in place would hide its own part of it."""
     fit = fit_of(kind)
@@ -204,7 +194,7 @@ def test_next_sweep_does_not_move_where_the_last_one_ended(kind: str) -> None:
 
 
 def test_what_it_is_given_is_not_changed() -> None:
-    weight, metric = weight_of(ROWS, COLUMNS), metric_of("full")
+    weight, metric = weight_of(ROWS, COLUMNS), metric_of("uneven")
     core = weight * Pattern.parse("2:4").mask(weight.abs())
     given = (weight, core, metric)
     before = [tensor.clone() for tensor in given]
@@ -217,7 +207,7 @@ def test_what_it_is_given_is_not_changed() -> None:
 def test_same_input_gives_the_same_bits() -> None:
     found = []
     for _ in range(2):
-        fit = fit_of("full")
+        fit = fit_of("uneven")
         for _ in range(4):
             fit.sweep()
         found.append((fit.left, fit.core, fit.right))
@@ -241,33 +231,17 @@ def test_left_step_is_least_squares(kind: str, block: int) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-4)
 
 
+@every_metric
 @pytest.mark.parametrize("block", [4, 16])
-def test_right_step_is_least_squares_for_a_diagonal(block: int) -> None:
+def test_right_step_is_least_squares(kind: str, block: int) -> None:
     """For each column of a block: the weights of the columns cancel."""
-    fit, weight = moved(fit_of("diagonal", block=block)), weight_of(ROWS, COLUMNS)
+    fit, weight = moved(fit_of(kind, block=block)), weight_of(ROWS, COLUMNS)
     reached = diagonal_of(fit.left) @ fit.core.double()
     fit.fit_right()
     for k, found in enumerate(fit.right):
         columns = slice(k * block, (k + 1) * block)
         wanted = torch.linalg.lstsq(reached[:, columns], weight.double()[:, columns]).solution
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", ["full", "correlated", "shrunk"])
-def test_right_step_is_least_squares_for_each_block_in_turn(kind: str) -> None:
-    """Vectorised: B[k] stands in Q[k] B[k] (rows of R), the blocks before it are new already."""
-    block, weight, root = 4, weight_of(16, 24), root_of(metric_of(kind, 24))
-    fit = moved(fit_of(kind, block=block, rows=16, columns=24))
-    reached, right = diagonal_of(fit.left) @ fit.core.double(), fit.right.double().clone()
-    fit.fit_right()
-    for k, found in enumerate(fit.right):
-        columns = slice(k * block, (k + 1) * block)
-        right[k] = 0
-        lack = (weight.double() - reached @ diagonal_of(right)) @ root
-        system = torch.kron(reached[:, columns].contiguous(), root[columns].T.contiguous())
-        wanted = torch.linalg.lstsq(system, lack.flatten()[:, None]).solution.view(block, block)
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-3)
-        right[k] = found.double()
 
 
 def best_group(
@@ -288,7 +262,7 @@ def best_group(
     return values
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full", "correlated"])
+@every_metric
 @pytest.mark.parametrize(("text", "b"), [("2:4", 4), ("1:4", 4), ("4:8", 8), ("2:4", 8)])
 def test_core_step_of_one_block_tries_all_supports(kind: str, text: str, b: int) -> None:
     """Each group gets the best support and the values of least squares.
@@ -313,19 +287,6 @@ def test_core_step_of_one_block_tries_all_supports(kind: str, text: str, b: int)
         torch.testing.assert_close(fit.core.double(), core, rtol=1e-3, atol=1e-3)
         changed += int(((core != 0) & ~before).sum())
     assert changed > 0
-
-
-def test_loss_that_a_diagonal_gives_is_that_of_the_same_matrix() -> None:
-    """Both ways through the code: steps in the blocks apart, and with all blocks in view."""
-    weight, h = weight_of(ROWS, COLUMNS), metric_of("diagonal")
-    core = weight * Pattern.parse("2:4").mask(weight.abs())
-    fits = [BlockFit(weight, core, m, block=8, keep=2, group=4) for m in (h, h.diag())]
-    for _ in range(2):
-        for fit in fits:
-            fit.fit_left()
-            fit.fit_right()
-            fit.fit_core()
-        assert fits[0].loss() == pytest.approx(fits[1].loss(), rel=1e-3)
 
 
 @every_metric
@@ -408,7 +369,7 @@ def test_zeros_of_the_weight_do_no_harm(kind: str, what: str) -> None:
     product, most = fit.product().abs(), 1e-4 * weight_of(ROWS, COLUMNS).abs().max()
     if what in parts:
         assert product[parts[what]].max() < most
-    elif kind == "diagonal":  # else they may make up for what the others lack
+    else:
         assert product[:, columns[what]].max() < most
 
 
@@ -425,7 +386,7 @@ def test_row_of_zeros_in_the_core_leaves_its_column_of_a_where_it_was(kind: str)
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_scales_of_the_weight_and_the_metric_cancel(scale: float) -> None:
-    weight, metric = weight_of(ROWS, COLUMNS), metric_of("shrunk")
+    weight, metric = weight_of(ROWS, COLUMNS), metric_of("uneven")
     core = weight * Pattern.parse("2:4").mask(weight.abs())
     losses = []
     for size, factor in ((1.0, 1.0), (scale, 1.0), (1.0, scale)):
