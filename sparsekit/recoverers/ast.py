@@ -8,7 +8,9 @@ code adds the decay to the gradient (`coupled=yes` here). The strength λ, when 
 measured: at its plateau the pull on an entry of mean size is as large as the averaged gradient
 (root mean square) off the mask before training. Published are 1e-4 for GPT-2 124M and 6e-5 for
 LLaMA-2-7B, with 131,000 tokens and more in a step; with few tokens in a step gradients are larger,
-and such a λ moves nothing. Learning rates of sizes that were not published are interpolated.
+and such a λ moves nothing. The temperature is 1 as in the text, not the code's 2
+(`--temperature 2`); there is no weight decay (the GPT-2 script: 0.1); learning rates are half of
+that script's 2e-4 at its size and, where none was published, between those of the neighbours.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparsekit.recoverers import Recoverer, Scale
+from sparsekit.recoverers import Recoverer, Scale, by_size
 from sparsekit.tensors.sparseweight import Rule
 
 
@@ -35,6 +35,10 @@ class Cast(Recoverer):
         """See `Recoverer.rule`."""
         return Continuous(decay)
 
+    def rate_of(self, scale: Scale) -> float:
+        """See `Recoverer.rate_of`; the second is a choice, the third is published."""
+        return by_size(scale.parameters, 1e-4, 2e-5, 2e-5)
+
     def decay_of(self, scale: Scale) -> float:
         """See `Recoverer.decay_of`."""
         return self.decay or scale.masked_gradient
@@ -52,6 +56,10 @@ class Continuous(Rule):
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
+
+    def on_gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """See `Rule.on_gradient`."""
+        return gradient
 
     def mix(self, mean: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
         """See `Rule.mix`."""

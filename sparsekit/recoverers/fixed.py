@@ -6,6 +6,8 @@ as in torch.
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from sparsekit.recoverers import Recoverer, Scale
 from sparsekit.tensors.sparseweight import Rule
 
@@ -16,8 +18,20 @@ class Fixed(Recoverer):
 
     def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""
-        return Rule()
+        return Held()
 
     def decay_of(self, scale: Scale) -> float:
         """See `Recoverer.decay_of`."""
         return 0.0
+
+
+class Held(Rule):
+    """Entries off the mask are zero, and stay so; the others take Adam's step."""
+
+    def on_gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """See `Rule.on_gradient`."""
+        return gradient
+
+    def mix(self, mean: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
+        """See `Rule.mix`."""
+        return mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +12,21 @@ from sparsekit.errors import NumericalError
 from sparsekit.tensors.patterns import Pattern
 
 
-class Rule:
-    """How Adam's step treats entries off the mask; with this one they are zero, and stay so."""
+class Rule(ABC):
+    """How Adam's step treats entries off the mask."""
 
-    hides = False
+    hides: bool = False
     """Whether the model computes with the kept entries only, while the others are trained on."""
-    frees = False
-    """Whether entries off the mask follow their gradient."""
-    squares_mix = False
+    frees: bool = False
+    """Whether entries off the mask follow their gradient; else they are zero, and stay so."""
+    squares_mix: bool = False
     """Whether the second moment is that of what `mix` gives, or that of the gradient."""
 
+    @abstractmethod
     def on_gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
         """What enters the first moment, for a gradient that has been clipped."""
-        return gradient
 
+    @abstractmethod
     def mix(self, mean: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
         """What takes the place of the first moment in this step, and is not kept.
 
@@ -34,7 +36,6 @@ class Rule:
             mask: True = keep.
             done: Share of all steps that lie before this one.
         """
-        return mean
 
 
 @dataclass(eq=False)

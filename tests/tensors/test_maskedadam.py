@@ -5,20 +5,21 @@ import torch
 from torch import nn
 
 from sparsekit.errors import NumericalError
+from sparsekit.recoverers.fixed import Held
 from sparsekit.tensors.factored import pack_bits, unpack_bits
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sparseweight import Rule, SparseWeight
+from sparsekit.tensors.sparseweight import SparseWeight
 
 TWO_OF_FOUR = Pattern(keep=2, group=4)
 
 
-class Hiding(Rule):
+class Hiding(Held):
     hides = True
     frees = True
 
 
-class Free(Rule):
+class Free(Held):
     frees = True
 
 
@@ -27,7 +28,7 @@ def parameter(*shape, seed=0):
 
 
 def optimizer(weight, rule=None, others=None, **settings):
-    return MaskedAdam({"w": weight}, others or {}, rule or Rule(), Settings(**settings))
+    return MaskedAdam({"w": weight}, others or {}, rule or Held(), Settings(**settings))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -37,7 +38,7 @@ def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay):
     reference = torch.optim.AdamW(
         [theirs], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
     )
-    mine = MaskedAdam({}, {"w": ours}, Rule(), Settings(weight_decay=weight_decay, clip=0))
+    mine = MaskedAdam({}, {"w": ours}, Held(), Settings(weight_decay=weight_decay, clip=0))
     for step in range(10):
         gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -49,7 +50,7 @@ def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay):
 def test_clipping_is_that_of_torch_over_all_parameters():
     pairs = [(parameter(4, 8, seed=s), parameter(4, 8, seed=s)) for s in (1, 2)]
     reference = torch.optim.AdamW([b for _, b in pairs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
-    mine = MaskedAdam({}, {str(i): a for i, (a, _) in enumerate(pairs)}, Rule(), Settings())
+    mine = MaskedAdam({}, {str(i): a for i, (a, _) in enumerate(pairs)}, Held(), Settings())
     for a, b in pairs:
         a.grad = 5 * torch.ones(4, 8)
         b.grad = a.grad.clone()
@@ -61,7 +62,7 @@ def test_clipping_is_that_of_torch_over_all_parameters():
 
 
 def test_pruned_entries_stay_exact_zeros_and_do_not_count_for_clipping():
-    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Rule())
+    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Held())
     mine = optimizer(weight)
     for _ in range(5):
         weight.parameter.grad = torch.where(weight.mask, 0.01, 100.0)
@@ -158,7 +159,7 @@ def test_flips_are_counted_as_the_entries_that_changed_sides():
 
 def test_16_bit_weights_are_refused_with_the_reason():
     with pytest.raises(NumericalError, match=r"bfloat16 cannot be trained.*resolution"):
-        SparseWeight.of(nn.Parameter(torch.randn(4, 8).bfloat16()), TWO_OF_FOUR, rule=Rule())
+        SparseWeight.of(nn.Parameter(torch.randn(4, 8).bfloat16()), TWO_OF_FOUR, rule=Held())
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -186,14 +187,14 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
 
 
 def test_a_weight_without_a_gradient_is_refused():
-    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Rule())
+    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Held())
     with pytest.raises(NumericalError, match="has no gradient"):
         optimizer(weight).step(1e-2, 0.0)
 
 
 def test_entries_off_the_mask_are_the_patterns_share():
     """D1: (1 − N/M) of the scope."""
-    weight = SparseWeight.of(parameter(16, 64), TWO_OF_FOUR, rule=Rule())
+    weight = SparseWeight.of(parameter(16, 64), TWO_OF_FOUR, rule=Held())
     assert optimizer(weight).off_mask() == 16 * 64 // 2
 
 
@@ -239,7 +240,7 @@ def test_a_saved_state_goes_on_to_the_same_bits(spans):
 
 def test_a_state_whose_second_moments_are_zero_or_that_does_not_fit_is_refused():
     """R2."""
-    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Rule())
+    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Held())
     mine = optimizer(weight)
     with pytest.raises(NumericalError, match="all zero"):
         mine.load_state(mine.state(), 3)
