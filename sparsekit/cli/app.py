@@ -147,7 +147,9 @@ def prune(
 def recover(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help="fixed, ast or cast.")] = "fixed",
+    method: Annotated[
+        str, typer.Option(help="auto, fixed, ast or cast; auto goes by tokens for each parameter.")
+    ] = "auto",
     data: Annotated[
         str,
         typer.Option(
@@ -207,7 +209,8 @@ def recover(
     Example: sparsekit recover pruned -o recovered --tokens 100K
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working(resumable=True) as progress:
+    less = "a smaller --batch or --length takes less, and so does --share 0"
+    with terminal.working(resumable=True, takes_less=less) as progress:
         config = recover_config(
             method=method,
             data=data,

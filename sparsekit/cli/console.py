@@ -21,6 +21,7 @@ from sparsekit.memory import is_out_of_memory, peak_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
+FEWER_ROWS = "fewer --samples or a shorter --length take less"
 # Columns of a table that goes to a file or pipe.
 FILE_WIDTH = 160
 # Plain progress lines come no faster than this.
@@ -77,11 +78,14 @@ class Terminal:
             self.stderr.print(text, markup=False)
 
     @contextmanager
-    def working(self, *, resumable: bool = False) -> Iterator[Progress]:
+    def working(
+        self, *, resumable: bool = False, takes_less: str = FEWER_ROWS
+    ) -> Iterator[Progress]:
         """A progress display, and one line for an error that ends the work.
 
         Args:
             resumable: Whether the same command goes on where an interruption stopped it.
+            takes_less: What to do when memory was short.
         """
         display = SILENT if self.quiet else _display(self.stderr)
         try:
@@ -97,9 +101,7 @@ class Terminal:
         except Exception as error:
             display.end()
             if is_out_of_memory(error):
-                self._fail(
-                    "error: out of memory", "fewer --samples or a shorter --length take less", 1
-                )
+                self._fail("error: out of memory", takes_less, 1)
             lines = str(error).strip().split("\n")
             reason = f"{type(error).__name__}: {lines[0]}"
             self._fail(f"error: unexpected {reason}", "--debug shows where", 1)

@@ -72,22 +72,24 @@ def refuse_foreign(partial: Path) -> None:
         )
 
 
-def require_space(folder: Path, layout: Layout) -> None:
+def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
     """Refuse an output that the disk has no room for.
 
     Args:
         folder: An existing folder on the output's disk; weight files that an interrupted run has
             laid out there count as room.
         layout: The weight files of the output.
+        beside: Bytes of what else is kept there until it is complete.
 
     Raises:
         StorageError: Says how much is missing.
     """
-    needed, free = layout.n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    needed, free = layout.n_bytes + beside + SPARE_BYTES, shutil.disk_usage(folder).free
     laid_out = [folder / file for file in layout.headers if (folder / file).is_file()]
     free += sum(file.stat().st_blocks * 512 for file in laid_out)
     if free < needed:
         raise StorageError(
-            f"the output needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+            f"the output {'and saved states need' if beside else 'needs'} {needed / 1e9:.2f} GB, "
+            f"{folder} has {free / 1e9:.2f} GB free",
             "make room or choose another disk",
         )

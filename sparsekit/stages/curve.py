@@ -16,13 +16,15 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """A PNG of a log's rows; pictures of the same rows are the same bytes.
 
     Args:
-        log: A row for each step, as of `StepRow`, some with `perplexity`.
+        log: A row for each step, as of `StepRow`, some with `perplexity`; one of step 0 has
+            nothing else.
         title: Stands above it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     measured = [row for row in log if "perplexity" in row]
+    log = [row for row in log if row["step"]]  # before the first one there are no losses
     selected = any(row["flips"] for row in log)
     figure = Figure(figsize=(7, 2.2 * (1 + bool(measured) + selected) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -33,7 +35,8 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
         ("entropy", ORANGE, "CE with the text"),
     ):
         tokens, values = smoothed(log, name)
-        losses.plot(tokens, values, color=colour, label=label)
+        if any(values):  # no line for a divergence that was not computed
+            losses.plot(tokens, values, color=colour, label=label)
     losses.set_ylabel("nats per token")
     losses.legend(frameon=False)
     losses.set_title(title, loc="left", fontsize="medium")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from sparsekit.errors import NumericalError, UsageError
 
 T = TypeVar("T")
+# How long processes wait for one that tokenises, samples text or writes.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Ranks:
                 )
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
         return cls(rank=state.process_index, size=state.num_processes, shards=shards)
 
     @property
@@ -94,16 +97,21 @@ class Ranks:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def of_all(self, value: T) -> list[T]:
+        """What each process has."""
+        if self.size == 1:
+            return [value]
+        found: list[T] = [value] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def require_same(self, value: str, what: str) -> None:
         """Refuse to go on when the processes do not have the same.
 
         Raises:
             NumericalError: They differ.
         """
-        if self.size == 1:
-            return
-        found: list[str] = [""] * self.size
-        torch.distributed.all_gather_object(found, value)
+        found = self.of_all(value)
         if len(set(found)) > 1:
             odd = next(rank for rank, one in enumerate(found) if one != found[0])
             raise NumericalError(

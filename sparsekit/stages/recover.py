@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.errors import (
-    CheckFailedError,
-    DataError,
-    SparsekitError,
-)
+from sparsekit.errors import CheckFailedError, DataError, SparsekitError
 from sparsekit.files import read_json, sha256_json, write_atomic, write_json
 from sparsekit.memory import peak_memory
 from sparsekit.models.calibration import evaluation_rows
@@ -31,19 +27,13 @@ from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.training import (
-    Plan,
-    Training,
-    hidden_states,
-    measure,
-    sparsity_measure,
-)
+from sparsekit.stages.training import Plan, Training, hidden_states, measure, sparsity_measure
 from sparsekit.stages.trainplan import make_plan
 from sparsekit.stages.trainstate import POINTER, forget_states, load_state, save_state
 from sparsekit.stages.trainwrite import write_tensors
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
 PLAN = ".sparsekit-plan.json"
 LOG = "sparsekit-training.jsonl"
@@ -106,13 +96,14 @@ def recover(
     ranks = Ranks.current(pick_device(config.device))
     ranks.parts(config.accumulate)
     progress = progress if ranks.main else SILENT
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare(config, model, out, overwrite=overwrite, shards=ranks.shards, progress=progress)
     rows = _rows(job, ranks, progress)
-    config = replace(config, length=rows.length)  # which the model's maximum may have capped
+    config = replace(job.config, length=rows.length)  # which the model's maximum may have capped
     job = replace(job, config=config)
     prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
     require_parent(job, prints["teacher"])
     recipe = _recipe(job, rows, ranks) | prints
+    windows = _windows(job)
     ranks.wait()
     writing = None
     if ranks.main:
@@ -122,12 +113,12 @@ def recover(
         folder = out.with_name(out.name + ".partial")
         student = Student.load(job, rows, ranks)
         try:
-            training = _training(job, student, rows, folder, ranks, started, progress)
+            training = _training(job, student, rows, windows, folder, ranks, started, progress)
         except SparsekitError:
             if writer is not None and not (folder / POINTER).is_file():
                 writer.abandon()  # it was refused before the first step: another try may differ
             raise
-        log = _train(training, job, folder, progress)
+        log = _train(training, job, windows, folder, progress)
         finished = _finish(training)
         if not ranks.shards:
             ranks.require_same(training.optimizer.fingerprint(), "masks")
@@ -235,6 +226,7 @@ def _training(
     job: Recovery,
     student: Student,
     rows: TrainingRows,
+    windows: Tensor | None,
     folder: Path,
     ranks: Ranks,
     started: float,
@@ -246,7 +238,7 @@ def _training(
     if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
-        plan = make_plan(job, student, teacher, rows, ranks, started, progress)
+        plan = make_plan(job, student, teacher, rows, windows, ranks, started, progress)
         if ranks.main:
             write_json(folder / PLAN, asdict(plan))
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
@@ -259,20 +251,18 @@ def _training(
 
 
 def _train(
-    training: Training, job: Recovery, folder: Path, progress: Progress
+    training: Training, job: Recovery, windows: Tensor | None, folder: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """Take the steps that are left; gives the log of all steps."""
     config, optimizer, ranks = job.config, training.optimizer, training.ranks
     log = [row for row in _read_log(folder / PROGRESS) if row["step"] <= optimizer.steps]
+    if not log and training.plan.perplexity is not None:
+        log.append({"step": 0, "tokens": 0, "perplexity": training.plan.perplexity})
     ranks.wait()
     text = "".join(json.dumps(row) + "\n" for row in log)
     if ranks.main:
         write_atomic(folder / PROGRESS, text.encode())
-    windows = None
-    if config.eval_every is not None:
-        source = config.eval_text or "builtin"
-        length = None if config.eval_text else config.length
-        windows = evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS).tokens
+    selected = ""
     progress.begin(f"recover {config.method} {job.patterns.base}", training.plan.steps)
     for _ in range(optimizer.steps):
         progress.step("")
@@ -281,7 +271,8 @@ def _train(
         row = training.step().to_json()
         now = optimizer.steps
         if windows is not None and (now % config.eval_every == 0 or training.done):
-            row["perplexity"] = measure(training.student, optimizer, windows)
+            sparse, rule = optimizer.sparse, optimizer.rule
+            row["perplexity"] = measure(training.student, sparse, rule, windows)
             row["sparsity"] = sparsity_measure(optimizer)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
         log.append(row)
@@ -290,12 +281,28 @@ def _train(
                 file.write(json.dumps(row) + "\n")
         late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
         if training.done or (now % config.save_every == 0 if config.save_every else late):
+            if not ranks.shards:
+                ranks.require_same(optimizer.fingerprint(), "masks")
             save_state(folder, optimizer, ranks)
             saved = time.perf_counter()
+        if training.refresh and "sparsity" in row:
+            selected = f", {row['flips']} flips, sparsity {row['sparsity']:.4f}"
         rate = config.step_tokens / row["seconds"]
-        progress.step(f"loss {row['loss']:.3f} {rate:.0f} tokens/s")
+        progress.step(
+            f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"
+            f"{selected}, {rate:.0f} tokens/s"
+        )
     progress.end()
     return log
+
+
+def _windows(job: Recovery) -> Tensor | None:
+    """What perplexities are measured on during training, `[windows, length]`; None: nothing."""
+    config = job.config
+    if config.eval_every is None:
+        return None
+    source, length = config.eval_text or "builtin", None if config.eval_text else config.length
+    return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS).tokens
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:

@@ -23,9 +23,10 @@ from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recoverers import Recoverer
+from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
-from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainconfig import AUTO, RecoverConfig
 from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
 
@@ -58,9 +59,18 @@ def prepare(
     out: Path,
     *,
     overwrite: bool = False,
+    shards: bool = False,
     progress: Progress = SILENT,
 ) -> Recovery:
     """Check a configuration against a model, its teacher and an output folder.
+
+    Args:
+        config: What to do.
+        model: A folder, hub id or `demo`.
+        out: The folder to make.
+        overwrite: Whether it may replace an earlier output.
+        shards: Whether weights are cut by rows over several processes.
+        progress: Told of downloads.
 
     Raises:
         UsageError: The configuration does not fit the model, or `out` is in use.
@@ -80,8 +90,11 @@ def prepare(
         )
     _refuse_other_heads(source)
     refuse_foreign(out.with_name(out.name + ".partial"))
+    device, notes = torch.device(pick_device(config.device)), []
+    if config.method == AUTO:
+        config, why = chosen(config, source, device)
+        notes.append(why)
     recoverer = methods.load("recoverers", config.method, config.options)
-    device = torch.device(pick_device(config.device))
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
     linear = stream.targets()
     told = _told(source)
@@ -89,10 +102,12 @@ def prepare(
     if not targets:
         raise DataError(f"{source.path} has no linear weight in its blocks to train")
     patterns = _patterns(config, source, targets, told)
-    _refuse_misfits(targets, patterns, recoverer, config.slorb)
+    _refuse_misfits(targets, patterns, recoverer, config)
+    if shards:
+        _refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout)
+        require_space(existing_parent(out), layout, beside=_state_bytes(source))
     teacher_name = config.teacher or _parent(source) or model
     if teacher_name == model and config.share != 0 and _zeros(source, targets) > DENSE_ZEROS:
         raise DataError(
@@ -120,7 +135,7 @@ def prepare(
         skipped=[{"name": name, "reason": "left dense when it was pruned"} for name in left],
         layout=layout,
         device=device,
-        notes=_notes(config, source, stream),
+        notes=notes + _notes(config, source, stream),
     )
 
 
@@ -214,9 +229,15 @@ def _refuse_other_heads(source: Checkpoint) -> None:
 
 
 def _refuse_misfits(
-    targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer, width: int | None
+    targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer, config: RecoverConfig
 ) -> None:
     """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""
+    width = config.slorb
+    if width is not None and recoverer.settles:
+        raise UsageError(
+            f"--slorb does not go with {config.method}: it computes with all entries until the end",
+            "take --method ast",
+        )
     for target in targets:
         columns, pattern, spans = target.shape[1], patterns.of(target), recoverer.spans
         if reason := pattern.misfit(columns):
@@ -229,6 +250,24 @@ def _refuse_misfits(
             )
         if width and columns % width:
             raise UsageError(f"{target.name}: --slorb {width} does not divide {columns} inputs")
+
+
+def _refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverConfig) -> None:
+    """Refuse what shards of rows would cut into pieces that no longer match.
+
+    Raises:
+        UsageError: Names it.
+    """
+    way = "train it without shards, as with --multi_gpu"
+    for target in targets:
+        if target.transposed:
+            raise UsageError(
+                f"{target.name} is stored as [in, out]: its shards would cut groups of inputs", way
+            )
+        if patterns.of(target).scope == "tensor":
+            raise UsageError(f"{patterns.of(target)} needs whole weights, not shards", way)
+    if config.slorb is not None:
+        raise UsageError("--slorb needs whole weights, not shards", way)
 
 
 def _layout(
@@ -294,6 +333,11 @@ def _require_memory(
             "shard it over several processes (accelerate launch --use_fsdp --fsdp_version 2)"
             + (", or leave out the teacher with --share 0" if teacher else ""),
         )
+
+
+def _state_bytes(source: Checkpoint) -> int:
+    """Bytes of the saved states at the moment when a new one takes the place of an old one."""
+    return 2 * 3 * _float32_bytes(source)  # weights and two moments; the masks are small
 
 
 def _float32_bytes(source: Checkpoint) -> int:

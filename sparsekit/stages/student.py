@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,10 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsekit.errors import (
-    DataError,
-    UsageError,
-)
+from sparsekit.errors import DataError
 from sparsekit.models.architecture import find_blocks
 from sparsekit.models.branch import Branch, attach
 from sparsekit.models.corpus import TrainingRows
@@ -21,11 +19,7 @@ from sparsekit.models.whole import load_whole
 from sparsekit.recoverers import Scale
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
-from sparsekit.stages.training import (
-    input_norms,
-    other_parameters,
-    require_plain_head,
-)
+from sparsekit.stages.training import input_norms, other_parameters, require_plain_head
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
@@ -59,7 +53,6 @@ class Student:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         if ranks.shards:
-            _refuse_cuts(job)
             ranks.shard(skeleton.blocks, job.device)
         parameters = dict(model.named_parameters())
         by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
@@ -115,15 +108,35 @@ class Student:
         for weight in self.sparse.values():
             total += weight.weight.abs().sum(dtype=torch.float64).item()
             count += int(weight.weight.count_nonzero())
-        if self.ranks.shards:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=self.model.device)
-            self.ranks.sum_([sums])
-            total, count = sums.tolist()
+        total, count = self._over_shards(total, count)
         return Scale(
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             weight=total / max(1.0, count),
             masked_gradient=masked_gradient,
         )
+
+    def off_mask(self) -> tuple[float, float]:
+        """Mean size of the entries off the masks, and the largest 99th percentile of a weight's.
+
+        Where weights are sharded, a percentile is that of the rows in one process.
+        """
+        total = count = high = 0.0
+        for weight in self.sparse.values():
+            sizes = weight.weight[~weight.mask].abs()
+            if len(sizes):
+                place = max(1, math.ceil(0.99 * len(sizes)))
+                high = max(high, sizes.kthvalue(place).values.item())
+            total, count = total + sizes.sum(dtype=torch.float64).item(), count + len(sizes)
+        total, count = self._over_shards(total, count)
+        return total / max(1.0, count), max(self.ranks.of_all(high))
+
+    def _over_shards(self, *values: float) -> list[float]:
+        """Sums over what this process holds, as sums over the whole model."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.ranks.shards:
+            sums = sums.to(self.model.device)
+            self.ranks.sum_([sums])
+        return sums.tolist()
 
 
 def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
@@ -135,21 +148,3 @@ def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
     if ranks.shards:
         ranks.shard(find_blocks(teacher)[1], job.device)
     return teacher
-
-
-def _refuse_cuts(job: Recovery) -> None:
-    """Refuse what shards of rows would cut into pieces that no longer match.
-
-    Raises:
-        UsageError: Names it.
-    """
-    way = "train it without shards, as with --multi_gpu"
-    for target in job.targets:
-        if target.transposed:
-            raise UsageError(
-                f"{target.name} is stored as [in, out]: its shards would cut groups of inputs", way
-            )
-        if job.patterns.of(target).scope == "tensor":
-            raise UsageError(f"{job.patterns.of(target)} needs whole weights, not shards", way)
-    if job.config.slorb is not None:
-        raise UsageError("--slorb needs whole weights, not shards", way)

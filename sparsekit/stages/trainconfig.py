@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, cos, pi
-from typing import Literal
+from typing import Literal, get_args
 
 from sparsekit import methods
 from sparsekit.errors import UsageError, did_you_mean
@@ -12,7 +12,10 @@ from sparsekit.models.texts import check_source
 from sparsekit.stages.config import DEVICES, one_of
 from sparsekit.tensors.patterns import Pattern
 
-SCHEDULES = ("flat", "cosine", "linear", "constant")
+Schedule = Literal["flat", "cosine", "linear", "constant"]
+SCHEDULES = get_args(Schedule)
+# In the place of a method: which one follows from the model and how much it is trained on.
+AUTO = "auto"
 # Shares of the steps in which the learning rate rises, and in which `flat` falls to 0.
 WARM_UP, TAIL = 0.04, 0.1
 # What `cosine` ends at, as a share of the largest rate.
@@ -23,7 +26,7 @@ COSINE_END = 0.1
 class RecoverConfig:
     """The options of `recover`; the command's flags have the same names and defaults."""
 
-    method: str = "fixed"
+    method: str = AUTO
     options: Mapping[str, str] = field(default_factory=dict)
     """Options of the method, as text."""
     data: str = "builtin"
@@ -44,7 +47,7 @@ class RecoverConfig:
     """Forward passes in one step."""
     lr: float | None = None
     """The largest learning rate; None: the method's choice by the size of the model."""
-    schedule: str = "flat"
+    schedule: Schedule = "flat"
     share: float | None = None
     """Share of the divergence from the teacher in the loss; None: by the size of the model."""
     temperature: float = 1.0
@@ -70,10 +73,16 @@ class RecoverConfig:
                 range.
             DataError: The data cannot be used.
         """
-        known = methods.names("recoverers")
+        known = [*methods.names("recoverers"), AUTO]
         if self.method not in known:
             raise UsageError(f"no method {self.method!r}", did_you_mean(self.method, known))
-        methods.check("recoverers", self.method, self.options)
+        if self.method != AUTO:
+            methods.check("recoverers", self.method, self.options)
+        elif self.options:
+            raise UsageError(
+                f"option {next(iter(self.options))!r} belongs to one method",
+                "name it with --method",
+            )
         if self.schedule not in SCHEDULES:
             raise UsageError(
                 f"no schedule {self.schedule!r}", did_you_mean(self.schedule, SCHEDULES)
@@ -86,11 +95,6 @@ class RecoverConfig:
             if self.eval_every is None:
                 raise UsageError("--eval-text has no effect without --eval-every")
         self._check_numbers()
-        if self.slorb is not None and self.method == "cast":
-            raise UsageError(
-                "--slorb does not go with cast: it computes with all entries until the end",
-                "take --method ast",
-            )
         one_of("--format", self.format, ("dense", "factored"))
         if self.format == "factored" and self.slorb is None:
             raise UsageError("--format factored has no effect without --slorb", "leave it out")
@@ -143,7 +147,7 @@ class RecoverConfig:
         return Corpus(source=self.data, length=self.length, tokens=tokens, seed=self.seed)
 
 
-def rate_at(schedule: str, step: int, steps: int) -> float:
+def rate_at(schedule: Schedule, step: int, steps: int) -> float:
     """The learning rate of a step as a share of the largest.
 
     All but `constant` rise for the first 4 % of the steps. `flat` falls to 0 in the last 10 %,

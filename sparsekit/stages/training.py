@@ -18,6 +18,7 @@ from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
 from sparsekit.tensors.distillation import IGNORED, Losses, distil
 from sparsekit.tensors.maskedadam import MaskedAdam
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +43,12 @@ class StepRow:
     flips: int
     """Mask entries that changed sides in this step's selection."""
     seconds: float
+    sparsity: float | None = None
+    """Σ|m W| / Σ|W| after this step's selection; None without one."""
 
     def to_json(self) -> dict[str, float]:
-        """Everything, as JSON."""
-        return asdict(self)
+        """All that there is, as JSON."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Plan:
     share: float
     decay: float
     masked_gradient: float
+    perplexity: float | None = None
+    """Of the sparse model before training, where perplexities are asked for."""
 
 
 class Training:
@@ -131,6 +136,7 @@ class Training:
             norm=norm,
             flips=flips,
             seconds=time.perf_counter() - started,
+            sparsity=sparsity_measure(optimizer) if selects else None,
         )
 
     def gradients(self, step: int) -> tuple[float, float, float]:
@@ -255,14 +261,16 @@ def input_norms(
 
 
 @torch.no_grad()
-def measure(student: PreTrainedModel, optimizer: MaskedAdam, rows: Tensor) -> float:
+def measure(
+    student: PreTrainedModel, sparse: Mapping[str, SparseWeight], rule: Rule, rows: Tensor
+) -> float:
     """Perplexity of the sparse model on windows `[windows, length]`; training is not disturbed.
 
-    A model that computes with all entries is measured with the others at zero.
+    A model that computes with all entries is measured with those off the mask at zero.
     """
     full = {}
-    for name, weight in optimizer.sparse.items():
-        if not optimizer.rule.hides and optimizer.rule.frees:
+    for name, weight in sparse.items():
+        if not rule.hides and rule.frees:
             full[name] = weight.view.clone()
             weight.view.copy_(weight.values)
     try:
@@ -272,7 +280,7 @@ def measure(student: PreTrainedModel, optimizer: MaskedAdam, rows: Tensor) -> fl
         ]
     finally:
         for name, tensor in full.items():
-            optimizer.sparse[name].view.copy_(tensor)
+            sparse[name].view.copy_(tensor)
     mean = torch.stack(losses).double().mean().item()
     return math.exp(mean) if mean < 700 else math.inf
 

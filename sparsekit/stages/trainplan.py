@@ -7,29 +7,22 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from sparsekit.errors import (
-    UsageError,
-)
+from sparsekit.errors import UsageError
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.progress import Progress
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
-from sparsekit.stages.trainconfig import rate_at
-from sparsekit.stages.training import (
-    Plan,
-    Training,
-)
+from sparsekit.stages.student import PROBED, Student
+from sparsekit.stages.trainconfig import RecoverConfig, Schedule, rate_at
+from sparsekit.stages.training import Plan, Training, measure
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-from sparsekit.stages.student import PROBED, Student
-
-# Share of the time that is planned for, and seconds kept for writing.
-PLANNED, WRITING = 0.95, 10.0
+# Share of the time that is planned for; seconds that starting to write and reading back take; and
+# bytes a second that any disk writes.
+PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
 
 
 def make_plan(
@@ -37,13 +30,34 @@ def make_plan(
     student: Student,
     teacher: PreTrainedModel | None,
     rows: TrainingRows,
+    windows: Tensor | None,
     ranks: Ranks,
     started: float,
     progress: Progress,
 ) -> Plan:
-    """Steps, rates and strengths, some of them measured on steps that change nothing."""
+    """Steps, rates and strengths, some of them measured on steps that change nothing.
+
+    Args:
+        job: What to do.
+        student: The model to train.
+        teacher: The dense one.
+        rows: What to train on.
+        windows: What perplexities are measured on, `[windows, length]`; None: nothing is.
+        ranks: The processes that share the work.
+        started: When the run began, in seconds of `time.perf_counter`.
+        progress: Told of the choices.
+
+    Raises:
+        UsageError: There is no time for one step, or the decay cannot do its work.
+    """
     config, recoverer = job.config, job.recoverer
-    steps = config.steps()
+    steps, perplexity, evaluation = config.steps(), None, 0.0
+    if windows is not None:
+        begun = time.perf_counter()
+        rule = recoverer.rule(0.0)
+        perplexity = measure(student.model, student.sparse, rule, windows)
+        evaluation = time.perf_counter() - begun
+        progress.note(f"perplexity {perplexity:.2f} of the sparse model before training")
     scale = student.scale(0.0)
     share = recoverer.share_of(scale) if config.share is None else config.share
     rate = config.lr or recoverer.rate_of(scale)
@@ -60,38 +74,65 @@ def make_plan(
         progress.end()
         gradient = optimizer.masked_mean()
         if config.max_time is not None:
-            left = config.max_time - (time.perf_counter() - started) - WRITING
-            steps = ranks.of_main(math.floor(PLANNED * left / median(seconds)))
+            state = sum(tensor.nbytes for tensor in optimizer.state().values())
+            left = config.max_time - (time.perf_counter() - started)
+            steps = ranks.of_main(
+                steps_within(config, left, median(seconds), evaluation, state / WRITTEN)
+            )
             if steps < 1:
                 raise UsageError(
-                    f"--max-time: one step takes {median(seconds):.1f} s, {left:.0f} s are left",
+                    f"--max-time: one step takes {median(seconds):.1f} s, {left:.0f} s are left, "
+                    "also for writing",
                     "give it more time, or a smaller --batch, --length or --accumulate",
                 )
             progress.note(f"{steps} steps of {median(seconds):.2f} s in the time that is left")
+        del optimizer, trial  # before the one that trains takes as much memory
     decay = recoverer.decay_of(student.scale(gradient))
-    plan = Plan(steps=steps, rate=rate, share=share, decay=decay, masked_gradient=gradient)
+    plan = Plan(
+        steps=steps,
+        rate=rate,
+        share=share,
+        decay=decay,
+        masked_gradient=gradient,
+        perplexity=perplexity,
+    )
     progress.note(
         f"{steps} steps of {config.step_tokens} tokens, learning rate {rate:g} ({config.schedule})"
         f", {share:.2f} of the loss is the divergence from the teacher"
         + (f", decay {decay:.3g}" if decay else "")
     )
-    _require_budget(job, student, plan, progress)
+    if recoverer.settles:
+        _require_budget(config, student, plan, progress)
     return plan
 
 
-def _require_budget(job: Recovery, student: Student, plan: Plan, progress: Progress) -> None:
+def steps_within(
+    config: RecoverConfig, left: float, step: float, evaluation: float, saving: float
+) -> int:
+    """How many steps fit into a time, with their evaluations and saved states.
+
+    Args:
+        config: Says how often is evaluated and saved.
+        left: Seconds until the output must stand.
+        step: Seconds of a step.
+        evaluation: Seconds of an evaluation.
+        saving: Seconds of a saved state, one of which comes last, and of the output at most.
+    """
+    step += evaluation / config.eval_every if config.eval_every else 0.0
+    step += saving / config.save_every if config.save_every else 0.0
+    return math.floor(PLANNED * (left - CLOSING - 2 * saving) / step)
+
+
+def _require_budget(
+    config: RecoverConfig, student: Student, plan: Plan, progress: Progress
+) -> None:
     """Refuse a pull that cannot bring the entries off the mask to zero in the steps there are.
 
     Raises:
         UsageError: Says by how much.
     """
-    if not job.recoverer.settles:
-        return
-    distance = decay_budget(job.config.schedule, plan)
-    sizes = [w.weight[~w.mask].abs() for w in student.sparse.values()]
-    count = sum(map(len, sizes))
-    mean = sum(s.sum(dtype=torch.float64).item() for s in sizes) / max(1, count)
-    high = max((_quantile(s, 0.99) for s in sizes if len(s)), default=0.0)
+    distance = decay_budget(config.schedule, plan)
+    mean, high = student.off_mask()
     progress.note(
         f"decay budget: a weight off the mask can travel {distance:.4g}; they measure {mean:.4g} "
         f"on average, the largest 99th percentile of a weight is {high:.4g}"
@@ -105,7 +146,7 @@ def _require_budget(job: Recovery, student: Student, plan: Plan, progress: Progr
         )
 
 
-def decay_budget(schedule: str, plan: Plan) -> float:
+def decay_budget(schedule: Schedule, plan: Plan) -> float:
     """How far the pull can move a weight in all steps together (specification, section 4.3)."""
     size, total = plan.masked_gradient, 0.0
     for step in range(plan.steps):
@@ -114,8 +155,3 @@ def decay_budget(schedule: str, plan: Plan) -> float:
         length = math.hypot(pull, noise)
         total += plan.rate * rate_at(schedule, step, plan.steps) * (pull / length if length else 0)
     return total
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """A quantile of a tensor of any size."""
-    return values.kthvalue(max(1, math.ceil(share * len(values)))).values.item()

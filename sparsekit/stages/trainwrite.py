@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsekit.errors import (
-    NumericalError,
-)
+from sparsekit.errors import NumericalError
 from sparsekit.models.architecture import Target
 from sparsekit.models.branch import Branch
 from sparsekit.models.folder import factor_name
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.stages.recovery import Recovery
+from sparsekit.stages.student import Student
 from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sparseweight import is_sharded
-
-if TYPE_CHECKING:
-    pass
-
-from sparsekit.stages.student import Student
 
 # Tensors that go to disk together.
 TOGETHER = 32

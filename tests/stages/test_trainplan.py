@@ -1,0 +1,136 @@
+"""What is chosen and refused before the first step of training."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsekit.errors import StorageError, UsageError
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.progress import Silent
+from sparsekit.stages import trainplan
+from sparsekit.stages.automethod import chosen
+from sparsekit.stages.curve import draw
+from sparsekit.stages.recover import LOG, recover
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainplan import CLOSING, PLANNED, steps_within
+
+SHORT = RecoverConfig(method="fixed", tokens=384, batch=2, length=16, lr=1e-3)
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.told, self.labels = [], []
+
+    def note(self, text):
+        self.told.append(text)
+
+    def step(self, label):
+        self.labels.append(label)
+
+
+def test_time_is_kept_for_evaluations_saved_states_and_writing():
+    left = CLOSING + 1000 / PLANNED
+    assert steps_within(SHORT, left, 2.0, 0.0, 0.0) == 500
+    evaluated = replace(SHORT, eval_every=10)
+    assert steps_within(evaluated, left, 2.0, 30.0, 0.0) == 200
+    saved = replace(SHORT, save_every=4)
+    assert steps_within(saved, left + 2 * 8, 2.0, 0.0, 8.0) == 250
+    assert steps_within(SHORT, 1.0, 2.0, 0.0, 0.0) < 1
+
+
+def test_perplexity_before_training_begins_the_log_and_the_picture(pruned, tmp_path):
+    notes = Notes()
+    config = replace(SHORT, eval_every=6)
+    found = recover(config, str(pruned), tmp_path / "out", progress=notes)
+    log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
+    assert log[0]["step"] == 0
+    assert log[0]["perplexity"] == found.entry["plan"]["perplexity"]
+    assert any(f"{log[0]['perplexity']:.2f}" in note for note in notes.told)
+    assert [row["step"] for row in log if "perplexity" in row] == [0, 6, 12]
+    assert draw(log, "title") != draw(log[1:], "title")
+
+
+def test_without_a_teacher_the_picture_has_no_divergence(pruned, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, real = [], Axes.plot
+
+    def spy(axes, *values, **style):
+        drawn.append(style.get("label"))
+        return real(axes, *values, **style)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    recover(replace(SHORT, share=0.0), str(pruned), tmp_path / "without")
+    assert drawn == ["CE with the text"]
+    drawn.clear()
+    recover(SHORT, str(pruned), tmp_path / "with")
+    assert drawn == ["KL from the teacher", "CE with the text"]
+
+
+def test_the_bar_tells_loss_parts_flips_and_sparsity(pruned, tmp_path):
+    notes = Notes()
+    recover(replace(SHORT, method="ast"), str(pruned), tmp_path / "out", progress=notes)
+    label = notes.labels[-1]
+    assert all(word in label for word in ("loss", "KL", "CE", "flips", "sparsity", "tokens/s"))
+
+
+def test_room_for_saved_states_is_looked_at_first(pruned, tmp_path, monkeypatch):
+    size = sum(file.stat().st_size for file in pruned.glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=(64 << 20) + 3 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match="the output and saved states need"):
+        recover(SHORT, str(pruned), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_off_the_mask_are_those_of_all_weights(family, tmp_path, monkeypatch):
+    seen, real = [], trainplan.Student.off_mask
+
+    def spy(student):
+        every = torch.cat([w.weight[~w.mask].abs() for w in student.sparse.values()]).double()
+        seen.append((real(student), every))
+        return seen[-1][0]
+
+    monkeypatch.setattr(trainplan.Student, "off_mask", spy)
+    options = {"method": "cast", "options": {"decay": "1e-2"}, "tokens": 9600, "lr": 4e-3}
+    recover(replace(SHORT, **options), str(family("llama")), tmp_path / "out")
+    (((mean, high), every),) = seen
+    assert mean == pytest.approx(every.mean().item(), rel=1e-6)
+    assert every.quantile(0.9) < high < every.max()
+
+
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [
+        ({"tokens": 10_000}, "fixed"),
+        ({"tokens": 10_000_000}, "cast"),
+        ({"tokens": 10_000_000, "slorb": 16}, "ast"),
+        ({"tokens": None, "max_time": 1e-3}, "fixed"),
+        ({"tokens": None, "max_time": 1e6}, "cast"),
+    ],
+)
+def test_auto_goes_by_tokens_for_each_parameter(pruned, change, method):
+    """The model has 25 thousand parameters."""
+    config = replace(SHORT, method="auto", **change)
+    source = Checkpoint.open(pruned)
+    found, why = chosen(config, source, torch.device("cpu"))
+    assert found == replace(config, method=method)
+    assert method in why
+
+
+def test_auto_is_told_and_recorded_as_the_method_that_ran(pruned, tmp_path):
+    notes = Notes()
+    found = recover(replace(SHORT, method="auto"), str(pruned), tmp_path / "a", progress=notes)
+    assert any("--method auto is fixed" in note for note in notes.told)
+    assert found.entry["recipe"]["method"] == "fixed"
+    named = recover(SHORT, str(pruned), tmp_path / "b")
+    tensors = [Checkpoint.open(o.out).read(Checkpoint.open(o.out).places) for o in (found, named)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_option_of_a_method_that_auto_may_not_take_is_refused():
+    with pytest.raises(UsageError, match="option 'decay' belongs to one method"):
+        replace(SHORT, method="auto", options={"decay": "1"}).check()
