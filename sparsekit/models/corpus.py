@@ -107,7 +107,7 @@ class Corpus:
         )
         path = cache_dir() / "corpora" / f"{key}.safetensors"
         if not path.is_file():
-            progress.begin(f"tokenising {self.source}", self.tokens or 1)
+            progress.begin(f"tokenising {self.source}", 1)
             write_tokens(path, token_ids(self.source, checkpoint), self.tokens, progress)
             progress.end()
         stream, count, fingerprint = read_tokens(path)

@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from sparsekit.errors import NumericalError
 from sparsekit.tensors.factored import pack_bits, unpack_bits
 from sparsekit.tensors.sparseweight import Rule, SparseWeight, is_sharded, local
 
+# Entries of a piece of a tensor that a step goes over several times.
+IN_CACHE = 1 << 17
 # Ends the name of a weight's scale.
 SCALE = ".scale"
 
@@ -101,11 +104,8 @@ class MaskedAdam:
         for name, weight in self.sparse.items():
             self._step_sparse(name, weight, gradients, factor, rate, done)
         for name, parameter in self.others.items():
-            gradient = gradients[name]
             decay = self.settings.weight_decay if parameter.ndim >= 2 else 0.0
-            if factor < 1:
-                gradient.mul_(factor)
-            self._adam(name, local(parameter.data), gradient, None, rate, decay)
+            self._adam(name, local(parameter.data), gradients[name], factor, rate, decay)
         for parameter in (*(w.parameter for w in self.sparse.values()), *self.others.values()):
             parameter.grad = None
         return norm
@@ -224,7 +224,7 @@ class MaskedAdam:
         first = next(iter(gradients.values()))
         sums = torch.zeros(2, device=first.device)  # of what all have, and of what each has a part
         for name, gradient in gradients.items():
-            sums[int(name in sharded)] += gradient.square().sum()
+            sums[int(name in sharded)] += torch.linalg.vector_norm(gradient).square()
         if self._sum_shards is not None:
             self._sum_shards(sums[1:])
         return sums.sum().sqrt().item()
@@ -246,43 +246,49 @@ class MaskedAdam:
                 f"{name}: a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} does not fit "
                 f"a weight {tuple(values.shape)} on {values.device}"
             )
-        gradient = gradients[name]
-        if factor < 1:
-            gradient.mul_(factor)
-        gradient = self.rule.on_gradient(gradient, weight.weight, weight.mask, done)
-        self._adam(
-            name,
-            weight.weight,
-            gradient,
-            lambda mean: self.rule.mix(mean, weight.weight, weight.mask, done),
-            rate,
-            self.settings.weight_decay,
-        )
+        decay = self.settings.weight_decay
+        self._adam(name, values, gradients[name], factor, rate, decay, mask, done)
         if weight.scale is not None:
-            by_scale = gradients[name + SCALE] * factor
-            self._adam(name + SCALE, weight.scale, by_scale, None, rate, 0.0)
+            self._adam(name + SCALE, weight.scale, gradients[name + SCALE], factor, rate, 0.0)
         weight.publish(hides=self.rule.hides)
 
     def _adam(
         self,
         name: str,
         weight: Tensor,  # changed in place
-        gradient: Tensor,
-        mix: Callable[[Tensor], Tensor] | None,
+        gradient: Tensor,  # the same
+        factor: float,
         rate: float,
         decay: float,
+        mask: Tensor | None = None,
+        done: float = 0.0,
     ) -> None:
-        """One step of one tensor."""
-        beta1, beta2 = self.settings.beta1, self.settings.beta2
-        mean, square = self._moments[name]
-        if decay:
-            weight.mul_(1 - rate * decay)
-        mean.lerp_(gradient, 1 - beta1)
-        mixed = mean if mix is None else mix(mean)
-        squared = mixed if mix is not None and self.rule.squares_mix else gradient
-        square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
-        size = (square / (1 - beta2**self.steps)).sqrt_().add_(self.settings.epsilon)
-        weight.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
+        """One step of one tensor, so many rows at a time as stay in the processor's cache."""
+        beta1, beta2, rule = self.settings.beta1, self.settings.beta2, self.rule
+        whole_mean, whole_square = self._moments[name]
+        for part in _parts(weight):
+            values, slope = weight[part], gradient[part]
+            mean, square = whole_mean[part], whole_square[part]
+            if factor < 1:
+                slope.mul_(factor)
+            if mask is not None:
+                slope = rule.on_gradient(slope, values, mask[part], done)
+            if decay:
+                values.mul_(1 - rate * decay)
+            mean.lerp_(slope, 1 - beta1)
+            mixed = mean if mask is None else rule.mix(mean, values, mask[part], done)
+            squared = mixed if mask is not None and rule.squares_mix else slope
+            square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
+            size = (square / (1 - beta2**self.steps)).sqrt_().add_(self.settings.epsilon)
+            values.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
+
+
+def _parts(tensor: Tensor) -> list[slice | EllipsisType]:
+    """The rows of a tensor in pieces of about `IN_CACHE` entries."""
+    if tensor.ndim < 2:
+        return [...]
+    rows = max(1, IN_CACHE // tensor[0].numel())
+    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
 
 def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
