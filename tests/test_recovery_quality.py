@@ -45,7 +45,9 @@ def start(tmp_path_factory):
 
     def made(method: str) -> Path:
         if not (root / method).is_dir():
-            sparsekit("prune", "demo", "-o", root / method, "--calibration", ROWS, "--method", method)
+            sparsekit(
+                "prune", "demo", "-o", root / method, "--calibration", ROWS, "--method", method
+            )
         return root / method
 
     return made
