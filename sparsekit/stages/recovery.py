@@ -107,7 +107,9 @@ def prepare(
         ) from error
     refuse_source(out, teacher.path)
     _refuse_other_teacher(source, teacher)
-    _require_memory(source, teacher if config.share != 0 else None, recoverer, device)
+    _refuse_more_than_the_vocabulary(config, teacher)
+    taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
+    require_memory(source, teacher if taught else None, recoverer, device)
     left = [target.name for target in linear if target not in targets]
     return Recovery(
         config=config,
@@ -269,7 +271,21 @@ def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
             )
 
 
-def _require_memory(
+def _refuse_more_than_the_vocabulary(config: RecoverConfig, teacher: Checkpoint) -> None:
+    """Refuse to look at more probabilities than there are.
+
+    Raises:
+        UsageError: Says how many there are.
+    """
+    size = teacher.config.get_text_config().vocab_size
+    if config.teacher_top is not None and config.teacher_top > size:
+        raise UsageError(
+            f"--teacher-top {config.teacher_top} is more than the vocabulary of {size}",
+            "leave it out to look at all of it",
+        )
+
+
+def require_memory(
     source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer, device: torch.device
 ) -> None:
     """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.

@@ -17,6 +17,7 @@ from sparsekit.models.corpus import TrainingRows
 from sparsekit.progress import Progress
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
+from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import rate_at
 from sparsekit.stages.training import (
     Plan,
@@ -35,7 +36,7 @@ PLANNED, WRITING = 0.95, 10.0
 def make_plan(
     job: Recovery,
     student: Student,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
     ranks: Ranks,
     started: float,
@@ -50,6 +51,8 @@ def make_plan(
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
         still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
+        if isinstance(teacher, TopTeacher) and config.max_time is not None:
+            teacher = teacher.measured()
         optimizer = student.optimizer(recoverer.rule(0.0))
         trial = Training(student.model, teacher, optimizer, rows, config, still, 0, ranks)
         progress.begin("measuring speed and gradients", PROBED)
