@@ -182,6 +182,10 @@ def recover(
         typer.Option(help="Share of the loss that is KL from the teacher. Default: by size."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the softmax in that KL.")] = 1.0,
+    teacher_top: Annotated[
+        int | None,
+        typer.Option(help="Keep this many largest probabilities of the teacher on disk, as 64."),
+    ] = None,
     slorb: Annotated[
         int | None,
         typer.Option(help="Train low-rank branches too, one row for so many inputs, as 16."),
@@ -226,6 +230,7 @@ def recover(
             schedule=schedule,
             share=share,
             temperature=temperature,
+            teacher_top=teacher_top,
             slorb=slorb,
             format=form,
             save_every=save_every,

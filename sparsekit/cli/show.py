@@ -88,6 +88,8 @@ def recovered(terminal: Terminal, report: "RecoverReport") -> None:
             )
         ],
     )
+    if (kept := entry["kept_mass"]) is not None:
+        terminal.note(f"the loss looked at {kept:.2%} of the teacher's mass")
     terminal.result(report.out, report.to_json())
 
 

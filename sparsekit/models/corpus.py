@@ -141,15 +141,22 @@ class TrainingRows:
     def __len__(self) -> int:
         return self.count // self.length
 
+    def numbers(self, first: int, number: int) -> list[int]:
+        """Which rows of the stream are `first` to `first + number` of the endless order."""
+        found = []
+        for position in range(first, first + number):
+            epoch, place = divmod(position, len(self))
+            found.append(int(_order(len(self), self.seed, epoch)[place]))
+        return found
+
     def take(self, first: int, number: int) -> Tensor:
         """Rows `first` to `first + number` of the endless order, `[number, length]` int64."""
         import torch
 
-        found = []
-        for position in range(first, first + number):
-            epoch, place = divmod(position, len(self))
-            row = int(_order(len(self), self.seed, epoch)[place])
-            found.append(torch.as_tensor(self.stream[row * self.length : (row + 1) * self.length]))
+        found = [
+            torch.as_tensor(self.stream[row * self.length : (row + 1) * self.length])
+            for row in self.numbers(first, number)
+        ]
         return torch.stack(found).to(torch.int64)
 
 

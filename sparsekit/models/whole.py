@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import available_memory
@@ -87,3 +88,9 @@ def load(path: str | Path, dtype: str) -> PreTrainedModel:
     else:
         raise UsageError(f"dtype {dtype!r} is not known", "float32, bfloat16, float16 or auto")
     return load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What enters the head for tokens `[rows, length]`, `[rows * length, hidden]`."""
+    found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return found.flatten(0, 1)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,8 @@ from sparsekit.stages.device import pick_device
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
-from sparsekit.stages.student import Student, load_teacher
+from sparsekit.stages.student import Student, load_teacher, top_teacher
+from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training, hidden_states, measure, sparsity_measure
 from sparsekit.stages.trainplan import make_plan
@@ -104,6 +106,7 @@ def recover(
     require_parent(job, prints["teacher"])
     recipe = _recipe(job, rows, ranks) | prints
     windows = _windows(job)
+    top = top_teacher(job, rows, ranks, progress)
     ranks.wait()
     writing = None
     if ranks.main:
@@ -113,7 +116,7 @@ def recover(
         folder = out.with_name(out.name + ".partial")
         student = Student.load(job, rows, ranks)
         try:
-            training = _training(job, student, rows, windows, folder, ranks, started, progress)
+            training = _training(job, student, top, rows, windows, folder, ranks, started, progress)
         except SparsekitError:
             if writer is not None and not (folder / POINTER).is_file():
                 writer.abandon()  # it was refused before the first step: another try may differ
@@ -127,6 +130,7 @@ def recover(
             return None
         _tell(job, writer, log, title(model))
         entry = _entry(job, recipe, model, training, finished, weights) | {
+            "kept_mass": _kept_mass(log),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
@@ -161,6 +165,12 @@ def _entry(
         "weights": weights,
         "skipped": job.skipped,
     }
+
+
+def _kept_mass(log: list[dict[str, Any]]) -> float | None:
+    """Mean share of the teacher's mass that the loss looked at; None: it looked at all of it."""
+    found = [row["kept_mass"] for row in log if "kept_mass" in row]
+    return fmean(found) if found else None
 
 
 def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
@@ -225,6 +235,7 @@ def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
 def _training(
     job: Recovery,
     student: Student,
+    top: TopTeacher | None,
     rows: TrainingRows,
     windows: Tensor | None,
     folder: Path,
@@ -234,13 +245,15 @@ def _training(
 ) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
     config = job.config
-    teacher = load_teacher(job, ranks)
+    teacher = top or load_teacher(job, ranks)
     if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
         plan = make_plan(job, student, teacher, rows, windows, ranks, started, progress)
         if ranks.main:
             write_json(folder / PLAN, asdict(plan))
+    if top is not None and config.tokens is None:  # else it was told before
+        top.announce(plan.steps * config.batch * config.accumulate, progress)
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(
         student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh, ranks

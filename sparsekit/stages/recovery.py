@@ -122,7 +122,9 @@ def prepare(
         ) from error
     refuse_source(out, teacher.path)
     _refuse_other_teacher(source, teacher)
-    _require_memory(source, teacher if config.share != 0 else None, recoverer, device)
+    _refuse_more_than_the_vocabulary(config, teacher)
+    taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
+    require_memory(source, teacher if taught else None, recoverer, device)
     left = [target.name for target in linear if target not in targets]
     return Recovery(
         config=config,
@@ -268,6 +270,8 @@ def _refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverC
             raise UsageError(f"{patterns.of(target)} needs whole weights, not shards", way)
     if config.slorb is not None:
         raise UsageError("--slorb needs whole weights, not shards", way)
+    if config.teacher_top is not None:
+        raise UsageError("--teacher-top needs a whole teacher: only some rows pass through it", way)
 
 
 def _layout(
@@ -308,7 +312,21 @@ def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
             )
 
 
-def _require_memory(
+def _refuse_more_than_the_vocabulary(config: RecoverConfig, teacher: Checkpoint) -> None:
+    """Refuse to look at more probabilities than there are.
+
+    Raises:
+        UsageError: Says how many there are.
+    """
+    size = teacher.config.get_text_config().vocab_size
+    if config.teacher_top is not None and config.teacher_top > size:
+        raise UsageError(
+            f"--teacher-top {config.teacher_top} is more than the vocabulary of {size}",
+            "leave it out to look at all of it",
+        )
+
+
+def require_memory(
     source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer, device: torch.device
 ) -> None:
     """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.

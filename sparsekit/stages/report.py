@@ -160,6 +160,7 @@ Matrices left dense:{skipped or " none"}
 def recover_card(entry: Mapping[str, Any], base: str) -> str:
     """The README of a trained checkpoint."""
     recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
+    kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
     flipped = sum(row["flipped"] for row in entry["weights"])
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
@@ -169,6 +170,7 @@ def recover_card(entry: Mapping[str, Any], base: str) -> str:
         ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
         ("loss", f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"),
+        ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
         ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
         ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),

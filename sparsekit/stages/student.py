@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +17,11 @@ from sparsekit.models.branch import Branch, attach
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.skeleton import Skeleton, keep_heap
 from sparsekit.models.whole import load_whole
+from sparsekit.progress import Progress
 from sparsekit.recoverers import Scale
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recovery import Recovery
+from sparsekit.stages.recovery import Recovery, require_memory
+from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.training import input_norms, other_parameters, require_plain_head
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.sparseweight import Rule, SparseWeight
@@ -147,4 +150,27 @@ def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
     require_plain_head(teacher)
     if ranks.shards:
         ranks.shard(find_blocks(teacher)[1], job.device)
+    return teacher
+
+
+def top_teacher(
+    job: Recovery, rows: TrainingRows, ranks: Ranks, progress: Progress
+) -> TopTeacher | None:
+    """The teacher of whom the largest probabilities are kept; None when all are looked at.
+
+    Raises:
+        DataError: A row on disk is damaged, or the model is needed and does not fit into memory.
+        StorageError: The disk has no room for the rows.
+    """
+    config = job.config
+    if config.teacher_top is None:
+        return None
+    teacher = TopTeacher.of(job, rows, cache(partial(load_teacher, job, ranks)))
+    positions = None  # with --max-time it may be any of them
+    if config.tokens is not None:
+        steps = max(config.steps(), PROBED if job.recoverer.needs_gradient else 0)
+        positions = steps * config.batch * config.accumulate
+        teacher.announce(positions, progress)
+    if teacher.missing(positions):
+        require_memory(job.source, job.teacher, job.recoverer, job.device)
     return teacher

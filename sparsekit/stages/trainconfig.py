@@ -51,6 +51,9 @@ class RecoverConfig:
     share: float | None = None
     """Share of the divergence from the teacher in the loss; None: by the size of the model."""
     temperature: float = 1.0
+    teacher_top: int | None = None
+    """How many of the teacher's largest probabilities of each token the loss looks at; they are
+    kept on disk. None: it looks at all of them, which are computed again each time."""
     slorb: int | None = None
     """Inputs of a span of the low-rank branches beside the sparse weights; None: no branches."""
     format: Literal["dense", "factored"] = "dense"
@@ -117,7 +120,8 @@ class RecoverConfig:
             raise UsageError(
                 "--data self needs to know how much to sample", "give --tokens, not --max-time"
             )
-        for name in ("tokens", "batch", "accumulate", "slorb", "save_every", "eval_every"):
+        counts = ("tokens", "batch", "accumulate", "teacher_top", "slorb")
+        for name in (*counts, "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -130,6 +134,8 @@ class RecoverConfig:
             raise UsageError(f"--lr must be between 0 and 1, not {self.lr:g}", "1e-4 is usual")
         if self.share is not None and not 0 <= self.share <= 1:
             raise UsageError(f"--share must be between 0 and 1, not {self.share:g}")
+        if self.share == 0 and self.teacher_top is not None:
+            raise UsageError("--teacher-top has no effect with --share 0", "leave it out")
         if not 0 < self.temperature < 100:
             raise UsageError(f"--temperature must be between 0 and 100, not {self.temperature:g}")
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from sparsekit.errors import DataError, MemoryShortError, NumericalError
 from sparsekit.memory import is_out_of_memory
 from sparsekit.models.corpus import TrainingRows
+from sparsekit.models.whole import hidden_states
 from sparsekit.stages.ranks import Ranks
+from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
-from sparsekit.tensors.distillation import IGNORED, Losses, distil
+from sparsekit.tensors.distillation import IGNORED, Losses, Top, distil
 from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
@@ -45,10 +47,12 @@ class StepRow:
     seconds: float
     sparsity: float | None = None
     """Σ|m W| / Σ|W| after this step's selection; None without one."""
+    kept_mass: float | None = None
+    """Mean share of the teacher's mass that the loss looked at; None: it looked at all of it."""
 
     def to_json(self) -> dict[str, float]:
-        """All that there is, as JSON."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Everything that there is, as JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class Training:
 
     Args:
         student: The model that is trained, in float32.
-        teacher: The dense model; None when the loss needs none.
+        teacher: The dense model, or what is kept of it; None when the loss needs none.
         optimizer: Holds the student's parameters.
         rows: What is trained on.
         config: Rows in a step.
@@ -81,7 +85,7 @@ class Training:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | TopTeacher | None,
         optimizer: MaskedAdam,
         rows: TrainingRows,
         config: RecoverConfig,
@@ -117,7 +121,7 @@ class Training:
         selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
         # A model that computes with all entries selects before the step, one with a mask after it.
         flips = optimizer.refresh() if selects and not hides else 0
-        total, divergence, entropy = self.gradients(step)
+        total, divergence, entropy, kept = self.gradients(step)
         if not math.isfinite(total):
             raise NumericalError(f"step {step + 1}: the loss is {total}")
         try:
@@ -137,10 +141,13 @@ class Training:
             flips=flips,
             seconds=time.perf_counter() - started,
             sparsity=sparsity_measure(optimizer) if selects else None,
+            kept_mass=kept if isinstance(self.teacher, TopTeacher) else None,
         )
 
-    def gradients(self, step: int) -> tuple[float, float, float]:
-        """Leave the gradients of one step's batches in the parameters; gives loss, KL and CE.
+    def gradients(self, step: int) -> tuple[float, ...]:
+        """Leave the gradients of one step's batches in the parameters.
+
+        Gives loss, KL, CE and the share of the teacher's mass that was looked at.
 
         Every process computes its part of the batches, and has the sum of all afterwards.
 
@@ -158,25 +165,29 @@ class Training:
                 _smaller(self.config),
             ) from error
 
-    def _gradients(self, step: int) -> tuple[float, float, float]:
+    def _gradients(self, step: int) -> tuple[float, ...]:
         """See `gradients`."""
         config, ranks = self.config, self.ranks
         # Backward passes through shards give means over the processes, and the rest is summed.
         shards = ranks.size if ranks.shards else 1
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         for part in ranks.parts(config.accumulate):
             first = (step * config.accumulate + part) * config.batch
             tokens = self.rows.take(first, config.batch).to(self.student.device)
+            teacher, kept = self.teacher, torch.ones((), device=tokens.device)
+            if isinstance(teacher, TopTeacher):
+                teacher = teacher.probabilities(self.rows.numbers(first, config.batch), tokens)
+                kept = teacher.mass().view(tokens.shape)[:, :-1].mean()  # the last has no label
             losses = model_losses(
                 self.student,
-                self.teacher,
+                teacher,
                 tokens,
                 share=self.plan.share,
                 temperature=config.temperature,
             )
             (losses.total * shards / config.accumulate).backward()
-            told = [losses.total.detach(), losses.divergence, losses.entropy]
-            sums += torch.stack(told).double().cpu() / config.accumulate
+            told = [losses.total.detach(), losses.divergence, losses.entropy, kept]
+            sums += torch.stack([one.double() for one in told]).cpu() / config.accumulate
         if ranks.size > 1:
             whole = self.optimizer.whole_gradients()
             ranks.sum_(whole)
@@ -184,8 +195,7 @@ class Training:
                 gradient /= shards
             sums = sums.to(self.student.device)
             ranks.sum_([sums])
-        total, divergence, entropy = sums.tolist()
-        return total, divergence, entropy
+        return tuple(sums.tolist())
 
 
 def _smaller(config: RecoverConfig) -> str:
@@ -200,7 +210,7 @@ def _smaller(config: RecoverConfig) -> str:
 
 def model_losses(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Top | None,
     tokens: Tensor,  # [rows, length] int64
     *,
     share: float,
@@ -212,7 +222,9 @@ def model_losses(
     hidden = hidden_states(student, tokens)
     head = student.get_output_embeddings()
     other = None
-    if teacher is not None and share:
+    if isinstance(teacher, Top):
+        other = teacher.part
+    elif teacher is not None and share:
         with torch.no_grad():
             states = hidden_states(teacher, tokens)
         their_head = teacher.get_output_embeddings()
@@ -230,12 +242,6 @@ def model_losses(
         share=share,
         temperature=temperature,
     )
-
-
-def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What enters the head, `[rows * length, hidden]`."""
-    found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return found.flatten(0, 1)
 
 
 @torch.no_grad()

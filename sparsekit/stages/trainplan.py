@@ -13,6 +13,7 @@ from sparsekit.progress import Progress
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.student import PROBED, Student
+from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig, Schedule, rate_at
 from sparsekit.stages.training import Plan, Training, measure
 
@@ -28,7 +29,7 @@ PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
 def make_plan(
     job: Recovery,
     student: Student,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
     windows: Tensor | None,
     ranks: Ranks,
@@ -64,6 +65,8 @@ def make_plan(
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
         still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
+        if isinstance(teacher, TopTeacher) and config.max_time is not None:
+            teacher = teacher.measured()
         optimizer = student.optimizer(recoverer.rule(0.0))
         trial = Training(student.model, teacher, optimizer, rows, config, still, 0, ranks)
         progress.begin("measuring speed and gradients", PROBED)

@@ -5,6 +5,13 @@ With n counted positions and τ the temperature, the loss is share · KL + (1 �
     KL = τ²/n Σ_i Σ_x p_t(x|i) (log p_t(x|i) − log p_s(x|i)),   p = softmax(logits / τ)
     CE = −1/n Σ_i log softmax(student logits)(label_i)
 
+Of a teacher of whom only the k largest probabilities of a position are known, all other tokens are
+one outcome more. With r = 1 − Σ p_t and q = 1 − Σ p_s over the k, the term of that position is
+Σ p_t (log p_t − log p_s) + r (log r − log q): at most the whole KL, and equal to it when k is the
+vocabulary. It is the KL from a teacher who spreads r over the other tokens as the student does,
+r p_s(x) / q, in value and in gradient (p_s − p_t for the k, p_s (1 − r / q) for the others), and is
+computed as such.
+
 Source: AST (Huang et al., AAAI 2025), section "knowledge distillation"; CAST takes τ = 1.
 Differs: both terms leave out the same positions, those without a label (AST's code averages KL over
 all of them). The gradient by the logits has a closed form, so that it is taken with the values.
@@ -12,6 +19,7 @@ all of them). The gradient by the logits has a closed form, so that it is taken 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +30,56 @@ from torch import Tensor
 # Logits of a chunk of tokens take about this much; they exist twice, and their gradient once.
 CHUNK_BYTES = 24 << 20
 IGNORED = -100
+# What is left of the teacher's mass counts as this much at least, so that it has a logarithm; the
+# rounding of 1 − Σ p is far larger.
+LEAST_REST = 1e-20
 
 Logits = Callable[[Tensor], Tensor]
 """From hidden states `[tokens, hidden]` to logits `[tokens, vocabulary]`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Top:
+    """The largest probabilities that a teacher gives the tokens of each position."""
+
+    log_probabilities: Tensor  # [positions, k] float32, at the temperature of the loss
+    ids: Tensor  # [positions, k] int32
+
+    @classmethod
+    def of(cls, logits: Tensor, count: int, temperature: float) -> Top:
+        """The `count` largest of logits `[positions, vocabulary]`; of equal ones any may go."""
+        log = torch.log_softmax(logits.float() / temperature, -1)
+        values, ids = log.topk(count)
+        return cls(log_probabilities=values, ids=ids.to(torch.int32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Top]) -> Top:
+        """The positions of several, one after the other."""
+        return cls(
+            log_probabilities=torch.cat([part.log_probabilities for part in parts]),
+            ids=torch.cat([part.ids for part in parts]),
+        )
+
+    def part(self, rows: slice) -> Top:
+        """Those of some positions."""
+        return Top(log_probabilities=self.log_probabilities[rows], ids=self.ids[rows])
+
+    def to(self, device: torch.device) -> Top:
+        """The same on a device."""
+        return Top(log_probabilities=self.log_probabilities.to(device), ids=self.ids.to(device))
+
+    def mass(self) -> Tensor:
+        """Their sum at each position, `[positions]` float64."""
+        return self.log_probabilities.double().exp().sum(-1)
+
+    def completed(self, student: Tensor) -> Tensor:
+        """Log-probabilities of all tokens, where unknown in the proportions of the student's."""
+        ids = self.ids.long()
+        goal = student.scatter(-1, ids, -math.inf)
+        left = (1 - self.mass()).clamp(min=LEAST_REST).log().to(goal.dtype)
+        # Not log(1 - Σ p_s), whose rounding would be all that is left of a small rest.
+        goal += (left - goal.logsumexp(-1))[:, None]
+        return goal.scatter_(-1, ids, self.log_probabilities)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +99,7 @@ def distil(
     head: Logits,
     head_parameters: Sequence[Tensor],
     labels: Tensor,  # [tokens] int64, IGNORED where there is none
-    teacher: Callable[[slice], Tensor] | None,
+    teacher: Callable[[slice], Tensor | Top] | None,
     *,
     share: float,
     temperature: float = 1.0,
@@ -56,8 +111,8 @@ def distil(
         head: The student's head.
         head_parameters: Its parameters, which get gradients too.
         labels: The next tokens.
-        teacher: Gives the teacher's logits `[chunk, vocabulary]` of a slice of positions; not
-            needed with share 0.
+        teacher: Gives the teacher's logits `[chunk, vocabulary]` of a slice of positions, or the
+            largest of its probabilities; not needed with share 0.
         share: Of KL in the loss, 0 to 1.
         temperature: τ, above 0.
     """
@@ -78,7 +133,7 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         head: Logits,
         labels: Tensor,
-        teacher: Callable[[slice], Tensor] | None,
+        teacher: Callable[[slice], Tensor | Top] | None,
         share: float,
         temperature: float,
         wanted: bool,
@@ -88,7 +143,7 @@ class _Chunked(torch.autograd.Function):
         parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if wanted else None
         by_head = [torch.zeros_like(p) for p in trained] if wanted else []
-        start, step = 0, max(1, CHUNK_BYTES // (4 * _vocabulary(head, hidden)))
+        start, step = 0, chunk_positions(_vocabulary(head, hidden))
         while start < len(hidden):
             rows = slice(start, min(start + step, len(hidden)))
             with torch.set_grad_enabled(wanted):
@@ -116,6 +171,11 @@ class _Chunked(torch.autograd.Function):
         return found[0], None, None, None, None, None, None, *found[1:]
 
 
+def chunk_positions(vocabulary: int) -> int:
+    """At how many positions logits may exist at a time."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 def _vocabulary(head: Logits, hidden: Tensor) -> int:
     """How many logits a token has."""
     size = getattr(head, "out_features", None)
@@ -127,7 +187,7 @@ def _vocabulary(head: Logits, hidden: Tensor) -> int:
 
 def _values(
     logits: Tensor,  # [chunk, vocabulary]
-    teacher: Tensor | None,  # the same shape
+    teacher: Tensor | Top | None,  # the same shape, or the largest of it
     labels: Tensor,  # [chunk]
     share: float,
     temperature: float,
@@ -146,7 +206,10 @@ def _values(
     else:
         soft = log if temperature == 1 else torch.log_softmax(logits.float() / temperature, -1)
         hard = log.exp() if temperature != 1 and share < 1 else None
-        goal = torch.log_softmax(teacher.float() / temperature, -1)
+        if isinstance(teacher, Top):
+            goal = teacher.completed(soft)
+        else:
+            goal = torch.log_softmax(teacher.float() / temperature, -1)
         wanted = goal.exp()
         rows = torch.linalg.vecdot(wanted, goal.sub_(soft))
         divergence = temperature**2 * rows[counted].double().sum()

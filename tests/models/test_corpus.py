@@ -53,6 +53,13 @@ def test_rows_do_not_depend_on_how_many_are_taken_at_once(llama, documents):
     assert torch.equal(rows.take(0, 7), singly)
 
 
+def test_numbers_say_which_rows_of_the_stream_are_taken(llama, documents):
+    rows = Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+    cut = stream_of(rows)[: len(rows) * 64].view(-1, 64).long()
+    last = len(rows) - 3  # into the next epoch
+    assert torch.equal(cut[rows.numbers(last, 6)], rows.take(last, 6))
+
+
 def test_seeds_give_other_orders(llama, documents):
     both = [Corpus(source=str(documents[0]), length=64, seed=s).rows(llama, llama) for s in (0, 1)]
     assert both[0].fingerprint == both[1].fingerprint

@@ -88,6 +88,29 @@ def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path
     assert not [file.name for file in (tmp_path / "two").iterdir() if file.name.startswith(".")]
 
 
+def test_two_processes_keep_the_rows_that_each_computes(pruned, row_file, tmp_path, monkeypatch):
+    """Of five rows, for almost five epochs; which of them computed a row changes nothing."""
+    steps = {"tokens": 384, "batch": 1, "length": 16, "accumulate": 2, "lr": 1e-3}
+    config = RecoverConfig(data=str(row_file), teacher_top=8, **steps)
+    flags = [word for key, value in steps.items() for word in (f"--{key}", value)]
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache-one"))
+    recover(config, str(pruned), tmp_path / "one")
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache-two"))
+    done = launched(
+        *(WHOLE, pruned, "-o", tmp_path / "two", "--data", row_file, "--teacher-top", 8, *flags)
+    )
+    assert done.returncode == 0, done.stderr
+    kept = [
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("teachers/*/*")}
+        for name in ("cache-one", "cache-two")
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 5
+    for mine, theirs in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert theirs["kept_mass"] == pytest.approx(mine["kept_mass"], rel=1e-6)
+
+
 def test_an_interrupted_run_of_two_goes_on_to_the_same_bytes(pruned, tmp_path):
     """R1 where each process holds, and saves, a part: all die at once in the middle."""
     arguments = ("--method", "ast", "--tokens", 6400, "--batch", 2, "--length", 16)

@@ -1,5 +1,6 @@
 """The chunked loss equals the written-out one, in value and gradient (K1-K3)."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsekit.tensors import distillation
-from sparsekit.tensors.distillation import IGNORED, distil
+from sparsekit.tensors.distillation import IGNORED, Top, distil
 
 TOKENS, HIDDEN, WORDS = 23, 8, 50
 
@@ -134,3 +135,102 @@ def test_without_a_label_at_all_the_loss_is_zero(case):
     nothing = torch.full_like(labels, IGNORED)
     assert [v.item() for v in ours(head, hidden, teacher, nothing, 0.5, 1.0)] == [0, 0, 0]
     assert math.isfinite(ours(head, hidden, teacher, nothing, 0.0, 1.0)[0].item())
+
+
+def coarse(head, hidden, teacher, labels, share, temperature, count):
+    """The divergence over the largest probabilities and all else as one outcome, in float64."""
+    kept = labels != IGNORED
+    logits = head.double()(hidden.double())[kept]
+    ours = torch.log_softmax(logits / temperature, -1).exp()
+    theirs, ids = torch.softmax(teacher.double()[kept] / temperature, -1).topk(count)
+    same = ours.gather(-1, ids)
+    rows = (theirs * (theirs / same).log()).sum(-1)
+    if count < teacher.shape[-1]:
+        left, missed = 1 - theirs.sum(-1), 1 - same.sum(-1)
+        rows = rows + left * (left / missed).log()
+    divergence = temperature**2 * rows.mean()
+    entropy = nn.functional.cross_entropy(logits, labels[kept])
+    return share * divergence + (1 - share) * entropy, divergence, entropy
+
+
+def largest(head, hidden, teacher, labels, share, temperature, count):
+    """The loss with the largest probabilities in the place of the teacher's logits."""
+    top = Top.of(teacher, count, temperature)
+    found = distil(
+        hidden,
+        head,
+        list(head.parameters()),
+        labels,
+        top.part,
+        share=share,
+        temperature=temperature,
+    )
+    return found.total, found.divergence, found.entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("count", [1, 7, WORDS - 1, WORDS])
+def test_with_the_largest_only_all_others_are_one_outcome(case, count, share, temperature):
+    """Values and the closed gradient, against autograd in float64."""
+    head, hidden, teacher, labels = case
+    arguments = teacher, labels, share, temperature, count
+    found = torch.stack(largest(head, hidden, *arguments))
+    mine = gradients(largest, head, hidden, *arguments)
+    wanted = torch.stack(coarse(copy.deepcopy(head), hidden, *arguments))
+    theirs = gradients(coarse, copy.deepcopy(head), hidden, *arguments)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_more_are_looked_at_the_closer_from_below_to_the_whole(case, temperature):
+    head, hidden, teacher, labels = case
+    whole = ours(head, hidden, teacher, labels, 1.0, temperature)[1].item()
+    found = [
+        largest(head, hidden, teacher, labels, 1.0, temperature, count)[1].item()
+        for count in (1, 2, 5, 20, 40, WORDS)
+    ]
+    assert found == sorted(found)
+    assert 0 < found[0] < found[2] < whole
+    assert found[-1] == pytest.approx(whole, rel=1e-5)
+
+
+def test_all_of_the_vocabulary_gives_the_gradients_of_the_whole(case):
+    head, hidden, teacher, labels = case
+    mine = gradients(largest, head, hidden, teacher, labels, 0.7, 1.0, WORDS)
+    for one, other in zip(
+        mine, gradients(ours, head, hidden, teacher, labels, 0.7, 1.0), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sure", ["teacher", "student"])
+def test_a_rest_that_rounds_to_nothing_gives_finite_numbers(case, sure):
+    """One of the two is so sure that 1 - Σ p is 0 in float32, where a logarithm would be none."""
+    head, hidden, teacher, labels = case
+    peak = torch.zeros(WORDS)
+    peak[3] = 200.0
+    if sure == "teacher":
+        teacher = teacher + peak
+        assert not (1 - Top.of(teacher, 2, 1.0).mass()).any()
+    else:
+        teacher = teacher + 0.01 * peak
+        with torch.no_grad():
+            head.bias += peak
+    total, divergence, _ = largest(head, hidden, teacher, labels, 0.5, 1.0, 2)
+    assert math.isfinite(total.item())
+    assert divergence > 0
+    for gradient in gradients(largest, head, hidden, teacher, labels, 0.5, 1.0, 2):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+def test_mass_is_what_the_largest_sum_up_to(case):
+    teacher = case[2]
+    wanted = torch.softmax(teacher.double() / 2, -1).sort(descending=True).values[:, :5].sum(-1)
+    top = Top.of(teacher, 5, 2.0)
+    torch.testing.assert_close(top.mass(), wanted, rtol=1e-6, atol=0)
+    assert torch.equal(top.ids[:, 0].long(), teacher.argmax(-1))
+    assert (top.log_probabilities.dtype, top.ids.dtype) == (torch.float32, torch.int32)
