@@ -319,10 +319,9 @@ def test_what_cannot_be_kept_is_refused(config, pruned, tmp_path, change, messag
 
 
 def test_shards_are_refused(config, pruned, tmp_path):
-    job = prepare(config, str(pruned), tmp_path / "out")
-    rows = config.corpus(None).rows(job.source, job.teacher)
-    with pytest.raises(UsageError, match="--teacher-top needs a whole teacher, not shards"):
-        top_teacher(job, rows, Ranks(size=2, shards=True), SILENT)
+    with pytest.raises(UsageError, match="--teacher-top needs a whole teacher"):
+        prepare(config, str(pruned), tmp_path / "out", shards=True)
+    prepare(replace(config, teacher_top=None), str(pruned), tmp_path / "out", shards=True)
 
 
 @pytest.mark.parametrize("top", [None, 4])
