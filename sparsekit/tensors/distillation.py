@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits of a chunk of tokens take about this much; they exist twice, and their gradient once.
-CHUNK_BYTES = 24 << 20
+# Logits of a chunk of tokens take about this much, the student's and the teacher's each.
+CHUNK_BYTES = 48 << 20
+# Entries of a piece of a chunk that is gone over several times on a CPU.
+IN_CACHE = 1 << 19
 IGNORED = -100
 # What is left of the teacher's mass counts as this much at least, so that it has a logarithm; the
 # rounding of 1 − Σ p is far larger.
@@ -150,10 +152,10 @@ class _Chunked(torch.autograd.Function):
                 part = hidden[rows].detach().requires_grad_(wanted)
                 logits = head(part)
             other = teacher(rows) if teacher is not None and share else None
-            sums, gradient = _values(logits.detach(), other, labels[rows], share, temperature)
-            parts += sums
+            # A linear head needs its output no more: the gradient takes its place.
+            gradient = logits.detach()
+            parts += _replace(gradient, other, labels[rows], share, temperature, count)
             if by_hidden is not None:
-                gradient = (gradient / count).to(logits.dtype)
                 found = torch.autograd.grad(logits, [part, *trained], gradient)
                 by_hidden[rows] = found[0]
                 for whole, piece in zip(by_head, found[1:], strict=True):
@@ -185,10 +187,33 @@ def _vocabulary(head: Logits, hidden: Tensor) -> int:
     return size
 
 
+def _replace(
+    logits: Tensor,  # [chunk, vocabulary], become the gradient of the loss by them
+    teacher: Tensor | Top | None,
+    labels: Tensor,
+    share: float,
+    temperature: float,
+    count: Tensor,  # counted positions of the loss
+) -> Tensor:
+    """Summed KL and CE, `[2]` float64, a few positions at a time on a CPU."""
+    length = len(logits) if logits.is_cuda else max(1, IN_CACHE // logits.shape[1])
+    sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    for start in range(0, len(logits), length):
+        rows = slice(start, start + length)
+        if isinstance(teacher, Top):
+            other = teacher.part(rows)
+        else:
+            other = None if teacher is None else teacher[rows]
+        part, gradient = _values(logits[rows], other, labels[rows], share, temperature)
+        sums += part
+        logits[rows] = gradient.div_(count)
+    return sums
+
+
 def _values(
-    logits: Tensor,  # [chunk, vocabulary]
+    logits: Tensor,  # [positions, vocabulary]
     teacher: Tensor | Top | None,  # the same shape, or the largest of it
-    labels: Tensor,  # [chunk]
+    labels: Tensor,  # [positions]
     share: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
