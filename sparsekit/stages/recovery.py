@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,8 @@ import torch
 from sparsekit import methods
 from sparsekit.errors import DataError, PatternError, UsageError
 from sparsekit.files import existing_parent
-from sparsekit.memory import available_memory
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
-from sparsekit.models.calibration import tokenizer_key
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
@@ -26,14 +22,21 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
+from sparsekit.stages.trainchecks import (
+    refuse_cuts,
+    refuse_misfits,
+    refuse_more_than_the_vocabulary,
+    refuse_other_heads,
+    refuse_other_teacher,
+    require_memory,
+    state_bytes,
+)
 from sparsekit.stages.trainconfig import AUTO, RecoverConfig
 from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
 
 # A model with a larger share of zeros than this is no dense one.
 DENSE_ZEROS = 0.05
-# What a configuration may ask for after the output layer, and the value that asks for nothing.
-PLAIN_HEAD = {"final_logit_softcapping": 0.0, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def prepare(
             f"{source.path} keeps factors beside its weights, which are not sparse themselves",
             "train the model it comes from",
         )
-    _refuse_other_heads(source)
+    refuse_other_heads(source)
     refuse_foreign(out.with_name(out.name + ".partial"))
     device, notes = torch.device(pick_device(config.device)), []
     if config.method == AUTO:
@@ -102,12 +105,12 @@ def prepare(
     if not targets:
         raise DataError(f"{source.path} has no linear weight in its blocks to train")
     patterns = _patterns(config, source, targets, told)
-    _refuse_misfits(targets, patterns, recoverer, config)
+    refuse_misfits(targets, patterns, recoverer, config)
     if shards:
-        _refuse_cuts(targets, patterns, config)
+        refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout, beside=_state_bytes(source))
+        require_space(existing_parent(out), layout, beside=state_bytes(source))
     teacher_name = config.teacher or _parent(source) or model
     if teacher_name == model and config.share != 0 and _zeros(source, targets) > DENSE_ZEROS:
         raise DataError(
@@ -121,8 +124,8 @@ def prepare(
             f"the teacher cannot be read: {error.message}", "name the dense model with --teacher"
         ) from error
     refuse_source(out, teacher.path)
-    _refuse_other_teacher(source, teacher)
-    _refuse_more_than_the_vocabulary(config, teacher)
+    refuse_other_teacher(source, teacher)
+    refuse_more_than_the_vocabulary(config, teacher)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
     require_memory(source, teacher if taught else None, recoverer, device)
     left = [target.name for target in linear if target not in targets]
@@ -214,66 +217,6 @@ def _patterns(
     return patterns
 
 
-def _refuse_other_heads(source: Checkpoint) -> None:
-    """Refuse a model that scales or caps its logits.
-
-    Raises:
-        DataError: Names what its configuration asks for.
-    """
-    config = source.config.get_text_config()
-    for key, plain in PLAIN_HEAD.items():
-        value = getattr(config, key, None)
-        if value not in (None, plain):
-            raise DataError(
-                f"{source.path}: its logits are changed after the output layer ({key} {value})",
-                "such models cannot be trained yet; prune alone works",
-            )
-
-
-def _refuse_misfits(
-    targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer, config: RecoverConfig
-) -> None:
-    """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""
-    width = config.slorb
-    if width is not None and recoverer.settles:
-        raise UsageError(
-            f"--slorb does not go with {config.method}: it computes with all entries until the end",
-            "take --method ast",
-        )
-    for target in targets:
-        columns, pattern, spans = target.shape[1], patterns.of(target), recoverer.spans
-        if reason := pattern.misfit(columns):
-            raise UsageError(f"{target.name}: {reason}", "another --pattern fits")
-        if spans and (columns % spans or (pattern.group and columns // spans % pattern.group)):
-            raise UsageError(
-                f"{target.name}: {columns} inputs do not divide into {spans} spans of whole "
-                f"groups of {pattern.group or 1}",
-                "-O spans=0 trains without scales",
-            )
-        if width and columns % width:
-            raise UsageError(f"{target.name}: --slorb {width} does not divide {columns} inputs")
-
-
-def _refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverConfig) -> None:
-    """Refuse what shards of rows would cut into pieces that no longer match.
-
-    Raises:
-        UsageError: Names it.
-    """
-    way = "train it without shards, as with --multi_gpu"
-    for target in targets:
-        if target.transposed:
-            raise UsageError(
-                f"{target.name} is stored as [in, out]: its shards would cut groups of inputs", way
-            )
-        if patterns.of(target).scope == "tensor":
-            raise UsageError(f"{patterns.of(target)} needs whole weights, not shards", way)
-    if config.slorb is not None:
-        raise UsageError("--slorb needs whole weights, not shards", way)
-    if config.teacher_top is not None:
-        raise UsageError("--teacher-top needs a whole teacher: only some rows pass through it", way)
-
-
 def _layout(
     config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: Patterns
 ) -> Layout:
@@ -286,82 +229,6 @@ def _layout(
     }
     cores = {target.name: str(patterns.of(target)) for target in targets}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
-
-
-def _refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher whose logits mean other tokens.
-
-    Raises:
-        DataError: Says what differs.
-    """
-    if teacher.factored:
-        raise DataError(f"the teacher {teacher.path} holds factors only", "name the dense model")
-    sizes = [c.config.get_text_config().vocab_size for c in (source, teacher)]
-    if sizes[0] != sizes[1]:
-        raise DataError(
-            f"the teacher {teacher.path} has a vocabulary of {sizes[1]}, the model one of "
-            f"{sizes[0]}",
-            "a teacher must be of the same family: name the dense model with --teacher",
-        )
-    if tokenizer_key(source) and tokenizer_key(teacher):
-        ours, theirs = (c.tokenizer().get_vocab() for c in (source, teacher))
-        if ours != theirs:
-            raise DataError(
-                f"the tokenizer of the teacher {teacher.path} gives other ids than the model's",
-                "a teacher must be of the same family: name the dense model with --teacher",
-            )
-
-
-def _refuse_more_than_the_vocabulary(config: RecoverConfig, teacher: Checkpoint) -> None:
-    """Refuse to look at more probabilities than there are.
-
-    Raises:
-        UsageError: Says how many there are.
-    """
-    size = teacher.config.get_text_config().vocab_size
-    if config.teacher_top is not None and config.teacher_top > size:
-        raise UsageError(
-            f"--teacher-top {config.teacher_top} is more than the vocabulary of {size}",
-            "leave it out to look at all of it",
-        )
-
-
-def require_memory(
-    source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer, device: torch.device
-) -> None:
-    """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.
-
-    Raises:
-        DataError: Says what is needed, and what there is.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return  # each process may need a part only
-    copies = 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
-    needed = copies * _float32_bytes(source)
-    told = "weights, gradients and two moments"
-    if teacher is not None:
-        needed += _float32_bytes(teacher)
-        told += ", and the teacher"
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
-    if needed > free:
-        raise DataError(
-            f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told} in float32, "
-            f"besides the activations; {free / 1e9:.1f} GB are available",
-            "shard it over several processes (accelerate launch --use_fsdp --fsdp_version 2)"
-            + (", or leave out the teacher with --share 0" if teacher else ""),
-        )
-
-
-def _state_bytes(source: Checkpoint) -> int:
-    """Bytes of the saved states at the moment when a new one takes the place of an old one."""
-    return 2 * 3 * _float32_bytes(source)  # weights and two moments; the masks are small
-
-
-def _float32_bytes(source: Checkpoint) -> int:
-    """Bytes of all weights in float32."""
-    floats = [p for p in source.places.values() if p.dtype.is_floating_point]
-    return sum(4 * math.prod(place.shape) for place in floats)
 
 
 def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:

@@ -20,8 +20,9 @@ from sparsekit.models.whole import load_whole
 from sparsekit.progress import Progress
 from sparsekit.recoverers import Scale
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recovery import Recovery, require_memory
+from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.teacher import TopTeacher
+from sparsekit.stages.trainchecks import require_memory
 from sparsekit.stages.training import input_norms, other_parameters, require_plain_head
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.sparseweight import Rule, SparseWeight

@@ -21,7 +21,7 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import Silent
 from sparsekit.stages import recover as stage
-from sparsekit.stages import recovery, training, trainstate
+from sparsekit.stages import trainchecks, training, trainstate
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import verify
@@ -440,7 +440,7 @@ def test_a_pass_that_does_not_fit_says_what_to_halve(
 
 
 def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(trainchecks, "available_memory", lambda: 100_000)
     with pytest.raises(DataError, match=r"needs 0\.0 GB .*and the teacher.*--share 0"):
         recover(SHORT, str(pruned), tmp_path / "out")
 

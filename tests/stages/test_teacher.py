@@ -13,7 +13,7 @@ import sparsekit
 from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import SILENT, Silent
-from sparsekit.stages import recovery, student, teacher
+from sparsekit.stages import student, teacher, trainchecks
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import LOG, recover
 from sparsekit.stages.recovery import prepare
@@ -270,8 +270,8 @@ def test_memory_for_the_teacher_is_asked_for_only_where_it_is_needed(
 ):
     enough = recover(config, str(pruned), tmp_path / "first")
     assert enough is not None
-    model = recovery._float32_bytes(Checkpoint.open(pruned))
-    monkeypatch.setattr(recovery, "available_memory", lambda: 4 * model + model // 2)
+    model = trainchecks._float32_bytes(Checkpoint.open(pruned))
+    monkeypatch.setattr(trainchecks, "available_memory", lambda: 4 * model + model // 2)
     recover(config, str(pruned), tmp_path / "second")
     files(tmp_path / "cache")["3.safetensors"].unlink()
     with pytest.raises(DataError, match="and the teacher"):
