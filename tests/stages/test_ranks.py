@@ -9,13 +9,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch import nn
 
-from sparsekit.errors import UsageError
+from sparsekit.errors import NumericalError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import LOG, PROGRESS, recover
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainstate import POINTER
+from sparsekit.tensors.maskedadam import MaskedAdam, Settings
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 # This starts processes as torchrun does, on CPUs too; with --cpu accelerate would want MPI.
 LAUNCH = (
@@ -124,6 +129,25 @@ def test_batches_that_cannot_be_shared_are_refused_by_all_processes(pruned, tmp_
     assert done.returncode != 0
     assert "--accumulate 1 cannot be shared by 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def compare_masks(rank, folder):
+    """One of two processes: the same masks pass, and one of the same sums does not."""
+    meet = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    values = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    weight = SparseWeight.of(nn.Parameter(values), Pattern.parse("2:4"), rule=Rule())
+    adam, ranks = MaskedAdam({"w": weight}, {}, Rule(), Settings()), Ranks(rank=rank, size=2)
+    ranks.require_same(adam.fingerprint(), "masks")
+    weight.mask = weight.mask.roll(rank, 0)
+    with pytest.raises(NumericalError, match="process 1 has other masks than process 0"):
+        ranks.require_same(adam.fingerprint(), "masks")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_whose_masks_differ_are_refused(tmp_path):
+    """D3: not by a sum, which all masks of a pattern share."""
+    torch.multiprocessing.spawn(compare_masks, (tmp_path,), nprocs=2)
 
 
 def test_each_process_has_every_second_part():
