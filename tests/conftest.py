@@ -155,7 +155,7 @@ def spawn(start) -> Callable[..., SimpleNamespace]:
 
     def run(*args: object, **options) -> SimpleNamespace:
         process = start(*args, **options)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
         return SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)
 
     return run
