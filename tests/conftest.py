@@ -128,14 +128,17 @@ def cli() -> Callable[..., SimpleNamespace]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `sparsekit` as a process of its own, with pipes; kills it when the test ends."""
+    """Starts `sparsekit` as a process of its own, with pipes; kills it when the test ends.
+
+    `program` are the arguments of Python that take the place of `-m sparsekit`.
+    """
     started = []
 
-    def popen(*args: object, **options) -> subprocess.Popen:
+    def popen(*args: object, program=("-m", "sparsekit"), **options) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         pipe = subprocess.PIPE
         plain = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, "text": True}
-        command = [sys.executable, "-m", "sparsekit", *(str(arg) for arg in args)]
+        command = [sys.executable, *program, *(str(arg) for arg in args)]
         started.append(subprocess.Popen(command, **{**plain, "env": environment, **options}))
         return started[-1]
 
@@ -152,7 +155,7 @@ def spawn(start) -> Callable[..., SimpleNamespace]:
 
     def run(*args: object, **options) -> SimpleNamespace:
         process = start(*args, **options)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
         return SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)
 
     return run

@@ -86,8 +86,10 @@ class Ranks:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (self.size,))
+        # A block that stays whole after a forward pass goes on to compute with what it was then:
+        # an evaluation changes weights and brings them back, and no backward pass follows it.
         for block in blocks:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
     def of_main(self, value: T) -> T:
         """The value that the main process has."""

@@ -1,4 +1,4 @@
-"""The rules of AST and CAST against the formulas of the specification (A4-A6, C1-C5, C14)."""
+"""The rules of AST and CAST against the formulas of the specification (A4-A6, C1-C6, C14)."""
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ def test_without_gradients_kept_entries_stay_and_the_others_go_toward_zero(rule)
         weight.parameter.grad = torch.zeros(4, 8)
         mine.step(1e-3, step / 10)
         moved = weight.weight - before
+        assert int((moved != 0).sum()) == 16  # D1: half of the entries, in every step
         assert torch.equal(weight.weight[weight.mask], before[weight.mask])
         assert (moved * before.sign() < 0)[~weight.mask].all()
 
@@ -98,6 +99,22 @@ def test_first_step_of_cast_does_not_know_the_mask():
         one.parameter.grad = gradient(0)
         optimizer.step(1e-2, 0.0)
     assert torch.equal(weight.weight, free.weight)
+
+
+@pytest.mark.parametrize("spans", [0, 2])
+def test_cast_computes_with_all_entries_whatever_the_mask_is(spans):
+    """C6, through all that may write the parameter: the start, a step at rate 0, a selection."""
+    plain = nn.Parameter(gradient(1))
+    dense = plain.detach().clone()
+    weight = SparseWeight.of(plain, TWO_OF_FOUR, rule=Continuous(1e-2), spans=spans)
+    mine = MaskedAdam({"w": weight}, {}, Continuous(1e-2), SETTINGS)
+    assert torch.equal(plain, dense)
+    weight.mask = ~weight.mask
+    plain.grad = gradient(0)
+    mine.step(0.0, 0.5)
+    assert torch.equal(plain, dense)
+    assert mine.refresh() == 32
+    assert torch.equal(plain, dense)
 
 
 def test_three_steps_of_cast_are_those_of_the_formulas():

@@ -61,6 +61,8 @@ def test_without_decay_the_same_run_leaves_them():
     found = trained(0, 0.0)
     assert found["ratio"] > 0.2
     assert found["changed"] > 0.2
+    assert found["largest"] > 0.1
+    assert found["kept"] < 0.9
 
 
 def test_a_cosine_that_ends_above_zero_leaves_more():

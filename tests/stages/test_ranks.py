@@ -5,17 +5,23 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch import nn
 
-from sparsekit.errors import UsageError
+from sparsekit.errors import NumericalError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import LOG, PROGRESS, recover
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainstate import POINTER
+from sparsekit.tensors.maskedadam import MaskedAdam, Settings
+from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 # This starts processes as torchrun does, on CPUs too; with --cpu accelerate would want MPI.
 LAUNCH = (
@@ -24,6 +30,10 @@ LAUNCH = (
 )
 WHOLE = ("--multi_gpu",)
 SHARDED = ("--use_fsdp", "--fsdp_version", "2")
+# One step takes 64 tokens.
+STEP = {"batch": 2, "length": 16, "accumulate": 2, "lr": 1e-3}
+# By method the tokens and the options: AST takes 20 steps, and CAST settles in 40.
+RUNS = {"ast": (1280, {}), "cast": (2560, {"decay": "1e-2"})}
 
 
 def launched(way, *arguments, stop_after=None):
@@ -55,17 +65,18 @@ def logged(folder):
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("way", "method"), [(WHOLE, "ast"), (SHARDED, "ast")])
+@pytest.mark.parametrize("method", ["ast", "cast"])
+@pytest.mark.parametrize("way", [WHOLE, SHARDED], ids=["whole", "sharded"])
 def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path, way, method):
-    """D3, and the same sums: half the batches each, a step for all."""
-    config = RecoverConfig(
-        method=method, tokens=1280, batch=2, length=16, accumulate=2, lr=1e-3, eval_every=10
-    )
-    one = recover(config, str(pruned), tmp_path / "one").out
+    """D3, and the same sums: half the batches each, a step for all; evaluations change nothing."""
+    tokens, options = RUNS[method]
+    config = RecoverConfig(method=method, options=options, tokens=tokens, **STEP)
+    one = recover(replace(config, eval_every=10), str(pruned), tmp_path / "one").out
     done = launched(
-        *(way, pruned, "-o", tmp_path / "two", "--method", method, "--tokens", 1280, "--batch", 2),
-        *("--length", 16, "--accumulate", 2, "--lr", 1e-3, "--eval-every", 10),
-        *("--save-every", 7),
+        *(way, pruned, "-o", tmp_path / "two", "--method", method, "--tokens", tokens),
+        *(word for key, value in options.items() for word in ("-O", f"{key}={value}")),
+        *(word for key, value in STEP.items() for word in (f"--{key}", value)),
+        *("--eval-every", 10, "--save-every", 7),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "two")
@@ -83,6 +94,8 @@ def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path
         assert (first - second).abs().max() < 1e-2, name
     entries = [checkpoint.provenance()["history"][-1] for checkpoint in both]
     assert [entry["processes"] for entry in entries] == [1, 2]
+    moved = [entry["finished"].get("moved", 0.0) for entry in entries]
+    assert moved[1] == pytest.approx(moved[0], rel=0.01)
     flipped = [[row["flipped"] for row in entry["weights"]] for entry in entries]
     assert flipped[0] == flipped[1]
     assert not [file.name for file in (tmp_path / "two").iterdir() if file.name.startswith(".")]
@@ -147,6 +160,25 @@ def test_batches_that_cannot_be_shared_are_refused_by_all_processes(pruned, tmp_
     assert done.returncode != 0
     assert "--accumulate 1 cannot be shared by 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def compare_masks(rank, folder):
+    """One of two processes: the same masks pass, and one of the same sums does not."""
+    meet = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    values = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    weight = SparseWeight.of(nn.Parameter(values), Pattern.parse("2:4"), rule=Rule())
+    adam, ranks = MaskedAdam({"w": weight}, {}, Rule(), Settings()), Ranks(rank=rank, size=2)
+    ranks.require_same(adam.fingerprint(), "masks")
+    weight.mask = weight.mask.roll(rank, 0)
+    with pytest.raises(NumericalError, match="process 1 has other masks than process 0"):
+        ranks.require_same(adam.fingerprint(), "masks")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_whose_masks_differ_are_refused(tmp_path):
+    """D3: not by a sum, which all masks of a pattern share."""
+    torch.multiprocessing.spawn(compare_masks, (tmp_path,), nprocs=2)
 
 
 def test_each_process_has_every_second_part():

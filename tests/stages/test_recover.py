@@ -28,6 +28,8 @@ from sparsekit.stages.inspect import verify
 from sparsekit.stages.prune import prune
 from sparsekit.stages.recover import LOG, recover
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.stages.training import hidden_states
+from sparsekit.tensors.factored import unpack_bits
 from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.patterns import Pattern
 
@@ -161,6 +163,29 @@ def test_families_are_trained_and_load_again(family, row_file, tmp_path, name):
     _, report = AutoModelForCausalLM.from_pretrained(found.out, output_loading_info=True)
     assert not report["missing_keys"]
     assert Checkpoint.open(found.out).layout == Checkpoint.open(sparse).layout
+
+
+@pytest.mark.parametrize("method", ["fixed", "ast", "cast"])
+def test_what_is_on_disk_computes_what_the_trained_model_did(
+    family, row_file, rows, tmp_path, method, monkeypatch
+):
+    """A10 and C10, to the bit: the removal of what is hidden, and the way to a float32 disk."""
+    unsettled(monkeypatch)
+    states, finish = [], stage._finish
+
+    def spy(trained):
+        states.append(hidden_states(trained.student, rows))
+        found = finish(trained)
+        states.append(hidden_states(trained.student, rows))
+        return found
+
+    monkeypatch.setattr(stage, "_finish", spy)
+    options = {"decay": "1e-2"} if method == "cast" else {}
+    config = replace(SHORT, method=method, options=options, data=str(row_file), lr=4e-2)
+    out = recover(config, str(family("llama_tied")), tmp_path / "out").out
+    before, after = states
+    assert torch.equal(before, after) == (method != "cast")
+    assert torch.equal(hidden_states(sparsekit.load(out), rows), after)
 
 
 @pytest.mark.parametrize("method", ["fixed", "ast"])
@@ -309,8 +334,50 @@ def test_selections_come_every_tenth_step_and_at_the_end(pruned, tmp_path):
     assert {row["step"] for row in log if row["flips"]} == {1, 11, 21, 25}
 
 
-def test_decay_sees_the_share_of_the_steps_that_are_done(pruned, tmp_path, monkeypatch):
-    """A5, C1 and C2 in the loop: 0 at the first step, never 1."""
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("fixed", []), ("ast", [1, 11, 12, 12]), ("cast", [0, 10, 12])],
+)
+def test_masks_are_selected_in_the_loop_and_once_at_the_end(
+    family, tmp_path, monkeypatch, method, steps
+):
+    """A mask is as old as its step: after it with a mask in the forward pass, before it without."""
+    unsettled(monkeypatch)
+    seen, refresh = [], MaskedAdam.refresh
+
+    def spy(self):
+        seen.append(self.steps)
+        return refresh(self)
+
+    monkeypatch.setattr(MaskedAdam, "refresh", spy)
+    options = {"decay": "1e-2"} if method == "cast" else {}
+    config = replace(SHORT, method=method, options=options, lr=4e-2)
+    recover(config, str(family("llama")), tmp_path / "out")
+    assert seen == steps
+
+
+@pytest.mark.parametrize("method", ["ast", "cast"])
+def test_masks_after_a_selection_are_those_of_the_weights(family, tmp_path, method):
+    """D2, from the saved state: before the selection they were others."""
+    config = replace(CAST, method=method, lr=1e-3, schedule="constant", save_every=1)
+    agreed = {}
+    for step, more in ((10, 10), (11, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            recover(config, str(family("llama")), tmp_path / "out", progress=StopsAt(more))
+        state = load_file(tmp_path / f"out.partial/.sparsekit-state-{step}-0.saved")
+        same = []
+        for name in [key.removesuffix(".mask") for key in state if key.endswith(".mask")]:
+            weight = state[f"{name}.weight"]
+            mask = unpack_bits(state[f"{name}.mask"], weight.shape[1]).bool()
+            same.append((mask == Pattern.parse("2:4").mask(weight.abs())).flatten())
+        agreed[step] = torch.cat(same).float().mean().item()
+    assert agreed[10] < 0.96
+    assert agreed[11] > 0.995
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_decay_sees_the_share_of_the_steps_that_are_done(pruned, tmp_path, monkeypatch, accumulate):
+    """A5, C1 and C2 in the loop: 0 at the first step, never 1; steps count, not batches."""
     seen = []
     step = MaskedAdam.step
 
@@ -319,7 +386,8 @@ def test_decay_sees_the_share_of_the_steps_that_are_done(pruned, tmp_path, monke
         return step(self, rate, done)
 
     monkeypatch.setattr(MaskedAdam, "step", spy)
-    recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "out")
+    config = replace(SHORT, method="fixed", accumulate=accumulate, tokens=384 * accumulate)
+    recover(config, str(pruned), tmp_path / "out")
     assert seen == [n / 12 for n in range(12)]
 
 
@@ -342,6 +410,9 @@ def test_a_full_disk_during_a_save_is_told_and_keeps_the_state(pruned, tmp_path,
         {"length": 8, "batch": 4},
         {"options": {"decay": "1e-3"}},
         {"temperature": 2.0},
+        {"share": 0.1},
+        {"accumulate": 2, "batch": 1},
+        {"pattern": "1:4"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -351,6 +422,33 @@ def test_an_interrupted_run_with_other_settings_is_refused(pruned, tmp_path, cha
         recover(SHORT, str(pruned), tmp_path / "out", progress=StopsAt(3))
     with pytest.raises(UsageError, match=f"another .*{next(iter(change))}"):
         recover(replace(SHORT, **change), str(pruned), tmp_path / "out")
+
+
+def test_an_interrupted_run_with_other_text_in_the_same_file_is_refused(pruned, rows, tmp_path):
+    """R2."""
+    file = tmp_path / "rows.safetensors"
+    config = replace(SHORT, data=str(file))
+    save_file({"tokens": rows}, file)
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "out", progress=StopsAt(3))
+    save_file({"tokens": rows.flip(1)}, file)
+    with pytest.raises(UsageError, match="another data"):
+        recover(config, str(pruned), tmp_path / "out")
+
+
+def test_an_interrupted_run_with_another_teacher_is_refused(pruned, copy_of, tmp_path):
+    """R2, also where the teacher's folder is the same."""
+    teacher = copy_of("llama")
+    config = replace(SHORT, teacher=str(teacher))
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "out", progress=StopsAt(3))
+
+    def change(tensors):
+        tensors["model.norm.weight"] += 1
+
+    damaged(teacher, change)
+    with pytest.raises(UsageError, match="another teacher"):
+        recover(config, str(pruned), tmp_path / "out")
 
 
 def test_accumulated_batches_are_one_large_batch(family, tmp_path):

@@ -97,12 +97,26 @@ def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient(cas
         assert not gradient.any()
 
 
+class Shifting(nn.Module):
+    """A head that adds the last hidden state to all logits of its position."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden):
+        return self.head(hidden[:, :-1]) + hidden[:, -1:]
+
+
 def test_divergence_is_positive_and_a_constant_for_a_position_changes_nothing(case):
     head, hidden, teacher, labels = case
     found = ours(head, hidden, teacher, labels, 1.0, 1.0)[1]
-    shifted = teacher + torch.linspace(-3, 3, TOKENS)[:, None]
+    shift = torch.linspace(-3, 3, TOKENS)[:, None]
     assert found > 0
-    torch.testing.assert_close(ours(head, hidden, shifted, labels, 1.0, 1.0)[1], found)
+    shifted = ours(head, hidden, teacher + shift, labels, 1.0, 1.0)[1]
+    torch.testing.assert_close(shifted, found)
+    shifted = ours(Shifting(head), torch.cat([hidden, shift], 1), teacher, labels, 1.0, 1.0)[1]
+    torch.testing.assert_close(shifted, found)
 
 
 def test_positions_without_a_label_count_in_neither_term(case):
@@ -113,6 +127,19 @@ def test_positions_without_a_label_count_in_neither_term(case):
     goal = torch.where(ignored[:, None], -teacher, teacher)
     assert ours(head, others, goal, labels, 0.5, 1.0) == found
     assert not gradients(ours, head, hidden, teacher, labels, 0.5, 1.0)[0][ignored].any()
+
+
+def test_a_position_that_loses_its_label_leaves_both_terms(case):
+    """K3: what is left is the loss of the other positions, and another than before."""
+    head, hidden, teacher, labels = case
+    before = ours(head, hidden, teacher, labels, 0.5, 2.0)
+    changed = labels.clone()
+    changed[5:8] = IGNORED
+    found = ours(head, hidden, teacher, changed, 0.5, 2.0)
+    rest = torch.arange(TOKENS).ne(torch.arange(5, 8)[:, None]).all(0)
+    alone = ours(head, hidden[rest], teacher[rest], labels[rest], 0.5, 2.0)
+    torch.testing.assert_close(torch.stack(found), torch.stack(alone))
+    assert all(abs(one - other) > 1e-3 for one, other in zip(found, before, strict=True))
 
 
 def test_no_chunk_holds_more_logits_than_it_may(case):

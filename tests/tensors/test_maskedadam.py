@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import best_of_group
 from torch import nn
 
 from sparsekit.errors import NumericalError
@@ -147,6 +148,22 @@ def test_a_transposed_parameter_has_its_groups_along_the_inputs():
     assert torch.equal(plain.data.T, weight.weight * weight.mask)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_masks_are_the_best_choice_of_every_group_at_the_start_and_anew(transposed):
+    """A1 and D2: sizes decide, not signs; a selection forgets the mask before it."""
+    plain = parameter(8, 4) if transposed else parameter(4, 8)
+    inputs = torch.linspace(0.2, 2.0, 8)
+    weight = SparseWeight.of(
+        plain, TWO_OF_FOUR, rule=Hiding(), transposed=transposed, inputs=inputs
+    )
+    start = parameter(*plain.shape).data
+    start = start.T if transposed else start
+    assert torch.equal(weight.mask, best_of_group(start.abs() * inputs, 2, 4))
+    weight.weight.copy_(parameter(4, 8, seed=5).data)
+    weight.refresh()
+    assert torch.equal(weight.mask, best_of_group(weight.weight.abs() * inputs, 2, 4))
+
+
 def test_flips_are_counted_as_the_entries_that_changed_sides():
     """A9."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
@@ -175,7 +192,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(4, 4, dtype=torch.bool), torch.ones(4, 8)], ids=["shape", "type"]
+    "mask",
+    [
+        torch.ones(4, 4, dtype=torch.bool),
+        torch.ones(4, 8),
+        torch.ones(4, 8, dtype=torch.bool, device="meta"),
+    ],
+    ids=["shape", "type", "device"],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask):
     """D1."""
@@ -210,14 +233,17 @@ def run(steps, mine, weight):
     for step in range(mine.steps, steps):
         generator = torch.Generator().manual_seed(step)
         weight.parameter.grad = torch.randn(4, 8, generator=generator)
-        mine.step(1e-1, step / 8)
+        mine.step(3e-1, step / 8)
         if step % 2 == 0:
             mine.refresh()
 
 
 @pytest.mark.parametrize("spans", [0, 2])
 def test_a_saved_state_goes_on_to_the_same_bits(spans):
-    """R1 for the optimizer: also masks, which are stored and not selected anew."""
+    """R1 for the optimizer: also masks, which are stored and not selected anew.
+
+    The state is a step further than its mask, so that a selection would give another.
+    """
     rule = Free() if spans else Hiding()
 
     def fresh():
@@ -227,7 +253,8 @@ def test_a_saved_state_goes_on_to_the_same_bits(spans):
     whole, first = fresh()
     run(8, whole, first)
     half, second = fresh()
-    run(5, half, second)
+    run(6, half, second)
+    assert not torch.equal(second.mask, TWO_OF_FOUR.mask(second.weight.abs()))
     saved = {name: t.clone() for name, t in half.state().items()}
     later, third = fresh()
     later.load_state(saved, half.steps)
