@@ -7,7 +7,7 @@ import typer
 
 import sparsekit
 from sparsekit.cli import bench, show
-from sparsekit.cli.console import Terminal
+from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Allocate,
     BudgetText,
@@ -213,8 +213,7 @@ def recover(
     Example: sparsekit recover pruned -o recovered --tokens 100K
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    less = "a smaller --batch or --length takes less, and so does --share 0"
-    with terminal.working(resumable=True, takes_less=less) as progress:
+    with terminal.working(resumable=True, takes_less=SHORTER_ROWS) as progress:
         config = recover_config(
             method=method,
             data=data,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsekit.cli import show
-from sparsekit.cli.console import Terminal
+from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
     Device,
@@ -181,7 +181,7 @@ def bench_recover(
     Example: sparsekit bench recover demo
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working() as progress:
+    with terminal.working(takes_less=SHORTER_ROWS) as progress:
         config = RecoverConfig(
             method=method, tokens=batch * length, batch=batch, length=length, device=device
         )

@@ -22,6 +22,7 @@ from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
 FEWER_ROWS = "fewer --samples or a shorter --length take less"
+SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
 FILE_WIDTH = 160
 # Plain progress lines come no faster than this.

@@ -153,11 +153,14 @@ class TrainingRows:
         """Rows `first` to `first + number` of the endless order, `[number, length]` int64."""
         import torch
 
-        found = [
-            torch.as_tensor(self.stream[row * self.length : (row + 1) * self.length])
-            for row in self.numbers(first, number)
-        ]
-        return torch.stack(found).to(torch.int64)
+        return torch.stack([self.row(row) for row in self.numbers(first, number)])
+
+    def row(self, number: int) -> Tensor:
+        """One row of the stream, `[length]` int64."""
+        import torch
+
+        start = number * self.length
+        return torch.as_tensor(self.stream[start : start + self.length]).to(torch.int64)
 
 
 @lru_cache(maxsize=2)

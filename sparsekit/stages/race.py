@@ -38,8 +38,8 @@ def race(
 ) -> list[dict[str, Any]]:
     """Run Adam for so many iterations, then coordinate descent until its loss is as low.
 
-    Both begin with NoWag-P at 2:4 and minimise the published loss (diagonal proxy, inputs of the
-    dense model); the time of evaluating the loss after each sweep counts.
+    Both begin with NoWag-P at 2:4 and minimise the published loss on the inputs of the dense model;
+    the time of evaluating the loss after each sweep counts.
 
     Args:
         model: A folder, hub id or `demo`.

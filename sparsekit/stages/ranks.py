@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sparsekit.errors import NumericalError, UsageError
 
 T = TypeVar("T")
-# How long processes wait for one that tokenises, samples text or writes.
-PATIENCE = timedelta(days=1)
+# How long processes wait for one that tokenises, samples text or writes, and for one that is lost.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from sparsekit.memory import peak_memory
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.reference import title
+from sparsekit.models.whole import hidden_states
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.curve import draw
@@ -29,9 +30,15 @@ from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
 from sparsekit.stages.student import Student, load_teacher, top_teacher
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.training import Plan, Training, hidden_states, measure, sparsity_measure
+from sparsekit.stages.training import Plan, Training, measure, sparsity_measure
 from sparsekit.stages.trainplan import make_plan
-from sparsekit.stages.trainstate import POINTER, forget_states, load_state, save_state
+from sparsekit.stages.trainstate import (
+    POINTER,
+    SAVE_SECONDS,
+    forget_states,
+    load_state,
+    save_state,
+)
 from sparsekit.stages.trainwrite import write_tensors
 
 if TYPE_CHECKING:
@@ -42,8 +49,6 @@ LOG = "sparsekit-training.jsonl"
 CURVE = "sparsekit-training.png"
 # The log while it grows.
 PROGRESS = ".sparsekit-log.jsonl"
-# Seconds between two saved states, when no number of steps is given.
-SAVE_SECONDS = 600.0
 # Windows of an evaluation during training.
 EVAL_WINDOWS = 8
 # A model that computes with all entries is done when the last selection changes no more than this
@@ -98,7 +103,7 @@ def recover(
     ranks = Ranks.current(pick_device(config.device))
     ranks.parts(config.accumulate)
     progress = progress if ranks.main else SILENT
-    job = prepare(config, model, out, overwrite=overwrite, shards=ranks.shards, progress=progress)
+    job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
     rows = _rows(job, ranks, progress)
     config = replace(job.config, length=rows.length)  # which the model's maximum may have capped
     job = replace(job, config=config)
@@ -123,8 +128,7 @@ def recover(
             raise
         log = _train(training, job, windows, folder, progress)
         finished = _finish(training)
-        if not ranks.shards:
-            ranks.require_same(training.optimizer.fingerprint(), "masks")
+        _require_same_masks(training)
         weights = write_tensors(job, writer, student, training.optimizer)
         if writer is None:
             return None
@@ -281,8 +285,10 @@ def _train(
         progress.step("")
     saved = time.perf_counter()
     while not training.done:
-        row = training.step().to_json()
-        now = optimizer.steps
+        done = training.step()
+        row, now = done.to_json(), optimizer.steps
+        if done.sparsity is not None:
+            selected = f", {done.flips} flips, sparsity {done.sparsity:.4f}"
         if windows is not None and (now % config.eval_every == 0 or training.done):
             sparse, rule = optimizer.sparse, optimizer.rule
             row["perplexity"] = measure(training.student, sparse, rule, windows)
@@ -294,12 +300,9 @@ def _train(
                 file.write(json.dumps(row) + "\n")
         late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
         if training.done or (now % config.save_every == 0 if config.save_every else late):
-            if not ranks.shards:
-                ranks.require_same(optimizer.fingerprint(), "masks")
+            _require_same_masks(training)
             save_state(folder, optimizer, ranks)
             saved = time.perf_counter()
-        if training.refresh and "sparsity" in row:
-            selected = f", {row['flips']} flips, sparsity {row['sparsity']:.4f}"
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"
@@ -307,6 +310,12 @@ def _train(
         )
     progress.end()
     return log
+
+
+def _require_same_masks(training: Training) -> None:
+    """Refuse to go on when processes that all hold the whole model have come apart."""
+    if training.ranks.size > 1 and not training.ranks.shards:
+        training.ranks.require_same(training.optimizer.fingerprint(), "masks")
 
 
 def _windows(job: Recovery) -> Tensor | None:

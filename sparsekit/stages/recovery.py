@@ -22,6 +22,7 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
+from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
     refuse_cuts,
     refuse_misfits,
@@ -62,7 +63,8 @@ def prepare(
     out: Path,
     *,
     overwrite: bool = False,
-    shards: bool = False,
+    ranks: Ranks | None = None,
+    saves: bool = True,
     progress: Progress = SILENT,
 ) -> Recovery:
     """Check a configuration against a model, its teacher and an output folder.
@@ -72,7 +74,8 @@ def prepare(
         model: A folder, hub id or `demo`.
         out: The folder to make.
         overwrite: Whether it may replace an earlier output.
-        shards: Whether weights are cut by rows over several processes.
+        ranks: The processes that train together; None: this one.
+        saves: Whether room for saved states is needed too.
         progress: Told of downloads.
 
     Raises:
@@ -81,6 +84,7 @@ def prepare(
         StorageError: The disk has no room for the output.
     """
     config.check()
+    ranks = ranks or Ranks()
     refuse_output(out, overwrite=overwrite)
     source = Checkpoint.open(resolve(model, progress))
     refuse_source(out, source.path)
@@ -95,7 +99,7 @@ def prepare(
     refuse_foreign(out.with_name(out.name + ".partial"))
     device, notes = torch.device(pick_device(config.device)), []
     if config.method == AUTO:
-        config, why = chosen(config, source, device)
+        config, why = chosen(config, source, device, ranks)
         notes.append(why)
     recoverer = methods.load("recoverers", config.method, config.options)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
@@ -106,11 +110,12 @@ def prepare(
         raise DataError(f"{source.path} has no linear weight in its blocks to train")
     patterns = _patterns(config, source, targets, told)
     refuse_misfits(targets, patterns, recoverer, config)
-    if shards:
+    if ranks.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout, beside=state_bytes(source))
+        beside = state_bytes(source) if saves else 0
+        require_space(existing_parent(out), layout, beside)
     teacher_name = config.teacher or _parent(source) or model
     if teacher_name == model and config.share != 0 and _zeros(source, targets) > DENSE_ZEROS:
         raise DataError(

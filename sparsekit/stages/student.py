@@ -173,5 +173,6 @@ def top_teacher(
         positions = steps * config.batch * config.accumulate
         teacher.announce(positions, progress)
     if teacher.missing(positions):
-        require_memory(job.source, job.teacher, job.recoverer, job.device)
+        way_out = "run it first where there is more memory, with the same cache of rows"
+        require_memory(job.source, job.teacher, job.recoverer, job.device, way_out)
     return teacher

@@ -1,9 +1,10 @@
 """A teacher of whom the largest probabilities are kept on disk, so that a row is computed once.
 
 They lie in the user's cache, a file for each row of the text. The numbers of a file depend on the
-row, the teacher, `--teacher-top`, the temperature and the machine's way to compute, and on nothing
-else of a run: other seeds, methods and rates use them too. For this a row always passes through the
-teacher alone, not in its batch, where its last bits would depend on the rows beside it.
+tokens of the row, the teacher, `--teacher-top`, the temperature and the machine's way to compute,
+and on nothing else of a run: other seeds, methods, rates and numbers of tokens use them too. With
+`--max-time` all steps are planned as if each row were computed. For this a row always passes
+through the teacher alone, not in its batch, where its last bits would depend on the rows beside it.
 
 Numbers are kept as they were computed, in float32: half of a file are token ids, so that float16
 would save a quarter, and 1 − Σ p would lose its meaning.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsekit.errors import DataError, StorageError
+from sparsekit.errors import DataError, NumericalError, StorageError
 from sparsekit.files import (
     CACHED,
     cache_dir,
@@ -74,8 +75,6 @@ class TopTeacher:
             "numerics": NUMERICS,
             "teacher": job.teacher.fingerprint,
             "config": sha256_json({k: v for k, v in config.items() if k != "_name_or_path"}),
-            "rows": rows.fingerprint,
-            "length": rows.length,
             "count": job.config.teacher_top,
             "temperature": float(job.config.temperature),
             "versions": [version(name) for name in ("torch", "transformers")],
@@ -85,7 +84,7 @@ class TopTeacher:
         return cls(
             folder=cache_dir() / "teachers" / sha256_json(key),
             rows=rows,
-            count=job.config.teacher_top or 0,
+            count=job.config.teacher_top,
             temperature=job.config.temperature,
             load=load,
         )
@@ -141,6 +140,7 @@ class TopTeacher:
 
         Raises:
             DataError: A file is damaged.
+            NumericalError: What the teacher gives is not finite.
             StorageError: A row that was computed could not be written.
         """
         found = [self._row(*row) for row in zip(numbers, tokens, strict=True)]
@@ -152,7 +152,8 @@ class TopTeacher:
         return self.rows.length * self.count * ENTRY_BYTES
 
     def _file(self, number: int) -> Path:
-        return self.folder / f"{number}.safetensors"
+        ids = self.rows.row(number).numpy().tobytes()
+        return self.folder / f"{hashlib.sha256(ids).hexdigest()}.safetensors"
 
     def _row(self, number: int, tokens: Tensor) -> Top:
         """One row, on the CPU; written at once when it is not on disk."""
@@ -160,6 +161,11 @@ class TopTeacher:
         if self.reads and file.is_file():
             return _read(file)
         found = self._computed(tokens)
+        if not found.log_probabilities.isfinite().all():
+            raise NumericalError(
+                f"the teacher's probabilities of row {number} are not finite",
+                "name another dense model with --teacher, or leave out this text",
+            )
         with storage_errors(file, CACHED):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, _packed(found), CACHED)

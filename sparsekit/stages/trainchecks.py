@@ -58,7 +58,10 @@ def refuse_misfits(
                 "-O spans=0 trains without scales",
             )
         if width and columns % width:
-            raise UsageError(f"{target.name}: --slorb {width} does not divide {columns} inputs")
+            raise UsageError(
+                f"{target.name}: --slorb {width} does not divide {columns} inputs",
+                "16 divides those of most models",
+            )
 
 
 def refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverConfig) -> None:
@@ -120,7 +123,11 @@ def refuse_more_than_the_vocabulary(config: RecoverConfig, teacher: Checkpoint) 
 
 
 def require_memory(
-    source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer, device: torch.device
+    source: Checkpoint,
+    teacher: Checkpoint | None,
+    recoverer: Recoverer,
+    device: torch.device,
+    way_out: str = "",
 ) -> None:
     """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.
 
@@ -141,7 +148,8 @@ def require_memory(
         raise DataError(
             f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told} in float32, "
             f"besides the activations; {free / 1e9:.1f} GB are available",
-            "shard it over several processes (accelerate launch --use_fsdp --fsdp_version 2)"
+            way_out
+            or "shard it over several processes (accelerate launch --use_fsdp --fsdp_version 2)"
             + (", or leave out the teacher with --share 0" if teacher else ""),
         )
 

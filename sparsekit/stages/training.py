@@ -111,7 +111,7 @@ class Training:
         """Take the next step.
 
         Raises:
-            NumericalError: The loss or a gradient is NaN or Inf; nothing was changed.
+            NumericalError: The loss or a gradient is NaN or Inf; no weight was changed.
         """
         started = time.perf_counter()
         optimizer, plan = self.optimizer, self.plan
@@ -123,13 +123,17 @@ class Training:
         flips = optimizer.refresh() if selects and not hides else 0
         total, divergence, entropy, kept = self.gradients(step)
         if not math.isfinite(total):
-            raise NumericalError(f"step {step + 1}: the loss is {total}")
+            raise NumericalError(
+                f"step {step + 1}: the loss is {total}",
+                "the last saved state is kept; a smaller --lr may do",
+            )
         try:
             norm = optimizer.step(rate, step / plan.steps)
         except NumericalError as error:
             raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
         if selects and hides:
             flips = optimizer.refresh()
+        sparsity = sparsity_measure(optimizer) if selects else None
         return StepRow(
             step=optimizer.steps,
             tokens=optimizer.steps * self.config.step_tokens,
@@ -140,7 +144,7 @@ class Training:
             norm=norm,
             flips=flips,
             seconds=time.perf_counter() - started,
-            sparsity=sparsity_measure(optimizer) if selects else None,
+            sparsity=sparsity,
             kept_mass=kept if isinstance(self.teacher, TopTeacher) else None,
         )
 

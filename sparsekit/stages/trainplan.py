@@ -15,14 +15,15 @@ from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.student import PROBED, Student
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig, Schedule, rate_at
-from sparsekit.stages.training import Plan, Training, measure
+from sparsekit.stages.training import Plan, Training, measure, sparsity_measure
+from sparsekit.stages.trainstate import SAVE_SECONDS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 # Share of the time that is planned for; seconds that starting to write and reading back take; and
-# bytes a second that any disk writes.
+# bytes a second that a disk is taken to write.
 PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
 
 
@@ -77,18 +78,22 @@ def make_plan(
         progress.end()
         gradient = optimizer.masked_mean()
         if config.max_time is not None:
-            state = sum(tensor.nbytes for tensor in optimizer.state().values())
+            saving = sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
+            step = median(seconds)
+            if recoverer.refresh:  # at rate 0 it changes nothing
+                begun = time.perf_counter()
+                optimizer.refresh()
+                sparsity_measure(optimizer)
+                step += (time.perf_counter() - begun) / recoverer.refresh
             left = config.max_time - (time.perf_counter() - started)
-            steps = ranks.of_main(
-                steps_within(config, left, median(seconds), evaluation, state / WRITTEN)
-            )
+            steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
             if steps < 1:
                 raise UsageError(
-                    f"--max-time: one step takes {median(seconds):.1f} s, {left:.0f} s are left, "
-                    "also for writing",
+                    f"--max-time: one step takes {step:.1f} s, {left:.0f} s are left, and about "
+                    f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",
                     "give it more time, or a smaller --batch, --length or --accumulate",
                 )
-            progress.note(f"{steps} steps of {median(seconds):.2f} s in the time that is left")
+            progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
         del optimizer, trial  # before the one that trains takes as much memory
     decay = recoverer.decay_of(student.scale(gradient))
     plan = Plan(
@@ -121,9 +126,13 @@ def steps_within(
         evaluation: Seconds of an evaluation.
         saving: Seconds of a saved state, one of which comes last, and of the output at most.
     """
+    left -= CLOSING + 2 * saving + evaluation  # the last ones, and the output
     step += evaluation / config.eval_every if config.eval_every else 0.0
-    step += saving / config.save_every if config.save_every else 0.0
-    return math.floor(PLANNED * (left - CLOSING - 2 * saving) / step)
+    if config.save_every:
+        step += saving / config.save_every
+    else:
+        left *= SAVE_SECONDS / (SAVE_SECONDS + saving)
+    return math.floor(PLANNED * left / step)
 
 
 def _require_budget(
@@ -141,11 +150,12 @@ def _require_budget(
         f"on average, the largest 99th percentile of a weight is {high:.4g}"
     )
     if distance < 1.5 * mean:
+        length = "--tokens" if config.tokens is not None else "--max-time"
+        more = f"{1.5 * mean / distance:.1f} times the" if distance else "a longer"
         raise UsageError(
             f"in {plan.steps} steps the decay moves a weight by {distance:.4g}, those off the mask "
             f"measure {mean:.4g} on average",
-            f"{1.5 * mean / max(distance, 1e-12):.1f} times the --tokens or --lr would do, or "
-            "start from a pruned model, or take --method ast",
+            f"{more} {length} or --lr would do, or start from a pruned model, or take --method ast",
         )
 
 

@@ -45,7 +45,7 @@ def bench_recover(
     if steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare(config, model, Path(folder) / "out", progress=progress)
+        job = prepare(config, model, Path(folder) / "out", saves=False, progress=progress)
     config = job.config
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss

@@ -12,6 +12,8 @@ from sparsekit.files import fsync_path, read_json, storage_errors, write_json
 from sparsekit.stages.ranks import Ranks
 from sparsekit.tensors.maskedadam import MaskedAdam
 
+# Seconds between two saved states, when no number of steps is given.
+SAVE_SECONDS = 600.0
 # Says which state is whole.
 POINTER = ".sparsekit-state.json"
 STATES = ".sparsekit-state-*.saved"

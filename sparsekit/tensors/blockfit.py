@@ -245,7 +245,7 @@ def _choose(
     return values.gather(2, best)[:, :, 0]
 
 
-def _solve(normal: Tensor, wanted: Tensor, last: Tensor | float = 0.0) -> Tensor:
+def _solve(normal: Tensor, wanted: Tensor, last: Tensor) -> Tensor:
     """X with `normal` X = `wanted`, held at `last` where `normal` says nothing; batched."""
     size = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(SMALLEST)
     hold = (PROXIMAL * size)[..., None, None]

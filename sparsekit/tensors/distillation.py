@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits of a chunk of tokens take about this much, the student's and the teacher's each.
+# Logits of a chunk of tokens take about this much, the student's and the teacher's each; on a GPU
+# three or four more such tensors come and go.
 CHUNK_BYTES = 48 << 20
 # Entries of a piece of a chunk that is gone over several times on a CPU.
 IN_CACHE = 1 << 19
@@ -110,7 +111,7 @@ def distil(
 
     Args:
         hidden: What enters the student's head.
-        head: The student's head.
+        head: The student's head: linear, as its output is overwritten by the gradient.
         head_parameters: Its parameters, which get gradients too.
         labels: The next tokens.
         teacher: Gives the teacher's logits `[chunk, vocabulary]` of a slice of positions, or the

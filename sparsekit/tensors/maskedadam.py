@@ -97,7 +97,10 @@ class MaskedAdam:
         gradients = self._gradients()
         norm = self._norm(gradients)
         if not norm < float("inf"):
-            raise NumericalError(f"the gradient's norm is {norm}")
+            raise NumericalError(
+                f"the gradient's norm is {norm}",
+                "the last saved state is kept; a smaller --lr may do",
+            )
         clip = self.settings.clip
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         self.steps += 1
@@ -158,10 +161,6 @@ class MaskedAdam:
             count += len(mean)
         total, count = self.total(total, count)
         return math.sqrt(total / max(1, count)) / (1 - self.settings.beta1**self.steps)
-
-    def off_mask(self) -> int:
-        """How many entries the masks leave out."""
-        return int(self.total(sum(int((~w.mask).sum()) for w in self.sparse.values()))[0])
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step depends on, by name; masks as packed bits."""
@@ -284,10 +283,10 @@ class MaskedAdam:
 
 
 def _parts(tensor: Tensor) -> list[slice | EllipsisType]:
-    """The rows of a tensor in pieces of about `IN_CACHE` entries."""
-    if tensor.ndim < 2:
+    """The rows of a tensor in pieces of about `IN_CACHE` entries; on a GPU in one."""
+    if tensor.ndim < 2 or tensor.is_cuda:
         return [...]
-    rows = max(1, IN_CACHE // tensor[0].numel())
+    rows = max(1, IN_CACHE // max(1, tensor.shape[1:].numel()))
     return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
 

@@ -15,13 +15,14 @@ from torch import nn
 
 from sparsekit.errors import NumericalError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.recoverers.fixed import Held
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import LOG, PROGRESS, recover
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainstate import POINTER
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sparseweight import Rule, SparseWeight
+from sparsekit.tensors.sparseweight import SparseWeight
 
 # This starts processes as torchrun does, on CPUs too; with --cpu accelerate would want MPI.
 LAUNCH = (
@@ -34,6 +35,10 @@ SHARDED = ("--use_fsdp", "--fsdp_version", "2")
 STEP = {"batch": 2, "length": 16, "accumulate": 2, "lr": 1e-3}
 # By method the tokens and the options: AST takes 20 steps, and CAST settles in 40.
 RUNS = {"ast": (1280, {}), "cast": (2560, {"decay": "1e-2"})}
+
+
+# What the log of two processes may differ in from that of one.
+LIMITS = {"loss": 1e-4, "norm": 1e-3, "flips": 0, "sparsity": 1e-5, "perplexity": 1e-3}
 
 
 def launched(way, *arguments, stop_after=None):
@@ -81,12 +86,9 @@ def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "two")
     for mine, theirs in zip(logged(one), logged(tmp_path / "two"), strict=True):
-        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
-        assert theirs["norm"] == pytest.approx(mine["norm"], rel=1e-3)
-        assert theirs["flips"] == mine["flips"]
-        if "sparsity" in mine:
-            assert theirs["sparsity"] == pytest.approx(mine["sparsity"], rel=1e-5)
-            assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-3)
+        assert theirs.keys() == mine.keys()
+        for name in LIMITS.keys() & mine.keys():
+            assert theirs[name] == pytest.approx(mine[name], rel=LIMITS[name]), name
     both = [Checkpoint.open(path) for path in (one, tmp_path / "two")]
     for name in both[0].places:
         first, second = (checkpoint.read([name])[name].float() for checkpoint in both)
@@ -167,8 +169,8 @@ def compare_masks(rank, folder):
     meet = f"file://{folder}/meet"
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     values = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    weight = SparseWeight.of(nn.Parameter(values), Pattern.parse("2:4"), rule=Rule())
-    adam, ranks = MaskedAdam({"w": weight}, {}, Rule(), Settings()), Ranks(rank=rank, size=2)
+    weight = SparseWeight.of(nn.Parameter(values), Pattern.parse("2:4"), rule=Held())
+    adam, ranks = MaskedAdam({"w": weight}, {}, Held(), Settings()), Ranks(rank=rank, size=2)
     ranks.require_same(adam.fingerprint(), "masks")
     weight.mask = weight.mask.roll(rank, 0)
     with pytest.raises(NumericalError, match="process 1 has other masks than process 0"):

@@ -1,5 +1,6 @@
 """The teacher's largest probabilities on disk: each row once, and never another bit of training."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import sparsekit
-from sparsekit.errors import DataError, StorageError, UsageError
+from sparsekit.errors import DataError, NumericalError, StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import SILENT, Silent
 from sparsekit.stages import student, teacher, trainchecks
@@ -89,6 +90,11 @@ def no_model(monkeypatch):
     return forbid
 
 
+def name_of(row):
+    """Of the file of a row, by its first 16 tokens."""
+    return hashlib.sha256(row[:16].to(torch.int64).numpy().tobytes()).hexdigest() + ".safetensors"
+
+
 def files(root):
     return {file.name: file for file in root.glob("teachers/*/*")}
 
@@ -98,18 +104,19 @@ def logged(folder):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_each_row_passes_through_the_teacher_once_and_alone(config, pruned, tmp_path, passes):
+def test_each_row_passes_through_the_teacher_once_and_alone(config, pruned, rows, tmp_path, passes):
     recover(config, str(pruned), tmp_path / "out")
     assert passes == [(1, 16)] * 5
-    assert sorted(files(tmp_path / "cache")) == [f"{n}.safetensors" for n in range(5)]
+    assert files(tmp_path / "cache").keys() == {name_of(row) for row in rows[:5]}
 
 
 def test_numbers_on_disk_are_those_of_the_teacher(config, pruned, family, rows, tmp_path):
     recover(config, str(pruned), tmp_path / "out")
     model = sparsekit.load(family("llama"), "float32")
-    for number, file in enumerate(sorted(files(tmp_path / "cache").values())):
+    for row in rows[:5]:
+        file = files(tmp_path / "cache")[name_of(row)]
         with torch.no_grad():
-            logits = model(input_ids=rows[number : number + 1, :16]).logits[0]
+            logits = model(input_ids=row[None, :16]).logits[0]
         values, ids = torch.log_softmax(logits, -1).topk(TOP)
         found = load_file(file)
         torch.testing.assert_close(found["log_probabilities"], values, rtol=1e-5, atol=1e-5)
@@ -223,23 +230,23 @@ def test_without_the_option_nothing_is_kept(config, pruned, tmp_path):
     assert not files(tmp_path / "cache")
 
 
-def test_a_file_that_is_too_short_is_refused_before_the_first_step(config, pruned, tmp_path):
+def test_a_file_that_is_too_short_is_refused_before_the_first_step(config, pruned, rows, tmp_path):
     recover(config, str(pruned), tmp_path / "first")
-    file = files(tmp_path / "cache")["3.safetensors"]
+    file = files(tmp_path / "cache")[name_of(rows[3])]
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"3\.safetensors is damaged: .*; delete it"):
+    with pytest.raises(DataError, match=r"safetensors is damaged: .*; delete it"):
         recover(config, str(pruned), tmp_path / "second")
     assert not (tmp_path / "second.partial").exists()
 
 
 def test_a_file_with_another_bit_is_refused_and_once_deleted_computed_again(
-    config, pruned, tmp_path
+    config, pruned, rows, tmp_path
 ):
     first = recover(config, str(pruned), tmp_path / "first").out
-    file = files(tmp_path / "cache")["3.safetensors"]
+    file = files(tmp_path / "cache")[name_of(rows[3])]
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataError, match=r"3\.safetensors is damaged: its numbers are not those"):
+    with pytest.raises(DataError, match=r"safetensors is damaged: its numbers are not those"):
         recover(config, str(pruned), tmp_path / "second")
     file.unlink()
     second = recover(config, str(pruned), tmp_path / "second").out
@@ -254,26 +261,26 @@ def test_a_disk_without_room_is_told_before_the_first_step(config, pruned, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_what_it_takes_is_told_before_the_first_step(config, pruned, tmp_path):
+def test_what_it_takes_is_told_before_the_first_step(config, pruned, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "SPARE_BYTES", 10**9 - 16 * TOP * 8)
     notes = Notes()
     recover(config, str(pruned), tmp_path / "first", progress=notes)
     (told,) = [note for note in notes.told if "largest" in note]
-    assert told.startswith(f"the teacher's {TOP} largest probabilities of each token: 0.00 GB in ")
-    files(tmp_path / "cache")["3.safetensors"].unlink()
+    assert told.startswith(f"the teacher's {TOP} largest probabilities of each token: 5.00 GB in ")
+    files(tmp_path / "cache")[name_of(rows[3])].unlink()
     notes = Notes()
     recover(config, str(pruned), tmp_path / "second", progress=notes)
     assert any("4 of 5 rows are there" in note for note in notes.told)
 
 
 def test_memory_for_the_teacher_is_asked_for_only_where_it_is_needed(
-    config, pruned, family, tmp_path, monkeypatch
+    config, pruned, family, rows, tmp_path, monkeypatch
 ):
-    enough = recover(config, str(pruned), tmp_path / "first")
-    assert enough is not None
-    model = trainchecks._float32_bytes(Checkpoint.open(pruned))
+    recover(config, str(pruned), tmp_path / "first")
+    model = sum(4 * math.prod(p.shape) for p in Checkpoint.open(pruned).places.values())
     monkeypatch.setattr(trainchecks, "available_memory", lambda: 4 * model + model // 2)
     recover(config, str(pruned), tmp_path / "second")
-    files(tmp_path / "cache")["3.safetensors"].unlink()
+    files(tmp_path / "cache")[name_of(rows[3])].unlink()
     with pytest.raises(DataError, match="and the teacher"):
         recover(config, str(pruned), tmp_path / "third")
 
@@ -320,8 +327,10 @@ def test_what_cannot_be_kept_is_refused(config, pruned, tmp_path, change, messag
 
 def test_shards_are_refused(config, pruned, tmp_path):
     with pytest.raises(UsageError, match="--teacher-top needs a whole teacher"):
-        prepare(config, str(pruned), tmp_path / "out", shards=True)
-    prepare(replace(config, teacher_top=None), str(pruned), tmp_path / "out", shards=True)
+        prepare(config, str(pruned), tmp_path / "out", ranks=Ranks(size=2, shards=True))
+    prepare(
+        replace(config, teacher_top=None), str(pruned), tmp_path / "out", ranks=Ranks(shards=True)
+    )
 
 
 @pytest.mark.parametrize("top", [None, 4])
@@ -330,3 +339,23 @@ def test_an_interrupted_run_with_another_number_is_refused(config, pruned, tmp_p
         recover(config, str(pruned), tmp_path / "out", progress=StopsAt(3))
     with pytest.raises(UsageError, match=r"another .*teacher_top"):
         recover(replace(config, teacher_top=top), str(pruned), tmp_path / "out")
+
+
+def test_a_longer_part_of_the_text_uses_the_rows_of_a_shorter_one(pruned, family, tmp_path, passes):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"number {n} comes before number {n + 1}. " for n in range(200)))
+    config = RecoverConfig(
+        method="fixed", data=str(text), length=16, batch=1, tokens=64, teacher_top=TOP
+    )
+    recover(config, str(pruned), tmp_path / "first")
+    assert len(passes) == 4
+    recover(replace(config, tokens=96), str(pruned), tmp_path / "second")
+    assert len(passes) == 6
+
+
+def test_a_teacher_that_is_not_finite_leaves_nothing_behind(config, pruned, tmp_path, monkeypatch):
+    real = teacher.hidden_states
+    monkeypatch.setattr(teacher, "hidden_states", lambda *args: real(*args) * math.nan)
+    with pytest.raises(NumericalError, match=r"probabilities of row .* are not finite"):
+        recover(config, str(pruned), tmp_path / "out")
+    assert not files(tmp_path / "cache")

@@ -15,8 +15,9 @@ TOKENS, HIDDEN, WORDS = 23, 8, 50
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one short: 4 tokens each."""
+    """Several chunks, the last one short: 4 tokens each, gone over by 3 at a time."""
     monkeypatch.setattr(distillation, "CHUNK_BYTES", 4 * 4 * WORDS)
+    monkeypatch.setattr(distillation, "IN_CACHE", 3 * WORDS)
 
 
 @pytest.fixture
