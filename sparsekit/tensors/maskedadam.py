@@ -17,7 +17,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ from sparsekit.errors import NumericalError
 from sparsekit.tensors.factored import pack_bits, unpack_bits
 from sparsekit.tensors.sparseweight import Rule, SparseWeight, is_sharded, local
 
-# Entries of a piece of a tensor that a step goes over several times.
-IN_CACHE = 1 << 17
 # Ends the name of a weight's scale.
 SCALE = ".scale"
 
@@ -262,32 +259,21 @@ class MaskedAdam:
         mask: Tensor | None = None,
         done: float = 0.0,
     ) -> None:
-        """One step of one tensor, so many rows at a time as stay in the processor's cache."""
+        """One step of one tensor."""
         beta1, beta2, rule = self.settings.beta1, self.settings.beta2, self.rule
-        whole_mean, whole_square = self._moments[name]
-        for part in _parts(weight):
-            values, slope = weight[part], gradient[part]
-            mean, square = whole_mean[part], whole_square[part]
-            if factor < 1:
-                slope.mul_(factor)
-            if mask is not None:
-                slope = rule.on_gradient(slope, values, mask[part], done)
-            if decay:
-                values.mul_(1 - rate * decay)
-            mean.lerp_(slope, 1 - beta1)
-            mixed = mean if mask is None else rule.mix(mean, values, mask[part], done)
-            squared = mixed if mask is not None and rule.squares_mix else slope
-            square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
-            size = (square / (1 - beta2**self.steps)).sqrt_().add_(self.settings.epsilon)
-            values.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
-
-
-def _parts(tensor: Tensor) -> list[slice | EllipsisType]:
-    """The rows of a tensor in pieces of about `IN_CACHE` entries; on a GPU in one."""
-    if tensor.ndim < 2 or tensor.is_cuda:
-        return [...]
-    rows = max(1, IN_CACHE // max(1, tensor.shape[1:].numel()))
-    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
+        mean, square = self._moments[name]
+        if factor < 1:
+            gradient.mul_(factor)
+        if mask is not None:
+            gradient = rule.on_gradient(gradient, weight, mask, done)
+        if decay:
+            weight.mul_(1 - rate * decay)
+        mean.lerp_(gradient, 1 - beta1)
+        mixed = mean if mask is None else rule.mix(mean, weight, mask, done)
+        squared = mixed if mask is not None and rule.squares_mix else gradient
+        square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
+        size = (square / (1 - beta2**self.steps)).sqrt_().add_(self.settings.epsilon)
+        weight.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
 
 
 def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,7 @@ from oracles import best_of_group
 from torch import nn
 
 from sparsekit.errors import NumericalError
-from sparsekit.recoverers.ast import Annealed
-from sparsekit.recoverers.cast import Continuous
 from sparsekit.recoverers.fixed import Held
-from sparsekit.tensors import maskedadam
 from sparsekit.tensors.factored import pack_bits, unpack_bits
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
@@ -279,26 +276,6 @@ def test_a_state_whose_second_moments_are_zero_or_that_does_not_fit_is_refused()
         mine.load_state({n: t for n, t in state.items() if n != "w.mean"}, 3)
     with pytest.raises(NumericalError, match="does not fit"):
         mine.load_state({**state, "w.square": torch.ones(2, 2)}, 3)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rule", [Annealed(0.1, 0.5, coupled=True), Continuous(0.1)])
-def test_pieces_of_a_step_make_the_whole_one(monkeypatch, rule, transposed):
-    """Pieces of two of seven rows; elementwise operations give the same bits but for the tails."""
-    found = []
-    for entries in (1 << 17, 2 * 32):
-        monkeypatch.setattr(maskedadam, "IN_CACHE", entries)
-        own = parameter(32, 7) if transposed else parameter(7, 32)
-        weight = SparseWeight.of(own, TWO_OF_FOUR, transposed=transposed, rule=rule, spans=2)
-        other = parameter(5, 32, seed=1)
-        adam = optimizer(weight, rule, {"o": other}, clip=0.5)
-        for step in range(3):
-            for p, seed in ((own, 7 + step), (other, 17 + step)):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
-            adam.step(1e-2, step / 3)
-        found.append({name: tensor.clone() for name, tensor in adam.state().items()})
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_a_weight_without_rows_here_takes_its_step():
