@@ -65,36 +65,17 @@ def make_plan(
     rate = config.lr or recoverer.rate_of(scale)
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
-        still = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
-        if isinstance(teacher, TopTeacher) and config.max_time is not None:
-            teacher = teacher.measured()
-        optimizer = student.optimizer(recoverer.rule(0.0))
-        trial = Training(student.model, teacher, optimizer, rows, config, still, 0, ranks)
-        progress.begin("measuring speed and gradients", PROBED)
-        seconds = []
-        for _ in range(PROBED):
-            seconds.append(trial.step().seconds)
-            progress.step("")
-        progress.end()
-        gradient = optimizer.masked_mean()
-        if config.max_time is not None:
-            saving = sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
-            step = median(seconds)
-            if recoverer.refresh:  # at rate 0 it changes nothing
-                begun = time.perf_counter()
-                optimizer.refresh()
-                sparsity_measure(optimizer)
-                step += (time.perf_counter() - begun) / recoverer.refresh
-            left = config.max_time - (time.perf_counter() - started)
-            steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
-            if steps < 1:
-                raise UsageError(
-                    f"--max-time: one step takes {step:.1f} s, {left:.0f} s are left, and about "
-                    f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",
-                    "give it more time, or a smaller --batch, --length or --accumulate",
-                )
-            progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
-        del optimizer, trial  # before the one that trains takes as much memory
+        step, saving, gradient = _probe(job, student, teacher, rows, share, ranks, progress)
+    if config.max_time is not None:
+        left = config.max_time - (time.perf_counter() - started)
+        steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
+        if steps < 1:
+            raise UsageError(
+                f"--max-time: one step takes {step:.1f} s, {left:.0f} s are left, and about "
+                f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",
+                "give it more time, or a smaller --batch, --length or --accumulate",
+            )
+        progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
     decay = recoverer.decay_of(student.scale(gradient))
     plan = Plan(
         steps=steps,
@@ -112,6 +93,43 @@ def make_plan(
     if recoverer.settles:
         _require_budget(config, student, plan, progress)
     return plan
+
+
+def _probe(
+    job: Recovery,
+    student: Student,
+    teacher: PreTrainedModel | TopTeacher | None,
+    rows: TrainingRows,
+    share: float,
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[float, float, float]:
+    """Take some steps that change nothing.
+
+    Returns:
+        Seconds of a step, its part of a selection included; seconds of a saved state; and the root
+        mean square of the averaged gradient off the masks.
+    """
+    recoverer = job.recoverer
+    plan = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
+    if isinstance(teacher, TopTeacher) and job.config.max_time is not None:
+        teacher = teacher.measured()
+    optimizer = student.optimizer(recoverer.rule(0.0))
+    trial = Training(student.model, teacher, optimizer, rows, job.config, plan, 0, ranks)
+    progress.begin("measuring speed and gradients", PROBED)
+    seconds = []
+    for _ in range(PROBED):
+        seconds.append(trial.step().seconds)
+        progress.step("")
+    progress.end()
+    step = median(seconds)
+    if recoverer.refresh:
+        begun = time.perf_counter()
+        optimizer.refresh()
+        sparsity_measure(optimizer)
+        step += (time.perf_counter() - begun) / recoverer.refresh
+    saving = sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
+    return step, saving, optimizer.masked_mean()
 
 
 def steps_within(
