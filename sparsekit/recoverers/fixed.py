@@ -2,13 +2,16 @@
 
 Source: the fixed-mask arm of AST's ablation (Huang et al., AAAI 2025, table of components); AdamW
 as in torch.
+Differs: the learning rate of small models is higher. SmolLM2-135M at 2:4 from SparseGPT (92.7 on
+eight windows of WikiText-2) is at 54.2 after 24 steps of 1024 tokens of C4 with 3e-4, and at 57.4
+with 1.5e-4.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsekit.recoverers import Recoverer, Scale
+from sparsekit.recoverers import Recoverer, Scale, by_size
 from sparsekit.tensors.sparseweight import Rule
 
 
@@ -19,6 +22,10 @@ class Fixed(Recoverer):
     def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""
         return Held()
+
+    def rate_of(self, scale: Scale) -> float:
+        """See `Recoverer.rate_of`."""
+        return by_size(scale.parameters, 3e-4, 5e-5, 2e-5)
 
     def decay_of(self, scale: Scale) -> float:
         """See `Recoverer.decay_of`."""
