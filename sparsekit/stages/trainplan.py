@@ -123,7 +123,7 @@ def _probe(
         progress.step("")
     progress.end()
     step = median(seconds)
-    if recoverer.refresh:
+    if recoverer.refresh and job.config.max_time is not None:
         begun = time.perf_counter()
         optimizer.refresh()
         sparsity_measure(optimizer)
