@@ -125,7 +125,8 @@ class BlockFit:
         reached = _columns(times_left(self.left, self.core), self.block)  # Q [K, out, b]
         normal = reached.mT @ reached
         wanted = reached.mT @ _columns(self._weight, self.block)
-        self.right = _solve(normal, wanted, self.right)
+        # Laid out as it is read again from disk, so that products have the same bits.
+        self.right = _solve(normal, wanted, self.right).contiguous()
 
     def fit_core(self) -> None:
         """The best support and values of every group of M inputs, one group of a block at a time.
