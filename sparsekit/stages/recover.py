@@ -139,11 +139,15 @@ def recover(
             "peak_memory_bytes": peak_memory(),
         }
         writer.commit(entry, recover_card(entry, title(model)))
-        # Only now: until the output stands, all that was trained must be found again.
-        forget_states(out)
-        for file in (PLAN, PROGRESS):
-            (out / file).unlink(missing_ok=True)
+        _forget(out)  # only now: until the output stands, all must be found again
     return RecoverReport(out=out, entry=entry)
+
+
+def _forget(out: Path) -> None:
+    """Remove from an output what only an interrupted run needs."""
+    forget_states(out)
+    for file in (PLAN, PROGRESS):
+        (out / file).unlink(missing_ok=True)
 
 
 def _entry(

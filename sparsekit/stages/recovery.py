@@ -86,16 +86,7 @@ def prepare(
     config.check()
     ranks = ranks or Ranks()
     refuse_output(out, overwrite=overwrite)
-    source = Checkpoint.open(resolve(model, progress))
-    refuse_source(out, source.path)
-    if source.factored:
-        raise DataError(f"{source.path} holds factors only", "train the model it comes from")
-    if source.factor_patterns:
-        raise DataError(
-            f"{source.path} keeps factors beside its weights, which are not sparse themselves",
-            "train the model it comes from",
-        )
-    refuse_other_heads(source)
+    source = _open_source(model, out, progress)
     refuse_foreign(out.with_name(out.name + ".partial"))
     device, notes = torch.device(pick_device(config.device)), []
     if config.method == AUTO:
@@ -117,20 +108,9 @@ def prepare(
         beside = state_bytes(source) if saves else 0
         require_space(existing_parent(out), layout, beside)
     teacher_name = config.teacher or _parent(source) or model
-    if teacher_name == model and config.share != 0 and _zeros(source, targets) > DENSE_ZEROS:
-        raise DataError(
-            f"{source.path} is sparse and does not say which dense model it was made from",
-            "name that with --teacher, or train without one: --share 0",
-        )
-    try:
-        teacher = Checkpoint.open(resolve(teacher_name, progress))
-    except (DataError, UsageError) as error:
-        raise DataError(
-            f"the teacher cannot be read: {error.message}", "name the dense model with --teacher"
-        ) from error
-    refuse_source(out, teacher.path)
-    refuse_other_teacher(source, teacher)
-    refuse_more_than_the_vocabulary(config, teacher)
+    if teacher_name == model and config.share != 0:
+        _refuse_to_teach_itself(source, targets)
+    teacher = _open_teacher(config, source, teacher_name, out, progress)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
     require_memory(source, teacher if taught else None, recoverer, device)
     left = [target.name for target in linear if target not in targets]
@@ -147,6 +127,60 @@ def prepare(
         device=device,
         notes=notes + _notes(config, source, stream),
     )
+
+
+def _open_source(model: str, out: Path, progress: Progress) -> Checkpoint:
+    """The model that is trained.
+
+    Raises:
+        UsageError: The output folder holds it.
+        DataError: It cannot be read, or is not one that can be trained.
+    """
+    source = Checkpoint.open(resolve(model, progress))
+    refuse_source(out, source.path)
+    if source.factored:
+        raise DataError(f"{source.path} holds factors only", "train the model it comes from")
+    if source.factor_patterns:
+        raise DataError(
+            f"{source.path} keeps factors beside its weights, which are not sparse themselves",
+            "train the model it comes from",
+        )
+    refuse_other_heads(source)
+    return source
+
+
+def _open_teacher(
+    config: RecoverConfig, source: Checkpoint, teacher_name: str, out: Path, progress: Progress
+) -> Checkpoint:
+    """The dense model.
+
+    Raises:
+        UsageError: The output folder holds it, or it has fewer tokens than are to be looked at.
+        DataError: It cannot be read, or is not one for this student.
+    """
+    try:
+        teacher = Checkpoint.open(resolve(teacher_name, progress))
+    except (DataError, UsageError) as error:
+        raise DataError(
+            f"the teacher cannot be read: {error.message}", "name the dense model with --teacher"
+        ) from error
+    refuse_source(out, teacher.path)
+    refuse_other_teacher(source, teacher)
+    refuse_more_than_the_vocabulary(config, teacher)
+    return teacher
+
+
+def _refuse_to_teach_itself(source: Checkpoint, targets: Sequence[Target]) -> None:
+    """Refuse a sparse model as its own teacher.
+
+    Raises:
+        DataError: It is sparse.
+    """
+    if _zeros(source, targets) > DENSE_ZEROS:
+        raise DataError(
+            f"{source.path} is sparse and does not say which dense model it was made from",
+            "name that with --teacher, or train without one: --share 0",
+        )
 
 
 def _zeros(source: Checkpoint, targets: Sequence[Target]) -> float:
