@@ -63,12 +63,17 @@ def test_inputs_of_the_dense_model_are_the_better_ones(measured):
     assert measured(*SHORT)["perplexity"] < measured(*SHORT, "--propagate")["perplexity"]
 
 
-@pytest.mark.parametrize("initial", ["sparsegpt", "alps"])
-def test_a_dearer_start_does_not_pay_in_four_minutes(measured, initial):
-    """SparseGPT's gives a better model for the same sweeps, but takes time of its own."""
-    run = ("--method", "armor", "--budget", "4m")
+@pytest.mark.parametrize(
+    ("initial", "budget"), [("sparsegpt", "4m"), ("sparsegpt", "8m"), ("alps", "4m")]
+)
+def test_a_dearer_start_does_not_pay_within_a_budget(measured, initial, budget):
+    """SparseGPT's gives a better model for the same sweeps, but takes time of its own.
+
+    Three per cent are what two runs with the same time may differ by.
+    """
+    run = ("--method", "armor", "--budget", budget)
     other = measured(*run, "--initial", initial)
-    assert measured(*run)["perplexity"] < other["perplexity"]
+    assert measured(*run)["perplexity"] < 1.03 * other["perplexity"]
 
 
 def test_compensation_makes_armor_better(measured):
