@@ -16,9 +16,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 LIGHT = {
     "stages/config",
     "stages/report",
+    "stages/trainconfig",
     "tensors/patterns",
     "models/calibration",
     "models/configuration",
+    "models/corpus",
     "models/demo",
     "models/folder",
     "models/hub",

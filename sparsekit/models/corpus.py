@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,14 @@ from sparsekit.errors import DataError
 from sparsekit.files import CACHED, cache_dir, fsync_path, sha256_json, storage_errors
 from sparsekit.models.calibration import Calibration, check_number, source_key, tokenizer_key
 from sparsekit.models.rows import capped
-from sparsekit.models.texts import ROW_FILE, check_source, is_documents, is_kind, training_texts
+from sparsekit.models.texts import (
+    PIECE_BYTES,
+    ROW_FILE,
+    check_source,
+    is_documents,
+    is_kind,
+    training_texts,
+)
 from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -30,11 +37,15 @@ if TYPE_CHECKING:
     from sparsekit.models.checkpoint import Checkpoint
 
 LENGTH = 2048
-# Documents that are tokenised together.
+# Documents that are tokenised together, if they are short.
 TOGETHER = 64
+# Tokens that are read at a time, where all of a file are.
+PIECE_TOKENS = 1 << 22
+# In how many parts tokenising is told of.
+PARTS = 100
 # Bytes kept free for the header of a token file, which is written last.
 HEADER_BYTES = 512
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +57,7 @@ class Corpus:
     length: int | None = None
     """Tokens in a row; 2048, or the length of a row file; capped at the model's maximum."""
     tokens: int | None = None
-    """At most so many are read from the source; None: all of them (`self` needs a number)."""
+    """At most so many of a text are taken; None: all of them (`self` needs a number)."""
     seed: int = 0
 
     def check(self) -> None:
@@ -61,13 +72,13 @@ class Corpus:
         check_number("seed", self.seed, 0)
 
     def rows(
-        self, checkpoint: Checkpoint, teacher: Checkpoint, progress: Progress = SILENT
+        self, checkpoint: Checkpoint, teacher: Checkpoint | None, progress: Progress = SILENT
     ) -> TrainingRows:
         """The rows for a checkpoint; text is tokenised once and then taken from the cache.
 
         Args:
             checkpoint: The model that is trained.
-            teacher: The model that `self` is sampled from.
+            teacher: The model that `self` is sampled from; other sources need none.
             progress: Told of the documents.
 
         Raises:
@@ -77,7 +88,13 @@ class Corpus:
         self.check()
         length, notes = capped(self.length or LENGTH, checkpoint.config)
         if is_kind(self.source, ROW_FILE):
-            told = Calibration(source=self.source, length=self.length).rows(checkpoint)
+            told = Calibration(source=self.source).rows(checkpoint)
+            if self.length is not None:
+                Calibration(source=self.source, length=length).require(checkpoint)
+                if left := told.tokens.shape[1] % length:
+                    note = f"{left} tokens of each row of {self.source} are left out"
+                    told = replace(told, notes=(*told.notes, note))
+                told = replace(told, tokens=cut(told.tokens, length))
         elif self.source == "self":
             samples = -(-(self.tokens or 0) // length)
             drawn = Calibration(source="self", samples=samples, length=length, seed=self.seed)
@@ -101,27 +118,29 @@ class Corpus:
                 "format": CACHE_FORMAT,
                 "content": source_key(self.source, checkpoint),
                 "tokenizer": tokenizer_key(checkpoint),
-                "tokens": self.tokens,
                 "versions": [version(name) for name in ("transformers", "tokenizers")],
             }
         )
         path = cache_dir() / "corpora" / f"{key}.safetensors"
-        if not path.is_file():
-            progress.begin(f"tokenising {self.source}", 1)
-            write_tokens(path, token_ids(self.source, checkpoint), self.tokens, progress)
+        stored = Stored.read(path) if path.is_file() else None
+        if stored is None or not stored.reaches(self.tokens):
+            documents = token_ids(self.source, checkpoint, stored.documents if stored else 0)
+            progress.begin(f"tokenising {self.source}", PARTS if self.tokens else 1)
+            write_tokens(path, documents, self.tokens, stored, progress)
             progress.end()
-        stream, count, fingerprint = read_tokens(path)
+            stored = Stored.read(path)
+        count = stored.count if self.tokens is None else min(stored.count, self.tokens)
         if count < length:
             raise DataError(
                 f"{self.source} has {count} tokens, a row needs {length}",
                 f"use --length {count} or less, or a longer text",
             )
         return TrainingRows(
-            stream=stream,
+            stream=stored.stream,
             length=length,
             count=count,
             seed=self.seed,
-            fingerprint=fingerprint,
+            fingerprint=stored.check(count, checkpoint.config.get_text_config().vocab_size),
             notes=notes,
         )
 
@@ -172,24 +191,128 @@ def _order(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))
 
 
-def token_ids(source: str, checkpoint: Checkpoint) -> Iterator[list[int]]:
+def cut(tokens: Tensor, length: int) -> Tensor:
+    """Rows `[rows, any]` in as many pieces as each has, `[pieces, length]`; the rest is dropped."""
+    whole = tokens.shape[1] // length * length
+    return tokens[:, :whole].reshape(-1, length)
+
+
+def token_ids(source: str, checkpoint: Checkpoint, skipped: int = 0) -> Iterator[list[int]]:
     """The ids of one document after another, each closed by the end-of-text token if there is one.
+
+    Args:
+        source: Where the text comes from.
+        checkpoint: Has the tokenizer.
+        skipped: So many documents are left out at the beginning.
 
     Raises:
         DataError: There is no tokenizer, or the source is broken.
     """
     tokenizer = checkpoint.tokenizer()
-    documents = training_texts(source)
+    documents = islice(training_texts(source), skipped, None)
     end = tokenizer.eos_token_id if is_documents(source) else None
-    while some := list(islice(documents, TOGETHER)):
+    for some in batches(documents):
         for ids in tokenizer(some, verbose=False)["input_ids"]:
             yield ids if end is None else [*ids, end]
 
 
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists of `TOGETHER`, or fewer that make a megabyte."""
+    some, size = [], 0
+    for document in documents:
+        some.append(document)
+        size += len(document)
+        if len(some) == TOGETHER or size >= PIECE_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stored:
+    """The tokens of a text on disk: of its first documents, or of all of them."""
+
+    path: Path
+    stream: Tensor  # a slice of the file, int32, read where it is cut
+    count: int
+    documents: int
+    complete: bool
+    fingerprint: str
+
+    @classmethod
+    def read(cls, path: Path) -> Stored:
+        """What a file holds.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            file = safe_open(path, "pt")
+            stream, told = file.get_slice("tokens"), file.metadata()
+            return cls(
+                path=path,
+                stream=stream,
+                count=stream.get_shape()[0],
+                documents=int(told["documents"]),
+                complete=told["complete"] == "yes",
+                fingerprint=told["fingerprint"],
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {error}", "delete it") from error
+
+    def reaches(self, tokens: int | None) -> bool:
+        """Whether there are so many tokens (None: all), or the text has no more."""
+        return self.complete or (tokens is not None and self.count >= tokens)
+
+    def pieces(self, ends: Iterable[int] = ()) -> Iterator[Tensor]:
+        """The tokens in pieces that fit into memory, some of which end at given places."""
+        import torch
+
+        cuts = sorted({*range(0, self.count, PIECE_TOKENS), *ends, self.count})
+        for start, end in pairwise(cuts):
+            yield torch.as_tensor(self.stream[start:end])
+
+    def check(self, count: int, vocabulary: int) -> str:
+        """The sha256 of the first `count` tokens, when the file is what was written.
+
+        Raises:
+            DataError: It is not, or a token is not one of the model's.
+        """
+        digest, wanted, seen, largest = hashlib.sha256(), "", 0, -1
+        for piece in self.pieces([count]):
+            digest.update(piece.numpy().astype("<i4", copy=False))
+            seen += len(piece)
+            if seen == count:
+                wanted = digest.hexdigest()
+            largest = max(largest, int(piece.max()))
+        if digest.hexdigest() != self.fingerprint:
+            raise DataError(f"{self.path} is damaged: its tokens are others", "delete it")
+        if largest >= vocabulary:
+            raise DataError(
+                f"the tokenizer gives token {largest}, the model's vocabulary has {vocabulary}",
+                "is it the tokenizer of another model?",
+            )
+        return wanted
+
+
 def write_tokens(
-    path: Path, documents: Iterable[list[int]], limit: int | None, progress: Progress
+    path: Path,
+    documents: Iterable[list[int]],
+    limit: int | None,
+    before: Stored | None,
+    progress: Progress,
 ) -> None:
-    """Write at most `limit` token ids as one int32 tensor, document by document.
+    """Write token ids as one int32 tensor, whole documents, until there are `limit`.
+
+    Args:
+        path: The file to make or replace.
+        documents: Ids of those that follow what is there.
+        limit: How many tokens are enough; None: all are taken.
+        before: What is there already.
+        progress: Told of each hundredth of the limit.
 
     Raises:
         StorageError: They could not be written.
@@ -197,54 +320,54 @@ def write_tokens(
     import torch
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    digest, count = hashlib.sha256(), 0
+    digest, count, read = hashlib.sha256(), 0, 0
+    told, complete = 0, True
     with storage_errors(path, CACHED):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
                 file.write(bytes(HEADER_BYTES))
-                for ids in documents:
-                    kept = ids if limit is None else ids[: limit - count]
-                    data = torch.tensor(kept, dtype=torch.int32).numpy().astype("<i4").tobytes()
+
+                def add(tokens: Tensor) -> None:
+                    nonlocal count
+                    data = tokens.numpy().astype("<i4", copy=False).tobytes()
                     file.write(data)
                     digest.update(data)
-                    count += len(kept)
+                    count += len(tokens)
+
+                for piece in before.pieces() if before else ():
+                    add(piece)
+                for ids in documents:
+                    add(torch.tensor(ids, dtype=torch.int32))
+                    read += 1
+                    for _ in range(told, min(PARTS, PARTS * count // limit) if limit else 0):
+                        progress.step(f"{count} tokens")
+                        told += 1
                     if limit is not None and count >= limit:
+                        complete = False  # as far as is known
                         break
                 file.seek(0)
-                file.write(_header(count, digest.hexdigest()))
+                read += before.documents if before else 0
+                file.write(_header(count, read, complete, digest.hexdigest()))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
         fsync_path(path.parent)
-    progress.step(f"{count} tokens")
 
 
-def _header(count: int, fingerprint: str) -> bytes:
+def _header(count: int, documents: int, complete: bool, fingerprint: str) -> bytes:
     """What precedes the data of a token file, `HEADER_BYTES` long."""
     text = json.dumps(
         {
-            "__metadata__": {"fingerprint": fingerprint},
+            "__metadata__": {
+                "fingerprint": fingerprint,
+                "documents": str(documents),
+                "complete": "yes" if complete else "no",
+            },
             "tokens": {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]},
         }
     ).encode()
     size = HEADER_BYTES - 8
     return size.to_bytes(8, "little") + text.ljust(size)
-
-
-def read_tokens(path: Path) -> tuple[Tensor, int, str]:
-    """The token stream of a file, read where it is cut; its length and fingerprint.
-
-    Raises:
-        DataError: The file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, "pt")
-        stream = file.get_slice("tokens")
-        return stream, stream.get_shape()[0], file.metadata()["fingerprint"]
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error}", "delete it") from error

@@ -18,7 +18,8 @@ class Masked:
     time when it is left, which also covers a merge of adapters in between.
 
     Args:
-        model: The model; the zeros are those that its matrices have now.
+        model: The model; the zeros are those that its matrices have now. Embeddings are left alone,
+            and so are matrices of zeros only, with which the adapters of PEFT begin.
 
     Raises:
         UsageError: The model has no zeros.
@@ -26,9 +27,13 @@ class Masked:
 
     def __init__(self, model: nn.Module) -> None:
         self._zeros: list[tuple[nn.Parameter, Tensor]] = []
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
         for parameter in model.parameters():
             zero = parameter.detach() == 0
-            if parameter.ndim >= 2 and zero.any():
+            # All zero is no mask but a beginning, as of an adapter that does nothing yet.
+            if parameter.ndim < 2 or not zero.any() or zero.all():
+                continue
+            if not any(parameter is table for table in tables):
                 self._zeros.append((parameter, zero))
         if not self._zeros:
             raise UsageError("the model's matrices have no zeros to keep", "prune it first")

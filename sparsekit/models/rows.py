@@ -28,6 +28,11 @@ class TokenRows:
     notes: tuple[str, ...] = ()
     """What the user should be told, such as a capped length."""
 
+    @property
+    def title(self) -> str:
+        """For people: how many rows of which text."""
+        return f"{len(self.tokens)} x {self.tokens.shape[1]} tokens of {Path(self.source).name}"
+
 
 def capped(length: int, config: PretrainedConfig) -> tuple[int, tuple[str, ...]]:
     """The length within the model's maximum, and a note when that is less than asked for."""

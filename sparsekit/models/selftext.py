@@ -1,4 +1,4 @@
-"""Token rows sampled from the dense model itself, for calibration without any text.
+"""Token rows sampled from the dense model itself, where there is no text.
 
 Every row is exactly as long as asked for: the end-of-text token is drawn like any other and does
 not stop a row, as it would not stop a window cut from concatenated documents.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Fixed, because the random numbers of a row depend on the rows drawn beside it.
 BATCH = 8
 # Why sampling needs the whole model in memory, and what can be had without.
-NEED = {"purpose": "calibration 'self'", "way_out": "use --calibration builtin or a file"}
+NEED = {"purpose": "text of 'self'", "way_out": "take builtin or a file in its place"}
 
 
 def require_room(checkpoint: Checkpoint) -> None:
@@ -61,7 +61,7 @@ def sample_rows(
     start = start_token(checkpoint)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     batches = []
-    progress.begin("sampling calibration rows from the model", -(-samples // BATCH))
+    progress.begin("sampling rows from the model", -(-samples // BATCH))
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the CUDA generators too, and nothing would restore those.
         torch.default_generator.manual_seed(seed)

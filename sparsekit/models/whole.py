@@ -94,3 +94,20 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """What enters the head for tokens `[rows, length]`, `[rows * length, hidden]`."""
     found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     return found.flatten(0, 1)
+
+
+@torch.no_grad()
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not what its head makes of the last hidden states.
+
+    Raises:
+        DataError: It scales or caps them.
+    """
+    tokens = torch.arange(4, device=model.device)[None]
+    wanted = model(input_ids=tokens, use_cache=False).logits[0]
+    found = model.get_output_embeddings()(hidden_states(model, tokens))
+    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-4):
+        raise DataError(
+            f"{model.config.model_type!r} changes its logits after the output layer (a scale or a "
+            "cap), which training does not do yet",
+        )

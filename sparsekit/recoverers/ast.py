@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from sparsekit.errors import UsageError
 from sparsekit.recoverers import Recoverer, Scale
 from sparsekit.tensors.sparseweight import Rule
 
@@ -37,6 +38,17 @@ class Ast(Recoverer):
     """Share of the steps in which the decay rises from 0 to its plateau."""
     coupled: Literal["no", "yes"] = "no"
     """Whether the decay is part of the gradient, as in the released LLaMA code."""
+
+    def __post_init__(self) -> None:
+        """Refuse a ramp that is no share of the steps.
+
+        Raises:
+            UsageError: It is not between 0 and 1.
+        """
+        if not 0 <= self.ramp <= 1:
+            raise UsageError(
+                f"ramp must be between 0 and 1, not {self.ramp:g}", "it is a share of all steps"
+            )
 
     def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""

@@ -27,18 +27,37 @@ MANY = 1.0
 # Floating-point operations a second of a CPU core and of a GPU when the time is given: nominal, so
 # that all processes and an interrupted run come to the same method.
 CORE, GPU = 5e10, 2e13
+# So many times that is what a machine may train on at most.
+FASTEST = 4.0
 
 
 def chosen(
     config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
 ) -> tuple[RecoverConfig, str]:
     """A configuration with a method in the place of `auto`, and why it is this one."""
-    parameters = sum(math.prod(place.shape) for place in source.places.values())
-    tokens = float(config.tokens or 0)
-    if config.max_time is not None:
-        speed = CORE * torch.get_num_threads() if device.type == "cpu" else GPU
-        tokens = config.max_time * speed * ranks.size / (8 * parameters)
-    share = tokens / parameters
+    parameters = _parameters(source)
+    share = _tokens(config, parameters, device, ranks) / parameters
     method = "ast" if share >= MANY else "fixed"
     why = f"--method auto is {method}: about {share:.2g} tokens for each parameter"
     return replace(config, method=method), f"{why}; a mask that moves pays from about {MANY:g} on"
+
+
+def tokens_to_read(
+    config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
+) -> int:
+    """How many tokens of the text are needed: those of whole steps, or of a very fast machine."""
+    if config.tokens is not None:
+        return config.steps() * config.step_tokens
+    return math.ceil(FASTEST * _tokens(config, _parameters(source), device, ranks))
+
+
+def _parameters(source: Checkpoint) -> int:
+    return sum(math.prod(place.shape) for place in source.places.values())
+
+
+def _tokens(config: RecoverConfig, parameters: int, device: torch.device, ranks: Ranks) -> float:
+    """What is trained on, where a time is given at the nominal speed."""
+    if config.max_time is None:
+        return float(config.tokens or 0)
+    speed = CORE * torch.get_num_threads() if device.type == "cpu" else GPU
+    return config.max_time * speed * ranks.size / (8 * parameters)

@@ -17,7 +17,7 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
 
     Args:
         log: A row for each step, as of `StepRow`, some with `perplexity`; one of step 0 has
-            nothing else.
+            nothing else but `evaluated_on`, the text of the perplexities.
         title: Stands above it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,6 +46,7 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
         points = [row["tokens"] for row in measured], [row["perplexity"] for row in measured]
         last.plot(*points, color=GREEN, marker="o", markersize=3)
         last.set_ylabel("perplexity")
+        last.set_title(measured[0].get("evaluated_on", ""), loc="left", fontsize="small")
     if selected:
         last = next(axes)
         flips = [row for row in log if row["flips"]]

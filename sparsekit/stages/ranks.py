@@ -36,7 +36,8 @@ class Ranks:
         """The processes that a launcher started, connected; or this one alone.
 
         Raises:
-            UsageError: The launcher was told to shard the model in a way that cuts rows.
+            UsageError: The launcher was told to shard the model in a way that cuts rows, or to
+                compute in another type.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
@@ -49,6 +50,11 @@ class Ranks:
                     "without regard to their rows: they and their masks would no longer match",
                     "launch it with --multi_gpu, or with --use_fsdp --fsdp_version 2",
                 )
+        if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+            raise UsageError(
+                f"accelerate was told to compute in {precision}, training computes in float32",
+                "launch it with --mixed_precision no",
+            )
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu", timeout=PATIENCE)

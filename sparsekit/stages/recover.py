@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from sparsekit.errors import CheckFailedError, DataError, SparsekitError
-from sparsekit.files import read_json, sha256_json, write_atomic, write_json
+from sparsekit.errors import (
+    CheckFailedError,
+    DataError,
+    MemoryShortError,
+    NumericalError,
+    SparsekitError,
+)
+from sparsekit.files import read_json, sha256_json, write_json
 from sparsekit.memory import peak_memory
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.reference import title
-from sparsekit.models.whole import hidden_states
+from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.curve import draw
+from sparsekit.stages.automethod import tokens_to_read
 from sparsekit.stages.device import pick_device
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery, prepare, require_parent
@@ -30,7 +34,9 @@ from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
 from sparsekit.stages.student import Student, load_teacher, top_teacher
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.training import Plan, Training, measure, sparsity_measure
+from sparsekit.stages.training import Plan, Training
+from sparsekit.stages.trainlog import PROGRESS, TrainingLog
+from sparsekit.stages.trainloss import measure, sparsity_measure
 from sparsekit.stages.trainplan import make_plan
 from sparsekit.stages.trainstate import (
     POINTER,
@@ -39,21 +45,11 @@ from sparsekit.stages.trainstate import (
     load_state,
     save_state,
 )
-from sparsekit.stages.trainwrite import write_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from sparsekit.stages.trainwrite import finish, write_tensors
 
 PLAN = ".sparsekit-plan.json"
-LOG = "sparsekit-training.jsonl"
-CURVE = "sparsekit-training.png"
-# The log while it grows.
-PROGRESS = ".sparsekit-log.jsonl"
 # Windows of an evaluation during training.
 EVAL_WINDOWS = 8
-# A model that computes with all entries is done when the last selection changes no more than this
-# share of them, and leaving the others out moves the last hidden states by no more than that.
-MOST_FLIPS, MOST_MOVED = 1e-3, 5e-3
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
 
@@ -105,10 +101,10 @@ def recover(
     progress = progress if ranks.main else SILENT
     job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
     rows = _rows(job, ranks, progress)
-    config = replace(job.config, length=rows.length)  # which the model's maximum may have capped
-    job = replace(job, config=config)
-    prints = {"source": job.source.scan(progress), "teacher": job.teacher.scan(progress)}
-    require_parent(job, prints["teacher"])
+    prints = {"source": job.source.scan(progress), "teacher": None}
+    if job.teacher is not None:
+        prints["teacher"] = job.teacher.scan(progress)
+        require_parent(job, prints["teacher"])
     recipe = _recipe(job, rows, ranks) | prints
     windows = _windows(job)
     top = top_teacher(job, rows, ranks, progress)
@@ -122,25 +118,36 @@ def recover(
         student = Student.load(job, rows, ranks)
         try:
             training = _training(job, student, top, rows, windows, folder, ranks, started, progress)
-        except SparsekitError:
-            if writer is not None and not (folder / POINTER).is_file():
-                writer.abandon()  # it was refused before the first step: another try may differ
+            log = _train(training, job, windows, folder, progress)
+            finished = finish(training)
+        except SparsekitError as error:
+            if writer is not None:
+                _leave(writer, error)
             raise
-        log = _train(training, job, windows, folder, progress)
-        finished = _finish(training)
         _require_same_masks(training)
         weights = write_tensors(job, writer, student, training.optimizer)
         if writer is None:
             return None
-        _tell(job, writer, log, title(model))
-        entry = _entry(job, recipe, model, training, finished, weights) | {
-            "kept_mass": _kept_mass(log),
+        name = title(model)
+        log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
+        entry = _entry(job, recipe, model, training, windows, finished, weights) | {
+            "kept_mass": log.kept_mass,
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        writer.commit(entry, recover_card(entry, title(model)))
+        writer.commit(entry, recover_card(entry, name))
         _forget(out)  # only now: until the output stands, all must be found again
     return RecoverReport(out=out, entry=entry)
+
+
+def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:
+    """Leave of a failed run only what the same command can go on from, and tell so."""
+    if not (writer.partial / POINTER).is_file():
+        writer.abandon()  # another try may differ
+    elif isinstance(error, NumericalError | MemoryShortError | CheckFailedError):
+        kept = f"the last saved state is in {writer.partial}"
+        other = "for other options take another -o or delete it"
+        error.hint = "; ".join(filter(None, (error.hint, kept, other)))
 
 
 def _forget(out: Path) -> None:
@@ -155,6 +162,7 @@ def _entry(
     recipe: Mapping[str, Any],
     model: str,
     training: Training,
+    windows: TokenRows | None,
     finished: Mapping[str, Any],
     weights: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -164,7 +172,11 @@ def _entry(
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
         "versions": recipe["versions"],
         "source": {"path": model, "fingerprint": recipe["source"]},
-        "teacher": {"path": job.teacher_name, "fingerprint": recipe["teacher"]},
+        "teacher": None
+        if job.teacher is None
+        else {"path": job.teacher_name, "fingerprint": recipe["teacher"]},
+        "text": job.config.data,
+        "evaluated_on": windows and windows.title,
         "plan": asdict(training.plan),
         "tokens": training.plan.steps * job.config.step_tokens,
         "processes": training.ranks.size,
@@ -175,15 +187,9 @@ def _entry(
     }
 
 
-def _kept_mass(log: list[dict[str, Any]]) -> float | None:
-    """Mean share of the teacher's mass that the loss looked at; None: it looked at all of it."""
-    found = [row["kept_mass"] for row in log if "kept_mass" in row]
-    return fmean(found) if found else None
-
-
 def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
     """The rows; the main process tokenises the text, the others find it done."""
-    corpus = job.config.corpus(job.config.tokens)
+    corpus = job.config.corpus(tokens_to_read(job.config, job.source, job.device, ranks))
     if not ranks.main:
         ranks.wait()
     rows = corpus.rows(job.source, job.teacher, progress)
@@ -202,14 +208,6 @@ def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
     if passes > 1:
         progress.note(f"the text is read {passes:.1f} times")
     return rows
-
-
-def _tell(job: Recovery, writer: CheckpointWriter, log: list[dict[str, Any]], name: str) -> None:
-    """Put log and picture into the output."""
-    lines = "".join(json.dumps(row) + "\n" for row in log)
-    write_atomic(writer.partial / LOG, lines.encode())
-    picture = draw(log, f"{name}, {job.config.method} {job.patterns.base}")
-    write_atomic(writer.partial / CURVE, picture)
 
 
 def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
@@ -234,6 +232,7 @@ def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
         "length": rows.length,
         "config": sha256_json(model),
         "layout": job.source.layout,
+        "shards": ranks.shards,
         "device": job.device.type,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -245,7 +244,7 @@ def _training(
     student: Student,
     top: TopTeacher | None,
     rows: TrainingRows,
-    windows: Tensor | None,
+    windows: TokenRows | None,
     folder: Path,
     ranks: Ranks,
     started: float,
@@ -272,17 +271,16 @@ def _training(
 
 
 def _train(
-    training: Training, job: Recovery, windows: Tensor | None, folder: Path, progress: Progress
-) -> list[dict[str, Any]]:
+    training: Training, job: Recovery, windows: TokenRows | None, folder: Path, progress: Progress
+) -> TrainingLog:
     """Take the steps that are left; gives the log of all steps."""
     config, optimizer, ranks = job.config, training.optimizer, training.ranks
-    log = [row for row in _read_log(folder / PROGRESS) if row["step"] <= optimizer.steps]
-    if not log and training.plan.perplexity is not None:
-        log.append({"step": 0, "tokens": 0, "perplexity": training.plan.perplexity})
+    log = TrainingLog(folder, optimizer.steps, writes=ranks.main)
+    if not log.rows and windows is not None:
+        before = {"perplexity": training.plan.perplexity, "evaluated_on": windows.title}
+        log.rows.append({"step": 0, "tokens": 0, **before})
     ranks.wait()
-    text = "".join(json.dumps(row) + "\n" for row in log)
-    if ranks.main:
-        write_atomic(folder / PROGRESS, text.encode())
+    log.begin()
     selected = ""
     progress.begin(f"recover {config.method} {job.patterns.base}", training.plan.steps)
     for _ in range(optimizer.steps):
@@ -295,13 +293,10 @@ def _train(
             selected = f", {done.flips} flips, sparsity {done.sparsity:.4f}"
         if windows is not None and (now % config.eval_every == 0 or training.done):
             sparse, rule = optimizer.sparse, optimizer.rule
-            row["perplexity"] = measure(training.student, sparse, rule, windows)
+            row["perplexity"] = measure(training.student, sparse, rule, windows.tokens)
             row["sparsity"] = sparsity_measure(optimizer)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
-        log.append(row)
-        if ranks.main:
-            with (folder / PROGRESS).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        log.add(row)
         late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
         if training.done or (now % config.save_every == 0 if config.save_every else late):
             _require_same_masks(training)
@@ -322,48 +317,10 @@ def _require_same_masks(training: Training) -> None:
         training.ranks.require_same(training.optimizer.fingerprint(), "masks")
 
 
-def _windows(job: Recovery) -> Tensor | None:
-    """What perplexities are measured on during training, `[windows, length]`; None: nothing."""
+def _windows(job: Recovery) -> TokenRows | None:
+    """What perplexities are measured on during training; None: nothing."""
     config = job.config
     if config.eval_every is None:
         return None
     source, length = config.eval_text or "builtin", None if config.eval_text else config.length
-    return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS).tokens
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a line without its end was cut off by an interruption."""
-    if not file.is_file():
-        return []
-    lines = file.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-@torch.no_grad()
-def _finish(training: Training) -> dict[str, Any]:
-    """Select once more, and leave out what is off the masks.
-
-    Raises:
-        CheckFailedError: The model computed with entries that the mask leaves out, and they have
-            not vanished.
-    """
-    optimizer = training.optimizer
-    settles = optimizer.rule.frees and not optimizer.rule.hides
-    flips = optimizer.refresh() if training.refresh else 0
-    (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
-    found = {"last_flips": flips, "sparsity_measure": sparsity_measure(optimizer)}
-    tokens = training.rows.take(0, 1).to(training.student.device)
-    before = hidden_states(training.student, tokens) if settles else None
-    for weight in optimizer.sparse.values():
-        weight.view.copy_(weight.values)
-    if before is not None:
-        moved = (hidden_states(training.student, tokens) - before).norm() / before.norm()
-        found["moved"] = moved.item()
-        if flips > MOST_FLIPS * size or not found["moved"] <= MOST_MOVED:
-            raise CheckFailedError(
-                "the decay has not finished: leaving out what is off the mask moves the last "
-                f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
-                f"selection changed {flips} of {size:.0f} entries",
-                "train on more --tokens, with a higher --lr or a stronger decay (-O decay=…)",
-            )
-    return found
+    return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)

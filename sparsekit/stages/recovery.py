@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve
+from sparsekit.models.rows import capped
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
@@ -47,8 +48,10 @@ class Recovery:
     config: RecoverConfig
     recoverer: Recoverer
     source: Checkpoint
-    teacher: Checkpoint
+    teacher: Checkpoint | None
+    """The dense model; None when nothing needs it."""
     teacher_name: str
+    """What the user or the history calls it; empty without one."""
     targets: list[Target]
     patterns: Patterns
     skipped: list[dict[str, str]]
@@ -88,7 +91,9 @@ def prepare(
     refuse_output(out, overwrite=overwrite)
     source = _open_source(model, out, progress)
     refuse_foreign(out.with_name(out.name + ".partial"))
-    device, notes = torch.device(pick_device(config.device)), []
+    device = torch.device(pick_device(config.device))
+    length, notes = capped(config.length, source.config)
+    config, notes = replace(config, length=length), list(notes)
     if config.method == AUTO:
         config, why = chosen(config, source, device, ranks)
         notes.append(why)
@@ -107,10 +112,12 @@ def prepare(
     if not out.with_name(out.name + ".partial").exists():
         beside = state_bytes(source) if saves else 0
         require_space(existing_parent(out), layout, beside)
-    teacher_name = config.teacher or _parent(source) or model
-    if teacher_name == model and config.share != 0:
-        _refuse_to_teach_itself(source, targets)
-    teacher = _open_teacher(config, source, teacher_name, out, progress)
+    teacher, teacher_name = None, ""
+    if config.share != 0 or config.slorb is not None or config.data == "self":
+        teacher_name = config.teacher or _parent(source) or model
+        teacher = _open_teacher(config, source, teacher_name, out, progress)
+        if config.teacher is None:
+            _refuse_sparse_teacher(source, teacher, targets)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
     require_memory(source, teacher if taught else None, recoverer, device)
     left = [target.name for target in linear if target not in targets]
@@ -170,17 +177,23 @@ def _open_teacher(
     return teacher
 
 
-def _refuse_to_teach_itself(source: Checkpoint, targets: Sequence[Target]) -> None:
-    """Refuse a sparse model as its own teacher.
+def _refuse_sparse_teacher(
+    source: Checkpoint, teacher: Checkpoint, targets: Sequence[Target]
+) -> None:
+    """Refuse a sparse model as a teacher that was not named.
 
     Raises:
         DataError: It is sparse.
     """
-    if _zeros(source, targets) > DENSE_ZEROS:
+    places = [target for target in targets if target.name in teacher.places]
+    if not places or _zeros(teacher, places) <= DENSE_ZEROS:
+        return
+    hint = "name the dense model with --teacher, or train without one: --share 0"
+    if teacher.path == source.path:
         raise DataError(
-            f"{source.path} is sparse and does not say which dense model it was made from",
-            "name that with --teacher, or train without one: --share 0",
+            f"{source.path} is sparse and does not say which dense model it was made from", hint
         )
+    raise DataError(f"{teacher.path}, which {source.path} was made from, is sparse too", hint)
 
 
 def _zeros(source: Checkpoint, targets: Sequence[Target]) -> float:
@@ -207,7 +220,7 @@ def _dense(source: Checkpoint) -> Mapping[str, str]:
     history = source.pruned()
     if not history:
         return {}
-    return history[0]["teacher" if history[0]["stage"] == "recover" else "source"]
+    return history[0]["teacher" if history[0]["stage"] == "recover" else "source"] or {}
 
 
 def require_parent(job: Recovery, fingerprint: str) -> None:

@@ -162,14 +162,22 @@ def recover_card(entry: Mapping[str, Any], base: str) -> str:
     recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
     kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
     flipped = sum(row["flipped"] for row in entry["weights"])
+    loss = "CE"
+    if plan["share"]:
+        loss = f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
         ("pattern", recipe["pattern"]),
         ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
-        ("trained on", f"{entry['tokens']} tokens (sha256 `{recipe['data'][:16]}…`)"),
+        (
+            "trained on",
+            f"{entry['tokens']} tokens of `{base_name(entry['text'])}` "
+            f"(sha256 `{recipe['data'][:16]}…`)",
+        ),
+        ("evaluated on the way on", entry["evaluated_on"] or "-"),
         ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
-        ("loss", f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"),
+        ("loss", loss),
         ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
         ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
         ("inputs of a span of the branches", str(recipe["slorb"] or "-")),

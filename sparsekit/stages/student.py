@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.models.architecture import find_blocks
 from sparsekit.models.branch import Branch, attach
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.skeleton import Skeleton, keep_heap
-from sparsekit.models.whole import load_whole
+from sparsekit.models.whole import hidden_states, load_whole, require_plain_head
 from sparsekit.progress import Progress
 from sparsekit.recoverers import Scale
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainchecks import require_memory
-from sparsekit.stages.training import input_norms, other_parameters, require_plain_head
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
@@ -176,3 +175,31 @@ def top_teacher(
         way_out = "run it first where there is more memory, with the same cache of rows"
         require_memory(job.source, job.teacher, job.recoverer, job.device, way_out)
     return teacher
+
+
+@torch.no_grad()
+def input_norms(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """By name the norm of each input of a layer over batches `[rows, length]`, `[in]` float32."""
+    sums: dict[str, Tensor] = {}
+
+    def observe(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0].flatten(0, -2).float().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
+    for tokens in batches:
+        hidden_states(model, tokens.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    return {name: squares.sqrt() for name, squares in sums.items()}
+
+
+def other_parameters(model: nn.Module, sparse: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """All trained parameters that are not to be sparse; a tied one comes once."""
+    taken = {id(parameter) for parameter in sparse}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken}

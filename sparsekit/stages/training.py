@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from sparsekit.errors import DataError, MemoryShortError, NumericalError
+from sparsekit.errors import MemoryShortError, NumericalError
 from sparsekit.memory import is_out_of_memory
 from sparsekit.models.corpus import TrainingRows
-from sparsekit.models.whole import hidden_states
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
-from sparsekit.tensors.distillation import IGNORED, Losses, Top, distil
+from sparsekit.stages.trainloss import model_losses, sparsity_measure
 from sparsekit.tensors.maskedadam import MaskedAdam
-from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +62,17 @@ class Plan:
     masked_gradient: float
     perplexity: float | None = None
     """Of the sparse model before training, where perplexities are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What the batches of a step gave, each a mean over its tokens."""
+
+    loss: float
+    divergence: float
+    entropy: float
+    kept_mass: float
+    """1 when the loss looked at all of the teacher's mass."""
 
 
 class Training:
@@ -121,11 +128,11 @@ class Training:
         selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
         # A model that computes with all entries selects before the step, one with a mask after it.
         flips = optimizer.refresh() if selects and not hides else 0
-        total, divergence, entropy, kept = self.gradients(step)
-        if not math.isfinite(total):
+        means = self.gradients(step)
+        if not math.isfinite(means.loss):
             raise NumericalError(
-                f"step {step + 1}: the loss is {total}",
-                "the last saved state is kept; a smaller --lr may do",
+                f"step {step + 1}: the loss is {means.loss}",
+                "a smaller --lr may do",
             )
         try:
             norm = optimizer.step(rate, step / plan.steps)
@@ -137,21 +144,19 @@ class Training:
         return StepRow(
             step=optimizer.steps,
             tokens=optimizer.steps * self.config.step_tokens,
-            loss=total,
-            divergence=divergence,
-            entropy=entropy,
+            loss=means.loss,
+            divergence=means.divergence,
+            entropy=means.entropy,
             rate=rate,
             norm=norm,
             flips=flips,
             seconds=time.perf_counter() - started,
             sparsity=sparsity,
-            kept_mass=kept if isinstance(self.teacher, TopTeacher) else None,
+            kept_mass=means.kept_mass if isinstance(self.teacher, TopTeacher) else None,
         )
 
-    def gradients(self, step: int) -> tuple[float, ...]:
+    def gradients(self, step: int) -> Means:
         """Leave the gradients of one step's batches in the parameters.
-
-        Gives loss, KL, CE and the share of the teacher's mass that was looked at.
 
         Every process computes its part of the batches, and has the sum of all afterwards.
 
@@ -169,7 +174,7 @@ class Training:
                 _smaller(self.config),
             ) from error
 
-    def _gradients(self, step: int) -> tuple[float, ...]:
+    def _gradients(self, step: int) -> Means:
         """See `gradients`."""
         config, ranks = self.config, self.ranks
         # Backward passes through shards give means over the processes, and the rest is summed.
@@ -199,7 +204,8 @@ class Training:
                 gradient /= shards
             sums = sums.to(self.student.device)
             ranks.sum_([sums])
-        return tuple(sums.tolist())
+        loss, divergence, entropy, kept = sums.tolist()
+        return Means(loss=loss, divergence=divergence, entropy=entropy, kept_mass=kept)
 
 
 def _smaller(config: RecoverConfig) -> str:
@@ -210,120 +216,3 @@ def _smaller(config: RecoverConfig) -> str:
             " for the same steps" if config.batch % 2 == 0 else ""
         )
     return f"--length {config.length // 2} --accumulate {2 * config.accumulate} takes half of it"
-
-
-def model_losses(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | Top | None,
-    tokens: Tensor,  # [rows, length] int64
-    *,
-    share: float,
-    temperature: float = 1.0,
-) -> Losses:
-    """The loss of a model on rows of tokens, each position with the next token as its label."""
-    labels = tokens.roll(-1, 1)
-    labels[:, -1] = IGNORED
-    hidden = hidden_states(student, tokens)
-    head = student.get_output_embeddings()
-    other = None
-    if isinstance(teacher, Top):
-        other = teacher.part
-    elif teacher is not None and share:
-        with torch.no_grad():
-            states = hidden_states(teacher, tokens)
-        their_head = teacher.get_output_embeddings()
-
-        def other(rows: slice) -> Tensor:
-            with torch.no_grad():
-                return their_head(states[rows])
-
-    return distil(
-        hidden,
-        head,
-        list(head.parameters()),
-        labels.reshape(-1),
-        other,
-        share=share,
-        temperature=temperature,
-    )
-
-
-@torch.no_grad()
-def input_norms(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
-) -> dict[str, Tensor]:
-    """By name the norm of each input of a layer over batches `[rows, length]`, `[in]` float32."""
-    sums: dict[str, Tensor] = {}
-
-    def observe(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = inputs[0].flatten(0, -2).float().square().sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-    for tokens in batches:
-        hidden_states(model, tokens.to(model.device))
-    for hook in hooks:
-        hook.remove()
-    return {name: squares.sqrt() for name, squares in sums.items()}
-
-
-@torch.no_grad()
-def measure(
-    student: PreTrainedModel, sparse: Mapping[str, SparseWeight], rule: Rule, rows: Tensor
-) -> float:
-    """Perplexity of the sparse model on windows `[windows, length]`; training is not disturbed.
-
-    A model that computes with all entries is measured with those off the mask at zero.
-    """
-    full = {}
-    for name, weight in sparse.items():
-        if not rule.hides and rule.frees:
-            full[name] = weight.view.clone()
-            weight.view.copy_(weight.values)
-    try:
-        losses = [
-            model_losses(student, None, row[None].to(student.device), share=0.0).entropy
-            for row in rows
-        ]
-    finally:
-        for name, tensor in full.items():
-            sparse[name].view.copy_(tensor)
-    mean = torch.stack(losses).double().mean().item()
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def sparsity_measure(optimizer: MaskedAdam) -> float:
-    """Σ|m W| / Σ|W|: 1 when nothing is left off the mask."""
-    kept = total = 0.0
-    for weight in optimizer.sparse.values():
-        sizes = weight.weight.abs()
-        total += sizes.sum(dtype=torch.float64).item()
-        kept += (sizes * weight.mask).sum(dtype=torch.float64).item()
-    kept, total = optimizer.total(kept, total)
-    return kept / total if total else 1.0
-
-
-@torch.no_grad()
-def require_plain_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not what its head makes of the last hidden states.
-
-    Raises:
-        DataError: It scales or caps them.
-    """
-    tokens = torch.arange(4, device=model.device)[None]
-    wanted = model(input_ids=tokens, use_cache=False).logits[0]
-    found = model.get_output_embeddings()(hidden_states(model, tokens))
-    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-4):
-        raise DataError(
-            f"{model.config.model_type!r} changes its logits after the output layer (a scale or a "
-            "cap), which training does not do yet",
-        )
-
-
-def other_parameters(model: nn.Module, sparse: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """All trained parameters that are not to be sparse; a tied one comes once."""
-    taken = {id(parameter) for parameter in sparse}
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken}

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 from sparsekit.errors import UsageError
 from sparsekit.models.corpus import TrainingRows
+from sparsekit.models.rows import TokenRows
 from sparsekit.progress import Progress
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.student import PROBED, Student
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import RecoverConfig, Schedule, rate_at
-from sparsekit.stages.training import Plan, Training, measure, sparsity_measure
+from sparsekit.stages.training import Plan, Training
+from sparsekit.stages.trainloss import measure, sparsity_measure
 from sparsekit.stages.trainstate import SAVE_SECONDS
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 # Share of the time that is planned for; seconds that starting to write and reading back take; and
@@ -32,7 +33,7 @@ def make_plan(
     student: Student,
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
-    windows: Tensor | None,
+    windows: TokenRows | None,
     ranks: Ranks,
     started: float,
     progress: Progress,
@@ -44,7 +45,7 @@ def make_plan(
         student: The model to train.
         teacher: The dense one.
         rows: What to train on.
-        windows: What perplexities are measured on, `[windows, length]`; None: nothing is.
+        windows: What perplexities are measured on; None: nothing is.
         ranks: The processes that share the work.
         started: When the run began, in seconds of `time.perf_counter`.
         progress: Told of the choices.
@@ -57,9 +58,11 @@ def make_plan(
     if windows is not None:
         begun = time.perf_counter()
         rule = recoverer.rule(0.0)
-        perplexity = measure(student.model, student.sparse, rule, windows)
+        perplexity = measure(student.model, student.sparse, rule, windows.tokens)
         evaluation = time.perf_counter() - begun
-        progress.note(f"perplexity {perplexity:.2f} of the sparse model before training")
+        progress.note(
+            f"perplexity {perplexity:.2f} of the sparse model before training, on {windows.title}"
+        )
     scale = student.scale(0.0)
     share = recoverer.share_of(scale) if config.share is None else config.share
     rate = config.lr or recoverer.rate_of(scale)
@@ -169,11 +172,16 @@ def _require_budget(
     )
     if distance < 1.5 * mean:
         length = "--tokens" if config.tokens is not None else "--max-time"
-        more = f"{1.5 * mean / distance:.1f} times the" if distance else "a longer"
+        hint = "start from a pruned model, or take --method ast"
+        if plan.decay < plan.masked_gradient:  # weaker than what would have been chosen
+            hint = f"leave out -O decay: it would be {plan.masked_gradient:.2g}"
+        elif distance:
+            times = math.ceil(15 * mean / distance) / 10
+            hint = f"{times:g} times the {length} or --lr would do, or {hint}"
         raise UsageError(
             f"in {plan.steps} steps the decay moves a weight by {distance:.4g}, those off the mask "
             f"measure {mean:.4g} on average",
-            f"{more} {length} or --lr would do, or start from a pruned model, or take --method ast",
+            hint,
         )
 
 

@@ -1,4 +1,4 @@
-"""A trained model, put in the places of its output."""
+"""A trained model, brought to its masks and put in the places of its output."""
 
 from __future__ import annotations
 
@@ -7,20 +7,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import NumericalError
+from sparsekit.errors import CheckFailedError, NumericalError
 from sparsekit.models.architecture import Target
 from sparsekit.models.branch import Branch
 from sparsekit.models.folder import factor_name
+from sparsekit.models.whole import hidden_states
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.student import Student
+from sparsekit.stages.training import Training
+from sparsekit.stages.trainloss import sparsity_measure
 from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sparseweight import is_sharded
 
+# A model that computes with all entries is done when the last selection changes no more than this
+# share of them, and leaving the others out moves the last hidden states by no more than that.
+MOST_FLIPS, MOST_MOVED = 1e-3, 5e-3
 # Tensors that go to disk together.
 TOGETHER = 32
+
+
+@torch.no_grad()
+def finish(training: Training) -> dict[str, Any]:
+    """Select once more, and leave out what is off the masks.
+
+    Raises:
+        CheckFailedError: The model computed with entries that the mask leaves out, and they have
+            not vanished.
+    """
+    optimizer = training.optimizer
+    settles = optimizer.rule.frees and not optimizer.rule.hides
+    flips = optimizer.refresh() if training.refresh else 0
+    (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
+    found = {"last_flips": flips, "sparsity_measure": sparsity_measure(optimizer)}
+    tokens = training.rows.take(0, 1).to(training.student.device)
+    before = hidden_states(training.student, tokens) if settles else None
+    for weight in optimizer.sparse.values():
+        weight.view.copy_(weight.values)
+    if before is not None:
+        moved = (hidden_states(training.student, tokens) - before).norm() / before.norm()
+        found["moved"] = moved.item()
+        if flips > MOST_FLIPS * size or not found["moved"] <= MOST_MOVED:
+            raise CheckFailedError(
+                "the decay has not finished: leaving out what is off the mask moves the last "
+                f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
+                f"selection changed {flips} of {size:.0f} entries",
+                "train on more --tokens, with a higher --lr or a stronger decay (-O decay=…)",
+            )
+    return found
 
 
 def write_tensors(

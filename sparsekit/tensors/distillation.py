@@ -164,6 +164,7 @@ class _Chunked(torch.autograd.Function):
             start = rows.stop
         ctx.gradients = by_hidden, by_head
         divergence, entropy = (parts / count).float()
+        ctx.mark_non_differentiable(divergence, entropy)
         return share * divergence + (1 - share) * entropy, divergence, entropy
 
     @staticmethod

@@ -96,7 +96,7 @@ class MaskedAdam:
         if not norm < float("inf"):
             raise NumericalError(
                 f"the gradient's norm is {norm}",
-                "the last saved state is kept; a smaller --lr may do",
+                "a smaller --lr may do",
             )
         clip = self.settings.clip
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0

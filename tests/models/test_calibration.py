@@ -822,7 +822,7 @@ def test_the_first_token_is_bos_else_eos_else_none(checkpoint, tokenizer, ids, e
 
 def test_sampling_from_a_model_larger_than_the_memory_is_refused(model_folder, monkeypatch):
     monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
-    with pytest.raises(DataError, match=r"calibration 'self' needs .*--calibration builtin"):
+    with pytest.raises(DataError, match=r"text of 'self' needs .*builtin"):
         selftext.sample_rows(model_folder, 2, 8, 0)
 
 

@@ -79,6 +79,55 @@ def test_no_more_tokens_are_read_than_asked_for(llama, documents):
     assert len(rows) == 6
 
 
+def test_more_tokens_of_a_text_are_added_to_those_that_are_there(llama, documents, monkeypatch):
+    """Also those of a document that the first limit was in, and again less than is there."""
+    path, found = documents
+    whole = Corpus(source=str(path), length=16).rows(llama, llama)
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(path.parent / "own"))
+    skipped, ids = [], corpus.token_ids
+
+    def spy(source, checkpoint, count):
+        skipped.append(count)
+        return ids(source, checkpoint, count)
+
+    monkeypatch.setattr(corpus, "token_ids", spy)
+    for tokens, count in ((2500, 2500), (1000, 1000), (6000, 6000), (None, whole.count)):
+        rows = Corpus(source=str(path), length=16, tokens=tokens).rows(llama, llama)
+        assert rows.count == count
+        assert torch.equal(stream_of(rows), stream_of(whole)[:count])
+    assert rows.fingerprint == whole.fingerprint
+    first, second, third = skipped  # the second run found all that it needed
+    assert first == 0 < second < third < len(found)
+    Corpus(source=str(path), length=16, tokens=10**6).rows(llama, llama)
+    assert len(skipped) == 3  # the text is known to have no more
+
+
+def test_a_cache_whose_tokens_were_changed_is_named(llama, documents, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "own"))
+    Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+    (file,) = (tmp_path / "own" / "corpora").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-8] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"its tokens are others.*delete it"):
+        Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(llama, documents, monkeypatch):
+    monkeypatch.setattr(llama.config, "vocab_size", 120)  # of 258
+    with pytest.raises(DataError, match=r"gives token 257, the model's vocabulary has 120"):
+        Corpus(source=str(documents[0]), length=64).rows(llama, llama)
+
+
+def test_long_rows_of_a_file_are_cut_into_pieces(llama, row_file, rows):
+    length = rows.shape[1] // 2 - 1
+    found = Corpus(source=str(row_file), length=length).rows(llama, None)
+    wanted = rows[:, : 2 * length].reshape(-1, length)
+    assert sorted(found.take(0, len(found)).tolist()) == sorted(wanted.tolist())
+    assert len(found) == 2 * len(rows)
+    assert "2 tokens of each row" in found.notes[0]
+
+
 def test_an_endless_source_is_read_as_far_as_needed(llama, tmp_path, monkeypatch):
     def endless(_):
         while True:

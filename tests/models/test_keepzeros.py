@@ -85,6 +85,42 @@ def test_adapters_that_are_merged_leave_the_zeros(model):
     assert (layer.weight != old).sum() == (old != 0).sum()
 
 
+@pytest.mark.parametrize("first", ["masked", "adapters"])
+def test_adapters_of_peft_learn_and_leave_the_zeros_when_they_are_merged(model, rows, first):
+    from peft import LoraConfig, get_peft_model
+
+    before, old = zeros(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    config = LoraConfig(r=2, target_modules=["up_proj", "q_proj"])
+    adapted = get_peft_model(model, config) if first == "adapters" else None
+    with sparsekit.masked(adapted or model):
+        adapted = adapted or get_peft_model(model, config)
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            losses(adapted, rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        learned = [p for n, p in adapted.named_parameters() if "lora_B" in n]
+        assert learned
+        assert all(p.any() for p in learned)
+        merged = adapted.merge_and_unload()
+    after = dict(merged.named_parameters())
+    assert all(torch.equal(z, before[n]) for n, z in zeros(merged).items())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (after[name] != old[name]).sum() > 0.9 * (old[name] != 0).sum()
+
+
+def test_embeddings_and_matrices_of_zeros_are_left_alone(model):
+    table, matrix = model.get_input_embeddings().weight, model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        table[3] = 0
+        matrix.zero_()
+    with sparsekit.masked(model), torch.no_grad():
+        table[3] = 1
+        matrix[0] = 1
+    assert table[3].all()
+    assert matrix[0].all()
+
+
 def test_a_model_without_zeros_is_refused():
     with pytest.raises(UsageError, match="no zeros to keep"):
         sparsekit.masked(nn.Linear(4, 4))

@@ -644,7 +644,7 @@ def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tm
 def test_dry_run_sees_that_a_model_to_sample_from_does_not_fit(family, tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekit.models.whole.available_memory", lambda: 1000)
     config = PruneConfig(calibration=Calibration(source="self"))
-    with pytest.raises(DataError, match=r"calibration 'self' needs .*--calibration builtin"):
+    with pytest.raises(DataError, match=r"text of 'self' needs .*builtin"):
         plan(config, str(family("llama")), tmp_path / "out")
 
 

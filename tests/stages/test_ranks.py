@@ -17,8 +17,9 @@ from sparsekit.errors import NumericalError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.recoverers.fixed import Held
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recover import LOG, PROGRESS, recover
+from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainlog import LOG, PROGRESS
 from sparsekit.stages.trainstate import POINTER
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern

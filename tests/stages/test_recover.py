@@ -19,16 +19,17 @@ from sparsekit.errors import (
 )
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.whole import hidden_states
 from sparsekit.progress import Silent
 from sparsekit.stages import recover as stage
-from sparsekit.stages import trainchecks, training, trainstate
+from sparsekit.stages import trainchecks, training, trainloss, trainstate, trainwrite
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import verify
 from sparsekit.stages.prune import prune
-from sparsekit.stages.recover import LOG, recover
+from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
-from sparsekit.stages.training import hidden_states
+from sparsekit.stages.trainlog import LOG
 from sparsekit.tensors.factored import unpack_bits
 from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.patterns import Pattern
@@ -63,8 +64,8 @@ class StopsAt(Silent):
 
 def unsettled(monkeypatch):
     """Let a model pass whose entries off the mask have not vanished."""
-    monkeypatch.setattr(stage, "MOST_MOVED", math.inf)
-    monkeypatch.setattr(stage, "MOST_FLIPS", math.inf)
+    monkeypatch.setattr(trainwrite, "MOST_MOVED", math.inf)
+    monkeypatch.setattr(trainwrite, "MOST_FLIPS", math.inf)
 
 
 def linear(checkpoint):
@@ -171,7 +172,7 @@ def test_what_is_on_disk_computes_what_the_trained_model_did(
 ):
     """A10 and C10, to the bit: the removal of what is hidden, and the way to a float32 disk."""
     unsettled(monkeypatch)
-    states, finish = [], stage._finish
+    states, finish = [], stage.finish
 
     def spy(trained):
         states.append(hidden_states(trained.student, rows))
@@ -179,7 +180,7 @@ def test_what_is_on_disk_computes_what_the_trained_model_did(
         states.append(hidden_states(trained.student, rows))
         return found
 
-    monkeypatch.setattr(stage, "_finish", spy)
+    monkeypatch.setattr(stage, "finish", spy)
     options = {"decay": "1e-2"} if method == "cast" else {}
     config = replace(SHORT, method=method, options=options, data=str(row_file), lr=4e-2)
     out = recover(config, str(family("llama_tied")), tmp_path / "out").out
@@ -391,13 +392,24 @@ def test_decay_sees_the_share_of_the_steps_that_are_done(pruned, tmp_path, monke
     assert seen == [n / 12 for n in range(12)]
 
 
-def test_a_full_disk_during_a_save_is_told_and_keeps_the_state(pruned, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_during_a_save_is_told_and_keeps_the_state_before(
+    pruned, tmp_path, monkeypatch
+):
+    sync, calls = trainstate.fsync_path, []
 
-    monkeypatch.setattr(trainstate, "fsync_path", full)
-    with pytest.raises(StorageError, match="No space left"):
-        recover(replace(SHORT, save_every=4), str(pruned), tmp_path / "out")
+    def full(path):
+        calls.append(path)
+        if len(calls) > 2:  # file and folder of the first state
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    config, notes = replace(SHORT, save_every=4), Notes()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainstate, "fsync_path", full)
+        with pytest.raises(StorageError, match="No space left"):
+            recover(config, str(pruned), tmp_path / "out")
+    recover(config, str(pruned), tmp_path / "out", progress=notes)
+    assert any("going on after 4 steps" in note for note in notes.told)
 
 
 @pytest.mark.parametrize(
@@ -483,9 +495,54 @@ def test_teacher_is_the_dense_parent_and_is_not_touched(pruned, family, tmp_path
         assert torch.equal(teacher.state_dict()[name], tensor.float())
 
 
-def test_without_divergence_no_teacher_is_needed(pruned, tmp_path):
-    found = recover(replace(SHORT, share=0.0), str(pruned), tmp_path / "out")
+def test_without_divergence_no_teacher_is_needed(copy_of, row_file, tmp_path):
+    """Nor is one taken from such a run later on."""
+    dense = copy_of("llama")
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    sparse = prune(config, str(dense), tmp_path / "sparse").out
+    dense.rename(tmp_path / "elsewhere")
+    found = recover(replace(SHORT, share=0.0), str(sparse), tmp_path / "out")
     assert found.entry["plan"]["share"] == 0
+    assert found.entry["teacher"] is None
+
+
+def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_file, tmp_path):
+    """A model without a history, and what a run without a teacher makes of it."""
+    (pruned_copy := tmp_path / "bare").mkdir()
+    for file in pruned.iterdir():
+        if file.name != "sparsekit.json":
+            (pruned_copy / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match="is sparse and does not say which dense model"):
+        recover(SHORT, str(pruned_copy), tmp_path / "out")
+    first = recover(replace(SHORT, share=0.0), str(pruned_copy), tmp_path / "first").out
+    with pytest.raises(DataError, match="is sparse and does not say which dense model"):
+        recover(SHORT, str(first), tmp_path / "out")
+    config = PruneConfig(method="magnitude", pattern="1:4")
+    second = prune(config, str(pruned_copy), tmp_path / "second").out
+    with pytest.raises(DataError, match=r"bare, which .*second was made from, is sparse too"):
+        recover(SHORT, str(second), tmp_path / "out")
+    named = replace(SHORT, teacher=str(pruned_copy))
+    assert recover(named, str(second), tmp_path / "out").entry["teacher"]["path"] == str(
+        pruned_copy
+    )
+
+
+def test_a_failed_run_leaves_nothing_that_would_refuse_another_try(pruned, tmp_path, monkeypatch):
+    losses = training.model_losses
+
+    def broken(*args, **options):
+        found = losses(*args, **options)
+        return replace(found, total=found.total * math.nan)
+
+    config = replace(SHORT, method="fixed")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "model_losses", broken)
+        with pytest.raises(
+            NumericalError, match=r"step 1: the loss is nan; a smaller --lr may do$"
+        ):
+            recover(config, str(pruned), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    recover(replace(config, lr=1e-4), str(pruned), tmp_path / "out")
 
 
 def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
@@ -510,7 +567,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pruned, tmp_pa
 
     monkeypatch.setattr(training, "model_losses", broken)
     config = replace(SHORT, method="fixed", save_every=2)
-    with pytest.raises(NumericalError, match="step 6: the loss is nan"):
+    with pytest.raises(NumericalError, match=r"step 6: .* nan;.*saved state is in .*another -o"):
         recover(config, str(pruned), tmp_path / "out")
     monkeypatch.setattr(training, "model_losses", losses)
     notes = Notes()
@@ -531,7 +588,7 @@ def test_a_pass_that_does_not_fit_says_what_to_halve(
     def full(*_, **__):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory")
 
-    monkeypatch.setattr(training, "distil", full)
+    monkeypatch.setattr(trainloss, "distil", full)
     config = replace(SHORT, batch=batch, length=length)
     with pytest.raises(MemoryShortError, match=f"a pass over {batch} rows of {length}.*{hint}"):
         recover(config, str(pruned), tmp_path / "out")
@@ -548,6 +605,12 @@ def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_pa
     with pytest.raises(UsageError, match=r"moves a weight by .* times the --tokens or --lr"):
         recover(config, str(family("llama")), tmp_path / "out")
     assert not list(tmp_path.iterdir())  # so that another rate can be tried at once
+
+
+def test_cast_with_a_weak_decay_is_told_which_one_would_do(family, tmp_path):
+    config = replace(CAST, options={"decay": "1e-9"})
+    with pytest.raises(UsageError, match=r"moves a weight by .*; leave out -O decay: it would be"):
+        recover(config, str(family("llama")), tmp_path / "out")
 
 
 def test_cast_that_has_not_settled_is_not_shipped(pruned, tmp_path):

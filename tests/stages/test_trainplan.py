@@ -14,8 +14,9 @@ from sparsekit.stages import trainplan
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.curve import draw
 from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recover import LOG, recover
+from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainlog import LOG
 from sparsekit.stages.trainplan import CLOSING, PLANNED, steps_within
 from sparsekit.stages.trainspeed import bench_recover
 

@@ -1,0 +1,90 @@
+"""The loss of a whole model on rows of tokens, and what is measured of a sparse one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsekit.models.whole import hidden_states
+from sparsekit.tensors.distillation import IGNORED, Losses, Top, distil
+from sparsekit.tensors.maskedadam import MaskedAdam
+from sparsekit.tensors.sparseweight import Rule, SparseWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def model_losses(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | Top | None,
+    tokens: Tensor,  # [rows, length] int64
+    *,
+    share: float,
+    temperature: float = 1.0,
+) -> Losses:
+    """The loss of a model on rows of tokens, each position with the next token as its label."""
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = IGNORED
+    hidden = hidden_states(student, tokens)
+    head = student.get_output_embeddings()
+    other = None
+    if isinstance(teacher, Top):
+        other = teacher.part
+    elif teacher is not None and share:
+        with torch.no_grad():
+            states = hidden_states(teacher, tokens)
+        their_head = teacher.get_output_embeddings()
+
+        def other(rows: slice) -> Tensor:
+            with torch.no_grad():
+                return their_head(states[rows])
+
+    return distil(
+        hidden,
+        head,
+        list(head.parameters()),
+        labels.reshape(-1),
+        other,
+        share=share,
+        temperature=temperature,
+    )
+
+
+@torch.no_grad()
+def measure(
+    student: PreTrainedModel, sparse: Mapping[str, SparseWeight], rule: Rule, rows: Tensor
+) -> float:
+    """Perplexity of the sparse model on windows `[windows, length]`; training is not disturbed.
+
+    A model that computes with all entries is measured with those off the mask at zero.
+    """
+    full = {}
+    for name, weight in sparse.items():
+        if not rule.hides and rule.frees:
+            full[name] = weight.view.clone()
+            weight.view.copy_(weight.values)
+    try:
+        losses = [
+            model_losses(student, None, row[None].to(student.device), share=0.0).entropy
+            for row in rows
+        ]
+    finally:
+        for name, tensor in full.items():
+            sparse[name].view.copy_(tensor)
+    mean = torch.stack(losses).double().mean().item()
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def sparsity_measure(optimizer: MaskedAdam) -> float:
+    """Σ|m W| / Σ|W|: 1 when nothing is left off the mask."""
+    kept = total = 0.0
+    for weight in optimizer.sparse.values():
+        sizes = weight.weight.abs()
+        total += sizes.sum(dtype=torch.float64).item()
+        kept += (sizes * weight.mask).sum(dtype=torch.float64).item()
+    kept, total = optimizer.total(kept, total)
+    return kept / total if total else 1.0
