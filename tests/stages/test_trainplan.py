@@ -10,7 +10,7 @@ import torch
 from sparsekit.errors import StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import Silent
-from sparsekit.stages import trainplan
+from sparsekit.stages import automethod, trainplan
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.curve import draw
 from sparsekit.stages.ranks import Ranks
@@ -165,3 +165,38 @@ def test_bench_needs_no_room_for_states(pruned, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=(64 << 20) + 3 * size)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert bench_recover(SHORT, str(pruned), steps=1)["method"] == "fixed"
+
+
+def test_bench_counts_the_tokens_that_were_computed_and_tells_what_memory_holds(pruned):
+    config = replace(SHORT, batch=1, length=512)  # the maximum is 256
+    found = bench_recover(config, str(pruned), steps=1)
+    assert found["batch"] == [1, 256]
+    work = found["tokens_per_second"] * found["flop_per_token"] / 1e9
+    assert found["share_of_the_possible"] == pytest.approx(work / found["matrix_gflops"])
+    held, at_rest = found["bytes"], found["bytes"].pop("masks at rest")
+    assert sum(held.values()) == found["peak_bytes"]
+    assert held["gradients"] == held["weights"] == held["teacher"]
+    assert held["moments"] == 2 * held["weights"]
+    assert held["masks"] == 18432 == 8 * at_rest  # entries of the sparse weights
+
+
+@pytest.mark.parametrize("tokens", [33, 64])
+def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
+    """A last step that the tokens fill in part takes the rows that follow."""
+    config = replace(SHORT, data=str(tmp_path / "text.txt"), tokens=tokens)
+    (tmp_path / "text.txt").write_text("abcdefgh " * 40)
+    source = Checkpoint.open(pruned)
+    ranks, device = Ranks(), torch.device("cpu")
+    assert config.steps() == 2
+    read = automethod.tokens_to_read(config, source, device, ranks)
+    assert len(config.corpus(read).rows(source, None)) == 4
+
+
+def test_with_a_time_no_more_text_is_read_than_a_fast_machine_could_use(pruned):
+    source, ranks = Checkpoint.open(pruned), Ranks()
+    config = replace(SHORT, tokens=None, max_time=60.0)
+    reads = [
+        automethod.tokens_to_read(replace(config, max_time=t), source, torch.device("cpu"), ranks)
+        for t in (60.0, 120.0)
+    ]
+    assert reads[1] == pytest.approx(2 * reads[0])
