@@ -27,6 +27,7 @@ from sparsekit.cli.app import app
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
 from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.trainconfig import RecoverConfig
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -777,7 +778,9 @@ def test_every_command_and_option_has_help_and_an_example(cli, name):
     assert cli(*name.split(), "-h").stdout == found.stdout
 
 
-@pytest.mark.parametrize(("name", "config"), [("prune", PruneConfig), ("eval", EvalConfig)])
+@pytest.mark.parametrize(
+    ("name", "config"), [("prune", PruneConfig), ("eval", EvalConfig), ("recover", RecoverConfig)]
+)
 def test_flags_have_the_names_and_defaults_of_the_configuration(name, config):
     flags = {parameter.name: parameter for parameter in commands()[name].params}
     renamed = {"options": "option", "format": "form"}

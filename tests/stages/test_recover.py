@@ -166,9 +166,12 @@ def test_families_are_trained_and_load_again(family, row_file, tmp_path, name):
     assert Checkpoint.open(found.out).layout == Checkpoint.open(sparse).layout
 
 
-@pytest.mark.parametrize("method", ["fixed", "ast", "cast"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("fixed", "llama_tied"), ("ast", "llama_tied"), ("cast", "llama_tied"), ("cast", "gpt2")],
+)
 def test_what_is_on_disk_computes_what_the_trained_model_did(
-    family, row_file, rows, tmp_path, method, monkeypatch
+    family, row_file, rows, tmp_path, method, name, monkeypatch
 ):
     """A10 and C10, to the bit: the removal of what is hidden, and the way to a float32 disk."""
     unsettled(monkeypatch)
@@ -183,7 +186,7 @@ def test_what_is_on_disk_computes_what_the_trained_model_did(
     monkeypatch.setattr(stage, "finish", spy)
     options = {"decay": "1e-2"} if method == "cast" else {}
     config = replace(SHORT, method=method, options=options, data=str(row_file), lr=4e-2)
-    out = recover(config, str(family("llama_tied")), tmp_path / "out").out
+    out = recover(config, str(family(name)), tmp_path / "out").out
     before, after = states
     assert torch.equal(before, after) == (method != "cast")
     assert torch.equal(hidden_states(sparsekit.load(out), rows), after)

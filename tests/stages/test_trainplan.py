@@ -168,7 +168,7 @@ def test_bench_needs_no_room_for_states(pruned, tmp_path, monkeypatch):
 
 
 def test_bench_counts_the_tokens_that_were_computed_and_tells_what_memory_holds(pruned):
-    config = replace(SHORT, batch=1, length=512)  # the maximum is 256
+    config = replace(SHORT, tokens=1024, batch=1, length=512)  # the maximum is 256
     found = bench_recover(config, str(pruned), steps=1)
     assert found["batch"] == [1, 256]
     work = found["tokens_per_second"] * found["flop_per_token"] / 1e9
