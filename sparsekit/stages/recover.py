@@ -9,30 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsekit.errors import (
     CheckFailedError,
-    DataError,
     MemoryShortError,
     NumericalError,
     SparsekitError,
 )
-from sparsekit.files import read_json, sha256_json, write_json
+from sparsekit.files import read_json, write_json
 from sparsekit.memory import peak_memory
-from sparsekit.models.calibration import evaluation_rows
-from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.reference import title
-from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.automethod import tokens_to_read
-from sparsekit.stages.device import pick_device
-from sparsekit.stages.ranks import Ranks
-from sparsekit.stages.recovery import Recovery, prepare, require_parent
-from sparsekit.stages.report import NUMERICS, recover_card, totals, versions
-from sparsekit.stages.student import Student, load_teacher, top_teacher
-from sparsekit.stages.teacher import TopTeacher
+from sparsekit.stages.report import recover_card, totals
+from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training
 from sparsekit.stages.trainlog import PROGRESS, TrainingLog
@@ -45,11 +34,10 @@ from sparsekit.stages.trainstate import (
     load_state,
     save_state,
 )
+from sparsekit.stages.trainwork import Work
 from sparsekit.stages.trainwrite import finish, write_tensors
 
 PLAN = ".sparsekit-plan.json"
-# Windows of an evaluation during training.
-EVAL_WINDOWS = 8
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
 
@@ -94,31 +82,17 @@ def recover(
         CheckFailedError: The decay has not brought the entries off the mask to zero.
         StorageError: The output cannot be written.
     """
-    started = time.perf_counter()
-    config.check()
-    ranks = Ranks.current(pick_device(config.device))
-    ranks.parts(config.accumulate)
-    progress = progress if ranks.main else SILENT
-    job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
-    rows = _rows(job, ranks, progress)
-    prints = {"source": job.source.scan(progress), "teacher": None}
-    if job.teacher is not None:
-        prints["teacher"] = job.teacher.scan(progress)
-        require_parent(job, prints["teacher"])
-    recipe = _recipe(job, rows, ranks) | prints
-    windows = _windows(job)
-    top = top_teacher(job, rows, ranks, progress)
-    ranks.wait()
+    work = Work.read(config, model, out, overwrite=overwrite, progress=progress)
+    job, ranks, recipe = work.job, work.ranks, work.recipe
     writing = None
     if ranks.main:
         writing = CheckpointWriter(out, job.source, recipe, layout=job.layout, overwrite=overwrite)
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
-        folder = out.with_name(out.name + ".partial")
-        student = Student.load(job, rows, ranks)
+        student = Student.load(job, work.rows, ranks)
         try:
-            training = _training(job, student, top, rows, windows, folder, ranks, started, progress)
-            log = _train(training, job, windows, folder, progress)
+            training = _training(work, student)
+            log = _train(work, training)
             finished = finish(training)
         except SparsekitError as error:
             if writer is not None:
@@ -130,9 +104,9 @@ def recover(
             return None
         name = title(model)
         log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
-        entry = _entry(job, recipe, model, training, windows, finished, weights) | {
+        entry = _entry(work, model, training, finished, weights) | {
             "kept_mass": log.kept_mass,
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(time.perf_counter() - work.started, 3),
             "peak_memory_bytes": peak_memory(),
         }
         writer.commit(entry, recover_card(entry, name))
@@ -158,15 +132,14 @@ def _forget(out: Path) -> None:
 
 
 def _entry(
-    job: Recovery,
-    recipe: Mapping[str, Any],
+    work: Work,
     model: str,
     training: Training,
-    windows: TokenRows | None,
     finished: Mapping[str, Any],
     weights: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """This run's entry of the history."""
+    job, recipe, windows = work.job, work.recipe, work.windows
     return {
         "stage": "recover",
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
@@ -187,76 +160,15 @@ def _entry(
     }
 
 
-def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
-    """The rows; the main process tokenises the text, the others find it done."""
-    corpus = job.config.corpus(tokens_to_read(job.config, job.source, job.device, ranks))
-    if not ranks.main:
-        ranks.wait()
-    rows = corpus.rows(job.source, job.teacher, progress)
-    if ranks.main:
-        ranks.wait()
-    for note in (*job.notes, *rows.notes):
-        progress.note(note)
-    wanted = job.config.batch * job.config.accumulate
-    if len(rows) < wanted:
-        raise DataError(
-            f"{job.config.data} has {len(rows)} rows of {rows.length} tokens, a step takes "
-            f"{wanted}",
-            "give it more text, or a smaller --batch, --length or --accumulate",
-        )
-    passes = (job.config.tokens or 0) / (len(rows) * rows.length)
-    if passes > 1:
-        progress.note(f"the text is read {passes:.1f} times")
-    return rows
-
-
-def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
-    """Everything that decides the output's bytes."""
-    config = job.config
-    told = {
-        key: value
-        for key, value in asdict(config).items()
-        if key not in ("data", "teacher", "save_every", "eval_every", "eval_text", "dtype")
-    }
-    own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
-    model = {k: v for k, v in job.source.config.to_dict().items() if k != "_name_or_path"}
-    return {
-        "stage": "recover",
-        "numerics": NUMERICS,
-        "processes": ranks.size,
-        **told,
-        "options": asdict(job.recoverer),
-        "pattern": str(job.patterns.base),
-        "own_patterns": sha256_json(own),
-        "data": rows.fingerprint,
-        "length": rows.length,
-        "config": sha256_json(model),
-        "layout": job.source.layout,
-        "shards": ranks.shards,
-        "device": job.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-
-
-def _training(
-    job: Recovery,
-    student: Student,
-    top: TopTeacher | None,
-    rows: TrainingRows,
-    windows: TokenRows | None,
-    folder: Path,
-    ranks: Ranks,
-    started: float,
-    progress: Progress,
-) -> Training:
+def _training(work: Work, student: Student) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
-    config = job.config
+    job, rows, top, ranks = work.job, work.rows, work.top, work.ranks
+    config, folder, progress = job.config, work.folder, work.progress
     teacher = top or load_teacher(job, ranks)
     if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
-        plan = make_plan(job, student, teacher, rows, windows, ranks, started, progress)
+        plan = make_plan(job, student, teacher, rows, work.windows, ranks, work.started, progress)
         if ranks.main:
             write_json(folder / PLAN, asdict(plan))
     if top is not None and config.tokens is None:  # else it was told before
@@ -270,11 +182,10 @@ def _training(
     return training
 
 
-def _train(
-    training: Training, job: Recovery, windows: TokenRows | None, folder: Path, progress: Progress
-) -> TrainingLog:
+def _train(work: Work, training: Training) -> TrainingLog:
     """Take the steps that are left; gives the log of all steps."""
-    config, optimizer, ranks = job.config, training.optimizer, training.ranks
+    config, windows, folder = work.job.config, work.windows, work.folder
+    progress, ranks, optimizer = work.progress, work.ranks, training.optimizer
     log = TrainingLog(folder, optimizer.steps, writes=ranks.main)
     if not log.rows and windows is not None:
         before = {"perplexity": training.plan.perplexity, "evaluated_on": windows.title}
@@ -282,7 +193,7 @@ def _train(
     ranks.wait()
     log.begin()
     selected = ""
-    progress.begin(f"recover {config.method} {job.patterns.base}", training.plan.steps)
+    progress.begin(f"recover {config.method} {work.job.patterns.base}", training.plan.steps)
     for _ in range(optimizer.steps):
         progress.step("")
     saved = time.perf_counter()
@@ -315,12 +226,3 @@ def _require_same_masks(training: Training) -> None:
     """Refuse to go on when processes that all hold the whole model have come apart."""
     if training.ranks.size > 1 and not training.ranks.shards:
         training.ranks.require_same(training.optimizer.fingerprint(), "masks")
-
-
-def _windows(job: Recovery) -> TokenRows | None:
-    """What perplexities are measured on during training; None: nothing."""
-    config = job.config
-    if config.eval_every is None:
-        return None
-    source, length = config.eval_text or "builtin", None if config.eval_text else config.length
-    return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)

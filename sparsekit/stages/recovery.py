@@ -25,20 +25,20 @@ from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
+    DENSE_ZEROS,
     refuse_cuts,
     refuse_misfits,
     refuse_more_than_the_vocabulary,
     refuse_other_heads,
     refuse_other_teacher,
+    refuse_sparse_teacher,
     require_memory,
     state_bytes,
+    zero_share,
 )
 from sparsekit.stages.trainconfig import AUTO, RecoverConfig
 from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
-
-# A model with a larger share of zeros than this is no dense one.
-DENSE_ZEROS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,35 +92,23 @@ def prepare(
     source = _open_source(model, out, progress)
     refuse_foreign(out.with_name(out.name + ".partial"))
     device = torch.device(pick_device(config.device))
-    length, notes = capped(config.length, source.config)
-    config, notes = replace(config, length=length), list(notes)
-    if config.method == AUTO:
-        config, why = chosen(config, source, device, ranks)
-        notes.append(why)
+    config, notes = _completed(config, source, device, ranks)
     recoverer = methods.load("recoverers", config.method, config.options)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
-    linear = stream.targets()
-    told = _told(source)
-    targets = [target for target in linear if not told or target.name in told]
-    if not targets:
-        raise DataError(f"{source.path} has no linear weight in its blocks to train")
-    patterns = _patterns(config, source, targets, told)
+    targets, left = _targets(source, stream)
+    patterns = _patterns(config, source, targets)
     refuse_misfits(targets, patterns, recoverer, config)
     if ranks.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     if not out.with_name(out.name + ".partial").exists():
-        beside = state_bytes(source) if saves else 0
-        require_space(existing_parent(out), layout, beside)
+        require_space(existing_parent(out), layout, state_bytes(source) if saves else 0)
     teacher, teacher_name = None, ""
     if config.share != 0 or config.slorb is not None or config.data == "self":
         teacher_name = config.teacher or _parent(source) or model
-        teacher = _open_teacher(config, source, teacher_name, out, progress)
-        if config.teacher is None:
-            _refuse_sparse_teacher(source, teacher, targets)
+        teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
     require_memory(source, teacher if taught else None, recoverer, device)
-    left = [target.name for target in linear if target not in targets]
     return Recovery(
         config=config,
         recoverer=recoverer,
@@ -129,11 +117,37 @@ def prepare(
         teacher_name=teacher_name,
         targets=targets,
         patterns=patterns,
-        skipped=[{"name": name, "reason": "left dense when it was pruned"} for name in left],
+        skipped=left,
         layout=layout,
         device=device,
         notes=notes + _notes(config, source, stream),
     )
+
+
+def _completed(
+    config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
+) -> tuple[RecoverConfig, list[str]]:
+    """The configuration with a length that the model takes and a method, and what to tell of it."""
+    length, notes = capped(config.length, source.config)
+    config, told = replace(config, length=length), list(notes)
+    if config.method == AUTO:
+        config, why = chosen(config, source, device, ranks)
+        told.append(why)
+    return config, told
+
+
+def _targets(source: Checkpoint, stream: BlockStream) -> tuple[list[Target], list[dict[str, str]]]:
+    """The weights that are sparse or are to be, and those that pruning has left dense.
+
+    Raises:
+        DataError: There are none.
+    """
+    told, linear = _told(source), stream.targets()
+    targets = [target for target in linear if not told or target.name in told]
+    if not targets:
+        raise DataError(f"{source.path} has no linear weight in its blocks to train")
+    reason = "left dense when it was pruned"
+    return targets, [{"name": t.name, "reason": reason} for t in linear if t not in targets]
 
 
 def _open_source(model: str, out: Path, progress: Progress) -> Checkpoint:
@@ -157,7 +171,12 @@ def _open_source(model: str, out: Path, progress: Progress) -> Checkpoint:
 
 
 def _open_teacher(
-    config: RecoverConfig, source: Checkpoint, teacher_name: str, out: Path, progress: Progress
+    config: RecoverConfig,
+    source: Checkpoint,
+    targets: Sequence[Target],
+    teacher_name: str,
+    out: Path,
+    progress: Progress,
 ) -> Checkpoint:
     """The dense model.
 
@@ -174,35 +193,9 @@ def _open_teacher(
     refuse_source(out, teacher.path)
     refuse_other_teacher(source, teacher)
     refuse_more_than_the_vocabulary(config, teacher)
+    if config.teacher is None:
+        refuse_sparse_teacher(source, teacher, targets)
     return teacher
-
-
-def _refuse_sparse_teacher(
-    source: Checkpoint, teacher: Checkpoint, targets: Sequence[Target]
-) -> None:
-    """Refuse a sparse model as a teacher that was not named.
-
-    Raises:
-        DataError: It is sparse.
-    """
-    places = [target for target in targets if target.name in teacher.places]
-    if not places or _zeros(teacher, places) <= DENSE_ZEROS:
-        return
-    hint = "name the dense model with --teacher, or train without one: --share 0"
-    if teacher.path == source.path:
-        raise DataError(
-            f"{source.path} is sparse and does not say which dense model it was made from", hint
-        )
-    raise DataError(f"{teacher.path}, which {source.path} was made from, is sparse too", hint)
-
-
-def _zeros(source: Checkpoint, targets: Sequence[Target]) -> float:
-    """The share of zeros in some weights."""
-    zeros = size = 0
-    for target in targets:
-        weight = source.read([target.name])[target.name]
-        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
-    return zeros / size
 
 
 def _told(source: Checkpoint) -> dict[str, str]:
@@ -237,9 +230,7 @@ def require_parent(job: Recovery, fingerprint: str) -> None:
         )
 
 
-def _patterns(
-    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], told: Mapping[str, str]
-) -> Patterns:
+def _patterns(config: RecoverConfig, source: Checkpoint, targets: Sequence[Target]) -> Patterns:
     """The pattern that was asked for, that of the history, or 2:4 for a dense model.
 
     Raises:
@@ -247,6 +238,7 @@ def _patterns(
     """
     if config.pattern is not None:
         return Patterns(base=Pattern.parse(config.pattern))
+    told = _told(source)
     if told:
         base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])
         own = {name: Pattern.parse(text) for name, text in told.items()}
@@ -261,7 +253,7 @@ def _patterns(
             patterns.of(target).check(weight, target.name)
         except PatternError as error:
             missing = missing or error.message
-    if missing and (told or _zeros(source, targets) > DENSE_ZEROS):
+    if missing and (told or zero_share(source, targets) > DENSE_ZEROS):
         raise UsageError(
             f"{source.path} is sparse, but not {patterns.base}: {missing}",
             "name the pattern that it has, or is to have, with --pattern",

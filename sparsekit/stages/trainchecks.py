@@ -19,6 +19,8 @@ from sparsekit.stages.trainconfig import RecoverConfig
 
 # What a configuration may ask for after the output layer, and the value that asks for nothing.
 PLAIN_HEAD = {"final_logit_softcapping": 0.0, "logit_scale": 1.0, "logits_scaling": 1.0}
+# A model with a larger share of zeros than this is no dense one.
+DENSE_ZEROS = 0.05
 
 
 def refuse_other_heads(source: Checkpoint) -> None:
@@ -106,6 +108,34 @@ def refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
                 f"the tokenizer of the teacher {teacher.path} gives other ids than the model's",
                 "a teacher must be of the same family: name the dense model with --teacher",
             )
+
+
+def refuse_sparse_teacher(
+    source: Checkpoint, teacher: Checkpoint, targets: Sequence[Target]
+) -> None:
+    """Refuse a sparse model as a teacher that was not named.
+
+    Raises:
+        DataError: It is sparse.
+    """
+    places = [target for target in targets if target.name in teacher.places]
+    if not places or zero_share(teacher, places) <= DENSE_ZEROS:
+        return
+    hint = "name the dense model with --teacher, or train without one: --share 0"
+    if teacher.path == source.path:
+        raise DataError(
+            f"{source.path} is sparse and does not say which dense model it was made from", hint
+        )
+    raise DataError(f"{teacher.path}, which {source.path} was made from, is sparse too", hint)
+
+
+def zero_share(source: Checkpoint, targets: Sequence[Target]) -> float:
+    """The share of zeros in some weights."""
+    zeros = size = 0
+    for target in targets:
+        weight = source.read([target.name])[target.name]
+        zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+    return zeros / size
 
 
 def refuse_more_than_the_vocabulary(config: RecoverConfig, teacher: Checkpoint) -> None:

@@ -54,15 +54,7 @@ def make_plan(
         UsageError: There is no time for one step, or the decay cannot do its work.
     """
     config, recoverer = job.config, job.recoverer
-    steps, perplexity, evaluation = config.steps(), None, 0.0
-    if windows is not None:
-        begun = time.perf_counter()
-        rule = recoverer.rule(0.0)
-        perplexity = measure(student.model, student.sparse, rule, windows.tokens)
-        evaluation = time.perf_counter() - begun
-        progress.note(
-            f"perplexity {perplexity:.2f} of the sparse model before training, on {windows.title}"
-        )
+    steps, (perplexity, evaluation) = config.steps(), _first(job, student, windows, progress)
     scale = student.scale(0.0)
     share = recoverer.share_of(scale) if config.share is None else config.share
     rate = config.lr or recoverer.rate_of(scale)
@@ -96,6 +88,18 @@ def make_plan(
     if recoverer.settles:
         _require_budget(config, student, plan, progress)
     return plan
+
+
+def _first(
+    job: Recovery, student: Student, windows: TokenRows | None, progress: Progress
+) -> tuple[float | None, float]:
+    """Perplexity before training, if any is wanted, and the seconds that it took."""
+    if windows is None:
+        return None, 0.0
+    begun, rule = time.perf_counter(), job.recoverer.rule(0.0)
+    found = measure(student.model, student.sparse, rule, windows.tokens)
+    progress.note(f"perplexity {found:.2f} of the sparse model before training, on {windows.title}")
+    return found, time.perf_counter() - begun
 
 
 def _probe(

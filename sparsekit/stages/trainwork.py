@@ -1,0 +1,140 @@
+"""What training reads, once it is checked: rows, windows and the recipe of the output's bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit.errors import DataError
+from sparsekit.files import sha256_json
+from sparsekit.models.calibration import evaluation_rows
+from sparsekit.models.corpus import TrainingRows
+from sparsekit.models.rows import TokenRows
+from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.automethod import tokens_to_read
+from sparsekit.stages.device import pick_device
+from sparsekit.stages.ranks import Ranks
+from sparsekit.stages.recovery import Recovery, prepare, require_parent
+from sparsekit.stages.report import NUMERICS, versions
+from sparsekit.stages.student import top_teacher
+from sparsekit.stages.teacher import TopTeacher
+from sparsekit.stages.trainconfig import RecoverConfig
+
+# Windows of an evaluation during training.
+EVAL_WINDOWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A checked job with all that its training reads."""
+
+    job: Recovery
+    rows: TrainingRows
+    windows: TokenRows | None
+    """What perplexities are measured on during training; None: nothing."""
+    top: TopTeacher | None
+    """The teacher, where its largest probabilities are kept on disk."""
+    recipe: Mapping[str, Any]
+    """Everything that decides the output's bytes."""
+    ranks: Ranks
+    folder: Path
+    """Where the output grows."""
+    started: float
+    """When the run began, in seconds of `time.perf_counter`."""
+    progress: Progress
+
+    @classmethod
+    def read(
+        cls, config: RecoverConfig, model: str, out: Path, *, overwrite: bool, progress: Progress
+    ) -> Work:
+        """Check a configuration, and read what it names; arguments and errors as of `recover`."""
+        started = time.perf_counter()
+        config.check()
+        ranks = Ranks.current(pick_device(config.device))
+        ranks.parts(config.accumulate)
+        progress = progress if ranks.main else SILENT
+        job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
+        rows = _rows(job, ranks, progress)
+        prints = {"source": job.source.scan(progress), "teacher": None}
+        if job.teacher is not None:
+            prints["teacher"] = job.teacher.scan(progress)
+            require_parent(job, prints["teacher"])
+        windows, top = _windows(job), top_teacher(job, rows, ranks, progress)
+        ranks.wait()
+        return cls(
+            job=job,
+            rows=rows,
+            windows=windows,
+            top=top,
+            recipe=_recipe(job, rows, ranks) | prints,
+            ranks=ranks,
+            folder=out.with_name(out.name + ".partial"),
+            started=started,
+            progress=progress,
+        )
+
+
+def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
+    """The rows; the main process tokenises the text, the others find it done."""
+    corpus = job.config.corpus(tokens_to_read(job.config, job.source, job.device, ranks))
+    if not ranks.main:
+        ranks.wait()
+    rows = corpus.rows(job.source, job.teacher, progress)
+    if ranks.main:
+        ranks.wait()
+    for note in (*job.notes, *rows.notes):
+        progress.note(note)
+    wanted = job.config.batch * job.config.accumulate
+    if len(rows) < wanted:
+        raise DataError(
+            f"{job.config.data} has {len(rows)} rows of {rows.length} tokens, a step takes "
+            f"{wanted}",
+            "give it more text, or a smaller --batch, --length or --accumulate",
+        )
+    passes = (job.config.tokens or 0) / (len(rows) * rows.length)
+    if passes > 1:
+        progress.note(f"the text is read {passes:.1f} times")
+    return rows
+
+
+def _windows(job: Recovery) -> TokenRows | None:
+    """What perplexities are measured on during training; None: nothing."""
+    config = job.config
+    if config.eval_every is None:
+        return None
+    source, length = config.eval_text or "builtin", None if config.eval_text else config.length
+    return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)
+
+
+def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
+    """Everything that decides the output's bytes."""
+    config = job.config
+    told = {
+        key: value
+        for key, value in asdict(config).items()
+        if key not in ("data", "teacher", "save_every", "eval_every", "eval_text", "dtype")
+    }
+    own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
+    model = {k: v for k, v in job.source.config.to_dict().items() if k != "_name_or_path"}
+    return {
+        "stage": "recover",
+        "numerics": NUMERICS,
+        "processes": ranks.size,
+        **told,
+        "options": asdict(job.recoverer),
+        "pattern": str(job.patterns.base),
+        "own_patterns": sha256_json(own),
+        "data": rows.fingerprint,
+        "length": rows.length,
+        "config": sha256_json(model),
+        "layout": job.source.layout,
+        "shards": ranks.shards,
+        "device": job.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
