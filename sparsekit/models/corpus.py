@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice, pairwise
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sparsekit.errors import DataError
 from sparsekit.files import CACHED, cache_dir, fsync_path, sha256_json, storage_errors
 from sparsekit.models.calibration import Calibration, check_number, source_key, tokenizer_key
-from sparsekit.models.rows import capped
+from sparsekit.models.rows import capped, cut_row_file, read_row_file, token_rows
 from sparsekit.models.texts import (
     PIECE_BYTES,
     ROW_FILE,
@@ -88,13 +88,13 @@ class Corpus:
         self.check()
         length, notes = capped(self.length or LENGTH, checkpoint.config)
         if is_kind(self.source, ROW_FILE):
-            told = Calibration(source=self.source).rows(checkpoint)
-            if self.length is not None:
-                Calibration(source=self.source, length=length).require(checkpoint)
-                if left := told.tokens.shape[1] % length:
-                    note = f"{left} tokens of each row of {self.source} are left out"
-                    told = replace(told, notes=(*told.notes, note))
-                told = replace(told, tokens=cut(told.tokens, length))
+            tokens, notes = cut_row_file(self.source, self.length, checkpoint.config)
+            if self.length is not None:  # also the rest of a row, in further pieces
+                tokens = read_row_file(self.source)
+                if left := tokens.shape[1] % length:
+                    notes = (*notes, f"{left} tokens of each row of {self.source} are left out")
+                tokens = cut(tokens, length)
+            told = token_rows(tokens, self.source, checkpoint.config, notes)
         elif self.source == "self":
             samples = -(-(self.tokens or 0) // length)
             drawn = Calibration(source="self", samples=samples, length=length, seed=self.seed)
@@ -123,7 +123,7 @@ class Corpus:
         )
         path = cache_dir() / "corpora" / f"{key}.safetensors"
         stored = Stored.read(path) if path.is_file() else None
-        if stored is None or not stored.reaches(self.tokens):
+        while stored is None or not stored.reaches(self.tokens):  # another run may replace it
             documents = token_ids(self.source, checkpoint, stored.documents if stored else 0)
             progress.begin(f"tokenising {self.source}", PARTS if self.tokens else 1)
             write_tokens(path, documents, self.tokens, stored, progress)
@@ -285,11 +285,10 @@ class Stored:
         for piece in self.pieces([count]):
             digest.update(piece.numpy().astype("<i4", copy=False))
             seen += len(piece)
-            if seen == count:
-                wanted = digest.hexdigest()
-            largest = max(largest, int(piece.max()))
+            if seen <= count:
+                wanted, largest = digest.hexdigest(), max(largest, int(piece.max()))
         if digest.hexdigest() != self.fingerprint:
-            raise DataError(f"{self.path} is damaged: its tokens are others", "delete it")
+            raise _changed(self.path)
         if largest >= vocabulary:
             raise DataError(
                 f"the tokenizer gives token {largest}, the model's vocabulary has {vocabulary}",
@@ -315,6 +314,7 @@ def write_tokens(
         progress: Told of each hundredth of the limit.
 
     Raises:
+        DataError: What is there already is damaged.
         StorageError: They could not be written.
     """
     import torch
@@ -337,6 +337,8 @@ def write_tokens(
 
                 for piece in before.pieces() if before else ():
                     add(piece)
+                if before and digest.hexdigest() != before.fingerprint:
+                    raise _changed(path)
                 for ids in documents:
                     add(torch.tensor(ids, dtype=torch.int32))
                     read += 1
@@ -355,6 +357,10 @@ def write_tokens(
         finally:
             part.unlink(missing_ok=True)
         fsync_path(path.parent)
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path} is damaged: its tokens are others", "delete it")
 
 
 def _header(count: int, documents: int, complete: bool, fingerprint: str) -> bytes:

@@ -48,7 +48,23 @@ def cut_row_file(
     """All rows of a row file [samples, length], cut to the length asked for, and the notes.
 
     Raises:
-        DataError: The file is not one 2-D integer tensor, or its rows are shorter than `length`.
+        DataError: See `read_row_file`; or its rows are shorter than `length`.
+    """
+    tokens = read_row_file(source)
+    if length is not None and length > tokens.shape[1]:
+        raise DataError(
+            f"the rows of {source} have {tokens.shape[1]} tokens, {length} are asked for",
+            f"use --length {tokens.shape[1]} or less",
+        )
+    length, notes = capped(length or tokens.shape[1], config)
+    return tokens[:, :length], notes
+
+
+def read_row_file(source: str) -> Tensor:
+    """All rows of a row file, `[samples, length]` int64.
+
+    Raises:
+        DataError: The file is not one 2-D integer tensor.
     """
     import torch
     from safetensors import SafetensorError
@@ -67,13 +83,7 @@ def cut_row_file(
             f"{source} holds {tokens.dtype} of shape {list(tokens.shape)}",
             "a row file holds integers [samples, length], at least one row of two tokens",
         )
-    if length is not None and length > tokens.shape[1]:
-        raise DataError(
-            f"the rows of {source} have {tokens.shape[1]} tokens, {length} are asked for",
-            f"use --length {tokens.shape[1]} or less",
-        )
-    length, notes = capped(length or tokens.shape[1], config)
-    return tokens[:, :length].to(torch.int64), notes
+    return tokens.to(torch.int64)
 
 
 def token_rows(

@@ -48,7 +48,8 @@ def tokens_to_read(
     """How many tokens of the text are needed: those of whole steps, or of a very fast machine."""
     if config.tokens is not None:
         return config.steps() * config.step_tokens
-    return math.ceil(FASTEST * _tokens(config, _parameters(source), device, ranks))
+    wanted = FASTEST * _tokens(config, _parameters(source), device, ranks)
+    return max(1, math.ceil(wanted / config.step_tokens)) * config.step_tokens
 
 
 def _parameters(source: Checkpoint) -> int:

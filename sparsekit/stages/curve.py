@@ -16,8 +16,8 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """A PNG of a log's rows; pictures of the same rows are the same bytes.
 
     Args:
-        log: A row for each step, as of `StepRow`, some with `perplexity`; one of step 0 has
-            nothing else but `evaluated_on`, the text of the perplexities.
+        log: A row for each step, as of `StepRow`, some with `perplexity` and `evaluated_on`, the
+            text of it; one of step 0 has nothing else.
         title: Stands above it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,7 +46,8 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
         points = [row["tokens"] for row in measured], [row["perplexity"] for row in measured]
         last.plot(*points, color=GREEN, marker="o", markersize=3)
         last.set_ylabel("perplexity")
-        last.set_title(measured[0].get("evaluated_on", ""), loc="left", fontsize="small")
+        texts = dict.fromkeys(row.get("evaluated_on", "") for row in measured)
+        last.set_title(", ".join(texts), loc="left", fontsize="small")
     if selected:
         last = next(axes)
         flips = [row for row in log if row["flips"]]

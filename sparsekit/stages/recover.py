@@ -14,6 +14,7 @@ from sparsekit.errors import (
     MemoryShortError,
     NumericalError,
     SparsekitError,
+    StorageError,
 )
 from sparsekit.files import read_json, write_json
 from sparsekit.memory import peak_memory
@@ -89,8 +90,8 @@ def recover(
         writing = CheckpointWriter(out, job.source, recipe, layout=job.layout, overwrite=overwrite)
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
-        student = Student.load(job, work.rows, ranks)
         try:
+            student = Student.load(job, work.rows, ranks)
             training = _training(work, student)
             log = _train(work, training)
             finished = finish(training)
@@ -118,6 +119,8 @@ def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:
     """Leave of a failed run only what the same command can go on from, and tell so."""
     if not (writer.partial / POINTER).is_file():
         writer.abandon()  # another try may differ
+        if isinstance(error, StorageError):
+            error.hint = "make room; nothing was saved before"
     elif isinstance(error, NumericalError | MemoryShortError | CheckFailedError):
         kept = f"the last saved state is in {writer.partial}"
         other = "for other options take another -o or delete it"
@@ -187,8 +190,9 @@ def _train(work: Work, training: Training) -> TrainingLog:
     config, windows, folder = work.job.config, work.windows, work.folder
     progress, ranks, optimizer = work.progress, work.ranks, training.optimizer
     log = TrainingLog(folder, optimizer.steps, writes=ranks.main)
-    if not log.rows and windows is not None:
-        before = {"perplexity": training.plan.perplexity, "evaluated_on": windows.title}
+    first = training.plan.perplexity
+    if not log.rows and windows is not None and first is not None:
+        before = {"perplexity": first, "evaluated_on": windows.title}
         log.rows.append({"step": 0, "tokens": 0, **before})
     ranks.wait()
     log.begin()
@@ -205,6 +209,7 @@ def _train(work: Work, training: Training) -> TrainingLog:
         if windows is not None and (now % config.eval_every == 0 or training.done):
             sparse, rule = optimizer.sparse, optimizer.rule
             row["perplexity"] = measure(training.student, sparse, rule, windows.tokens)
+            row["evaluated_on"] = windows.title
             row["sparsity"] = sparsity_measure(optimizer)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
         log.add(row)

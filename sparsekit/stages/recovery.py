@@ -194,7 +194,7 @@ def _open_teacher(
     refuse_other_teacher(source, teacher)
     refuse_more_than_the_vocabulary(config, teacher)
     if config.teacher is None:
-        refuse_sparse_teacher(source, teacher, targets)
+        refuse_sparse_teacher(config, source, teacher, targets)
     return teacher
 
 
@@ -209,11 +209,17 @@ def _parent(source: Checkpoint) -> str | None:
 
 
 def _dense(source: Checkpoint) -> Mapping[str, str]:
-    """What the history says of the dense model: that which was pruned, or which taught first."""
+    """What the history says of the dense model.
+
+    It is what was pruned; where the history begins with training, what taught first, or without a
+    teacher what was trained.
+    """
     history = source.pruned()
     if not history:
         return {}
-    return history[0]["teacher" if history[0]["stage"] == "recover" else "source"] or {}
+    teachers = [entry["teacher"] for entry in history if entry.get("teacher")]
+    trained = history[0]["stage"] == "recover"
+    return teachers[0] if trained and teachers else history[0]["source"]
 
 
 def require_parent(job: Recovery, fingerprint: str) -> None:

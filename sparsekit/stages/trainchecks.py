@@ -111,7 +111,7 @@ def refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
 
 
 def refuse_sparse_teacher(
-    source: Checkpoint, teacher: Checkpoint, targets: Sequence[Target]
+    config: RecoverConfig, source: Checkpoint, teacher: Checkpoint, targets: Sequence[Target]
 ) -> None:
     """Refuse a sparse model as a teacher that was not named.
 
@@ -121,7 +121,9 @@ def refuse_sparse_teacher(
     places = [target for target in targets if target.name in teacher.places]
     if not places or zero_share(teacher, places) <= DENSE_ZEROS:
         return
-    hint = "name the dense model with --teacher, or train without one: --share 0"
+    hint = "name the dense model with --teacher"
+    if config.share != 0:
+        hint += ", or train without one: --share 0"
     if teacher.path == source.path:
         raise DataError(
             f"{source.path} is sparse and does not say which dense model it was made from", hint

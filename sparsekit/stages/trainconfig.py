@@ -136,6 +136,8 @@ class RecoverConfig:
             raise UsageError(f"--share must be between 0 and 1, not {self.share:g}")
         if self.share == 0 and self.teacher_top is not None:
             raise UsageError("--teacher-top has no effect with --share 0", "leave it out")
+        if self.share == 0 and self.teacher and self.slorb is None and self.data != "self":
+            raise UsageError("--teacher has no effect with --share 0", "leave it out")
         if not 0 < self.temperature < 100:
             raise UsageError(f"--temperature must be between 0 and 100, not {self.temperature:g}")
 

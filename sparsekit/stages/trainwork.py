@@ -81,12 +81,14 @@ class Work:
 
 def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
     """The rows; the main process tokenises the text, the others find it done."""
-    corpus = job.config.corpus(tokens_to_read(job.config, job.source, job.device, ranks))
+    wanted = ranks.of_main(tokens_to_read(job.config, job.source, job.device, ranks))
+    corpus = job.config.corpus(wanted)
     if not ranks.main:
         ranks.wait()
     rows = corpus.rows(job.source, job.teacher, progress)
     if ranks.main:
         ranks.wait()
+    ranks.require_same(f"{rows.fingerprint} {rows.count}", "text")
     for note in (*job.notes, *rows.notes):
         progress.note(note)
     wanted = job.config.batch * job.config.accumulate

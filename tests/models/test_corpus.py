@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparsekit.errors import DataError, UsageError
 from sparsekit.models import corpus, texts
@@ -113,6 +114,17 @@ def test_a_cache_whose_tokens_were_changed_is_named(llama, documents, tmp_path, 
         Corpus(source=str(documents[0]), length=64).rows(llama, llama)
 
 
+def test_a_damaged_cache_is_not_added_to(llama, documents, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "own"))
+    Corpus(source=str(documents[0]), length=64, tokens=500).rows(llama, llama)
+    (file,) = (tmp_path / "own" / "corpora").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-8] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"its tokens are others.*delete it"):
+        Corpus(source=str(documents[0]), length=64, tokens=5000).rows(llama, llama)
+
+
 def test_tokens_that_the_model_does_not_know_are_refused(llama, documents, monkeypatch):
     monkeypatch.setattr(llama.config, "vocab_size", 120)  # of 258
     with pytest.raises(DataError, match=r"gives token 257, the model's vocabulary has 120"):
@@ -126,6 +138,15 @@ def test_long_rows_of_a_file_are_cut_into_pieces(llama, row_file, rows):
     assert sorted(found.take(0, len(found)).tolist()) == sorted(wanted.tolist())
     assert len(found) == 2 * len(rows)
     assert "2 tokens of each row" in found.notes[0]
+
+
+def test_rows_beyond_the_models_maximum_are_cut_too(llama, tmp_path):
+    """Of 600 tokens each; the maximum is 256."""
+    rows = torch.arange(1200).remainder(250).view(2, 600)
+    save_file({"tokens": rows}, tmp_path / "rows.safetensors")
+    found = Corpus(source=str(tmp_path / "rows.safetensors"), length=128).rows(llama, None)
+    assert len(found) == 8
+    assert "88 tokens of each row" in found.notes[0]
 
 
 def test_an_endless_source_is_read_as_far_as_needed(llama, tmp_path, monkeypatch):

@@ -415,6 +415,16 @@ def test_a_full_disk_during_a_save_is_told_and_keeps_the_state_before(
     assert any("going on after 4 steps" in note for note in notes.told)
 
 
+def test_a_full_disk_at_the_first_save_leaves_nothing(pruned, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainstate, "fsync_path", full)
+    with pytest.raises(StorageError, match=r"No space left.*nothing was saved before"):
+        recover(replace(SHORT, save_every=4), str(pruned), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -499,7 +509,6 @@ def test_teacher_is_the_dense_parent_and_is_not_touched(pruned, family, tmp_path
 
 
 def test_without_divergence_no_teacher_is_needed(copy_of, row_file, tmp_path):
-    """Nor is one taken from such a run later on."""
     dense = copy_of("llama")
     config = PruneConfig(calibration=Calibration(source=str(row_file)))
     sparse = prune(config, str(dense), tmp_path / "sparse").out
@@ -518,7 +527,7 @@ def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_fil
     with pytest.raises(DataError, match="is sparse and does not say which dense model"):
         recover(SHORT, str(pruned_copy), tmp_path / "out")
     first = recover(replace(SHORT, share=0.0), str(pruned_copy), tmp_path / "first").out
-    with pytest.raises(DataError, match="is sparse and does not say which dense model"):
+    with pytest.raises(DataError, match=r"bare, which .*first was made from, is sparse too"):
         recover(SHORT, str(first), tmp_path / "out")
     config = PruneConfig(method="magnitude", pattern="1:4")
     second = prune(config, str(pruned_copy), tmp_path / "second").out
@@ -528,6 +537,12 @@ def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_fil
     assert recover(named, str(second), tmp_path / "out").entry["teacher"]["path"] == str(
         pruned_copy
     )
+
+
+def test_the_dense_model_that_was_trained_without_a_teacher_may_teach_later(family, tmp_path):
+    first = recover(replace(SHORT, share=0.0), str(family("llama")), tmp_path / "first").out
+    second = recover(SHORT, str(first), tmp_path / "second")
+    assert second.entry["teacher"]["path"] == str(family("llama"))
 
 
 def test_a_failed_run_leaves_nothing_that_would_refuse_another_try(pruned, tmp_path, monkeypatch):
@@ -779,6 +794,7 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
     ("change", "message"),
     [
         ({"method": "asst"}, "no method 'asst'; did you mean 'ast'"),
+        ({"teacher": "dense", "share": 0.0}, "--teacher has no effect with --share 0"),
         ({"schedule": "cosin"}, "no schedule 'cosin'; did you mean 'cosine'"),
         ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit weights"),
         ({"tokens": None}, "either --tokens or --max-time"),

@@ -192,11 +192,12 @@ def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
     assert len(config.corpus(read).rows(source, None)) == 4
 
 
-def test_with_a_time_no_more_text_is_read_than_a_fast_machine_could_use(pruned):
+def test_with_a_time_whole_steps_of_text_are_read_and_more_for_more_time(pruned):
     source, ranks = Checkpoint.open(pruned), Ranks()
-    config = replace(SHORT, tokens=None, max_time=60.0)
+    config = replace(SHORT, tokens=None, max_time=1e-6)
     reads = [
         automethod.tokens_to_read(replace(config, max_time=t), source, torch.device("cpu"), ranks)
-        for t in (60.0, 120.0)
+        for t in (1e-9, 60.0, 120.0)
     ]
-    assert reads[1] == pytest.approx(2 * reads[0])
+    assert reads[0] == 32  # one step, so that the time is named, not the text
+    assert reads[2] == pytest.approx(2 * reads[1], abs=32)
