@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparsekit.errors import DataError, StorageError, UsageError
 
@@ -55,28 +55,34 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes, hint: str = KEPT) -> None:
-    """Replace the file at `path` by `data`, durably and in one step.
+@contextlib.contextmanager
+def replacing(path: Path, hint: str = KEPT) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of that at `path`, durably and in one step.
 
     Args:
         path: The file.
-        data: Its new content.
         hint: What to do when the disk is full.
 
     Raises:
-        StorageError: The data could not be written; the old file is untouched.
+        StorageError: It could not be written; the old file is untouched.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path, hint):
         try:
             with part.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
         fsync_path(path.parent)
+
+
+def write_atomic(path: Path, data: bytes, hint: str = KEPT) -> None:
+    """Replace the file at `path` by `data`; arguments and errors as of `replacing`."""
+    with replacing(path, hint) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,8 @@
 """What a stage tells while it works; the command line draws it, the library stays silent."""
 
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """Receives the progress of one stage."""
+class Progress:
+    """Receives the progress of one stage; this one drops all of it."""
 
     def begin(self, title: str, total: int) -> None:
         """A piece of work of `total` steps starts; a running one ends."""
@@ -19,20 +17,4 @@ class Progress(Protocol):
         """The piece of work is over."""
 
 
-class Silent:
-    """Drops every message."""
-
-    def begin(self, title: str, total: int) -> None:
-        """Drop it."""
-
-    def step(self, label: str) -> None:
-        """Drop it."""
-
-    def note(self, text: str) -> None:
-        """Drop it."""
-
-    def end(self) -> None:
-        """Drop it."""
-
-
-SILENT = Silent()
+SILENT = Progress()

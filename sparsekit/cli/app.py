@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, show
-from sparsekit.cli.console import SHORTER_ROWS, Terminal
+from sparsekit.cli import bench, recover, show
+from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
     BudgetText,
@@ -38,7 +38,6 @@ from sparsekit.cli.options import (
     Source,
     named,
     prune_config,
-    recover_config,
     refuse_early,
 )
 from sparsekit.stages.config import BATCH_SIZE, EvalConfig
@@ -55,20 +54,13 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
         print(sparsekit.__version__)
         raise typer.Exit()
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -143,109 +135,7 @@ def prune(
             show.pruned(terminal, stage(config, name, out, overwrite=overwrite, progress=progress))
 
 
-@app.command()
-def recover(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    method: Annotated[
-        str, typer.Option(help="auto, fixed, ast or cast; auto goes by tokens for each parameter.")
-    ] = "auto",
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text to train on: builtin, self (sampled from the teacher), c4, wikitext2, a "
-            ".txt, .jsonl, .json.gz or .parquet file, or token rows in a .safetensors file."
-        ),
-    ] = "builtin",
-    tokens: Annotated[
-        str | None, typer.Option(help="How many to train on, as 200K or 20M; or give --max-time.")
-    ] = None,
-    max_time: Annotated[
-        str | None, typer.Option(help="Time that the run may take, as 30m; plans the steps.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model. Default: what MODEL was made from.")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="As in prune. Default: that of MODEL, 2:4 for a dense one.")
-    ] = None,
-    option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
-    batch: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 2,
-    length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
-    accumulate: Annotated[int, typer.Option(help="Forward passes in one step.")] = 1,
-    lr: Annotated[
-        float | None, typer.Option(help="Largest learning rate. Default: by method and size.")
-    ] = None,
-    schedule: Annotated[str, typer.Option(help="flat, cosine, linear or constant.")] = "flat",
-    share: Annotated[
-        float | None,
-        typer.Option(help="Share of the loss that is KL from the teacher. Default: by size."),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the softmax in that KL.")] = 1.0,
-    teacher_top: Annotated[
-        int | None,
-        typer.Option(help="Keep this many largest probabilities of the teacher on disk, as 64."),
-    ] = None,
-    slorb: Annotated[
-        int | None,
-        typer.Option(help="Train low-rank branches too, one row for so many inputs, as 16."),
-    ] = None,
-    form: Form = "dense",
-    save_every: Annotated[
-        int | None, typer.Option(help="Steps between saved states. Default: ten minutes.")
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between perplexities of the sparse model.")
-    ] = None,
-    eval_text: Annotated[
-        str | None, typer.Option(help="Text for them. Default: the held-out part of builtin.")
-    ] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Train MODEL against its dense parent and write a checkpoint with exactly its pattern.
-
-    Example: sparsekit recover pruned -o recovered --tokens 100K
-    """
-    terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working(resumable=True, takes_less=SHORTER_ROWS) as progress:
-        config = recover_config(
-            method=method,
-            data=data,
-            tokens=tokens,
-            max_time=max_time,
-            teacher=None if teacher is None else named(teacher),
-            pattern=pattern,
-            option=option,
-            batch=batch,
-            length=length,
-            accumulate=accumulate,
-            lr=lr,
-            schedule=schedule,
-            share=share,
-            temperature=temperature,
-            teacher_top=teacher_top,
-            slorb=slorb,
-            format=form,
-            save_every=save_every,
-            eval_every=eval_every,
-            eval_text=eval_text,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-        )
-        name = named(model)
-        refuse_early(name, out, overwrite=overwrite)
-        from sparsekit.stages.recover import recover as stage
-
-        report = stage(config, name, out, overwrite=overwrite, progress=progress)
-        if report is not None:
-            show.recovered(terminal, report)
+app.command()(recover.recover)
 
 
 @app.command("eval")

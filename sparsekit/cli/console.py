@@ -116,7 +116,7 @@ class Terminal:
         raise typer.Exit(code)
 
 
-class _Bars:
+class _Bars(Progress):
     """Progress as a bar that moves, for a terminal."""
 
     def __init__(self, console: Console) -> None:
@@ -150,7 +150,7 @@ class _Bars:
             self._task = None
 
 
-class _Lines:
+class _Lines(Progress):
     """Progress as plain lines, for a file or a pipe."""
 
     def __init__(self, console: Console) -> None:

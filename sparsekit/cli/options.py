@@ -4,7 +4,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.output import refuse_output, refuse_source
 from sparsekit.models.reference import check
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.trainconfig import RecoverConfig
 
 Model = Annotated[
     str,
@@ -125,7 +124,7 @@ def prune_config(
     budget: str | None = None,
 ) -> PruneConfig:
     """The checked configuration that the flags of `prune` and `bench prune` spell."""
-    options = _parsed(option)
+    options = parsed(option)
     rows: Calibration | None = None
     if calibration is not None:
         rows = Calibration(source=calibration, samples=samples, length=length, seed=seed)
@@ -144,7 +143,7 @@ def prune_config(
         allocate=allocate,  # type: ignore[arg-type]  (the same)
         compensate=compensate,  # type: ignore[arg-type]  (the same)
         rank=rank,
-        budget=None if budget is None else _seconds(budget),
+        budget=None if budget is None else seconds(budget),
         format=form,  # type: ignore[arg-type]  (the same)
         device=device,
         dtype=dtype,
@@ -163,21 +162,7 @@ def prune_config(
     return config
 
 
-def recover_config(
-    *, option: list[str], tokens: str | None, max_time: str | None, **words: Any
-) -> RecoverConfig:
-    """The checked configuration that the flags of `recover` spell."""
-    config = RecoverConfig(
-        options=_parsed(option),
-        tokens=None if tokens is None else _count(tokens),
-        max_time=None if max_time is None else _seconds(max_time, "--max-time"),
-        **words,
-    )
-    config.check()
-    return config
-
-
-def _parsed(option: list[str]) -> dict[str, str]:
+def parsed(option: list[str]) -> dict[str, str]:
     """The options of `-O KEY=VALUE`."""
     options: dict[str, str] = {}
     for item in option:
@@ -190,22 +175,13 @@ def _parsed(option: list[str]) -> dict[str, str]:
     return options
 
 
-def _seconds(text: str, flag: str = "--budget") -> float:
+def seconds(text: str, flag: str = "--budget") -> float:
     """What `90s`, `10m` or `2h` stands for."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not seconds:
+    found = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not found:
         raise UsageError(f"{flag} {text!r} is no time", "write it as 90s, 10m or 2h")
-    return seconds
-
-
-def _count(text: str) -> int:
-    """What `4096`, `200K`, `20M` or `1.5B` stands for."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
-    count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0
-    if count < 1 or count != int(count):
-        raise UsageError(f"--tokens {text!r} is no number of tokens", "write it as 200K or 20M")
-    return int(count)
+    return found
 
 
 def named(name: str) -> str:

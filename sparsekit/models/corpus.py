@@ -7,28 +7,25 @@ without overlap, and never held in memory together.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import DataError
-from sparsekit.files import CACHED, cache_dir, fsync_path, sha256_json, storage_errors
-from sparsekit.models.calibration import Calibration, check_number, source_key, tokenizer_key
+from sparsekit.files import cache_dir, sha256_json
+from sparsekit.models.calibration import Calibration, source_key, tokenizer_key
 from sparsekit.models.rows import capped, cut_row_file, read_row_file, token_rows
 from sparsekit.models.texts import (
     PIECE_BYTES,
     ROW_FILE,
-    check_source,
     is_documents,
     is_kind,
     training_texts,
 )
+from sparsekit.models.tokenfile import PARTS, Stored, write_tokens
 from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -39,12 +36,6 @@ if TYPE_CHECKING:
 LENGTH = 2048
 # Documents that are tokenised together, if they are short.
 TOGETHER = 64
-# Tokens that are read at a time, where all of a file are.
-PIECE_TOKENS = 1 << 22
-# In how many parts tokenising is told of.
-PARTS = 100
-# Bytes kept free for the header of a token file, which is written last.
-HEADER_BYTES = 512
 CACHE_FORMAT = 2
 
 
@@ -67,9 +58,7 @@ class Corpus:
             UsageError: The source or a number is not one that exists.
             DataError: The file is missing, empty or unreadable.
         """
-        check_source(self.source)
-        check_number("length", self.length, 2)
-        check_number("seed", self.seed, 0)
+        Calibration(source=self.source, length=self.length, seed=self.seed).check()
 
     def rows(
         self, checkpoint: Checkpoint, teacher: Checkpoint | None, progress: Progress = SILENT
@@ -227,153 +216,3 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
             some, size = [], 0
     if some:
         yield some
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Stored:
-    """The tokens of a text on disk: of its first documents, or of all of them."""
-
-    path: Path
-    stream: Tensor  # a slice of the file, int32, read where it is cut
-    count: int
-    documents: int
-    complete: bool
-    fingerprint: str
-
-    @classmethod
-    def read(cls, path: Path) -> Stored:
-        """What a file holds.
-
-        Raises:
-            DataError: It is damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            file = safe_open(path, "pt")
-            stream, told = file.get_slice("tokens"), file.metadata()
-            return cls(
-                path=path,
-                stream=stream,
-                count=stream.get_shape()[0],
-                documents=int(told["documents"]),
-                complete=told["complete"] == "yes",
-                fingerprint=told["fingerprint"],
-            )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error}", "delete it") from error
-
-    def reaches(self, tokens: int | None) -> bool:
-        """Whether there are so many tokens (None: all), or the text has no more."""
-        return self.complete or (tokens is not None and self.count >= tokens)
-
-    def pieces(self, ends: Iterable[int] = ()) -> Iterator[Tensor]:
-        """The tokens in pieces that fit into memory, some of which end at given places."""
-        import torch
-
-        cuts = sorted({*range(0, self.count, PIECE_TOKENS), *ends, self.count})
-        for start, end in pairwise(cuts):
-            yield torch.as_tensor(self.stream[start:end])
-
-    def check(self, count: int, vocabulary: int) -> str:
-        """The sha256 of the first `count` tokens, when the file is what was written.
-
-        Raises:
-            DataError: It is not, or a token is not one of the model's.
-        """
-        digest, wanted, seen, largest = hashlib.sha256(), "", 0, -1
-        for piece in self.pieces([count]):
-            digest.update(piece.numpy().astype("<i4", copy=False))
-            seen += len(piece)
-            if seen <= count:
-                wanted, largest = digest.hexdigest(), max(largest, int(piece.max()))
-        if digest.hexdigest() != self.fingerprint:
-            raise _changed(self.path)
-        if largest >= vocabulary:
-            raise DataError(
-                f"the tokenizer gives token {largest}, the model's vocabulary has {vocabulary}",
-                "is it the tokenizer of another model?",
-            )
-        return wanted
-
-
-def write_tokens(
-    path: Path,
-    documents: Iterable[list[int]],
-    limit: int | None,
-    before: Stored | None,
-    progress: Progress,
-) -> None:
-    """Write token ids as one int32 tensor, whole documents, until there are `limit`.
-
-    Args:
-        path: The file to make or replace.
-        documents: Ids of those that follow what is there.
-        limit: How many tokens are enough; None: all are taken.
-        before: What is there already.
-        progress: Told of each hundredth of the limit.
-
-    Raises:
-        DataError: What is there already is damaged.
-        StorageError: They could not be written.
-    """
-    import torch
-
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    digest, count, read = hashlib.sha256(), 0, 0
-    told, complete = 0, True
-    with storage_errors(path, CACHED):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                file.write(bytes(HEADER_BYTES))
-
-                def add(tokens: Tensor) -> None:
-                    nonlocal count
-                    data = tokens.numpy().astype("<i4", copy=False).tobytes()
-                    file.write(data)
-                    digest.update(data)
-                    count += len(tokens)
-
-                for piece in before.pieces() if before else ():
-                    add(piece)
-                if before and digest.hexdigest() != before.fingerprint:
-                    raise _changed(path)
-                for ids in documents:
-                    add(torch.tensor(ids, dtype=torch.int32))
-                    read += 1
-                    for _ in range(told, min(PARTS, PARTS * count // limit) if limit else 0):
-                        progress.step(f"{count} tokens")
-                        told += 1
-                    if limit is not None and count >= limit:
-                        complete = False  # as far as is known
-                        break
-                file.seek(0)
-                read += before.documents if before else 0
-                file.write(_header(count, read, complete, digest.hexdigest()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        fsync_path(path.parent)
-
-
-def _changed(path: Path) -> DataError:
-    return DataError(f"{path} is damaged: its tokens are others", "delete it")
-
-
-def _header(count: int, documents: int, complete: bool, fingerprint: str) -> bytes:
-    """What precedes the data of a token file, `HEADER_BYTES` long."""
-    text = json.dumps(
-        {
-            "__metadata__": {
-                "fingerprint": fingerprint,
-                "documents": str(documents),
-                "complete": "yes" if complete else "no",
-            },
-            "tokens": {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]},
-        }
-    ).encode()
-    size = HEADER_BYTES - 8
-    return size.to_bytes(8, "little") + text.ljust(size)

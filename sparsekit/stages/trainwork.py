@@ -81,8 +81,8 @@ class Work:
 
 def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
     """The rows; the main process tokenises the text, the others find it done."""
-    wanted = ranks.of_main(tokens_to_read(job.config, job.source, job.device, ranks))
-    corpus = job.config.corpus(wanted)
+    tokens = ranks.of_main(tokens_to_read(job.config, job.source, job.device, ranks))
+    corpus = job.config.corpus(tokens)
     if not ranks.main:
         ranks.wait()
     rows = corpus.rows(job.source, job.teacher, progress)

@@ -21,7 +21,7 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import INDEX
 from sparsekit.models.writer import CheckpointWriter
-from sparsekit.progress import Silent
+from sparsekit.progress import Progress
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.prune import prune
 
@@ -398,7 +398,7 @@ def test_interrupted_run_of_another_recipe_is_named_by_its_differing_fields(
 def test_command_with_another_seed_does_not_go_on_with_an_interrupted_one(
     family, row_file, tmp_path
 ):
-    class Stop(Silent):
+    class Stop(Progress):
         def step(self, label: str) -> None:
             raise KeyboardInterrupt
 
@@ -490,7 +490,7 @@ def small_disk(tmp_path):
 def test_disk_that_fills_up_on_the_way_costs_no_finished_block(
     family, row_file, tmp_path, small_disk
 ):
-    class Fill(Silent):
+    class Fill(Progress):
         """Takes all room once the first block is finished."""
 
         def step(self, label: str) -> None:

@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
+from listeners import Notes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
-from sparsekit.progress import SILENT, Silent
+from sparsekit.progress import SILENT
 from sparsekit.stages.allocate import keep_shares, patterns_of
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
@@ -60,14 +61,6 @@ def test_groups_are_rounded_so_that_their_mean_is_within_half_a_step_of_one_bloc
     assert {one.group for one in found} == {pattern.group}
     kept = mean([one.keep / one.group for one in found], SIZES)
     assert abs(kept - 0.5) <= max(SIZES) / sum(SIZES) / pattern.group / 2 + 1e-9
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.told.append(text)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from sparsekit.files import sha256_file
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear
-from sparsekit.progress import Silent
+from sparsekit.progress import Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import inspect, verify
@@ -83,7 +83,7 @@ def damaged(made, tmp_path) -> Callable[[str], Path]:
     return lambda form: shutil.copytree(made("llama", form).out, tmp_path / f"damaged-{form}")
 
 
-class Stop(Silent):
+class Stop(Progress):
     """Ctrl-C after the first block."""
 
     def step(self, label: str) -> None:

@@ -69,7 +69,7 @@ WATCHED = """
 import json, pathlib, sys
 import psutil, torch
 from sparsekit.models.calibration import Calibration
-from sparsekit.progress import Silent
+from sparsekit.progress import Progress
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
@@ -78,7 +78,7 @@ from sparsekit.memory import peak_memory
 resident = []
 
 
-class Watch(Silent):
+class Watch(Progress):
     def step(self, label):
         resident.append(psutil.Process().memory_info().rss)
 

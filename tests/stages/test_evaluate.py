@@ -14,7 +14,7 @@ from sparsekit.errors import DataError, NumericalError, UsageError
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.rows import fingerprint
-from sparsekit.progress import Silent
+from sparsekit.progress import Progress
 from sparsekit.stages import evaluate as module
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import Score, evaluate
@@ -93,7 +93,7 @@ def test_baseline_comes_first_and_differences_are_paired(family, pruned, row_fil
     assert one.difference != two.difference
 
 
-class Recorder(Silent):
+class Recorder(Progress):
     """Keeps the titles of what was begun."""
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from listeners import Notes, StopsAt
 from safetensors.torch import load_file, save_file
 
 import sparsekit
@@ -20,7 +21,6 @@ from sparsekit.errors import (
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.whole import hidden_states
-from sparsekit.progress import Silent
 from sparsekit.stages import recover as stage
 from sparsekit.stages import trainchecks, training, trainloss, trainstate, trainwrite
 from sparsekit.stages.config import EvalConfig, PruneConfig
@@ -40,26 +40,6 @@ SHORT = RecoverConfig(method="ast", tokens=384, batch=2, length=16, lr=1e-3)
 CAST = RecoverConfig(
     method="cast", options={"decay": "1e-2"}, tokens=9600, batch=2, length=16, lr=4e-3
 )
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.told = []
-
-    def note(self, text):
-        self.told.append(text)
-
-
-class StopsAt(Silent):
-    """Interrupts when so many steps are done."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def step(self, label):
-        self.left -= "tokens/s" in label
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def unsettled(monkeypatch):

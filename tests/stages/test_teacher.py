@@ -8,12 +8,13 @@ from statistics import fmean
 
 import pytest
 import torch
+from listeners import Notes, StopsAt
 from safetensors.torch import load_file
 
 import sparsekit
 from sparsekit.errors import DataError, NumericalError, StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.progress import SILENT, Silent
+from sparsekit.progress import SILENT
 from sparsekit.stages import student, teacher, trainchecks
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
@@ -23,26 +24,6 @@ from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainlog import LOG
 
 TOP = 8
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.told = []
-
-    def note(self, text):
-        self.told.append(text)
-
-
-class StopsAt(Silent):
-    """Interrupts when so many steps are done."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def step(self, label):
-        self.left -= "tokens/s" in label
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture

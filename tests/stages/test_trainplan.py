@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from listeners import Notes
 
 from sparsekit.errors import StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.progress import Silent
 from sparsekit.stages import automethod, trainplan
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.curve import draw
@@ -21,17 +21,6 @@ from sparsekit.stages.trainplan import CLOSING, PLANNED, steps_within
 from sparsekit.stages.trainspeed import bench_recover
 
 SHORT = RecoverConfig(method="fixed", tokens=384, batch=2, length=16, lr=1e-3)
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.told, self.labels = [], []
-
-    def note(self, text):
-        self.told.append(text)
-
-    def step(self, label):
-        self.labels.append(label)
 
 
 def test_time_is_kept_for_evaluations_saved_states_and_writing():

@@ -1,0 +1,193 @@
+"""The verb `recover`: its flags, and the configuration that they spell."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsekit.cli import show
+from sparsekit.cli.console import SHORTER_ROWS, Terminal
+from sparsekit.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Form,
+    Json,
+    Model,
+    Options,
+    Overwrite,
+    Quiet,
+    Seed,
+    named,
+    parsed,
+    refuse_early,
+    seconds,
+)
+from sparsekit.errors import UsageError
+from sparsekit.progress import Progress
+from sparsekit.stages.trainconfig import RecoverConfig
+
+Method = Annotated[
+    str, typer.Option(help="auto, fixed, ast or cast; auto goes by tokens for each parameter.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Text to train on: builtin, self (sampled from the teacher), c4, wikitext2, a "
+        ".txt, .jsonl, .json.gz or .parquet file, or token rows in a .safetensors file."
+    ),
+]
+Tokens = Annotated[
+    str | None, typer.Option(help="How many to train on, as 200K or 20M; or give --max-time.")
+]
+MaxTime = Annotated[
+    str | None, typer.Option(help="Time that the run may take, as 30m; plans the steps.")
+]
+Teacher = Annotated[
+    str | None, typer.Option(help="The dense model. Default: what MODEL was made from.")
+]
+PatternText = Annotated[
+    str | None, typer.Option(help="As in prune. Default: that of MODEL, 2:4 for a dense one.")
+]
+Batch = Annotated[int, typer.Option(help="Rows in one forward pass.")]
+Length = Annotated[int, typer.Option(help="Tokens in a row.")]
+Accumulate = Annotated[int, typer.Option(help="Forward passes in one step.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Largest learning rate. Default: by method and size.")
+]
+Schedule = Annotated[str, typer.Option(help="flat, cosine, linear or constant.")]
+Share = Annotated[
+    float | None,
+    typer.Option(help="Share of the loss that is KL from the teacher. Default: by size."),
+]
+Temperature = Annotated[float, typer.Option(help="Of the softmax in that KL.")]
+TeacherTop = Annotated[
+    int | None,
+    typer.Option(help="Keep this many largest probabilities of the teacher on disk, as 64."),
+]
+Slorb = Annotated[
+    int | None,
+    typer.Option(help="Train low-rank branches too, one row for so many inputs, as 16."),
+]
+SaveEvery = Annotated[
+    int | None, typer.Option(help="Steps between saved states. Default: ten minutes.")
+]
+EvalEvery = Annotated[
+    int | None, typer.Option(help="Steps between perplexities of the sparse model.")
+]
+EvalText = Annotated[
+    str | None, typer.Option(help="Text for them. Default: the held-out part of builtin.")
+]
+
+
+def recover(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    method: Method = "auto",
+    data: Data = "builtin",
+    tokens: Tokens = None,
+    max_time: MaxTime = None,
+    teacher: Teacher = None,
+    pattern: PatternText = None,
+    option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
+    batch: Batch = 2,
+    length: Length = 512,
+    accumulate: Accumulate = 1,
+    lr: Rate = None,
+    schedule: Schedule = "flat",
+    share: Share = None,
+    temperature: Temperature = 1.0,
+    teacher_top: TeacherTop = None,
+    slorb: Slorb = None,
+    form: Form = "dense",
+    save_every: SaveEvery = None,
+    eval_every: EvalEvery = None,
+    eval_text: EvalText = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train MODEL against its dense parent and write a checkpoint with exactly its pattern.
+
+    Example: sparsekit recover pruned -o recovered --tokens 100K
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working(resumable=True, takes_less=SHORTER_ROWS) as progress:
+        config = recover_config(
+            method=method,
+            data=data,
+            tokens=tokens,
+            max_time=max_time,
+            teacher=teacher,
+            pattern=pattern,
+            option=option,
+            batch=batch,
+            length=length,
+            accumulate=accumulate,
+            lr=lr,
+            schedule=schedule,
+            share=share,
+            temperature=temperature,
+            teacher_top=teacher_top,
+            slorb=slorb,
+            format=form,
+            save_every=save_every,
+            eval_every=eval_every,
+            eval_text=eval_text,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        _run(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
+
+
+def _run(
+    terminal: Terminal,
+    config: RecoverConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """Call the stage, and show what it did in the process that writes."""
+    refuse_early(model, out, overwrite=overwrite)
+    from sparsekit.stages.recover import recover as stage
+
+    report = stage(config, model, out, overwrite=overwrite, progress=progress)
+    if report is not None:
+        show.recovered(terminal, report)
+
+
+def recover_config(
+    *,
+    option: list[str],
+    tokens: str | None,
+    max_time: str | None,
+    teacher: str | None,
+    **words: Any,
+) -> RecoverConfig:
+    """The checked configuration that the flags of `recover` spell."""
+    config = RecoverConfig(
+        options=parsed(option),
+        tokens=None if tokens is None else _count(tokens),
+        max_time=None if max_time is None else seconds(max_time, "--max-time"),
+        teacher=None if teacher is None else named(teacher),
+        **words,
+    )
+    config.check()
+    return config
+
+
+def _count(text: str) -> int:
+    """What `4096`, `200K`, `20M` or `1.5B` stands for."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
+    count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0
+    if count < 1 or count != int(count):
+        raise UsageError(f"--tokens {text!r} is no number of tokens", "write it as 200K or 20M")
+    return int(count)
