@@ -197,3 +197,10 @@ def test_ways_that_would_cut_weights_and_masks_apart_are_refused(monkeypatch, na
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(UsageError, match=f"use {told}, which cuts weights"):
         Ranks.current("cpu")
+
+
+def test_half_precision_of_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UsageError, match=r"compute in bf16, training .* float32.*precision no"):
+        Ranks.current("cpu")

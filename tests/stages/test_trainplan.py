@@ -46,6 +46,8 @@ def test_perplexity_before_training_begins_the_log_and_the_picture(pruned, tmp_p
     assert log[0]["step"] == 0
     assert log[0]["perplexity"] == found.entry["plan"]["perplexity"]
     assert any(f"{log[0]['perplexity']:.2f}" in note for note in notes.told)
+    measured = [row["evaluated_on"] for row in log if "perplexity" in row]
+    assert measured == ["8 x 16 tokens of builtin"] * 3
     assert [row["step"] for row in log if "perplexity" in row] == [0, 6, 12]
     assert draw(log, "title") != draw(log[1:], "title")
 
