@@ -56,7 +56,9 @@ Accumulate = Annotated[int, typer.Option(help="Forward passes in one step.")]
 Rate = Annotated[
     float | None, typer.Option(help="Largest learning rate. Default: by method and size.")
 ]
-Schedule = Annotated[str, typer.Option(help="flat, cosine, linear or constant.")]
+Schedule = Annotated[
+    str, typer.Option(help="flat, cosine, linear or constant. Default: by method.")
+]
 Share = Annotated[
     float | None,
     typer.Option(help="Share of the loss that is KL from the teacher. Default: by size."),
@@ -95,7 +97,7 @@ def recover(
     length: Length = 512,
     accumulate: Accumulate = 1,
     lr: Rate = None,
-    schedule: Schedule = "flat",
+    schedule: Schedule = "auto",
     share: Share = None,
     temperature: Temperature = 1.0,
     teacher_top: TeacherTop = None,

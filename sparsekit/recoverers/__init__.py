@@ -32,6 +32,8 @@ class Recoverer(ABC):
     settles: ClassVar[bool] = False
     """Whether the model computes with entries off the mask until the end, so that they must have
     vanished by then."""
+    schedule: ClassVar[Literal["flat", "cosine", "linear"]] = "flat"
+    """How the learning rate moves when it is not said."""
     spans: int = 0
     """Spans of a row that have a trained scale each; 0: none."""
     refresh: int = 0

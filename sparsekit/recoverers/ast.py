@@ -10,7 +10,8 @@ measured: at its plateau the pull on an entry of mean size is as large as the av
 LLaMA-2-7B, with 131,000 tokens and more in a step; with few tokens in a step gradients are larger,
 and such a λ moves nothing. The temperature is 1 as in the text, not the code's 2
 (`--temperature 2`); there is no weight decay (the GPT-2 script: 0.1); learning rates are half of
-that script's 2e-4 at its size and, where none was published, between those of the neighbours.
+that script's 2e-4 at its size and, where none was published, between those of the neighbours; they
+fall on a cosine to a tenth, as the LLaMA script's do.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Ast(Recoverer):
     """Forward with the mask, straight-through gradient, annealed decay off the mask."""
 
     needs_gradient: ClassVar[bool] = True
+    schedule: ClassVar[Literal["flat", "cosine", "linear"]] = "cosine"
     refresh: int = 10
     """Steps between two selections of the largest entries."""
     decay: float = 0.0

@@ -92,8 +92,7 @@ def prepare(
     source = _open_source(model, out, progress)
     refuse_foreign(out.with_name(out.name + ".partial"))
     device = torch.device(pick_device(config.device))
-    config, notes = _completed(config, source, device, ranks)
-    recoverer = methods.load("recoverers", config.method, config.options)
+    config, recoverer, notes = _completed(config, source, device, ranks)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
     targets, left = _targets(source, stream)
     patterns = _patterns(config, source, targets)
@@ -126,14 +125,17 @@ def prepare(
 
 def _completed(
     config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
-) -> tuple[RecoverConfig, list[str]]:
-    """The configuration with a length that the model takes and a method, and what to tell of it."""
+) -> tuple[RecoverConfig, Recoverer, list[str]]:
+    """A length that the model takes, a method and its schedule; and what to tell of them."""
     length, notes = capped(config.length, source.config)
     config, told = replace(config, length=length), list(notes)
     if config.method == AUTO:
         config, why = chosen(config, source, device, ranks)
         told.append(why)
-    return config, told
+    recoverer = methods.load("recoverers", config.method, config.options)
+    if config.schedule == AUTO:
+        config = replace(config, schedule=recoverer.schedule)
+    return config, recoverer, told
 
 
 def _targets(source: Checkpoint, stream: BlockStream) -> tuple[list[Target], list[dict[str, str]]]:

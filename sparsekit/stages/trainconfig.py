@@ -12,9 +12,10 @@ from sparsekit.models.texts import check_source
 from sparsekit.stages.config import DEVICES, one_of
 from sparsekit.tensors.patterns import Pattern
 
-Schedule = Literal["flat", "cosine", "linear", "constant"]
+Schedule = Literal["auto", "flat", "cosine", "linear", "constant"]
 SCHEDULES = get_args(Schedule)
-# In the place of a method: which one follows from the model and how much it is trained on.
+# In the place of a method: which one follows from the model and how much it is trained on. In that
+# of a schedule: the method's.
 AUTO = "auto"
 # Shares of the steps in which the learning rate rises, and in which `flat` falls to 0.
 WARM_UP, TAIL = 0.04, 0.1
@@ -47,7 +48,7 @@ class RecoverConfig:
     """Forward passes in one step."""
     lr: float | None = None
     """The largest learning rate; None: the method's choice by the size of the model."""
-    schedule: Schedule = "flat"
+    schedule: Schedule = "auto"
     share: float | None = None
     """Share of the divergence from the teacher in the loss; None: by the size of the model."""
     temperature: float = 1.0
@@ -160,7 +161,12 @@ def rate_at(schedule: Schedule, step: int, steps: int) -> float:
 
     All but `constant` rise for the first 4 % of the steps. `flat` falls to 0 in the last 10 %,
     `cosine` to 10 % and `linear` to 0 over the whole.
+
+    Raises:
+        ValueError: `auto`, which stands for another one.
     """
+    if schedule == AUTO:
+        raise ValueError("no schedule was chosen")
     if schedule == "constant":
         return 1.0
     rising = max(1, round(WARM_UP * steps))

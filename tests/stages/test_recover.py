@@ -28,6 +28,7 @@ from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import verify
 from sparsekit.stages.prune import prune
 from sparsekit.stages.recover import recover
+from sparsekit.stages.recovery import prepare
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
 from sparsekit.stages.trainlog import LOG
 from sparsekit.tensors.factored import unpack_bits
@@ -50,6 +51,20 @@ def unsettled(monkeypatch):
 
 def linear(checkpoint):
     return {n: p for n, p in checkpoint.places.items() if len(p.shape) == 2 and ".layers." in n}
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "taken"),
+    [
+        ("fixed", "auto", "linear"),
+        ("ast", "auto", "cosine"),
+        ("cast", "auto", "flat"),
+        ("fixed", "flat", "flat"),
+    ],
+)
+def test_a_method_has_its_own_schedule(pruned, tmp_path, method, asked, taken):
+    config = replace(SHORT, method=method, schedule=asked)
+    assert prepare(config, str(pruned), tmp_path / "out").config.schedule == taken
 
 
 @pytest.mark.parametrize("method", ["fixed", "ast"])
@@ -410,7 +425,7 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(pruned, tmp_path, monkeypa
     [
         {"tokens": 800},
         {"lr": 2e-3},
-        {"schedule": "cosine"},
+        {"schedule": "constant"},
         {"seed": 1},
         {"length": 8, "batch": 4},
         {"options": {"decay": "1e-3"}},
