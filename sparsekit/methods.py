@@ -32,7 +32,7 @@ class Method:
     summary: str
     source: str
     data_free: bool
-    """Of a pruner: it needs no calibration."""
+    """Of a pruner or quantizer: it needs no calibration."""
     options: tuple[Option, ...]
     initial: str = ""
     """The method that a refiner begins with by default."""
@@ -43,7 +43,7 @@ class Method:
 
 
 def names(kind: str) -> list[str]:
-    """The names of all methods of a kind (`pruners`, `refiners`, `recoverers`)."""
+    """The names of all methods of a kind (`pruners`, `refiners`, `recoverers`, `quantizers`)."""
     folder = Path(__file__).with_name(kind)
     return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
@@ -66,7 +66,7 @@ def describe(kind: str, name: str) -> Method:
         kind=kind,
         summary=summary.partition(": ")[2] or summary,
         source=" ".join(source.split()),
-        data_free=kind == "pruners"
+        data_free=kind in ("pruners", "quantizers")
         and not any("needs" in (_field(n), getattr(n, "name", "")) for n in body),
         options=tuple(_options(body)),
         initial=_constant(body, "initial") or "",
@@ -158,7 +158,7 @@ def _constant(body: list[ast.stmt], name: str) -> Any:
 def _method_class(tree: ast.Module) -> ast.ClassDef:
     """The one class that derives from the abstract class of its kind."""
     classes = (n for n in tree.body if isinstance(n, ast.ClassDef))
-    kinds = ("Pruner", "Refiner", "Recoverer")
+    kinds = ("Pruner", "Refiner", "Recoverer", "Quantizer")
     return next(n for n in classes if any(ast.unparse(b) in kinds for b in n.bases))
 
 

@@ -208,6 +208,33 @@ def sparsegpt(
     return w, mask, total
 
 
+def gptq(
+    weight: Tensor,  # [out, in]
+    hessian: Tensor,  # [in, in] float64, damped
+    group: int,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Column by column to the nearest code, inverting the trailing matrix for every column.
+
+    A group's scale, a bfloat16, spans the largest number that it holds when its first column is
+    reached; what was 0 is rounded to 0. The result is codes times scales, float64.
+    """
+    w = weight.double().clone()
+    kept = weight != 0
+    scale = torch.ones(len(w), dtype=torch.float64)
+    for i in range(w.shape[1]):
+        if i % group == 0:
+            held = w[:, i : i + group] * kept[:, i : i + group]
+            scale = (held.abs().amax(1) / ((high - low) / 2)).bfloat16().double()
+            scale[scale == 0] = 1
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        rounded = (w[:, i] / scale).round().clamp(low, high) * scale * kept[:, i]
+        w[:, i:] -= torch.outer((w[:, i] - rounded) / inverse[0, 0], inverse[0])
+        w[:, i] = rounded
+    return w
+
+
 def least_squares_on(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     """Row by row the normal equations G_SS ŵ_S = G_S: w on the support S, float64."""
     gram = gram.double()

@@ -10,13 +10,16 @@ import pytest
 import sparsekit
 
 ROOT = Path(sparsekit.__file__).parent
-FLOORS = ["", "tensors", "models", "pruners", "refiners", "recoverers", "stages", "cli"]
+METHODS = ("pruners", "refiners", "recoverers", "quantizers")
+FLOORS = ["", "tensors", "models", *METHODS, "stages", "cli"]
 FILES = sorted(ROOT.rglob("*.py"))
 # These answer a wrong flag, method or pattern, so they load without torch.
 LIGHT = {
     "stages/config",
+    "stages/quantconfig",
     "stages/report",
     "stages/trainconfig",
+    "tensors/grids",
     "tensors/patterns",
     "models/calibration",
     "models/configuration",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, recover, show
+from sparsekit.cli import bench, quantize, recover, show
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -136,6 +136,7 @@ def prune(
 
 
 app.command()(recover.recover)
+app.command()(quantize.quantize)
 
 
 @app.command("eval")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsekit.stages.demo import DemoRow
     from sparsekit.stages.evaluate import Score
     from sparsekit.stages.inspect import Inspection
+    from sparsekit.stages.quantize import QuantizeReport
     from sparsekit.stages.recover import RecoverReport
     from sparsekit.stages.report import PruneReport
 
@@ -52,9 +53,7 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
 
 def pruned(terminal: Terminal, report: "PruneReport") -> None:
     """The outcome of `prune`, by kind of weight."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for row in report.entry["weights"]:
-        kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+    kinds = _by_kind(report.entry["weights"])
     rows = [_kind_row(name, group) for name, group in kinds.items()]
     rows.append(_kind_row("all", report.entry["weights"]))
     recipe = report.entry["recipe"]
@@ -93,6 +92,20 @@ def recovered(terminal: Terminal, report: "RecoverReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
+def quantized(terminal: Terminal, report: "QuantizeReport") -> None:
+    """The outcome of `quantize`, by kind of weight."""
+    entry = report.entry
+    rows = [_kind_row(name, group) for name, group in _by_kind(entry["weights"]).items()]
+    rows.append(_kind_row("all", entry["weights"]))
+    terminal.table(
+        f"{entry['recipe']['method']} {entry['recipe']['grid']} in {entry['seconds']:.0f} s, "
+        f"{entry['totals']['bits_per_weight']:.2f} bits a weight",
+        ("weights", "count", "zeros", "relative error", "worst", "solve s"),
+        rows,
+    )
+    terminal.result(report.out, report.to_json())
+
+
 def train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
     """Speed of training as a share of the possible, and the parts of its memory."""
     terminal.table(
@@ -114,6 +127,14 @@ def train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
 
 def _megabytes(result: dict[str, Any]) -> str:
     return f"{result['peak_bytes'] / 1e6:.0f} MB"
+
+
+def _by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of weights by the last part of their names."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in weights:
+        kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+    return kinds
 
 
 def _kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
@@ -192,7 +213,7 @@ def inspection(terminal: Terminal, report: "Inspection") -> None:
     steps = [
         (
             entry.get("stage"),
-            " ".join(entry.get("recipe", {}).get(key, "") for key in ("method", "pattern")),
+            " ".join(filter(None, map(entry.get("recipe", {}).get, ("method", "pattern", "grid")))),
             f"{entry.get('seconds', 0):.0f} s",
             entry.get("source", {}).get("path"),
         )
@@ -229,10 +250,14 @@ def _begins_with(method: registry.Method) -> str:
 
 def methods(terminal: Terminal) -> None:
     """The methods; stdout has one name a line unless it is the terminal itself."""
-    kinds = ("pruners", "refiners", "recoverers")
+    kinds = ("pruners", "refiners", "recoverers", "quantizers")
     found = [registry.describe(kind, name) for kind in kinds for name in registry.names(kind)]
     terminal.table(
-        "methods of prune, and of recover: " + ", ".join(registry.names("recoverers")),
+        "methods of prune, of recover ("
+        + ", ".join(registry.names("recoverers"))
+        + ") and of quantize ("
+        + ", ".join(registry.names("quantizers"))
+        + ")",
         ("method", "what it does", "begins with", "source"),
         [(m.name, m.summary, _begins_with(m), m.source) for m in found],
     )

@@ -28,13 +28,14 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model with every parameter on the meta device and every buffer computed.
 
     Raises:
-        DataError: The checkpoint is quantized, or is no causal language model.
+        DataError: The checkpoint is quantized in another way than ours, or is no causal language
+            model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = source.config
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and source.grid is None:
         raise DataError(f"{source.path} is quantized", "prune the model it was quantized from")
     try:
         # Buffers are made for real: rotary tables are computed, not stored.

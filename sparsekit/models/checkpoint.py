@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,11 @@ from sparsekit.models.folder import (
     factor_name,
     weight_files,
 )
+from sparsekit.models.quantized import CODES, SCALE, SHAPE, decode, grid_of, parts_of
 from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.factored import PARTS, Factored
+from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -79,6 +81,11 @@ class Checkpoint:
     """The factors of weights, by name; where they stand for the weights, `places` has them too."""
     factor_patterns: Mapping[str, str] = field(default_factory=dict)
     """For each weight with factors the pattern of its core."""
+    grid: Grid | None = None
+    """Of the weights in `coded`; None without such, or where their format is not one of ours."""
+    coded: Mapping[str, Mapping[str, TensorPlace]] = field(default_factory=dict)
+    """For each weight on a grid the tensors it is stored as, by the last part of their names. In
+    `places` is the weight itself, in the type that it is computed in, at the place of its codes."""
     _fingerprint: str = field(default="", init=False, repr=False)
 
     @classmethod
@@ -106,7 +113,11 @@ class Checkpoint:
         if (path / FACTORS).is_file():
             factors, _ = _read_header(path / FACTORS)
             patterns = _metadata(path / FACTORS)
-        return cls(path, dict(sorted(places.items())), headers, factors, patterns)
+        grid = grid_of(quantization(path))
+        coded: dict[str, dict[str, TensorPlace]] = {}
+        if grid is not None:
+            places, coded = _with_weights(path, places, grid)
+        return cls(path, dict(sorted(places.items())), headers, factors, patterns, grid, coded)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -169,12 +180,30 @@ class Checkpoint:
         """The named tensors, in their dtype on disk, in memory of their own."""
         tensors = {}
         for name in names:
-            place = self.places.get(name) or self.factors[name]
-            data = torch.empty(place.stop - place.start, dtype=torch.uint8)
-            with self._opened(place.file) as handle:
-                _read_into(handle, data, place.start, self.path / place.file)
-            tensors[name] = data.view(place.dtype).view(place.shape)
+            if name in self.coded:
+                tensors[name] = self.codes_of(name).dense()
+            else:
+                tensors[name] = self._read(self.places.get(name) or self.factors[name])
         return tensors
+
+    def codes_of(self, name: str) -> Codes:
+        """The codes of a weight on a grid.
+
+        Raises:
+            DataError: Its tensors do not fit together.
+        """
+        assert self.grid is not None
+        parts = {part: self._read(place) for part, place in self.coded[name].items()}
+        try:
+            return decode(self.grid, parts, self.places[name].shape)
+        except DataError as error:
+            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+
+    def _read(self, place: TensorPlace) -> Tensor:
+        data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        with self._opened(place.file) as handle:
+            _read_into(handle, data, place.start, self.path / place.file)
+        return data.view(place.dtype).view(place.shape)
 
     def factors_of(self, name: str, columns: int) -> Factored:
         """The factors of a weight with so many inputs, in float32.
@@ -204,7 +233,11 @@ class Checkpoint:
             return self._fingerprint
         if self.n_bytes < SOON_READ:
             progress = SILENT
-        places = dict(sorted({**self.places, **self.factors}.items()))
+        places = {**self.places, **self.factors}
+        for name, parts in self.coded.items():
+            del places[name]
+            places |= {part_name(name, part): place for part, place in parts.items()}
+        places = dict(sorted(places.items()))
         progress.begin(f"read and check {self.path.name}", len(places))
         digest = hashlib.sha256()
         buffer = torch.empty(CHUNK, dtype=torch.uint8)
@@ -236,6 +269,50 @@ class Checkpoint:
             yield handle
         finally:
             os.close(handle)
+
+
+def part_name(weight: str, part: str) -> str:
+    """The name of a tensor that a weight on a grid is stored as."""
+    return f"{weight.removesuffix('weight')}{part}"
+
+
+def quantization(path: Path) -> Any:
+    """What the configuration in a folder says of quantization; None when nothing."""
+    told = read_json(path / "config.json")
+    return told.get("quantization_config") if isinstance(told, dict) else None
+
+
+def _with_weights(
+    path: Path, places: Mapping[str, TensorPlace], grid: Grid
+) -> tuple[dict[str, TensorPlace], dict[str, dict[str, TensorPlace]]]:
+    """Places with weights where their codes and scales are, and those of codes and scales.
+
+    Raises:
+        DataError: A weight lacks a part.
+    """
+    left, coded = dict(places), {}
+    for name in [name for name in places if name.endswith(f".{SCALE}")]:
+        weight = name.removesuffix(SCALE) + "weight"
+        names = {part: part_name(weight, part) for part in parts_of(grid)}
+        if missing := [full for full in names.values() if full not in places]:
+            raise DataError(f"{path} lacks {missing[0]}", "copy or download it again")
+        coded[weight] = {part: left.pop(full) for part, full in names.items()}
+        codes = coded[weight].get(CODES) or coded[weight]["weight"]
+        shape = codes.shape
+        if SHAPE in coded[weight]:
+            shape = _shape_in(path, coded[weight][SHAPE])
+        left[weight] = replace(codes, dtype=places[name].dtype, shape=shape)
+    return left, coded
+
+
+def _shape_in(path: Path, place: TensorPlace) -> tuple[int, ...]:
+    """A shape that a small tensor of integers holds; empty when it is none."""
+    if place.dtype not in (torch.int64, torch.int32) or place.shape != (2,):
+        return ()
+    with (path / place.file).open("rb") as stream:
+        stream.seek(place.start)
+        data = bytearray(stream.read(place.stop - place.start))
+    return tuple(torch.frombuffer(data, dtype=place.dtype).tolist())
 
 
 def _is_entry(entry: Any) -> bool:

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from sparsekit.models.checkpoint import DTYPES, Checkpoint, TensorPlace
+from sparsekit.models.checkpoint import DTYPES, Checkpoint, TensorPlace, part_name
 from sparsekit.models.folder import FACTORS, UNFACTORED, factor_name
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -86,6 +86,38 @@ class Layout:
             left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
             base = cls({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
         return base.with_file(FACTORS, shapes, patterns)
+
+    @classmethod
+    def with_codes(
+        cls,
+        source: Checkpoint,
+        parts: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]],
+    ) -> Layout:
+        """The files of a checkpoint, in which some weights lie as codes and scales.
+
+        Args:
+            source: The checkpoint.
+            parts: For each of these weights the type and shape of what it is stored as, by the last
+                part of its name.
+        """
+        layout = cls({}, {})
+        for file in source.headers:
+            tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+            for name, place in source.places.items():
+                if place.file != file:
+                    continue
+                if name in parts:
+                    tensors |= {part_name(name, part): t for part, t in parts[name].items()}
+                else:
+                    tensors[name] = place.dtype, place.shape
+            layout = layout.with_file(file, tensors, {"format": "pt"})
+        return layout
+
+    def index(self) -> dict[str, object]:
+        """What `model.safetensors.index.json` says of these files."""
+        total = sum(place.stop - place.start for place in self.places.values())
+        weight_map = {name: place.file for name, place in self.places.items()}
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
     def size(self, file: str) -> int:
         """Bytes of a file."""

@@ -52,9 +52,20 @@ class Skeleton:
         self.on_disk = match_names(self.model, source)
         """For each parameter and stored buffer its name on disk."""
         refuse_hidden_weights(self.model, self.blocks, self.prefix, source)
+        self._round_inputs()
         self._reused: dict[str, Tensor] = {}
         self._passed = 0
         _steady_heap()
+
+    def _round_inputs(self) -> None:
+        """Let layers on a grid for inputs round theirs before they compute."""
+        grid = self.source.grid
+        if grid is None or not grid.activations:
+            return
+        for name, on_disk in self.on_disk.items():
+            if on_disk in self.source.coded:
+                layer = self.model.get_submodule(name.removesuffix(".weight"))
+                layer.register_forward_pre_hook(lambda _, args: grid.round_inputs(args[0]))
 
     def hold(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         """Bring weights of one block to the device.

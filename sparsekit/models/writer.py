@@ -134,18 +134,23 @@ class CheckpointWriter:
         written = Checkpoint(self.partial, self.layout.places, lengths)
         return written.read(names)
 
-    def commit(self, entry: Mapping[str, Any], card: str) -> Checkpoint:
+    def commit(
+        self, entry: Mapping[str, Any], card: str, config: Mapping[str, Any] | None = None
+    ) -> Checkpoint:
         """Copy what was not written, add provenance and card, and publish the folder.
 
         Args:
             entry: This stage's entry of the history.
             card: The text of README.md.
+            config: What config.json is to say; None: what the source's says.
 
         Returns:
             The finished checkpoint.
         """
         with storage_errors(self.partial):
             self._carry_over()
+            if config is not None:
+                write_json(self.partial / "config.json", config)
             for file in self.layout.headers:
                 fsync_path(self.partial / file)
         made = Checkpoint.open(self.partial)
@@ -228,7 +233,10 @@ class CheckpointWriter:
             if file.is_file() and not own and file.suffix not in LEFT_OUT:
                 write_atomic(self.partial / file.name, file.read_bytes())
         if (self.source.path / INDEX).is_file() and self.source.headers.keys() <= files:
-            write_atomic(self.partial / INDEX, (self.source.path / INDEX).read_bytes())
+            if self.source.places.keys() <= self.layout.places.keys():
+                write_atomic(self.partial / INDEX, (self.source.path / INDEX).read_bytes())
+            else:
+                write_json(self.partial / INDEX, self.layout.index())
 
     def _publish(self) -> None:
         # The run may have taken hours: what is at the output now is looked at again.

@@ -7,10 +7,9 @@ the published unstructured rule, which compares all rows of a block of 128 colum
 `50%/tensor`, while `50%` gives every row the same share of each block; damping is raised and
 reported when the factorisation fails. The same sweep is written with the Cholesky factor of the
 Hessian instead of that of its inverse (see `Factor`), so nothing is inverted: a column gets the
-sum of what all columns before it lost. Sums are taken in halves, a few large products.
+sum of what all columns before it lost.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,12 +18,10 @@ from torch import Tensor
 
 from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner
-from sparsekit.tensors.curvature import Factor, factorise
+from sparsekit.tensors.curvature import factorise
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
-
-# This many columns are compensated one by one; between larger parts it is one product.
-STRIP = 16
+from sparsekit.tensors.sweep import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,64 +45,29 @@ class Sparsegpt(Pruner):
         assert sums is not None
         factor = factorise(sums, self.damping)
         dense = weight.masked_fill(factor.dead, 0.0).T.contiguous()
-        sweep = _Sweep(
-            columns=dense.clone(),
+        columns, mask = dense.clone(), torch.empty_like(dense, dtype=torch.bool)
+        kept = torch.empty_like(dense)
+
+        def select(start: int, held: Tensor) -> None:
+            stop = start + len(held)
+            scores = held.square() * factor.cost[start:stop, None]
+            first = 0 if pattern.scope == "group" else start
+            mask[start:stop] = pattern.mask(scores.T, first).T
+            kept[start:stop] = mask[start:stop]
+
+        def settle(at: int, column: Tensor, lost: Tensor) -> None:
+            lost.addcmul_(column, kept[at], value=-1)
+
+        Sweep(
+            columns=columns,
             lost=dense,
-            mask=torch.empty(dense.shape, dtype=torch.bool, device=dense.device),
             factor=factor,
-            pattern=pattern,
+            settle=settle,
             unit=pattern.group or self.block,
-        )
-        with torch.inference_mode():  # thousands of small steps: their bookkeeping takes a sixth
-            sweep.run(0, len(dense))
+            enter=select,
+        ).run()
         return Pruned(
-            weight=sweep.columns.T.masked_fill(~sweep.mask.T, 0.0),
-            mask=sweep.mask.T.contiguous(),
+            weight=columns.T.masked_fill(~mask.T, 0.0),
+            mask=mask.T.contiguous(),
             numbers={"damping": factor.damping},
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sweep:
-    """The columns of a weight, from first to last; here each is a row of `[in, out]`."""
-
-    columns: Tensor  # [in, out] float32; each holds what it makes up for when it is reached
-    lost: Tensor  # [in, out] float32, the dense columns; less what is kept once they are passed
-    mask: Tensor  # [in, out] bool
-    factor: Factor
-    pattern: Pattern
-    unit: int  # columns that are masked together
-
-    def run(self, start: int, stop: int) -> None:
-        """Mask and compensate the columns from `start` to `stop`, unit by unit."""
-        if stop - start > self.unit:
-            self._halve(start, stop, self.unit, self.run)
-            return
-        # What all columns of the unit would make up for if none of them were pruned.
-        feedback, dense = self.factor.feedback[start:stop, start:stop], self.lost[start:stop]
-        pending = self.columns[start:stop] - dense
-        gained = torch.linalg.solve_triangular(feedback.T, pending, upper=False, unitriangular=True)
-        scores = (dense + gained).square() * self.factor.cost[start:stop, None]
-        first = 0 if self.pattern.scope == "group" else start
-        self.mask[start:stop] = self.pattern.mask(scores.T, first).T
-        self._compensate(start, stop)
-
-    def _compensate(self, start: int, stop: int) -> None:
-        """Let each column make up for those before it; their mask is known."""
-        if stop - start > STRIP:
-            self._halve(start, stop, STRIP, self._compensate)
-            return
-        columns, lost = self.columns[start:stop], self.lost[start:stop]
-        feedback = self.factor.feedback[start:stop, start:stop]
-        kept = self.mask[start:stop].to(columns.dtype)
-        for i in range(stop - start):
-            columns[i].addmv_(lost[:i].T, feedback[:i, i])
-            lost[i].addcmul_(columns[i], kept[i], value=-1)
-
-    def _halve(self, start: int, stop: int, step: int, go: Callable[[int, int], None]) -> None:
-        """The left half, then what it lost into the right half, then the right half."""
-        middle = start + ((stop - start) // step + 1) // 2 * step
-        go(start, middle)
-        feedback = self.factor.feedback[start:middle, middle:stop]
-        self.columns[middle:stop].addmm_(feedback.T, self.lost[start:middle])
-        go(middle, stop)

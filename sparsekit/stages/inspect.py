@@ -65,7 +65,7 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     provenance = source.provenance()
     rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]
-    told = {row["pattern"] for row in rows if ":" in row["pattern"]}
+    told = {row["pattern"] for row in rows if ":" in row.get("pattern", "")}
     sought = sorted({*SOUGHT, *told}, key=_looseness)
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}

@@ -93,13 +93,17 @@ def prepare(
     for folder in (source, given):
         if folder.factored:
             raise DataError(f"{folder.path} holds factors only", "name the model it comes from")
+        if folder.grid is not None:
+            raise DataError(
+                f"{folder.path} is quantized to {folder.grid}", "prune the model it comes from"
+            )
     partial = out.with_name(out.name + ".partial")
     refuse_foreign(partial)
     chain = Chain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
-    targets, skipped = _select(stream, config.skip)
+    targets, skipped = select(stream, config.skip)
     _refuse_misfits(targets, patterns)
     _refuse_what_does_not_go(config, chain, targets, patterns)
     if chain.given is not None:
@@ -174,7 +178,7 @@ def _layout(
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
-def _select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
+def select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
     """The weights to prune, and the linear weights to leave dense with the reason."""
     linear = {target.name: target for target in stream.targets()}
     if not linear:

@@ -163,6 +163,10 @@ def _open_source(model: str, out: Path, progress: Progress) -> Checkpoint:
     refuse_source(out, source.path)
     if source.factored:
         raise DataError(f"{source.path} holds factors only", "train the model it comes from")
+    if source.grid is not None:
+        raise DataError(
+            f"{source.path} is quantized to {source.grid}", "train the model it comes from"
+        )
     if source.factor_patterns:
         raise DataError(
             f"{source.path} keeps factors beside its weights, which are not sparse themselves",

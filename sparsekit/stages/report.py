@@ -25,6 +25,13 @@ FACTORED = """\
 Not a plain checkpoint: each pruned weight is kept as factors, a packed sparse core with
 block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run them product by
 product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+CODED = """\
+A Hugging Face checkpoint in the format of compressed-tensors: it loads with
+`AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Zeros of the
+source are zeros here; they make it neither smaller nor faster than other weights on this grid."""
+ROUNDED = """\
+A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
+numbers of the grid: for scoring, or for a converter that takes it from there."""
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 
 
@@ -111,13 +118,7 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
     """The README of a pruned checkpoint."""
     recipe, summary = entry["recipe"], entry["totals"]
     calibration = entry["calibration"]
-    if calibration:
-        text = (
-            f"{calibration['samples']} rows of {calibration['length']} tokens from "
-            f"`{Path(calibration['source']).name}` (sha256 `{calibration['fingerprint'][:16]}…`)"
-        )
-    else:
-        text = "none (the method needs no data)"
+    text = _calibration_text(calibration) if calibration else "none (the method needs no data)"
     error = summary["mean_error"]
     bits = summary["bits_per_weight"]
     counted = "them" if bits is None else "their cores"
@@ -203,6 +204,55 @@ tags:
 The whole history, with one row for each weight, is in `sparsekit.json`; the log of training is in
 `sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.
 """
+
+
+def quantize_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a quantized checkpoint."""
+    recipe, summary, calibration = entry["recipe"], entry["totals"], entry["calibration"]
+    error = summary["mean_error"]
+    dense = recipe["format"] == "dense"
+    rows = [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        ("grid", recipe["grid"]),
+        ("quantized", f"{summary['weights']} linear weights"),
+        ("bits of such a weight on disk", f"{summary['bits_per_weight']:.2f}"),
+        (
+            "zeros",
+            f"{summary['zeros'] / summary['size']:.2%}, "
+            f"{summary['zeros_before'] / summary['size']:.2%} before; none was given a value",
+        ),
+        ("calibration", _calibration_text(calibration) if calibration else "none"),
+        ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    return f"""---
+tags:
+- sparsekit
+- quantized
+---
+
+# {base}, quantized to {recipe["grid"]}
+
+{ROUNDED if dense else CODED}
+
+| | |
+|---|---|
+{table}
+
+The whole history, with one row for each weight, is in `sparsekit.json`.
+
+Matrices left as they were:{skipped or " none"}
+"""
+
+
+def _calibration_text(told: Mapping[str, Any]) -> str:
+    """Calibration rows in words."""
+    return (
+        f"{told['samples']} rows of {told['length']} tokens from "
+        f"`{Path(told['source']).name}` (sha256 `{told['fingerprint'][:16]}…`)"
+    )
 
 
 def base_name(path: str) -> str:

@@ -651,7 +651,7 @@ def test_verify_of_a_wrong_pattern_is_a_usage_error(cli, pruned):
 def test_methods_lists_every_method_with_source_options_and_defaults(cli):
     found = cli("methods")
     assert found.code == 0
-    kinds = ("pruners", "refiners", "recoverers")
+    kinds = ("pruners", "refiners", "recoverers", "quantizers")
     assert found.stdout.split() == [name for kind in kinds for name in methods.names(kind)]
     assert {"alps", "magnitude", "nowag", "ria", "sparsegpt", "wanda"} <= set(found.stdout.split())
     listed = strict_json(cli("methods", "--json").stdout)
@@ -663,7 +663,7 @@ def test_methods_lists_every_method_with_source_options_and_defaults(cli):
             assert option["default"]
             assert option["name"] in found.stderr
     free = [method["name"] for method in listed if method["data_free"]]
-    assert free == ["magnitude"]
+    assert free == ["magnitude", "rtn"]
     sparsegpt = next(method for method in listed if method["name"] == "sparsegpt")
     assert [(o["name"], o["type"], o["default"]) for o in sparsegpt["options"]] == [
         ("damping", "float", "0.01"),

@@ -1,0 +1,57 @@
+"""GPTQ: round column by column and let the later columns make up for it; zeros stay.
+
+Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", algorithm 1; the code in IST-DASLab/gptq@2d65066, `gptq.py`.
+Differs: a weight that is 0 is rounded to 0 whatever it should make up for, and what that leaves is
+made up for by the columns to its right (llm-compressor, which kept zeros until 0.13, dropped it);
+the sweep is SparseGPT's, with the Cholesky factor of the Hessian instead of that of its inverse
+(see `Factor`); scales come from what the columns of a group hold when the first of them is reached,
+also where groups are shorter than the published blocks of 128 columns; inputs that were zero for
+every token are rounded, not zeroed; damping is raised and reported when the factorisation fails.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsekit.quantizers import Quantized, Quantizer
+from sparsekit.tensors.curvature import factorise
+from sparsekit.tensors.grids import Codes, Grid
+from sparsekit.tensors.sums import InputSums, Want
+from sparsekit.tensors.sweep import Sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Quantizer):
+    """An optimal-brain-surgeon update of the columns to the right of a rounded one."""
+
+    needs: ClassVar[Want | None] = Want.GRAM
+    damping: float = 0.01
+    """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
+
+    def quantize(
+        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+    ) -> Quantized:
+        """See `Quantizer.quantize`."""
+        assert sums is not None
+        factor = factorise(sums, self.damping)
+        columns = weight.T.contiguous()  # codes where they are passed
+        lost, kept = columns.clone(), (columns != 0).float()
+        group = grid.group or len(columns)
+        scales = grid.scale(weight, dtype).repeat(len(columns) // group, 1)  # [groups, out]
+
+        def span(start: int, held: Tensor) -> None:
+            held = held * kept[start : start + group]
+            scales[start // group] = grid.scale(held.T, dtype)
+
+        def settle(at: int, column: Tensor, lost: Tensor) -> None:
+            scale = scales[at // group]
+            column.copy_(grid.round(column * kept[at], scale))
+            lost.addcmul_(column, scale, value=-1)
+
+        parts = {"unit": group, "enter": span} if grid.group else {}
+        Sweep(columns=columns, lost=lost, factor=factor, settle=settle, **parts).run()
+        codes = Codes.of(grid, columns.T.contiguous(), scales.T.contiguous(), dtype)
+        return Quantized(codes=codes, numbers={"damping": factor.damping})

@@ -1,0 +1,27 @@
+"""Round to nearest: every weight to the closest number of its grid.
+
+Source: the baseline of Frantar et al. 2023, "GPTQ", section 4; the scale as in compressed-tensors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekit.quantizers import Quantized, Quantizer
+from sparsekit.tensors.grids import Codes, Grid
+from sparsekit.tensors.sums import InputSums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn(Quantizer):
+    """The scale spans the largest number of each row or group."""
+
+    def quantize(
+        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+    ) -> Quantized:
+        """See `Quantizer.quantize`."""
+        parts = weight.unflatten(1, (-1, grid.group or weight.shape[1]))  # [out, groups, group]
+        scale = grid.scale(parts.flatten(0, 1), dtype).view(parts.shape[:2])
+        codes = grid.round(parts, scale[..., None]).flatten(1)
+        return Quantized(codes=Codes.of(grid, codes, scale, dtype))

@@ -1,0 +1,271 @@
+"""Quantization from disk to disk: what stock transformers loads, resume, refusals."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from transformers import AutoModelForCausalLM
+
+from sparsekit.errors import DataError, UsageError
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.quantized import grid_of
+from sparsekit.progress import Progress
+from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.evaluate import evaluate
+from sparsekit.stages.inspect import inspect, verify
+from sparsekit.stages.prune import prune
+from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.quantize import quantize
+from sparsekit.stages.recover import recover
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.tensors.grids import Grid
+from sparsekit.tensors.patterns import Pattern
+
+GRIDS = ("int4-g16", "int4", "int8", "w8a8", "fp8")
+
+
+class StopsAfter(Progress):
+    """Interrupts a run after so many blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+
+    def step(self, label: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def run(row_file, tmp_path):
+    """Quantizes a folder with the token rows of conftest.py; gives the folder that is made."""
+
+    def quantized(source, name: str = "out", progress=None, **options):
+        options.setdefault("calibration", Calibration(source=str(row_file)))
+        told = {} if progress is None else {"progress": progress}
+        return quantize(QuantizeConfig(**options), str(source), tmp_path / name, **told).out
+
+    return quantized
+
+
+@pytest.fixture(scope="module")
+def sparse(family, row_file, tmp_path_factory):
+    """Gives the folder of a tiny Llama with a pattern, in bfloat16 as models are published."""
+    root = tmp_path_factory.mktemp("sparse")
+
+    def folder(pattern: str):
+        out = root / pattern.replace(":", "-")
+        if not out.exists():
+            prune(PruneConfig(method="magnitude", pattern=pattern), str(family("llama")), out)
+        return out
+
+    return folder
+
+
+def stock(folder, **options):
+    """The model as transformers loads it, after a first forward, which expands the weights."""
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(told.values())
+    model(torch.arange(4)[None])
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+def test_stock_transformers_loads_it_without_a_revived_zero(run, sparse, method, grid, pattern):
+    source = sparse(pattern)
+    out = run(source, method=method, grid=grid)
+    before, model, found = Checkpoint.open(source), stock(out), Checkpoint.open(out)
+    assert len(found.coded) == 14
+    for name in found.coded:
+        weight = model.get_parameter(name).detach()
+        assert torch.equal(weight, found.read([name])[name])
+        assert not weight[before.read([name])[name] == 0].any()
+        Pattern.parse(pattern).check(weight, name)
+    told = verify(str(out))
+    assert (told["pattern"], told["weights"]) == ([pattern], 14)
+    assert inspect(str(out)).total["zeros"] == told["zeros"]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_our_perplexity_is_that_of_the_stock_model(run, sparse, row_file, rows, grid):
+    """Of grids for inputs too: those are rounded as compressed-tensors does it."""
+    out = run(sparse("2:4"), method="rtn", grid=grid)
+    found = evaluate(EvalConfig(text=str(row_file), dtype="float32"), [str(out)])[0].perplexity
+    # Loaded in another type it would make other weights of the codes.
+    model = torch.nn.Module.float(stock(out))
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in rows]
+    assert found.log == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_configuration_is_one_that_compressed_tensors_and_vllm_take(run, sparse, grid):
+    out = run(sparse("2:4"), method="rtn", grid=grid, skip=["down_proj"])
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert QuantizationConfig.model_validate(told).quantization_status == "compressed"
+    assert not {"sparsity_config", "kv_cache_scheme"} & told.keys()
+    layers = [f"model.layers.{n}.mlp.down_proj" for n in (0, 1)]
+    assert told["ignore"] == ["lm_head", *layers]
+    assert grid_of(told) == Grid.parse(grid)
+
+
+@pytest.mark.parametrize(
+    ("grid", "each", "for_scales"),
+    [("int4-g16", 4, 16 / 16), ("int8", 8, 16 / 32), ("w8a8", 8, 16 / 32), ("fp8", 8, 16 / 32)],
+)
+def test_sizes_are_those_that_the_grid_says(run, sparse, grid, each, for_scales):
+    """A q_proj of 32 inputs has a 16-bit scale for each group or row, and maybe its shape."""
+    out = run(sparse("2:4"), method="rtn", grid=grid)
+    row = json.loads((out / "sparsekit.json").read_text())["history"][-1]["weights"][0]
+    shape = 0 if grid in ("w8a8", "fp8") else 2 * 64 / (32 * 32)
+    assert row["bits"] == pytest.approx(each + for_scales + shape)
+
+
+def test_the_dense_form_holds_the_same_numbers(run, sparse):
+    coded = Checkpoint.open(run(sparse("2:4"), "coded", grid="int4-g16"))
+    dense = Checkpoint.open(run(sparse("2:4"), "dense", grid="int4-g16", format="dense"))
+    assert not dense.coded
+    assert "quantization_config" not in json.loads((dense.path / "config.json").read_text())
+    for name, weight in dense.read(dense.places).items():
+        assert torch.equal(weight, coded.read([name])[name])
+    assert verify(str(dense.path))["zeros"] == verify(str(coded.path))["zeros"]
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "dense"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(run, sparse, tmp_path, form):
+    options = {"grid": "int4-g16", "format": form}
+    with pytest.raises(KeyboardInterrupt):
+        run(sparse("2:4"), progress=StopsAfter(1), **options)
+    assert not (tmp_path / "out").exists()
+    first, second = run(sparse("2:4"), **options), run(sparse("2:4"), "again", **options)
+    entry = json.loads((first / "sparsekit.json").read_text())["history"][-1]
+    assert entry["resumed_blocks"] == 1
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(sparse("2:4"), "other", progress=StopsAfter(1), **options)
+    with pytest.raises(UsageError, match=r"another .*grid \(int4-g16, now int4\)"):
+        run(sparse("2:4"), "other", **(options | {"grid": "int4"}))
+
+
+def test_shards_get_an_index_of_what_is_in_them(run, copy_of, tmp_path):
+    source = copy_of("llama_sharded")
+    out = run(source, method="rtn", grid="int8")
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "model.layers.0.mlp.up_proj.weight_packed" in weight_map
+    assert "model.layers.0.mlp.up_proj.weight" not in weight_map
+    assert len(set(weight_map.values())) > 1
+    stock(out)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma3", "phi3", "opt"])
+def test_other_families_load_too(run, family, row_file, name):
+    out = run(family(name), method="gptq", grid="int4-g16")
+    stock(out)
+    assert evaluate(EvalConfig(text=str(row_file)), [str(out)])[0].perplexity.value < math.inf
+
+
+def test_a_group_that_does_not_divide_is_refused_with_one_that_does(run, sparse):
+    with pytest.raises(
+        UsageError,
+        match=r"q_proj.weight: 32 inputs do not divide into groups of 128; "
+        r"--grid int4-g32 fits, and so does --grid int4",
+    ):
+        run(sparse("2:4"), grid="int4-g128")
+
+
+@pytest.mark.parametrize("skip", ["q_proj", "up_proj"])
+def test_layers_that_servers_fuse_are_skipped_together(run, sparse, skip):
+    with pytest.raises(UsageError, match=rf"{skip}.*is skipped and .* is not: servers compute"):
+        run(sparse("2:4"), grid="int4-g16", skip=[skip])
+    run(sparse("2:4"), grid="int4-g16", skip=[skip], format="dense")
+
+
+def test_gpt2_has_no_linear_layers_but_numbers(run, family):
+    with pytest.raises(UsageError, match=r"is no nn.Linear.*--format dense"):
+        run(family("gpt2"), grid="int8")
+    stock(run(family("gpt2"), grid="int8", format="dense"))
+
+
+def test_what_is_quantized_already_is_refused_by_name(run, sparse, tmp_path):
+    out = run(sparse("2:4"), grid="int4-g16")
+    with pytest.raises(DataError, match=r"out is quantized to int4-g16 already"):
+        run(out, "twice", grid="int8")
+    with pytest.raises(DataError, match=r"out is quantized to int4-g16; prune the model"):
+        prune(PruneConfig(method="magnitude"), str(out), tmp_path / "pruned")
+    with pytest.raises(DataError, match=r"out is quantized to int4-g16; train the model"):
+        recover(RecoverConfig(tokens=1024), str(out), tmp_path / "trained")
+
+
+def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
+    config = PruneConfig(
+        method="magnitude", compensate="lowrank", calibration=Calibration(source=str(row_file))
+    )
+    factored = prune(config, str(family("llama")), tmp_path / "factored").out
+    with pytest.raises(DataError, match=r"keeps weights as factors.*prune without armor"):
+        run(factored, grid="int4-g16")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant_method": "gptq"},
+        {"format": "os.system"},
+        {"format": "sparse-24-bitmask"},
+        {"config_groups": {}},
+        {"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "group"}}}},
+        {"kv_cache_scheme": {"num_bits": 8}},
+    ],
+    ids=str,
+)
+def test_a_format_that_is_not_ours_is_refused_and_never_run(run, sparse, change):
+    out = run(sparse("2:4"), grid="int4-g16")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] |= change
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="out is quantized"):
+        inspect(str(out))
+
+
+def test_tensors_that_do_not_fit_together_are_refused(run, sparse):
+    from safetensors.torch import load_file, save_file
+
+    out = run(sparse("2:4"), grid="int4-g16")
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    (out / "sparsekit.json").unlink()
+    short = {**tensors, f"{name}_scale": tensors[f"{name}_scale"][:, :1].contiguous()}
+    save_file(short, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"up_proj.weight: weight_scale of a int4-g16 weight"):
+        inspect(str(out))
+    del tensors[f"{name}_packed"]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"lacks model.layers.0.mlp.up_proj.weight_packed"):
+        Checkpoint.open(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method": "gptk"}, "no method 'gptk'; did you mean 'gptq'"),
+        ({"grid": "int5"}, "grid 'int5' is not known"),
+        ({"options": {"dampin": "1"}}, "did you mean 'damping'"),
+        ({"format": "gguf"}, "--format 'gguf' is not known"),
+        ({"skip": ["nothing"]}, "--skip 'nothing' matches no weight"),
+    ],
+)
+def test_wrong_words_are_refused(run, sparse, change, words):
+    with pytest.raises(UsageError, match=words):
+        run(sparse("2:4"), **({"grid": "int4-g16"} | change))
+
+
+def test_the_same_bytes_whatever_came_before(run, sparse):
+    config = {"grid": "int4-g16"}
+    one, two = run(sparse("2:4"), "one", **config), run(sparse("2:4"), "two", **config)
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert replace(QuantizeConfig(), **config).check() is None
