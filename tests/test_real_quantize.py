@@ -80,7 +80,7 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
 def test_stock_transformers_finds_no_revived_zero(made, pattern, grid, method):

@@ -30,7 +30,7 @@ from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
 from sparsekit.stages.quantconfig import QuantizeConfig
 
-Method = Annotated[str, typer.Option(help="rtn (no data) or gptq.")]
+Method = Annotated[str, typer.Option(help="rtn (no data), gptq or awq.")]
 GridText = Annotated[
     str,
     typer.Option(

@@ -231,6 +231,16 @@ class Block:
         self.stream.skeleton.hold(self.name, {name: cast})
         return cast.T if target.transposed else cast
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor by its name in the block, as it is on disk."""
+        return self._disk[self._names[f"{self.name}.{name}"]]
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in place by its name in the block, in its type on disk."""
+        full = f"{self.name}.{name}"
+        self._disk[self._names[full]] = tensor
+        self.stream.skeleton.hold(self.name, {full: tensor})
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the block as they go to disk."""
         return dict(self._disk)

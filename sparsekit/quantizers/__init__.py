@@ -6,7 +6,7 @@ To add a method, add a file with one `Quantizer` subclass; nothing else needs an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -33,6 +33,20 @@ class Quantizer(ABC):
 
     needs: ClassVar[Want | None] = None
     """Which sums of the inputs the method reads; None needs no calibration."""
+
+    def input_scale(
+        self,
+        weights: Sequence[Tensor],  # each [out, in] float32, of the layers that share the input
+        sums: InputSums | None,
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Mapping[str, float]] | None:
+        """What the inputs' weights are multiplied by before they are quantized, `[in]` float32.
+
+        Whatever makes the inputs is divided by it. With it comes what the report should tell; None:
+        the method wants no such thing.
+        """
+        return None
 
     @abstractmethod
     def quantize(

@@ -21,7 +21,4 @@ class Rtn(Quantizer):
         self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
     ) -> Quantized:
         """See `Quantizer.quantize`."""
-        parts = weight.unflatten(1, (-1, grid.group or weight.shape[1]))  # [out, groups, group]
-        scale = grid.scale(parts.flatten(0, 1), dtype).view(parts.shape[:2])
-        codes = grid.round(parts, scale[..., None]).flatten(1)
-        return Quantized(codes=Codes.of(grid, codes, scale, dtype))
+        return Quantized(codes=Codes.nearest(grid, weight, dtype))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block, BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint, part_name
+from sparsekit.models.inputscale import fold_scale
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
 from sparsekit.models.quantized import (
@@ -252,10 +253,12 @@ def _quantize_block(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Quantize the chosen weights of one block; gives report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
+    chosen = [target for target in block.targets if target.name in wanted]
+    scaled = _scale_inputs(job, block, chosen, sums)
     rows, stored = [], {}
     for target in block.targets:
         if target.name in wanted:
-            row, codes = _quantize_weight(job, block, target, sums.get(target.name))
+            row, codes = _quantize_weight(job, block, target, sums.get(target.name), scaled)
             rows.append(row)
             if job.coded:
                 parts = encode(job.grid, codes)
@@ -264,16 +267,54 @@ def _quantize_block(
     return rows, plain | stored
 
 
+@dataclass
+class _Scaled:
+    """The scales of one weight's rows and columns, and what to tell of them."""
+
+    inputs: Tensor | float = 1.0  # [in], multiplies
+    outputs: Tensor | float = 1.0  # [out, 1], divides
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def _scale_inputs(
+    job: Job, block: Block, targets: Sequence[Target], sums: Mapping[str, InputSums]
+) -> dict[str, _Scaled]:
+    """For each weight of a block the scales that its method wants and the block can take back."""
+    scaled = {target.name: _Scaled() for target in targets}
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(id(sums.get(target.name)), []).append(target)
+    for group in groups.values():
+        weights = [block.weight(t) / scaled[t.name].outputs for t in group]
+        name = group[0].name
+        dtype = job.source.places[name].dtype
+        found = job.quantizer.input_scale(weights, sums.get(name), job.grid, dtype)
+        folded = fold_scale(block, group, found[0], targets) if found else None
+        for target in group:
+            if folded and found:
+                scaled[target.name].inputs = folded.scale
+                scaled[target.name].numbers = found[1]
+        if folded and folded.rows_of is not None:
+            scaled[folded.rows_of.name].outputs = folded.scale[:, None]
+    return scaled
+
+
 def _quantize_weight(
-    job: Job, block: Block, target: Target, sums: InputSums | None
+    job: Job,
+    block: Block,
+    target: Target,
+    sums: InputSums | None,
+    scaled: Mapping[str, _Scaled],
 ) -> tuple[dict[str, Any], Codes]:
     """Quantize one weight, put what it then is into the block, and tell of it."""
     started = time.perf_counter()
     weight, dtype = block.weight(target), job.source.places[target.name].dtype
+    scale = scaled[target.name]
     try:
-        found = job.quantizer.quantize(weight, sums, job.grid, dtype)
+        found = job.quantizer.quantize(weight * scale.inputs / scale.outputs, sums, job.grid, dtype)
         on_disk = block.replace(target, found.codes.dense().float())
-        error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
+        made = on_disk.to(weight.device).float() / scale.inputs * scale.outputs
+        error = sums.relative_error(weight, made) if sums else None
     except NumericalError as failure:
         raise NumericalError(f"{target.name}: {failure.message}", failure.hint) from failure
     before = weight.cpu() == 0
@@ -290,7 +331,7 @@ def _quantize_weight(
         "error": error,
         "seconds": round(time.perf_counter() - started, 4),
         "bits": 8 * _stored_bytes(job, target) / on_disk.numel(),
-        "numbers": dict(found.numbers),
+        "numbers": {**scale.numbers, **found.numbers},
     }
     codes = Codes(found.codes.codes.cpu(), found.codes.scale.cpu())
     return row, codes

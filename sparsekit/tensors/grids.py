@@ -142,6 +142,18 @@ class Codes:
 
         return cls(codes.to(torch.float8_e4m3fn if grid.floating else torch.int8), scale.to(dtype))
 
+    @classmethod
+    def nearest(
+        cls,
+        grid: Grid,
+        weight: Tensor,  # [out, in] float32
+        dtype: torch.dtype,
+    ) -> Codes:
+        """Each number's nearest, with a scale that spans the largest of each row or group."""
+        parts = weight.unflatten(1, (-1, grid.group or weight.shape[1]))  # [out, groups, group]
+        scale = grid.scale(parts.flatten(0, 1), dtype).view(parts.shape[:2])
+        return cls.of(grid, grid.round(parts, scale[..., None]).flatten(1), scale, dtype)
+
     def dense(self) -> Tensor:
         """The weight `[out, in]` in the scale's type, as compressed-tensors computes it.
 

@@ -6,6 +6,7 @@ import torch
 
 from sparsekit import methods
 from sparsekit.pruners.magnitude import Magnitude
+from sparsekit.quantizers.awq import Awq
 from sparsekit.quantizers.gptq import Gptq
 from sparsekit.quantizers.rtn import Rtn
 from sparsekit.tensors.grids import Codes, Grid
@@ -100,3 +101,40 @@ def test_inputs_that_were_zero_for_every_token_do_no_harm(name):
     method = methods.load("quantizers", name, {})
     codes = method.quantize(weight, sums_of(x), Grid.parse("int8"), torch.float32).codes
     assert torch.allclose(codes.dense()[:, 5], weight[:, 5], atol=codes.scale.max().item())
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_the_scale_of_awq_is_the_best_of_its_grid(pattern):
+    """By trying every ratio of Lin et al. 2024 with loops, on the outputs themselves."""
+    grid, weights, x = Grid.parse("int4-g16"), [weight_of(pattern, s) for s in (0, 7)], inputs()
+    x = x * torch.linspace(0.05, 3.0, IN)  # some inputs carry much more than others
+    sums = sums_of(x)
+    # An exact scale would put the largest number of a group half between two codes.
+    found = Awq(ratios=10).input_scale(weights, sums, grid, torch.bfloat16)
+    assert found is not None
+    scale, told = found
+    losses = []
+    for step in range(10):
+        candidate = (x.square().mean(0).sqrt() ** (step / 10)).clamp(min=1e-4)
+        candidate = candidate / (candidate.max() * candidate.min()).sqrt()
+        total = 0.0
+        for weight in weights:
+            rounded = torch.zeros(OUT, IN)
+            for row in range(OUT):
+                for first in range(0, IN, 16):
+                    part = weight[row, first : first + 16] * candidate[first : first + 16]
+                    span = (part.abs().max() / 7.5).bfloat16().float() if part.any() else 1.0
+                    near = (part / span).round().clamp(-8, 7) * span
+                    rounded[row, first : first + 16] = near.bfloat16()
+            total += float((x @ (rounded / candidate - weight).T).double().square().sum())
+        losses.append(total)
+    best = min(range(10), key=losses.__getitem__)
+    assert 0 < best < 9
+    assert told["ratio"] == best / 10
+    wanted = (x.square().mean(0).sqrt() ** told["ratio"]).clamp(min=1e-4)
+    assert torch.allclose(scale, wanted / (wanted.max() * wanted.min()).sqrt(), rtol=1e-4)
+
+
+def test_awq_wants_no_scale_where_none_helps():
+    weight, x = torch.zeros(OUT, IN), inputs()
+    assert Awq().input_scale([weight], sums_of(x), Grid.parse("int8"), torch.float32) is None

@@ -1,7 +1,6 @@
 """Quantization from disk to disk: what stock transformers loads, resume, refusals."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -74,7 +73,7 @@ def stock(folder, **options):
     return model.eval()
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
 def test_stock_transformers_loads_it_without_a_revived_zero(run, sparse, method, grid, pattern):
@@ -137,9 +136,10 @@ def test_the_dense_form_holds_the_same_numbers(run, sparse):
     assert verify(str(dense.path))["zeros"] == verify(str(coded.path))["zeros"]
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "dense"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(run, sparse, tmp_path, form):
-    options = {"grid": "int4-g16", "format": form}
+def test_an_interrupted_run_goes_on_to_the_same_bytes(run, sparse, tmp_path, form, method):
+    options = {"method": method, "grid": "int4-g16", "format": form}
     with pytest.raises(KeyboardInterrupt):
         run(sparse("2:4"), progress=StopsAfter(1), **options)
     assert not (tmp_path / "out").exists()
@@ -164,10 +164,30 @@ def test_shards_get_an_index_of_what_is_in_them(run, copy_of, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma3", "phi3", "opt"])
-def test_other_families_load_too(run, family, row_file, name):
-    out = run(family(name), method="gptq", grid="int4-g16")
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_other_families_load_too_and_are_what_they_were(run, family, row_file, name, method):
+    """At 8 bits hardly anything is lost, which a scale that nothing takes back would not leave."""
+    out = run(family(name), method=method, grid="int8")
     stock(out)
-    assert evaluate(EvalConfig(text=str(row_file)), [str(out)])[0].perplexity.value < math.inf
+    found, before = (
+        score.perplexity
+        for score in evaluate(EvalConfig(text=str(row_file)), [str(out), str(family(name))])
+    )
+    assert found.log == pytest.approx(before.log, rel=0.01)
+
+
+def test_scales_of_awq_go_into_norms(run, sparse):
+    before = Checkpoint.open(sparse("2:4"))
+    after = Checkpoint.open(run(before.path, method="awq", grid="int4-g16"))
+    norms = [name for name in before.places if "layernorm" in name]
+    old, new = before.read(norms), after.read(norms)
+    entry = json.loads((after.path / "sparsekit.json").read_text())["history"][-1]
+    ratios = {row["name"]: row["numbers"].get("ratio", 0.0) for row in entry["weights"]}
+    for name in norms:
+        layer = "self_attn.q_proj" if "input" in name else "mlp.up_proj"
+        weight = f"{name.rpartition('.weight')[0].rpartition('.')[0]}.{layer}.weight"
+        assert torch.equal(old[name], new[name]) == (ratios[weight] == 0)
+    assert any(ratios.values())
 
 
 def test_a_group_that_does_not_divide_is_refused_with_one_that_does(run, sparse):
