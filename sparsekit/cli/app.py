@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, quantize, recover, show
+from sparsekit.cli import bench, pack, quantize, recover, show
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -137,6 +137,8 @@ def prune(
 
 app.command()(recover.recover)
 app.command()(quantize.quantize)
+app.command()(pack.pack)
+app.command()(pack.unpack)
 
 
 @app.command("eval")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsekit.stages.demo import DemoRow
     from sparsekit.stages.evaluate import Score
     from sparsekit.stages.inspect import Inspection
+    from sparsekit.stages.pack import PackReport
     from sparsekit.stages.quantize import QuantizeReport
     from sparsekit.stages.recover import RecoverReport
     from sparsekit.stages.report import PruneReport
@@ -101,6 +102,33 @@ def quantized(terminal: Terminal, report: "QuantizeReport") -> None:
         f"{entry['recipe']['method']} {entry['recipe']['grid']} in {entry['seconds']:.0f} s, "
         f"{entry['totals']['bits_per_weight']:.2f} bits a weight",
         ("weights", "count", "zeros", "relative error", "worst", "solve s"),
+        rows,
+    )
+    terminal.result(report.out, report.to_json())
+
+
+def packed(terminal: Terminal, report: "PackReport") -> None:
+    """The outcome of `pack`, by pattern, beside what theory says of it."""
+    by_pattern: dict[str, list[dict[str, Any]]] = {}
+    for row in report.entry["weights"]:
+        kind = row["pattern"] if ":" in row["pattern"] else "bit mask"
+        by_pattern.setdefault(kind, []).append(row)
+    rows = []
+    for pattern, group in by_pattern.items():
+        size = sum(row["size"] for row in group)
+        rows.append(
+            (
+                pattern,
+                len(group),
+                f"{sum(row['zeros'] for row in group) / size:.2%}",
+                f"{sum(row['bits'] * row['size'] for row in group) / size:.3f}",
+                f"{sum(row['share'] * row['size'] for row in group) / size:.4f}",
+            )
+        )
+    summary = report.entry["totals"]
+    terminal.table(
+        f"{summary['bytes'] / 1e6:.1f} MB in the place of {summary['bytes_before'] / 1e6:.1f} MB",
+        ("pattern", "weights", "zeros", "bits a weight", "share of its bytes"),
         rows,
     )
     terminal.result(report.out, report.to_json())

@@ -30,7 +30,7 @@ from sparsekit.models.folder import (
 from sparsekit.models.quantized import CODES, SCALE, SHAPE, decode, grid_of, parts_of
 from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
-from sparsekit.tensors.factored import PARTS, Factored
+from sparsekit.tensors.factored import PARTS, Factored, mask_of, unpack
 from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
 SOON_READ = 1 << 30
 # Stages after which each weight has a pattern that the history tells.
-PATTERNED = ("prune", "recover")
+PATTERNED = ("prune", "recover", "pack")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -204,6 +204,23 @@ class Checkpoint:
         with self._opened(place.file) as handle:
             _read_into(handle, data, place.start, self.path / place.file)
         return data.view(place.dtype).view(place.shape)
+
+    def packed_weight(self, name: str, columns: int) -> Tensor:
+        """A packed weight `[out, in]` that has no other factors, bit for bit in its type on disk.
+
+        Raises:
+            DataError: A part is missing, or the parts do not fit together.
+        """
+        parts = [factor_name(name, part) for part in PARTS[:2]]
+        if missing := [full for full in parts if full not in self.factors]:
+            raise DataError(f"{self.path / FACTORS} lacks {missing[0]}")
+        values, indices = self.read(parts).values()
+        pattern = Pattern.parse(self.factor_patterns[name])
+        try:
+            mask_of(values, indices, pattern, columns)
+        except DataError as error:
+            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+        return unpack(values, indices, pattern, columns)
 
     def factors_of(self, name: str, columns: int) -> Factored:
         """The factors of a weight with so many inputs, in float32.

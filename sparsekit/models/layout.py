@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from sparsekit.models.checkpoint import DTYPES, Checkpoint, TensorPlace, part_name
-from sparsekit.models.folder import FACTORS, UNFACTORED, factor_name
+from sparsekit.models.folder import FACTORS, SINGLE, UNFACTORED, factor_name
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -86,6 +86,32 @@ class Layout:
             left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
             base = cls({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
         return base.with_file(FACTORS, shapes, patterns)
+
+    @classmethod
+    def plain(
+        cls, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int
+    ) -> Layout:
+        """Files of about so many bytes, as other tools write and look for them.
+
+        Args:
+            tensors: Type and shape of each tensor, in the order in which they are to lie.
+            shard_bytes: A file is begun when the one before would be larger, but for its first.
+        """
+        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        filled = 0
+        for name, (dtype, shape) in tensors.items():
+            n_bytes = dtype.itemsize * math.prod(shape)
+            if shards[-1] and filled + n_bytes > shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = dtype, shape
+            filled += n_bytes
+        layout = cls({}, {})
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = SINGLE if len(shards) == 1 else file
+            layout = layout.with_file(file, shard, {"format": "pt"})
+        return layout
 
     @classmethod
     def with_codes(

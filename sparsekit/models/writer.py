@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from sparsekit.files import (
     write_json,
 )
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import INDEX, PROVENANCE
+from sparsekit.models.folder import INDEX, PROVENANCE, SINGLE, UNFACTORED
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import (
     LOCK,
@@ -135,7 +135,11 @@ class CheckpointWriter:
         return written.read(names)
 
     def commit(
-        self, entry: Mapping[str, Any], card: str, config: Mapping[str, Any] | None = None
+        self,
+        entry: Mapping[str, Any],
+        card: str,
+        config: Mapping[str, Any] | None = None,
+        history: Sequence[Mapping[str, Any]] | None = None,
     ) -> Checkpoint:
         """Copy what was not written, add provenance and card, and publish the folder.
 
@@ -143,6 +147,7 @@ class CheckpointWriter:
             entry: This stage's entry of the history.
             card: The text of README.md.
             config: What config.json is to say; None: what the source's says.
+            history: The entries before this one; None: those of the source.
 
         Returns:
             The finished checkpoint.
@@ -155,8 +160,10 @@ class CheckpointWriter:
                 fsync_path(self.partial / file)
         made = Checkpoint.open(self.partial)
         fingerprint = made.scan()
-        history = [*self.source.provenance()["history"], dict(entry)]
-        write_json(self.partial / PROVENANCE, {"fingerprint": fingerprint, "history": history})
+        if history is None:
+            history = self.source.provenance()["history"]
+        told = {"fingerprint": fingerprint, "history": [*map(dict, history), dict(entry)]}
+        write_json(self.partial / PROVENANCE, told)
         write_atomic(self.partial / "README.md", card.encode())
         with storage_errors(self.out):
             fsync_path(self.partial)
@@ -222,7 +229,6 @@ class CheckpointWriter:
             if goal is not None and name not in self._written:
                 origin = self.source.path / place.file
                 _copy_range(origin, place.start, place.stop, self.partial / goal.file, goal.start)
-        files = self.layout.headers.keys()
         templates = self.source.path / CHAT_TEMPLATES
         if templates.is_dir():
             (self.partial / CHAT_TEMPLATES).mkdir(exist_ok=True)
@@ -232,11 +238,20 @@ class CheckpointWriter:
             own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(OWN)
             if file.is_file() and not own and file.suffix not in LEFT_OUT:
                 write_atomic(self.partial / file.name, file.read_bytes())
-        if (self.source.path / INDEX).is_file() and self.source.headers.keys() <= files:
-            if self.source.places.keys() <= self.layout.places.keys():
-                write_atomic(self.partial / INDEX, (self.source.path / INDEX).read_bytes())
-            else:
-                write_json(self.partial / INDEX, self.layout.index())
+        self._write_index()
+
+    def _write_index(self) -> None:
+        """The index of the weight files, where loaders look for one."""
+        files = self.layout.headers.keys()
+        if UNFACTORED in files:
+            return
+        index = self.source.path / INDEX
+        kept = self.source.headers.keys() <= files
+        kept = kept and self.source.places.keys() <= self.layout.places.keys()
+        if kept and index.is_file():
+            write_atomic(self.partial / INDEX, index.read_bytes())
+        elif SINGLE not in files:
+            write_json(self.partial / INDEX, self.layout.index())
 
     def _publish(self) -> None:
         # The run may have taken hours: what is at the output now is looked at again.

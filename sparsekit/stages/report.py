@@ -29,6 +29,12 @@ CODED = """\
 A Hugging Face checkpoint in the format of compressed-tensors: it loads with
 `AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Zeros of the
 source are zeros here; they make it neither smaller nor faster than other weights on this grid."""
+PACKED = """\
+Not a plain checkpoint: each sparse weight is kept as its values and their places. `sparsekit.load`
+and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back, bit for bit;
+`AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+UNPACKED = """\
+A plain Hugging Face checkpoint, unpacked from a smaller form of it; the table tells of that one."""
 ROUNDED = """\
 A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
 numbers of the grid: for scoring, or for a converter that takes it from there."""
@@ -244,6 +250,35 @@ tags:
 The whole history, with one row for each weight, is in `sparsekit.json`.
 
 Matrices left as they were:{skipped or " none"}
+"""
+
+
+def pack_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a packed checkpoint, or of one that was unpacked."""
+    summary = entry["totals"]
+    rows = [
+        ("packed weights", str(summary["weights"])),
+        ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
+        ("bits of such a weight", f"{summary['bits_per_weight']:.3f}"),
+        ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    unpacked = entry["stage"] == "unpack"
+    return f"""---
+tags:
+- sparsekit
+---
+
+# {base}, {"unpacked" if unpacked else "packed"}
+
+{UNPACKED if unpacked else PACKED}
+
+| | |
+|---|---|
+{table}
+
+The whole history is in `sparsekit.json`.
 """
 
 

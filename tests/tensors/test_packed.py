@@ -1,0 +1,94 @@
+"""Packing: the same bits back for every pattern, type and size, and the bytes that theory says."""
+
+import pytest
+import torch
+
+from sparsekit.tensors.packed import (
+    exact_pattern,
+    pack_weight,
+    packed_bytes,
+    packing,
+    unpack_weight,
+)
+from sparsekit.tensors.patterns import Pattern
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRIED = [Pattern.parse(text) for text in ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")]
+
+
+def sparse(pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return weight.masked_fill(~Pattern.parse(pattern).mask(weight.abs()), 0.0).to(dtype)
+
+
+def bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [
+        *[(text, (5, 48)) for text in ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4", "5:16")],
+        *[(text, shape) for text in ("50%", "70%/tensor") for shape in ((7, 33), (1, 13))],
+        ("10%", (7, 33)),
+    ],
+)
+def test_every_bit_comes_back(pattern, shape, dtype):
+    weight = sparse(pattern, shape, dtype)
+    found = packing(weight, TRIED)
+    if pattern == "10%":  # so few zeros hardly pay a mask
+        found = exact_pattern(int((weight == 0).sum()), weight.numel())
+    assert found is not None
+    values, indices = pack_weight(weight, found)
+    assert values.dtype == dtype
+    assert values.nbytes + indices.nbytes == packed_bytes(shape, dtype, found)
+    assert torch.equal(bits(unpack_weight(values, indices, found, shape[1])), bits(weight))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "share"),
+    [
+        ("2:4", torch.bfloat16, 9 / 16),  # 2 of 4 values of 16 bits, and 2 places of 2 bits
+        ("2:4", torch.float32, 17 / 32),
+        ("1:4", torch.bfloat16, (4 + 0.5) / 16),
+        ("4:8", torch.bfloat16, (8 + 1.5) / 16),
+        ("50%/tensor", torch.bfloat16, (8 + 1) / 16),
+    ],
+)
+def test_bytes_are_those_of_theory(pattern, dtype, share):
+    weight = sparse(pattern, (64, 256), dtype)
+    found = packing(weight, TRIED)
+    assert found is not None
+    values, indices = pack_weight(weight, found)
+    assert (values.nbytes + indices.nbytes) / weight.nbytes == pytest.approx(share, abs=1e-4)
+
+
+def test_a_negative_zero_is_a_value():
+    weight = sparse("2:4", (4, 8), torch.bfloat16)
+    at = tuple((weight == 0).nonzero()[3])
+    weight[at] = -0.0
+    found = packing(weight, TRIED)
+    assert str(found) == "3:4"  # one group has three values now
+    assert torch.equal(bits(unpack_weight(*pack_weight(weight, found), found, 8)), bits(weight))
+
+
+def test_more_zeros_than_the_pattern_asks_for_come_back_too():
+    weight = sparse("2:4", (8, 16), torch.bfloat16)
+    weight[2] = 0.0
+    weight[3, :6] = 0.0
+    found = packing(weight, TRIED)
+    assert str(found) == "2:4"
+    assert torch.equal(bits(unpack_weight(*pack_weight(weight, found), found, 16)), bits(weight))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(4, 8), torch.zeros(4, 8)])
+def test_what_packing_does_not_serve_is_left(weight):
+    assert packing(weight, TRIED) is None
+
+
+@pytest.mark.parametrize(("zeros", "size"), [(1, 3), (7, 49152 * 576), (10**7 + 1, 10**8 - 3)])
+def test_the_share_of_zeros_counts_them(zeros, size):
+    found = exact_pattern(zeros, size)
+    assert found.zeros(1, size) == zeros
+    assert Pattern.parse(str(found)) == found
