@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparsekit.registration import register
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from sparsekit.models.keepzeros import Masked
 
 __version__ = "0.1.0"
+
+register()
 
 
 def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:

@@ -12,6 +12,7 @@ from torch import nn
 from sparsekit.errors import DataError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear, use_factors
+from sparsekit.models.folder import is_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = source.config
-    if getattr(config, "quantization_config", None) and source.grid is None:
+    told = getattr(config, "quantization_config", None)
+    ours = source.grid is not None or (source.factored and is_packed(told))
+    if told and not ours:
         raise DataError(f"{source.path} is quantized", "prune the model it was quantized from")
     try:
         # Buffers are made for real: rotary tables are computed, not stored.

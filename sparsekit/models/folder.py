@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsekit.errors import DataError
 from sparsekit.files import read_json
@@ -13,6 +14,14 @@ PROVENANCE = "sparsekit.json"
 # lie in a file that no stock loader looks for: it raises, where it would else draw random weights.
 FACTORS = "sparsekit-factors.safetensors"
 UNFACTORED = "sparsekit-weights.safetensors"
+# Which file has which tensor there, for transformers, and the method by which it knows the form.
+PACKED_INDEX = "sparsekit-weights.safetensors.index.json"
+PACKED_METHOD = "sparsekit"
+
+
+def is_packed(told: Any) -> bool:
+    """Whether a `quantization_config` is that of a checkpoint whose weights are factors only."""
+    return isinstance(told, Mapping) and told.get("quant_method") == PACKED_METHOD
 
 
 def factor_name(weight: str, part: str) -> str:

@@ -30,7 +30,7 @@ from sparsekit.files import (
     write_json,
 )
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import INDEX, PROVENANCE, SINGLE, UNFACTORED
+from sparsekit.models.folder import INDEX, PACKED_INDEX, PROVENANCE, SINGLE, UNFACTORED
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import (
     LOCK,
@@ -235,7 +235,12 @@ class CheckpointWriter:
             for file in sorted(templates.iterdir()):
                 write_atomic(self.partial / CHAT_TEMPLATES / file.name, file.read_bytes())
         for file in sorted(self.source.path.iterdir()):
-            own = file.name in (PROVENANCE, "README.md", INDEX) or file.name.startswith(OWN)
+            own = file.name in (
+                PROVENANCE,
+                "README.md",
+                INDEX,
+                PACKED_INDEX,
+            ) or file.name.startswith(OWN)
             if file.is_file() and not own and file.suffix not in LEFT_OUT:
                 write_atomic(self.partial / file.name, file.read_bytes())
         self._write_index()
@@ -244,6 +249,7 @@ class CheckpointWriter:
         """The index of the weight files, where loaders look for one."""
         files = self.layout.headers.keys()
         if UNFACTORED in files:
+            write_json(self.partial / PACKED_INDEX, self.layout.index())
             return
         index = self.source.path / INDEX
         kept = self.source.headers.keys() <= files

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckFailedError, DataError
-from sparsekit.files import existing_parent
+from sparsekit.files import existing_parent, read_json
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import factor_name
+from sparsekit.models.folder import PACKED_METHOD, factor_name
 from sparsekit.models.layout import Layout
 from sparsekit.models.output import refuse_output, refuse_source, require_space
 from sparsekit.models.reference import resolve, title
@@ -98,7 +98,9 @@ def pack(
             "source": {"path": model, "fingerprint": fingerprint},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(entry, pack_card(entry, title(model)))
+        config = read_json(source.path / "config.json")
+        config |= {"quantization_config": {"quant_method": PACKED_METHOD}}
+        writer.commit(entry, pack_card(entry, title(model)), config)
     return PackReport(out=out, entry=entry)
 
 
@@ -155,7 +157,10 @@ def unpack(
             "seconds": round(time.perf_counter() - started, 3),
         }
         before = source.provenance()["history"][:-1]
-        writer.commit(entry, pack_card(packed | {"stage": "unpack"}, title(model)), history=before)
+        config = read_json(source.path / "config.json")
+        config.pop("quantization_config", None)
+        card = pack_card(packed | {"stage": "unpack"}, title(model))
+        writer.commit(entry, card, config, history=before)
     return PackReport(out=out, entry=entry)
 
 

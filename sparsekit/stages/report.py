@@ -32,7 +32,8 @@ source are zeros here; they make it neither smaller nor faster than other weight
 PACKED = """\
 Not a plain checkpoint: each sparse weight is kept as its values and their places. `sparsekit.load`
 and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back, bit for bit;
-`AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+after `import sparsekit` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
+finds no weights and says so."""
 UNPACKED = """\
 A plain Hugging Face checkpoint, unpacked from a smaller form of it; the table tells of that one."""
 ROUNDED = """\

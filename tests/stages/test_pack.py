@@ -1,6 +1,8 @@
 """Packing and unpacking from disk to disk: the same bytes, checks, refusals."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import sparsekit
 from sparsekit.errors import CheckFailedError, DataError
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import FactoredLinear
 from sparsekit.models.folder import FACTORS, PROVENANCE
 from sparsekit.progress import Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
@@ -80,11 +83,28 @@ def test_what_is_packed_runs_and_is_checked_as_it_is(sparse, row_file, tmp_path)
     one, two = evaluate(EvalConfig(text=str(row_file)), [str(source), str(packed)])
     assert one.perplexity.losses == two.perplexity.losses
     tokens = torch.arange(5, 13)[None]
-    model = sparsekit.load(packed)
     wanted = AutoModelForCausalLM.from_pretrained(source).generate(tokens, max_new_tokens=8)
-    assert torch.equal(model.generate(tokens, max_new_tokens=8), wanted)
-    with pytest.raises(OSError, match="no file named"):
-        AutoModelForCausalLM.from_pretrained(packed)
+    for model in (sparsekit.load(packed), AutoModelForCausalLM.from_pretrained(packed)):
+        assert torch.equal(model.generate(tokens, max_new_tokens=8), wanted)
+        kinds = [type(layer) for layer in model.modules()]
+        assert kinds.count(FactoredLinear) == 14
+
+
+@pytest.mark.parametrize("order", ["first", "after", "never"])
+def test_importing_sparsekit_is_what_lets_transformers_load_it(sparse, tmp_path, order):
+    packed = pack(str(sparse()), tmp_path / "packed").out
+    lines = ["from transformers import AutoModelForCausalLM", "import sparsekit"]
+    if order != "after":
+        lines.reverse()
+    lines = [line for line in lines if order != "never" or "sparsekit" not in line]
+    load = f"AutoModelForCausalLM.from_pretrained({str(packed)!r}, output_loading_info=True)"
+    code = "\n".join([*lines, f"print(sorted(map(len, {load}[1].values())))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if order == "never":
+        assert done.returncode == 1
+        assert "OSError: Error no file named model.safetensors" in done.stderr
+    else:
+        assert done.stdout == "[0, 0, 0, 0]\n"
 
 
 def test_the_history_tells_size_and_share_of_each_weight(sparse, tmp_path):

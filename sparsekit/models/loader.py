@@ -1,0 +1,49 @@
+"""What transformers needs to load a packed checkpoint; importing it registers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import use_factors
+from sparsekit.models.folder import PACKED_INDEX, PACKED_METHOD
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@register_quantization_config(PACKED_METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """What config.json says of a packed checkpoint: its method's name and nothing else."""
+
+    def __init__(self, quant_method: str = PACKED_METHOD, **_: Any) -> None:
+        self.quant_method = quant_method
+
+
+@register_quantizer(PACKED_METHOD)
+class PackedLoader(HfQuantizer):
+    """Puts layers that compute with values and places where the model has linear ones."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Name the weight files; a loader that does not know of us finds none, and says so."""
+        config.transformers_weights = PACKED_INDEX
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        use_factors(model, Checkpoint.open(Path(model.config.name_or_path)))
+
+    @property
+    def is_trainable(self) -> bool:
+        """Layers whose values are packed are not."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """Only `sparsekit pack` writes this form."""
+        return False
