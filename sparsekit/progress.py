@@ -4,8 +4,8 @@
 class Progress:
     """Receives the progress of one stage; this one drops all of it."""
 
-    def begin(self, title: str, total: int) -> None:
-        """A piece of work of `total` steps starts; a running one ends."""
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """A piece of work of `total` steps starts, some of them done before; a running one ends."""
 
     def step(self, label: str) -> None:
         """One step is done; `label` names it (a block, a model)."""

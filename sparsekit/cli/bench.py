@@ -171,6 +171,9 @@ def bench_recover(
     batch: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
     steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.")] = 6,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model. Default: what MODEL was made from.")
+    ] = None,
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -183,7 +186,12 @@ def bench_recover(
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(takes_less=SHORTER_ROWS) as progress:
         config = RecoverConfig(
-            method=method, tokens=batch * length, batch=batch, length=length, device=device
+            method=method,
+            tokens=batch * length,
+            batch=batch,
+            length=length,
+            teacher=None if teacher is None else named(teacher),
+            device=device,
         )
         config.check()
         name = named(model)

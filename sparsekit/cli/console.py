@@ -131,10 +131,12 @@ class _Bars(Progress):
         )
         self._task = None
 
-    def begin(self, title: str, total: int) -> None:
+    def begin(self, title: str, total: int, done: int = 0) -> None:
         self.end()
         self._bars.start()
-        self._task = self._bars.add_task(title, total=total, label="", memory=_memory())
+        self._task = self._bars.add_task(
+            title, total=total, completed=done, label="", memory=_memory()
+        )
 
     def step(self, label: str) -> None:
         if self._task is not None:
@@ -156,11 +158,11 @@ class _Lines(Progress):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._title = ""
-        self._total = self._done = 0
+        self._total = self._done = self._before = 0
         self._started = self._last = 0.0
 
-    def begin(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        self._title, self._total, self._done, self._before = title, total, done, done
         self._started = time.monotonic()
 
     def step(self, label: str) -> None:
@@ -170,7 +172,7 @@ class _Lines(Progress):
             return
         self._last = now
         spent = now - self._started
-        left = spent / self._done * (self._total - self._done)
+        left = spent / (self._done - self._before) * (self._total - self._done)
         self._print(
             f"{self._title}: {self._done}/{self._total} {label}, "
             f"{spent:.0f} s, {left:.0f} s left, {_memory()}"

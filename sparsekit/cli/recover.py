@@ -1,6 +1,7 @@
 """The verb `recover`: its flags, and the configuration that they spell."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,7 +190,8 @@ def recover_config(
 def _count(text: str) -> int:
     """What `4096`, `200K`, `20M` or `1.5B` stands for."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
-    count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0
-    if count < 1 or count != int(count):
+    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+    count = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
+    if count < 1 or count.denominator != 1:
         raise UsageError(f"--tokens {text!r} is no number of tokens", "write it as 200K or 20M")
     return int(count)

@@ -16,7 +16,7 @@ from sparsekit.errors import (
     SparsekitError,
     StorageError,
 )
-from sparsekit.files import read_json, write_json
+from sparsekit.files import KEPT, read_json, write_json
 from sparsekit.memory import peak_memory
 from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
@@ -119,7 +119,7 @@ def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:
     """Leave of a failed run only what the same command can go on from, and tell so."""
     if not (writer.partial / POINTER).is_file():
         writer.abandon()  # another try may differ
-        if isinstance(error, StorageError):
+        if isinstance(error, StorageError) and error.hint == KEPT:
             error.hint = "make room; nothing was saved before"
     elif isinstance(error, NumericalError | MemoryShortError | CheckFailedError):
         kept = f"the last saved state is in {writer.partial}"
@@ -197,9 +197,8 @@ def _train(work: Work, training: Training) -> TrainingLog:
     ranks.wait()
     log.begin()
     selected = ""
-    progress.begin(f"recover {config.method} {work.job.patterns.base}", training.plan.steps)
-    for _ in range(optimizer.steps):
-        progress.step("")
+    title = f"recover {config.method} {work.job.patterns.base}"
+    progress.begin(title, training.plan.steps, optimizer.steps)
     saved = time.perf_counter()
     while not training.done:
         done = training.step()

@@ -107,7 +107,7 @@ def prepare(
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
-    require_memory(source, teacher if taught else None, recoverer, device)
+    require_memory(source, teacher if taught else None, recoverer, device, shards=ranks.shards)
     return Recovery(
         config=config,
         recoverer=recoverer,

@@ -160,28 +160,33 @@ def require_memory(
     recoverer: Recoverer,
     device: torch.device,
     way_out: str = "",
+    *,
+    shards: bool = False,
 ) -> None:
     """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.
+
+    With `shards` it is the weights alone, which each process holds before it gives parts away.
 
     Raises:
         DataError: Says what is needed, and what there is.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return  # each process may need a part only
-    copies = 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
+    copies = 1 if shards else 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
     needed = copies * _float32_bytes(source)
-    told = "weights, gradients and two moments"
+    told = "weights" if shards else "weights, gradients and two moments"
     if teacher is not None:
         needed += _float32_bytes(teacher)
         told += ", and the teacher"
     on_gpu = device.type == "cuda"
+    if not on_gpu:  # the processes of one machine share its memory
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
     if needed > free:
         raise DataError(
             f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told} in float32, "
             f"besides the activations; {free / 1e9:.1f} GB are available",
             way_out
-            or "shard it over several processes (accelerate launch --use_fsdp --fsdp_version 2)"
+            or "shard it over several GPUs or machines (accelerate launch --use_fsdp "
+            "--fsdp_version 2)"
             + (", or leave out the teacher with --share 0" if teacher else ""),
         )
 

@@ -96,6 +96,8 @@ class RecoverConfig:
         self.corpus(0).check()
         if self.eval_text is not None:
             check_source(self.eval_text)
+            if self.eval_text == "self":
+                raise UsageError("--eval-text takes no text of the model itself", "as builtin")
             if self.eval_every is None:
                 raise UsageError("--eval-text has no effect without --eval-every")
         self._check_numbers()

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sparsekit.files import write_atomic
+from sparsekit.files import storage_errors, write_atomic
 from sparsekit.stages.curve import draw
 
 LOG = "sparsekit-training.jsonl"
@@ -36,10 +36,14 @@ class TrainingLog:
             write_atomic(self._file, _lines(self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take the row of a step, and put it on disk."""
+        """Take the row of a step, and put it on disk.
+
+        Raises:
+            StorageError: The disk is full.
+        """
         self.rows.append(row)
         if self._writes:
-            with self._file.open("ab") as file:
+            with storage_errors(self._file), self._file.open("ab") as file:
                 file.write(_lines([row]))
 
     @property

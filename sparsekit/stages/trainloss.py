@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsekit.errors import NumericalError
 from sparsekit.models.whole import hidden_states
 from sparsekit.tensors.distillation import IGNORED, Losses, Top, distil
 from sparsekit.tensors.maskedadam import MaskedAdam
@@ -16,6 +17,9 @@ from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# A log of a perplexity; exp of a little more is no float.
+LARGEST_LOG = 700.0
 
 
 def model_losses(
@@ -60,7 +64,11 @@ def measure(
 ) -> float:
     """Perplexity of the sparse model on windows `[windows, length]`; training is not disturbed.
 
-    A model that computes with all entries is measured with those off the mask at zero.
+    A model that computes with all entries is measured with those off the mask at zero. The result
+    is e^700 at most, so that the log can hold it.
+
+    Raises:
+        NumericalError: It is NaN.
     """
     full = {}
     for name, weight in sparse.items():
@@ -76,7 +84,9 @@ def measure(
         for name, tensor in full.items():
             sparse[name].view.copy_(tensor)
     mean = torch.stack(losses).double().mean().item()
-    return math.exp(mean) if mean < 700 else math.inf
+    if math.isnan(mean):
+        raise NumericalError("the perplexity of the sparse model is no number", "a smaller --lr")
+    return math.exp(min(mean, LARGEST_LOG))
 
 
 def sparsity_measure(optimizer: MaskedAdam) -> float:

@@ -19,6 +19,7 @@ from sparsekit.stages.trainconfig import RecoverConfig, Schedule, rate_at
 from sparsekit.stages.training import Plan, Training
 from sparsekit.stages.trainloss import measure, sparsity_measure
 from sparsekit.stages.trainstate import SAVE_SECONDS
+from sparsekit.tensors.maskedadam import MaskedAdam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,13 +131,20 @@ def _probe(
         progress.step("")
     progress.end()
     step = median(seconds)
-    if recoverer.refresh and job.config.max_time is not None:
-        begun = time.perf_counter()
-        optimizer.refresh()
-        sparsity_measure(optimizer)
-        step += (time.perf_counter() - begun) / recoverer.refresh
+    if job.config.max_time is not None:
+        step += selection_seconds(optimizer, recoverer.refresh)
     saving = sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
     return step, saving, optimizer.masked_mean()
+
+
+def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:
+    """The part of a step in the selections of the largest entries; makes one, if there are such."""
+    if not refresh:
+        return 0.0
+    begun = time.perf_counter()
+    optimizer.refresh()
+    sparsity_measure(optimizer)
+    return (time.perf_counter() - begun) / refresh
 
 
 def steps_within(

@@ -19,6 +19,7 @@ from sparsekit.stages.recovery import prepare
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training
+from sparsekit.stages.trainplan import selection_seconds
 from sparsekit.tensors.maskedadam import MaskedAdam
 
 # Products of each shape that are timed; the median counts.
@@ -39,7 +40,8 @@ def bench_recover(
     Args:
         config: What to train with; `tokens` is not looked at.
         model: A folder, hub id or `demo`.
-        steps: How many are timed, after one that is not; the median counts.
+        steps: How many are timed, after one that is not; the median counts, with its part of a
+            selection of the largest entries.
         progress: Told of each step.
     """
     if steps < 1:
@@ -67,12 +69,13 @@ def bench_recover(
         seconds.append(training.step().seconds)
         progress.step(f"{config.step_tokens / seconds[-1]:.1f} tokens/s")
     progress.end()
+    step = median(seconds[1:]) + selection_seconds(optimizer, job.recoverer.refresh)
     peak = peak_memory()
     head = student.model.get_output_embeddings().weight
     shapes = [weight.weight.shape for weight in student.sparse.values()] + [head.shape]
     active = sum(rows * columns for rows, columns in shapes)
     rate = matrix_rate(shapes, config.batch * config.length, job.device)
-    speed = config.step_tokens / median(seconds[1:])
+    speed = config.step_tokens / step
     work = 8 if plan.share else 6
     return {
         "model": model,

@@ -59,12 +59,13 @@ class Work:
         ranks.parts(config.accumulate)
         progress = progress if ranks.main else SILENT
         job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
+        windows = _windows(job)  # before the text, which may be long
         rows = _rows(job, ranks, progress)
         prints = {"source": job.source.scan(progress), "teacher": None}
         if job.teacher is not None:
             prints["teacher"] = job.teacher.scan(progress)
             require_parent(job, prints["teacher"])
-        windows, top = _windows(job), top_teacher(job, rows, ranks, progress)
+        top = top_teacher(job, rows, ranks, progress)
         ranks.wait()
         return cls(
             job=job,

@@ -23,6 +23,7 @@ from typer.main import get_command
 
 import sparsekit
 from sparsekit import methods
+from sparsekit.cli import console
 from sparsekit.cli.app import app
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
@@ -149,6 +150,19 @@ def test_bar_names_the_step_what_is_left_and_the_memory():
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
     assert re.search(r"wanda 2:4 .* 3/6 0:00:0\d +\d+ MB peak +model\.layers\.2", text)
     assert "note: something to know\n" in text
+
+
+def test_time_left_goes_by_what_this_run_has_done(monkeypatch):
+    """Of 1000 steps 900 were done before; one more in 10 s leaves 99 of them."""
+    shown, clock = io.StringIO(), iter([0.0, 10.0])
+    terminal = Terminal()
+    terminal.stderr = Console(file=shown, width=120)
+    with terminal.working() as progress:
+        monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+        progress.begin("recover ast 2:4", 1000, 900)
+        progress.step("loss 1")
+        monkeypatch.undo()
+    assert "recover ast 2:4: 901/1000 loss 1, 10 s, 990 s left" in shown.getvalue()
 
 
 def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):

@@ -2,6 +2,11 @@
 
 import json
 
+import pytest
+
+from sparsekit.cli.recover import _count
+from sparsekit.errors import UsageError
+
 
 def test_recover_gives_the_path_and_tells_the_rest(cli, pruned, row_file, tmp_path):
     command = ("recover", pruned, "-o", tmp_path / "out", "--data", row_file, "--length", 16)
@@ -30,12 +35,26 @@ def test_wrong_words_are_code_two_and_name_the_right_ones(cli, pruned, tmp_path)
         (("--schedule", "cosin"), "did you mean 'cosine'"),
         (("-O", "ramp=2", "--method", "ast"), "ramp must be between 0 and 1, not 2"),
         (("--lr", "3"), "--lr must be between 0 and 1"),
+        (("--eval-every", "2", "--eval-text", "self"), "--eval-text takes no text of the model"),
     ):
         found = cli(*command, *wrong)
         assert found.code == 2
         assert found.stdout == ""
         assert right in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4.1M", 4_100_000), ("2.01M", 2_010_000), ("16.1K", 16_100), ("7", 7)]
+)
+def test_a_number_of_tokens_is_read_exactly(text, count):
+    assert _count(text) == count
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "0.0001K", "K", "-3", "2T"])
+def test_what_is_no_number_of_tokens_is_refused(text):
+    with pytest.raises(UsageError, match=r"is no number of tokens; write it as 200K or 20M"):
+        _count(text)
 
 
 def test_bench_recover_gives_its_numbers(cli, pruned):

@@ -21,6 +21,7 @@ from sparsekit.errors import (
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.whole import hidden_states
+from sparsekit.recoverers.fixed import Fixed
 from sparsekit.stages import recover as stage
 from sparsekit.stages import trainchecks, training, trainloss, trainstate, trainwrite
 from sparsekit.stages.config import EvalConfig, PruneConfig
@@ -410,6 +411,46 @@ def test_a_full_disk_during_a_save_is_told_and_keeps_the_state_before(
     assert any("going on after 4 steps" in note for note in notes.told)
 
 
+def test_a_full_cache_is_told_as_such_and_a_full_disk_between_saves_too(
+    pruned, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise StorageError("cannot write the cache", "point SPARSEKIT_CACHE to a larger disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "step", full)
+        with pytest.raises(StorageError, match=r"point SPARSEKIT_CACHE to a larger disk$"):
+            recover(SHORT, str(pruned), tmp_path / "out")
+    path = type(tmp_path)
+    opened = path.open
+
+    def open_(self, mode="r", *rest, **named):
+        if mode == "ab":
+            raise OSError(28, "No space left on device")
+        return opened(self, mode, *rest, **named)
+
+    monkeypatch.setattr(path, "open", open_)
+    with pytest.raises(StorageError, match=r"sparsekit-log.*No space left.*nothing was saved"):
+        recover(SHORT, str(pruned), tmp_path / "out")
+
+
+def test_a_run_that_goes_on_tells_how_many_steps_are_left(pruned, tmp_path):
+    class Begins(Notes):
+        begun: tuple[int, int] | None = None
+
+        def begin(self, title, total, done=0):
+            if title.startswith("recover"):
+                self.begun = total, done
+
+    config = replace(SHORT, save_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "out", progress=StopsAt(6))
+    heard = Begins()
+    recover(config, str(pruned), tmp_path / "out", progress=heard)
+    assert heard.begun == (12, 4)
+    assert sum("tokens/s" in label for label in heard.labels) == 8
+
+
 def test_a_full_disk_at_the_first_save_leaves_nothing(pruned, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -605,6 +646,21 @@ def test_a_pass_that_does_not_fit_says_what_to_halve(
     config = replace(SHORT, batch=batch, length=length)
     with pytest.raises(MemoryShortError, match=f"a pass over {batch} rows of {length}.*{hint}"):
         recover(config, str(pruned), tmp_path / "out")
+
+
+def test_processes_of_one_machine_share_its_memory(pruned, monkeypatch):
+    source = Checkpoint.open(pruned)
+    needed = 4 * 4 * sum(math.prod(place.shape) for place in source.places.values())
+    monkeypatch.setattr(trainchecks, "available_memory", lambda: 2 * needed)
+    job = source, None, Fixed(), torch.device("cpu")
+    trainchecks.require_memory(*job)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(DataError, match="for weights, gradients and two moments"):
+        trainchecks.require_memory(*job)
+    trainchecks.require_memory(*job, shards=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    with pytest.raises(DataError, match="for weights in float32"):
+        trainchecks.require_memory(*job, shards=True)
 
 
 def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_path, monkeypatch):
