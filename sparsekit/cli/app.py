@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, pack, quantize, recover, show
+from sparsekit.cli import bench, convert, deploy, pack, quantize, recover, show
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -139,6 +139,8 @@ app.command()(recover.recover)
 app.command()(quantize.quantize)
 app.command()(pack.pack)
 app.command()(pack.unpack)
+app.command()(convert.convert)
+app.command()(deploy.deploy)
 
 
 @app.command("eval")

@@ -198,3 +198,28 @@ def bench_recover(
         from sparsekit.stages.trainspeed import bench_recover as stage
 
         show.train_speed(terminal, stage(config, name, steps=steps, progress=progress))
+
+
+@app.command("infer")
+def bench_infer(
+    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo'.")],
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    new: Annotated[int, typer.Option(help="Tokens that are generated, one at a time.")] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts in one pass.")] = 1,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time loading, prompt and generation of MODELS, and tell what memory they take.
+
+    Example: sparsekit bench infer pruned packed
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working(takes_less="fewer --prompt or --batch") as progress:
+        names = [named(name) for name in models]
+        from sparsekit.stages.infer import InferConfig
+        from sparsekit.stages.infer import bench_infer as stage
+
+        config = InferConfig(prompt=prompt, new=new, batch=batch, device=device)
+        show.inferred(terminal, stage(config, names, progress))

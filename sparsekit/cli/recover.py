@@ -30,7 +30,7 @@ from sparsekit.progress import Progress
 from sparsekit.stages.trainconfig import RecoverConfig
 
 Method = Annotated[
-    str, typer.Option(help="auto, fixed, ast or cast; auto goes by tokens for each parameter.")
+    str, typer.Option(help="auto, fixed, ast or cast; auto is what was found best, ast.")
 ]
 Data = Annotated[
     str,

@@ -10,7 +10,9 @@ from sparsekit import methods as registry
 from sparsekit.cli.console import Terminal
 
 if TYPE_CHECKING:
+    from sparsekit.stages.convert import ConvertReport
     from sparsekit.stages.demo import DemoRow
+    from sparsekit.stages.deploy import DeployReport
     from sparsekit.stages.evaluate import Score
     from sparsekit.stages.inspect import Inspection
     from sparsekit.stages.pack import PackReport
@@ -132,6 +134,56 @@ def packed(terminal: Terminal, report: "PackReport") -> None:
         rows,
     )
     terminal.result(report.out, report.to_json())
+
+
+def converted(terminal: Terminal, report: "ConvertReport") -> None:
+    """The outcome of `convert`."""
+    entry = report.entry
+    summary = entry["totals"]
+    terminal.table(
+        f"{entry['recipe']['form']} in {entry['seconds']:.0f} s",
+        ("weights", "zeros"),
+        [(summary["weights"], f"{summary['zeros'] / summary['size']:.2%}")],
+    )
+    terminal.result(report.out, report.to_json())
+
+
+def inferred(terminal: Terminal, result: dict[str, Any]) -> None:
+    """What loading and running took; stdout has a line for each model, with tokens a second."""
+    rows = [
+        (
+            row["model"],
+            f"{row['disk_bytes'] / 1e6:.1f}",
+            f"{row['load_seconds']:.1f}",
+            f"{row['resident_bytes'] / 1e6:.0f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['prefill']:.1f}",
+            f"{row['decode']:.1f}",
+        )
+        for row in result["models"]
+    ]
+    same = "the same" if result["same_tokens"] else "different"
+    terminal.table(
+        f"prompt of {result['prompt']}, {result['new']} generated ({same} tokens), "
+        f"{result['threads']} threads, {result['device']}",
+        ("model", "MB on disk", "load s", "MB resident", "MB peak", "prefill/s", "decode/s"),
+        rows,
+    )
+    lines = (f"{row['model']}\t{row['decode']:.2f}" for row in result["models"])
+    terminal.result("\n".join(lines), result)
+
+
+def deployment(terminal: Terminal, report: "DeployReport") -> None:
+    """Where a checkpoint runs; stdout has a runtime a line, with the three answers."""
+    form = report.form
+    terminal.table(
+        f"{report.model}: {form.kind}, {form.pattern}" + (f", {form.grid}" if form.grid else ""),
+        ("runtime", "version", "loads", "smaller", "faster", "reason"),
+        [(r.name, r.version, r.loads, r.smaller, r.faster, r.reason) for r in report.runtimes],
+    )
+    lines = ("\t".join((r.name, r.loads, r.smaller, r.faster)) for r in report.runtimes)
+    if terminal.json or terminal.quiet or not sys.stdout.isatty():
+        terminal.result("\n".join(lines), report.to_json())
 
 
 def train_speed(terminal: Terminal, result: dict[str, Any]) -> None:

@@ -82,6 +82,9 @@ def grid_of(told: Any) -> Grid | None:
     """
     if not isinstance(told, Mapping) or told.get("quant_method") != METHOD:
         return None
+    sparsity = told.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        return None  # a dropped form, which convert takes
     groups = told.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1 or told.get("kv_cache_scheme"):
         return None

@@ -77,12 +77,17 @@ def load_whole(
     return model.eval()
 
 
+def own_dtype(source: Checkpoint) -> torch.dtype:
+    """The type that most tensors of a checkpoint have, of those with numbers in them."""
+    wide = [p.dtype for p in source.places.values() if p.dtype.is_floating_point]
+    return max(sorted(set(wide), key=str), key=wide.count)
+
+
 def load(path: str | Path, dtype: str) -> PreTrainedModel:
     """See `sparsekit.load`."""
     source = Checkpoint.open(Path(path))
     if dtype == "auto":
-        wide = [p.dtype for p in source.places.values() if p.dtype.is_floating_point]
-        wanted = max(sorted(set(wide), key=str), key=wide.count)
+        wanted = own_dtype(source)
     elif dtype in ("float32", "bfloat16", "float16"):
         wanted = getattr(torch, dtype)
     else:

@@ -5,8 +5,10 @@ public; AdamS and weight scaling after an independent reproduction that cites it
 algorithm lines.
 Differs: what is not known is chosen. β1, β2, ε = 0.9, 0.95, 1e-8, those of the same group's AST;
 the schedule (warm-up, constant, to 0 in the last tenth); spans of a row are contiguous; scales and
-all other parameters take AdamW without decay; the strength λ, when not given, is the root mean
-square of the averaged gradient off the mask before training (the paper: of its order).
+all other parameters take AdamW without decay; a model of which leaving out what is off the mask
+moves the last hidden states by more than half a percent, as hundreds of steps and fewer may do, is
+written with a note, and refused from five percent on; the strength λ, when not given, is the root
+mean square of the averaged gradient off the mask before training (the paper: of its order).
 """
 
 from dataclasses import dataclass

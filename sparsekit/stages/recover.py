@@ -94,7 +94,7 @@ def recover(
             student = Student.load(job, work.rows, ranks)
             training = _training(work, student)
             log = _train(work, training)
-            finished = finish(training)
+            finished = finish(training, work.progress)
         except SparsekitError as error:
             if writer is not None:
                 _leave(writer, error)

@@ -92,7 +92,7 @@ def prepare(
     source = _open_source(model, out, progress)
     refuse_foreign(out.with_name(out.name + ".partial"))
     device = torch.device(pick_device(config.device))
-    config, recoverer, notes = _completed(config, source, device, ranks)
+    config, recoverer, notes = _completed(config, source)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
     targets, left = _targets(source, stream)
     patterns = _patterns(config, source, targets)
@@ -124,13 +124,13 @@ def prepare(
 
 
 def _completed(
-    config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
+    config: RecoverConfig, source: Checkpoint
 ) -> tuple[RecoverConfig, Recoverer, list[str]]:
     """A length that the model takes, a method and its schedule; and what to tell of them."""
     length, notes = capped(config.length, source.config)
     config, told = replace(config, length=length), list(notes)
     if config.method == AUTO:
-        config, why = chosen(config, source, device, ranks)
+        config, why = chosen(config)
         told.append(why)
     recoverer = methods.load("recoverers", config.method, config.options)
     if config.schedule == AUTO:

@@ -283,6 +283,31 @@ The whole history is in `sparsekit.json`.
 """
 
 
+def convert_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a converted checkpoint."""
+    summary = entry["totals"]
+    rows = [
+        ("form before", entry["recipe"]["form"]),
+        ("converted weights", str(summary["weights"])),
+        ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags:
+- sparsekit
+---
+
+# {base}, converted
+
+A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.
+
+| | |
+|---|---|
+{table}
+"""
+
+
 def _calibration_text(told: Mapping[str, Any]) -> str:
     """Calibration rows in words."""
     return (

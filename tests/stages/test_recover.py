@@ -173,9 +173,9 @@ def test_what_is_on_disk_computes_what_the_trained_model_did(
     unsettled(monkeypatch)
     states, finish = [], stage.finish
 
-    def spy(trained):
+    def spy(trained, progress):
         states.append(hidden_states(trained.student, rows))
-        found = finish(trained)
+        found = finish(trained, progress)
         states.append(hidden_states(trained.student, rows))
         return found
 
@@ -684,8 +684,18 @@ def test_cast_with_a_weak_decay_is_told_which_one_would_do(family, tmp_path):
 
 def test_cast_that_has_not_settled_is_not_shipped(pruned, tmp_path):
     with pytest.raises(CheckFailedError, match=r"the decay has not finished.*more --tokens"):
-        recover(replace(CAST, tokens=384, lr=1e-3), str(pruned), tmp_path / "out")
+        recover(replace(CAST, tokens=384, lr=1e-2), str(pruned), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_cast_that_has_not_quite_settled_is_noted(pruned, tmp_path, monkeypatch):
+    unsettled(monkeypatch)
+    notes = Notes()
+    config = replace(CAST, tokens=384, lr=1e-3)
+    found = recover(config, str(pruned), tmp_path / "out", progress=notes)
+    assert found.entry["finished"]["moved"] > trainwrite.SETTLED
+    assert any("the decay has not quite finished" in note for note in notes.told)
+    assert verify(str(found.out))["zeros"] == 9216
 
 
 def test_strength_of_ast_pulls_a_mean_entry_as_much_as_the_gradient(pruned, tmp_path):

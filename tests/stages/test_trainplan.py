@@ -11,7 +11,6 @@ from listeners import Notes
 from sparsekit.errors import StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages import automethod, trainplan
-from sparsekit.stages.automethod import chosen
 from sparsekit.stages.curve import draw
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
@@ -101,30 +100,12 @@ def test_sizes_off_the_mask_are_those_of_all_weights(family, tmp_path, monkeypat
     assert every.quantile(0.9) < high < every.max()
 
 
-@pytest.mark.parametrize(
-    ("change", "method"),
-    [
-        ({"tokens": 10_000}, "fixed"),
-        ({"tokens": 10_000_000}, "ast"),
-        ({"tokens": None, "max_time": 1e-3}, "fixed"),
-        ({"tokens": None, "max_time": 1e6}, "ast"),
-    ],
-)
-def test_auto_goes_by_tokens_for_each_parameter(pruned, change, method):
-    """The model has 25 thousand parameters."""
-    config = replace(SHORT, method="auto", **change)
-    source = Checkpoint.open(pruned)
-    found, why = chosen(config, source, torch.device("cpu"), Ranks())
-    assert found == replace(config, method=method)
-    assert method in why
-
-
 def test_auto_is_told_and_recorded_as_the_method_that_ran(pruned, tmp_path):
     notes = Notes()
     found = recover(replace(SHORT, method="auto"), str(pruned), tmp_path / "a", progress=notes)
-    assert any("--method auto is fixed" in note for note in notes.told)
-    assert found.entry["recipe"]["method"] == "fixed"
-    named = recover(SHORT, str(pruned), tmp_path / "b")
+    assert any("--method auto is ast" in note for note in notes.told)
+    assert found.entry["recipe"]["method"] == "ast"
+    named = recover(replace(SHORT, method="ast"), str(pruned), tmp_path / "b")
     tensors = [Checkpoint.open(o.out).read(Checkpoint.open(o.out).places) for o in (found, named)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 

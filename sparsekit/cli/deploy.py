@@ -1,0 +1,23 @@
+"""The verb `deploy`."""
+
+from sparsekit.cli import show
+from sparsekit.cli.console import Terminal
+from sparsekit.cli.options import Debug, Json, Model, Quiet, named
+
+
+def deploy(
+    model: Model,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show where MODEL loads, and where it is smaller or faster, with the reason.
+
+    Example: sparsekit deploy pruned
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working() as progress:
+        name = named(model)
+        from sparsekit.stages.deploy import deploy as stage
+
+        show.deployment(terminal, stage(name, progress))

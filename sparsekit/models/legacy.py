@@ -1,0 +1,112 @@
+"""Weights in forms that every library has dropped, as dense ones.
+
+The layouts are those of compressed-tensors 0.10 to 0.14, which were the last to write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import DataError
+from sparsekit.tensors.factored import unpack_bits
+
+BITMASKS, MARLIN = ("sparse-24-bitmask", "sparse-bitmask"), "marlin-24"
+# The last parts of the names of what a weight consists of; the first tells that it has the form.
+PARTS = {
+    "sparse-24-bitmask": ("bitmask", "compressed", "shape"),
+    "sparse-bitmask": ("bitmask", "compressed", "shape", "row_offsets"),
+    MARLIN: ("meta", "weight_packed", "scale_packed"),
+}
+# Rows and columns of the tiles in which marlin-24 orders its codes.
+TILE = 16
+
+
+def legacy_format(config: Mapping[str, Any]) -> str | None:
+    """Which of the dropped forms a config.json names; None when it is another."""
+    told = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(told, Mapping):
+        return None
+    sparsity = told.get("sparsity_config")
+    inner = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    return next((form for form in (inner, told.get("format")) if form in PARTS), None)
+
+
+def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json without the dropped form; with what still is said of quantization."""
+    kept = dict(config)
+    told = dict(kept.pop("quantization_config", None) or kept.pop("compression_config", None) or {})
+    kept.pop("compression_config", None)
+    told.pop("sparsity_config", None)
+    if told.get("config_groups") and told.get("format") not in (None, "dense", MARLIN):
+        kept["quantization_config"] = told
+    return kept
+
+
+def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
+    """The weight `[out, in]` of values and a bit for each entry that says whether it has one.
+
+    Args:
+        parts: `compressed`, `bitmask` and `shape`; offsets of rows are not needed.
+        halves: Whether each four entries have two values.
+
+    Raises:
+        DataError: The parts do not fit together.
+    """
+    shape = parts["shape"].flatten().tolist()
+    if len(shape) != 2 or parts["bitmask"].shape != (shape[0], -(-shape[1] // 8)):
+        raise DataError(f"a bit mask {tuple(parts['bitmask'].shape)} is none of a weight {shape}")
+    rows, columns = shape
+    mask = unpack_bits(parts["bitmask"], columns).bool()
+    values = parts["compressed"].flatten()
+    if int(mask.sum()) != len(values):
+        raise DataError(f"a bit mask with {int(mask.sum())} bits set has {len(values)} values")
+    if halves and (columns % 4 or (mask.unflatten(1, (-1, 4)).sum(-1) != 2).any()):
+        raise DataError("a bit mask of 2:4 has not two bits set in each four")
+    # By bits: 8-bit floats cannot be scattered.
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    weight = torch.zeros(rows, columns, dtype=size)
+    weight[mask] = values.view(size)
+    return weight.view(values.dtype)
+
+
+def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Tensor:
+    """The weight `[out, in]`, float16, of 4-bit or 8-bit codes at 2:4 in the order of a kernel.
+
+    Args:
+        parts: `weight_packed`, `scale_packed` and `meta`.
+        bits: Of a code.
+        group: Inputs that share a scale; None: a row does.
+
+    Raises:
+        DataError: The parts do not fit together.
+    """
+    from compressed_tensors.utils.permutations_24 import get_permutations_24
+    from compressed_tensors.utils.semi_structured_conversions import (
+        sparse_semi_structured_to_dense_cutlass,
+    )
+
+    packed, meta, scale = parts["weight_packed"], parts["meta"], parts["scale_packed"]
+    rows, half = meta.shape[1] // 2, meta.shape[0] * 16
+    if bits not in (4, 8) or packed.shape != (half // TILE, rows * TILE * bits // 32):
+        raise DataError(f"{bits}-bit codes {tuple(packed.shape)} do not fit {tuple(meta.shape)}")
+    order, grouped, single = get_permutations_24(bits)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (packed[..., None] >> shifts & (1 << bits) - 1).flatten(1).reshape(-1, len(order))
+    codes = torch.empty_like(codes).index_copy_(1, order, codes)
+    codes = codes.reshape(half // TILE, rows // TILE, TILE, TILE).permute(0, 2, 1, 3)
+    codes = codes.reshape(half, rows).T - (1 << bits - 1)
+    columns = 2 * half
+    several = group is not None and group < half
+    groups = columns // group if several and group else 1
+    if scale.shape != (groups, rows):
+        raise DataError(f"scales {tuple(scale.shape)} are not those of {groups} groups")
+    places = torch.tensor(grouped if several else single)
+    scale = scale.reshape(-1, len(places))
+    scale = torch.empty_like(scale).index_copy_(1, places, scale).reshape(groups, rows).T
+    kept = codes.to(torch.float16).contiguous()
+    dense = sparse_semi_structured_to_dense_cutlass(kept, meta.reshape(rows, -1).contiguous())
+    return (dense.unflatten(1, (groups, -1)) * scale[..., None]).flatten(1).add_(0.0)

@@ -1,0 +1,162 @@
+"""A checkpoint in a form that every library has dropped, as a plain one."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import DataError
+from sparsekit.files import existing_parent, read_json
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.layout import Layout
+from sparsekit.models.legacy import (
+    BITMASKS,
+    MARLIN,
+    PARTS,
+    converted_config,
+    from_bitmask,
+    from_marlin,
+    legacy_format,
+)
+from sparsekit.models.output import refuse_output, refuse_source, require_space
+from sparsekit.models.reference import resolve, title
+from sparsekit.models.writer import CheckpointWriter
+from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.pack import SHARD_BYTES
+from sparsekit.stages.report import convert_card, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """The outcome of `convert`."""
+
+    out: Path
+    entry: Mapping[str, Any]
+    """This run's entry of the history."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return {"out": str(self.out), **self.entry}
+
+
+def convert(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> ConvertReport:
+    """Write a plain checkpoint from one in a dropped form.
+
+    Args:
+        model: Its folder, or hub id.
+        out: The folder to make; it appears when it is complete.
+        overwrite: Replace an earlier output of sparsekit.
+        progress: Told of each weight.
+
+    Raises:
+        UsageError: `out` is in use.
+        DataError: The model is in no such form, or its tensors do not fit together.
+        StorageError: The output cannot be written.
+    """
+    started = time.perf_counter()
+    refuse_output(out, overwrite=overwrite)
+    source = Checkpoint.open(resolve(model, progress))
+    refuse_source(out, source.path)
+    config = read_json(source.path / "config.json")
+    form = legacy_format(config)
+    if form is None:
+        raise DataError(
+            f"{source.path} is in none of the forms {', '.join(PARTS)}",
+            "other forms still load in transformers: nothing is to be done",
+        )
+    prefixes = _prefixes(source, form)
+    weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}
+    layout = Layout.plain(_tensors(source, form, weights), SHARD_BYTES)
+    if not out.with_name(out.name + ".partial").exists():
+        require_space(existing_parent(out), layout)
+    fingerprint = source.scan(progress)
+    recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
+    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
+        progress.begin(f"convert {form}", len(prefixes))
+        zeros = size = 0
+        for prefix in prefixes:
+            if prefix not in writer.finished:
+                weight = _weight(source, prefix, form, config)
+                told = {"zeros": int((weight.float() == 0).sum()), "size": weight.numel()}
+                writer.write(prefix, {f"{prefix}.weight": weight}, told)
+            zeros += writer.finished[prefix]["zeros"]
+            size += writer.finished[prefix]["size"]
+            progress.step(prefix)
+        progress.end()
+        entry = {
+            "stage": "convert",
+            "recipe": {"method": "convert", "form": form},
+            "versions": recipe["versions"],
+            "source": {"path": model, "fingerprint": fingerprint},
+            "totals": {"weights": len(prefixes), "zeros": zeros, "size": size},
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        writer.commit(entry, convert_card(entry, title(model)), converted_config(config))
+    return ConvertReport(out=out, entry=entry)
+
+
+def _prefixes(source: Checkpoint, form: str) -> list[str]:
+    """The names of the layers whose weights are in the form.
+
+    Raises:
+        DataError: There are none, or one lacks a part.
+    """
+    mark = f".{PARTS[form][0]}"
+    found = [name.removesuffix(mark) for name in source.places if name.endswith(mark)]
+    for prefix in found:
+        for part in PARTS[form]:
+            if f"{prefix}.{part}" not in source.places:
+                raise DataError(f"{source.path} lacks {prefix}.{part}", "copy the folder again")
+    if not found:
+        raise DataError(f"{source.path} names the form {form}, but has no weight in it")
+    return found
+
+
+def _tensors(
+    source: Checkpoint, form: str, weights: Mapping[str, Tensor]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of everything in the output, in name order."""
+    parts = {f"{prefix}.{part}" for prefix in weights for part in PARTS[form]}
+    left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
+    made = {f"{p}.weight": (w.dtype, tuple(w.shape)) for p, w in weights.items()}
+    return dict(sorted((left | made).items()))
+
+
+def _weight(
+    source: Checkpoint,
+    prefix: str,
+    form: str,
+    config: Mapping[str, Any],
+    *,
+    shape_only: bool = False,
+) -> Tensor:
+    """The weight of a layer; on the meta device where only type and shape are asked for.
+
+    Raises:
+        DataError: Its parts do not fit together.
+    """
+    names = {part: f"{prefix}.{part}" for part in PARTS[form]}
+    places = {part: source.places[name] for part, name in names.items()}
+    if shape_only and form == MARLIN:
+        shape = places["meta"].shape
+        return torch.empty(shape[1] // 2, shape[0] * 32, dtype=torch.float16, device="meta")
+    if shape_only:
+        shape = source.read([names["shape"]])[names["shape"]].flatten().tolist()
+        return torch.empty(shape, dtype=places["compressed"].dtype, device="meta")
+    read = source.read(names.values())
+    parts = {part: read[name] for part, name in names.items()}
+    try:
+        if form in BITMASKS:
+            return from_bitmask(parts, halves=form == "sparse-24-bitmask")
+        scheme = next(iter(config["quantization_config"]["config_groups"].values()))["weights"]
+        return from_marlin(parts, scheme["num_bits"], scheme.get("group_size"))
+    except DataError as error:
+        raise DataError(f"{source.path}: {prefix}: {error.message}", error.hint) from error
+    except (KeyError, StopIteration, TypeError) as error:
+        raise DataError(f"{source.path}: config.json does not say how {form} was made") from error

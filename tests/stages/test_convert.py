@@ -1,0 +1,162 @@
+"""Checkpoints that an old release wrote, as plain ones; see data/make_legacy.py."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sparsekit.errors import DataError
+from sparsekit.models.legacy import from_marlin
+from sparsekit.progress import Progress
+from sparsekit.stages.convert import convert
+from sparsekit.stages.inspect import inspect, verify
+
+LEGACY = Path(__file__).parents[1] / "data" / "legacy"
+FORMS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24-int4", "marlin-24-int8")
+
+
+def wanted(name: str) -> dict[str, torch.Tensor]:
+    """The model that was written in the form; rounded in half precision as the release did it."""
+    dense = load_file(LEGACY / "dense" / "model.safetensors")
+    if "marlin" in name:
+        high = 2 ** int(name[-1]) // 2 - 1
+        for key, weight in dense.items():
+            if weight.ndim == 2 and "embed" not in key:
+                scale = (weight.float().abs().amax(1, keepdim=True) / (high + 0.5)).half()
+                dense[key] = (weight / scale).round().clamp(-high - 1, high) * scale + 0.0
+    return dense
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_tensor_comes_back(tmp_path, name):
+    out = convert(str(LEGACY / name), tmp_path / "plain").out
+    found, before = load_file(out / "model.safetensors"), wanted(name)
+    assert found.keys() == before.keys()
+    for key, tensor in before.items():
+        assert torch.equal(found[key], tensor)
+        assert not (found[key].signbit() & (found[key] == 0)).any() or "weight" not in key
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert verify(str(out), "2:4")["weights"] == 7
+    assert inspect(str(out)).history[0]["recipe"]["form"] in name
+    model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(told.values())
+    assert torch.isfinite(model(torch.arange(4)[None]).logits).all()
+
+
+def test_scales_of_groups_come_back():
+    """Against the sha256 of what compressed-tensors 0.14.0 itself makes of the codes."""
+    file = LEGACY / "marlin-24-grouped.safetensors"
+    with safe_open(file, "pt") as opened:
+        digest = opened.metadata()["sha256"]
+    parts = {name.removeprefix("x."): tensor for name, tensor in load_file(file).items()}
+    weight = from_marlin(parts, 4, 128)
+    assert hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest() == digest
+
+
+def test_what_else_is_said_of_quantization_stays(tmp_path):
+    """8-bit codes that were stored by a bit mask on top."""
+    source = tmp_path / "stacked"
+    shutil.copytree(LEGACY / "sparse-bitmask", source)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".compressed")]:
+        tensors[name] = tensors[name].clamp(-4, 4).to(torch.float8_e4m3fn)
+        rows = tensors[name.replace("compressed", "bitmask")].shape[0]
+        scale = torch.full((rows, 1), 0.5, dtype=torch.float16)
+        tensors[name.replace("compressed", "weight_scale")] = scale
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    args = {"num_bits": 8, "type": "float", "symmetric": True}
+    config["quantization_config"] |= {
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": args | {"strategy": "channel"},
+                "input_activations": args | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    out = convert(str(source), tmp_path / "plain").out
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "sparsity_config" not in told
+    assert told["format"] == "float-quantized"
+    assert verify(str(out), "2:4")["weights"] == 7
+    _, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+
+
+def broken(tmp_path: Path, name: str, change) -> Path:
+    source = tmp_path / "broken"
+    shutil.copytree(LEGACY / name, source)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [
+        ("sparse-24-bitmask", "bitmask", "bits set has 2048 values"),
+        ("sparse-bitmask", "bitmask", "bits set has 2048 values"),
+        ("sparse-24-bitmask", "shape", "is none of a weight"),
+        ("marlin-24-int4", "weight_packed", "4-bit codes .* do not fit"),
+        ("marlin-24-int4", "scale_packed", "are not those of 1 groups"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(tmp_path, name, part, words):
+    full = f"model.layers.0.self_attn.q_proj.{part}"
+
+    def change(tensors):
+        old = tensors[full]
+        tensors[full] = old ^ 1 if part == "bitmask" else torch.cat([old, old])
+
+    source = broken(tmp_path, name, change)
+    with pytest.raises(DataError, match=rf"broken: model\.layers\.0\.self_attn\.q_proj: .*{words}"):
+        convert(str(source), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_mask_of_2_4_with_three_values_in_a_group_is_refused(tmp_path):
+    def change(tensors):
+        mask = tensors["model.layers.0.mlp.up_proj.bitmask"]
+        mask[0, 0] = 0b0001_0111  # as many as before, in other groups
+
+    source = broken(tmp_path, "sparse-24-bitmask", change)
+    with pytest.raises(DataError, match="a bit mask of 2:4 has not two bits set in each four"):
+        convert(str(source), tmp_path / "plain")
+
+
+def test_a_missing_part_and_another_form_are_refused(tmp_path):
+    source = broken(
+        tmp_path, "sparse-bitmask", lambda t: t.pop("model.layers.0.mlp.up_proj.compressed")
+    )
+    with pytest.raises(DataError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.compressed"):
+        convert(str(source), tmp_path / "plain")
+    with pytest.raises(DataError, match="is in none of the forms sparse-24-bitmask"):
+        convert(str(LEGACY / "dense"), tmp_path / "plain")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
+    class Stops(Progress):
+        left = 3
+
+        def step(self, label: str) -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    source = str(LEGACY / "marlin-24-int4")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "one", progress=Stops())
+    one, two = convert(source, tmp_path / "one").out, convert(source, tmp_path / "two").out
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()

@@ -1,0 +1,66 @@
+"""What is said of each runtime follows from the form of the checkpoint."""
+
+import pytest
+
+from sparsekit.models.calibration import Calibration
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.deploy import deploy
+from sparsekit.stages.pack import pack
+from sparsekit.stages.prune import prune
+from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.quantize import quantize
+
+
+@pytest.fixture
+def forms(family, pruned, row_file, tmp_path):
+    """Gives the folder of a tiny model in a form."""
+
+    def folder(form: str):
+        out = tmp_path / form
+        if form == "dense":
+            return family("llama")
+        if form == "2:4":
+            return pruned
+        if form == "50%":
+            return prune(
+                PruneConfig(method="magnitude", pattern="50%"), str(family("llama")), out
+            ).out
+        if form == "packed":
+            return pack(str(pruned), out).out
+        if form == "factored":
+            config = PruneConfig(
+                method="magnitude",
+                compensate="lowrank",
+                format="factored",
+                calibration=Calibration(source=str(row_file)),
+            )
+            return prune(config, str(family("llama")), out).out
+        return quantize(QuantizeConfig(method="rtn", grid="int8"), str(pruned), out).out
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "answers"),
+    [  # loads, smaller, faster
+        ("dense", {"transformers": "yes no no", "vLLM": "yes no no", "sparsekit": "yes no no"}),
+        ("2:4", {"transformers": "yes no no", "vLLM": "yes no no", "llama.cpp": "yes no no"}),
+        ("50%", {"TensorRT core (by ONNX)": "yes no no", "vLLM": "yes no no"}),
+        ("packed", {"transformers": "yes yes no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
+        ("factored", {"transformers": "no no no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
+        ("int8", {"transformers": "yes part no", "vLLM": "yes yes yes", "llama.cpp": "no no no"}),
+    ],
+)
+def test_answers_follow_from_the_form(forms, form, answers):
+    report = deploy(str(forms(form)))
+    assert len(report.runtimes) == 7
+    assert all(runtime.reason and runtime.version for runtime in report.runtimes)
+    found = {r.name: f"{r.loads} {r.smaller} {r.faster}" for r in report.runtimes}
+    assert answers.items() <= found.items()
+
+
+def test_shapes_that_kernels_do_not_take_are_told(forms):
+    """The tiny model's sides are 16 to 64."""
+    torch = next(r for r in deploy(str(forms("2:4"))).runtimes if r.name.startswith("torch"))
+    assert torch.loads == "part"
+    assert "no multiple of 64" in torch.reason

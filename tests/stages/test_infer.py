@@ -1,0 +1,37 @@
+"""`bench infer` on tiny models: what is counted, and that packed ones give the same tokens."""
+
+import pytest
+
+from sparsekit.errors import DataError, UsageError
+from sparsekit.stages.infer import InferConfig, bench_infer
+from sparsekit.stages.pack import pack
+
+
+def test_a_packed_model_generates_the_same_tokens(pruned, tmp_path):
+    packed = pack(str(pruned), tmp_path / "packed").out
+    found = bench_infer(InferConfig(prompt=8, new=4), [str(pruned), str(packed)])
+    assert found["same_tokens"]
+    one, two = found["models"]
+    assert len(one["tokens"]) == 4
+    assert two["disk_bytes"] < one["disk_bytes"]
+    for row in found["models"]:
+        assert row["load_seconds"] > 0
+        assert row["prefill"] > 0
+        assert row["decode"] > 0
+        assert row["peak_bytes"] >= row["resident_bytes"]
+
+
+@pytest.mark.parametrize("change", [{"prompt": 0}, {"new": 1}, {"batch": 0}])
+def test_numbers_that_measure_nothing_are_refused(pruned, change):
+    with pytest.raises(UsageError, match=f"--{next(iter(change))} must be at least"):
+        bench_infer(InferConfig(**change), [str(pruned)])
+
+
+def test_what_fails_in_the_other_process_is_told_as_it_is(pruned, monkeypatch):
+    monkeypatch.setattr("sparsekit.stages.infer._measure", _fails)
+    with pytest.raises(DataError, match=r"^a reason; what to do$"):
+        bench_infer(InferConfig(prompt=8, new=2), [str(pruned)])
+
+
+def _fails(*_: object) -> None:
+    raise DataError("a reason", "what to do")
