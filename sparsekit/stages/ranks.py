@@ -132,6 +132,16 @@ class Ranks:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def leave(self) -> None:
+        """Part when all are done: one that is gone before may take the others with it.
+
+        A process whose connections still stand may abort as it ends, and its launcher stops the
+        rest then, also the one that writes.
+        """
+        if self.size > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
 
 def _asked(name: str) -> bool:
     """Whether accelerate was told to use a way to shard models."""

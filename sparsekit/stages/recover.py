@@ -102,6 +102,7 @@ def recover(
         _require_same_masks(training)
         weights = write_tensors(job, writer, student, training.optimizer)
         if writer is None:
+            ranks.leave()
             return None
         name = title(model)
         log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
@@ -112,6 +113,7 @@ def recover(
         }
         writer.commit(entry, recover_card(entry, name))
         _forget(out)  # only now: until the output stands, all must be found again
+    ranks.leave()
     return RecoverReport(out=out, entry=entry)
 
 

@@ -30,7 +30,13 @@ TOP = 8
 def config(row_file):
     """Twelve steps of two of the five rows of 16 tokens: almost five epochs."""
     return RecoverConfig(
-        data=str(row_file), tokens=384, batch=2, length=16, lr=1e-3, teacher_top=TOP
+        method="fixed",
+        data=str(row_file),
+        tokens=384,
+        batch=2,
+        length=16,
+        lr=1e-3,
+        teacher_top=TOP,
     )
 
 
