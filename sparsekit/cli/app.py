@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, convert, deploy, pack, quantize, recover, show
+from sparsekit.cli import bench, deploy, forms, quantize, recover, show
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -137,9 +137,9 @@ def prune(
 
 app.command()(recover.recover)
 app.command()(quantize.quantize)
-app.command()(pack.pack)
-app.command()(pack.unpack)
-app.command()(convert.convert)
+app.command()(forms.pack)
+app.command()(forms.unpack)
+app.command()(forms.convert)
 app.command()(deploy.deploy)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import show
+from sparsekit.cli import showbench
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -88,7 +88,7 @@ def bench_prune(
 
         name = named(model)
         result = stage(config, name, repeat=repeat, floor=floor, scratch=scratch, progress=progress)
-        show.bench(terminal, result)
+        showbench.bench(terminal, result)
 
 
 @app.command("generate")
@@ -161,7 +161,7 @@ def bench_armor(
             calibration=rows,
             progress=progress,
         )
-        show.race(terminal, result)
+        showbench.race(terminal, result)
 
 
 @app.command("recover")
@@ -197,7 +197,7 @@ def bench_recover(
         name = named(model)
         from sparsekit.stages.trainspeed import bench_recover as stage
 
-        show.train_speed(terminal, stage(config, name, steps=steps, progress=progress))
+        showbench.train_speed(terminal, stage(config, name, steps=steps, progress=progress))
 
 
 @app.command("infer")
@@ -222,4 +222,4 @@ def bench_infer(
         from sparsekit.stages.infer import bench_infer as stage
 
         config = InferConfig(prompt=prompt, new=new, batch=batch, device=device)
-        show.inferred(terminal, stage(config, names, progress))
+        showbench.inferred(terminal, stage(config, names, progress))

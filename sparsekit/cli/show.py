@@ -10,15 +10,11 @@ from sparsekit import methods as registry
 from sparsekit.cli.console import Terminal
 
 if TYPE_CHECKING:
-    from sparsekit.stages.convert import ConvertReport
     from sparsekit.stages.demo import DemoRow
     from sparsekit.stages.deploy import DeployReport
     from sparsekit.stages.evaluate import Score
     from sparsekit.stages.inspect import Inspection
-    from sparsekit.stages.pack import PackReport
-    from sparsekit.stages.quantize import QuantizeReport
-    from sparsekit.stages.recover import RecoverReport
-    from sparsekit.stages.report import PruneReport
+    from sparsekit.stages.report import Report
 
 TASK_COLUMNS = (
     *("model", "task", "version", "shots"),
@@ -54,7 +50,7 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
         terminal.result("", plan)
 
 
-def pruned(terminal: Terminal, report: "PruneReport") -> None:
+def pruned(terminal: Terminal, report: "Report") -> None:
     """The outcome of `prune`, by kind of weight."""
     kinds = _by_kind(report.entry["weights"])
     rows = [_kind_row(name, group) for name, group in kinds.items()]
@@ -73,7 +69,7 @@ def pruned(terminal: Terminal, report: "PruneReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def recovered(terminal: Terminal, report: "RecoverReport") -> None:
+def recovered(terminal: Terminal, report: "Report") -> None:
     """The outcome of `recover`."""
     entry = report.entry
     flipped = sum(row["flipped"] for row in entry["weights"]) / entry["totals"]["size"]
@@ -95,7 +91,7 @@ def recovered(terminal: Terminal, report: "RecoverReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def quantized(terminal: Terminal, report: "QuantizeReport") -> None:
+def quantized(terminal: Terminal, report: "Report") -> None:
     """The outcome of `quantize`, by kind of weight."""
     entry = report.entry
     rows = [_kind_row(name, group) for name, group in _by_kind(entry["weights"]).items()]
@@ -109,7 +105,7 @@ def quantized(terminal: Terminal, report: "QuantizeReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def packed(terminal: Terminal, report: "PackReport") -> None:
+def packed(terminal: Terminal, report: "Report") -> None:
     """The outcome of `pack`, by pattern, beside what theory says of it."""
     by_pattern: dict[str, list[dict[str, Any]]] = {}
     for row in report.entry["weights"]:
@@ -136,7 +132,12 @@ def packed(terminal: Terminal, report: "PackReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def converted(terminal: Terminal, report: "ConvertReport") -> None:
+def unpacked(terminal: Terminal, report: "Report") -> None:
+    """The outcome of `unpack`: its path."""
+    terminal.result(report.out, report.to_json())
+
+
+def converted(terminal: Terminal, report: "Report") -> None:
     """The outcome of `convert`."""
     entry = report.entry
     summary = entry["totals"]
@@ -148,65 +149,17 @@ def converted(terminal: Terminal, report: "ConvertReport") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def inferred(terminal: Terminal, result: dict[str, Any]) -> None:
-    """What loading and running took; stdout has a line for each model, with tokens a second."""
-    rows = [
-        (
-            row["model"],
-            f"{row['disk_bytes'] / 1e6:.1f}",
-            f"{row['load_seconds']:.1f}",
-            f"{row['resident_bytes'] / 1e6:.0f}",
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            f"{row['prefill']:.1f}",
-            f"{row['decode']:.1f}",
-        )
-        for row in result["models"]
-    ]
-    same = "the same" if result["same_tokens"] else "different"
-    terminal.table(
-        f"prompt of {result['prompt']}, {result['new']} generated ({same} tokens), "
-        f"{result['threads']} threads, {result['device']}",
-        ("model", "MB on disk", "load s", "MB resident", "MB peak", "prefill/s", "decode/s"),
-        rows,
-    )
-    lines = (f"{row['model']}\t{row['decode']:.2f}" for row in result["models"])
-    terminal.result("\n".join(lines), result)
-
-
 def deployment(terminal: Terminal, report: "DeployReport") -> None:
     """Where a checkpoint runs; stdout has a runtime a line, with the three answers."""
     form = report.form
     terminal.table(
         f"{report.model}: {form.kind}, {form.pattern}" + (f", {form.grid}" if form.grid else ""),
         ("runtime", "version", "loads", "smaller", "faster", "reason"),
-        [(r.name, r.version, r.loads, r.smaller, r.faster, r.reason) for r in report.runtimes],
+        [(n, seen, v.loads, v.smaller, v.faster, v.reason) for n, seen, v in report.runtimes],
     )
-    lines = ("\t".join((r.name, r.loads, r.smaller, r.faster)) for r in report.runtimes)
+    lines = ("\t".join((n, v.loads, v.smaller, v.faster)) for n, _, v in report.runtimes)
     if terminal.json or terminal.quiet or not sys.stdout.isatty():
         terminal.result("\n".join(lines), report.to_json())
-
-
-def train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
-    """Speed of training as a share of the possible, and the parts of its memory."""
-    terminal.table(
-        f"{result['method']} on {result['model']}, {result['threads']} threads",
-        ("tokens/s", "GFLOP/token", "matrix GFLOP/s", "share of the possible"),
-        [
-            (
-                f"{result['tokens_per_second']:.1f}",
-                f"{result['flop_per_token'] / 1e9:.3f}",
-                f"{result['matrix_gflops']:.1f}",
-                f"{result['share_of_the_possible']:.3f}",
-            )
-        ],
-    )
-    parts = [(name, f"{size / 1e6:.0f} MB") for name, size in result["bytes"].items()]
-    terminal.table("memory", ("what", "size"), [*parts, ("peak", _megabytes(result))])
-    terminal.result(f"{result['share_of_the_possible']:.3f}", result)
-
-
-def _megabytes(result: dict[str, Any]) -> str:
-    return f"{result['peak_bytes'] / 1e6:.0f} MB"
 
 
 def _by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -370,50 +323,3 @@ def demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
     title = f"perplexity on {first.text}: {first.windows} windows of {first.length} tokens"
     terminal.table(title, ("model", "perplexity", "log difference", "pruned in"), cells)
     terminal.result(out, {"out": str(out), "models": values})
-
-
-def bench(terminal: Terminal, result: dict[str, Any]) -> None:
-    """Times, their ratio, and memory."""
-    ratio = result["ratio"]
-    rows = [
-        (
-            "model",
-            f"{result['model']}: {result['model_bytes'] / 1e9:.2f} GB, {result['blocks']} blocks",
-        ),
-        ("rows", "{} of {} tokens".format(*result["rows"])),
-        ("prune s", " ".join(f"{s:.1f}" for s in result["prune_seconds"])),
-        ("one forward s", " ".join(f"{s:.1f}" for s in result["floor_seconds"]) or "not run"),
-        ("prune / forward", " ".join(f"{r:.2f}" for r in result["ratios"]) or "-"),
-        ("their median", "-" if ratio is None else f"{ratio:.2f}"),
-        ("solve s", f"{result['solve_seconds']:.1f}"),
-        ("peak memory above start", f"{result['peak_bytes_above_start'] / 1e6:.0f} MB"),
-        ("threads", result["threads"]),
-    ]
-    terminal.table(f"{result['method']} {result['pattern']}", ("", ""), rows)
-    terminal.result("-" if ratio is None else f"{ratio:.3f}", result)
-
-
-def race(terminal: Terminal, rows: list[dict[str, Any]]) -> None:
-    """Both solvers of ARMOR, one line for each weight and side; stdout has the least ratio."""
-    terminal.table(
-        "the loss of Adam, and coordinate descent until it is as low",
-        ("weight", "block", "NoWag-P", "Adam", "its s", "its steps", "als", "its s", "sweeps", "x"),
-        [
-            (
-                row["weight"],
-                row["block"],
-                f"{row['first_loss']:.5f}",
-                f"{row['adam_loss']:.5f}",
-                f"{row['adam_seconds']:.1f}",
-                row["adam_iterations"],
-                f"{row['als_loss']:.5f}",
-                f"{row['als_seconds']:.2f}",
-                row["als_sweeps"],
-                "not reached" if row["ratio"] is None else f"{row['ratio']:.1f}",
-            )
-            for row in rows
-        ],
-    )
-    ratios = [row["ratio"] for row in rows]
-    least = None if None in ratios else min(ratios)
-    terminal.result("-" if least is None else f"{least:.1f}", rows)

@@ -6,7 +6,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import DataError
 from sparsekit.files import CACHED, storage_errors, write_atomic
@@ -32,6 +32,18 @@ class TokenRows:
     def title(self) -> str:
         """For people: how many rows of which text."""
         return f"{len(self.tokens)} x {self.tokens.shape[1]} tokens of {Path(self.source).name}"
+
+    def to_json(self, seed: int) -> dict[str, Any]:
+        """What the history tells of rows that were drawn with a seed."""
+        samples, length = self.tokens.shape
+        return {
+            "source": self.source,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "fingerprint": self.fingerprint,
+            "notes": list(self.notes),
+        }
 
 
 def capped(length: int, config: PretrainedConfig) -> tuple[int, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import DataError
-from sparsekit.files import existing_parent, read_json
+from sparsekit.files import read_json
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.layout import Layout
 from sparsekit.models.legacy import (
@@ -22,30 +21,18 @@ from sparsekit.models.legacy import (
     from_marlin,
     legacy_format,
 )
-from sparsekit.models.output import refuse_output, refuse_source, require_space
-from sparsekit.models.reference import resolve, title
+from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages import weightwise
+from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.pack import SHARD_BYTES
-from sparsekit.stages.report import convert_card, versions
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertReport:
-    """The outcome of `convert`."""
-
-    out: Path
-    entry: Mapping[str, Any]
-    """This run's entry of the history."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
-        return {"out": str(self.out), **self.entry}
+from sparsekit.stages.report import Report, convert_card, versions
 
 
 def convert(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
-) -> ConvertReport:
+) -> Report:
     """Write a plain checkpoint from one in a dropped form.
 
     Args:
@@ -60,9 +47,7 @@ def convert(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
-    refuse_output(out, overwrite=overwrite)
-    source = Checkpoint.open(resolve(model, progress))
-    refuse_source(out, source.path)
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
     config = read_json(source.path / "config.json")
     form = legacy_format(config)
     if form is None:
@@ -73,22 +58,18 @@ def convert(
     prefixes = _prefixes(source, form)
     weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}
     layout = Layout.plain(_tensors(source, form, weights), SHARD_BYTES)
-    if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout)
+    require_room(out, layout)
     fingerprint = source.scan(progress)
     recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        progress.begin(f"convert {form}", len(prefixes))
-        zeros = size = 0
-        for prefix in prefixes:
-            if prefix not in writer.finished:
-                weight = _weight(source, prefix, form, config)
-                told = {"zeros": int((weight.float() == 0).sum()), "size": weight.numel()}
-                writer.write(prefix, {f"{prefix}.weight": weight}, told)
-            zeros += writer.finished[prefix]["zeros"]
-            size += writer.finished[prefix]["size"]
-            progress.step(prefix)
-        progress.end()
+        rows = weightwise.rewrite(
+            writer,
+            f"convert {form}",
+            prefixes,
+            lambda prefix: _converted(prefix, _weight(source, prefix, form, config)),
+            progress,
+        )
+        zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
         entry = {
             "stage": "convert",
             "recipe": {"method": "convert", "form": form},
@@ -98,7 +79,13 @@ def convert(
             "seconds": round(time.perf_counter() - started, 3),
         }
         writer.commit(entry, convert_card(entry, title(model)), converted_config(config))
-    return ConvertReport(out=out, entry=entry)
+    return Report(out=out, entry=entry)
+
+
+def _converted(prefix: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """A weight under its name, and what is counted of it."""
+    told = {"zeros": int((weight.float() == 0).sum()), "size": weight.numel()}
+    return {f"{prefix}.weight": weight}, told
 
 
 def _prefixes(source: Checkpoint, form: str) -> list[str]:

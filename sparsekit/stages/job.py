@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
-from sparsekit.files import existing_parent
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.layout import Layout
-from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
+from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.chain import Chain, Patterns, require_shapes
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.stages.opening import open_source, require_room
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import Want
 
@@ -84,9 +84,7 @@ def prepare(
         StorageError: The disk has no room for the output.
     """
     config.check()
-    refuse_output(out, overwrite=overwrite)
-    source = given = Checkpoint.open(resolve(model, progress))
-    refuse_source(out, source.path)
+    source = given = open_source(model, out, overwrite=overwrite, progress=progress)
     if config.dense is not None:
         source = Checkpoint.open(resolve(config.dense, progress))
         refuse_source(out, source.path)
@@ -97,8 +95,6 @@ def prepare(
             raise DataError(
                 f"{folder.path} is quantized to {folder.grid}", "prune the model it comes from"
             )
-    partial = out.with_name(out.name + ".partial")
-    refuse_foreign(partial)
     chain = Chain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)
@@ -109,8 +105,7 @@ def prepare(
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)
-    if not partial.exists():
-        require_space(existing_parent(out), layout)
+    require_room(out, layout)
     calibration = config.rows
     if calibration is not None:
         calibration.require(source)

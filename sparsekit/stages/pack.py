@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckFailedError, DataError
-from sparsekit.files import existing_parent, read_json
+from sparsekit.files import read_json
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import PACKED_METHOD, factor_name
 from sparsekit.models.layout import Layout
-from sparsekit.models.output import refuse_output, refuse_source, require_space
-from sparsekit.models.reference import resolve, title
+from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.report import pack_card, versions
+from sparsekit.stages import weightwise
+from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.report import Report, pack_card, versions
 from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.packed import pack_weight, packed_bytes, packing
 from sparsekit.tensors.patterns import Pattern
@@ -36,22 +36,7 @@ AGAIN = "copy the folder again"
 SHARD_BYTES = 5 << 30
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackReport:
-    """The outcome of `pack` or `unpack`."""
-
-    out: Path
-    entry: Mapping[str, Any]
-    """This run's entry of the history."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
-        return {"out": str(self.out), **self.entry}
-
-
-def pack(
-    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
-) -> PackReport:
+def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Report:
     """Write a copy of a model whose sparse weights are values and places.
 
     Args:
@@ -66,9 +51,7 @@ def pack(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
-    refuse_output(out, overwrite=overwrite)
-    source = Checkpoint.open(resolve(model, progress))
-    refuse_source(out, source.path)
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
     _refuse_other_forms(source)
     fingerprint = source.scan(progress)
     names = [target.name for target in _plain_targets(source)]
@@ -76,37 +59,25 @@ def pack(
     shapes = {n: stored_shapes(*source.places[n].shape, p) for n, p in patterns.items()}
     told = {name: str(pattern) for name, pattern in patterns.items()}
     layout = Layout.with_factors(source, shapes, told, alone=True)
-    if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout)
+    require_room(out, layout)
     recipe = {"stage": "pack", "source": fingerprint, "patterns": told, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        progress.begin("pack", len(patterns))
-        for name, pattern in patterns.items():
-            if name not in writer.finished:
-                weight = source.read([name])[name]
-                values, indices = pack_weight(weight, pattern)
-                tensors = {"values": values.contiguous(), "indices": indices}
-                writer.write(
-                    name,
-                    {factor_name(name, part): tensor for part, tensor in tensors.items()},
-                    _row(name, weight, pattern),
-                )
-            progress.step(name)
-        progress.end()
-        entry = _pack_entry(source, recipe, [writer.finished[name] for name in patterns], layout)
-        entry |= {
+        rows = weightwise.rewrite(
+            writer, "pack", patterns, lambda name: _packed(source, name, patterns[name]), progress
+        )
+        entry = _pack_entry(source, recipe, rows, layout) | {
             "source": {"path": model, "fingerprint": fingerprint},
             "seconds": round(time.perf_counter() - started, 3),
         }
         config = read_json(source.path / "config.json")
         config |= {"quantization_config": {"quant_method": PACKED_METHOD}}
         writer.commit(entry, pack_card(entry, title(model)), config)
-    return PackReport(out=out, entry=entry)
+    return Report(out=out, entry=entry)
 
 
 def unpack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
-) -> PackReport:
+) -> Report:
     """Write a plain checkpoint from a packed one, with the same bytes of every tensor.
 
     Args:
@@ -122,9 +93,7 @@ def unpack(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
-    refuse_output(out, overwrite=overwrite)
-    source = Checkpoint.open(resolve(model, progress))
-    refuse_source(out, source.path)
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
     packed = _packed_entry(source)
     rows = {row["name"]: row for row in packed["weights"]}
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -137,17 +106,17 @@ def unpack(
             raise CheckFailedError(f"{source.path} lacks the values of {name}", AGAIN)
         tensors[name] = values.dtype, tuple(row["shape"])
     layout = Layout.plain(dict(sorted(tensors.items())), SHARD_BYTES)
-    if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout)
+    require_room(out, layout)
     fingerprint = source.scan(progress)
     recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        progress.begin("unpack", len(rows))
-        for name, row in rows.items():
-            if name not in writer.finished:
-                writer.write(name, {name: _unpacked(source, row)}, None)
-            progress.step(name)
-        progress.end()
+        weightwise.rewrite(
+            writer,
+            "unpack",
+            rows,
+            lambda name: ({name: _unpacked(source, rows[name])}, None),
+            progress,
+        )
         entry = {
             "stage": "unpack",
             "recipe": {"method": "unpack"},
@@ -161,7 +130,7 @@ def unpack(
         config.pop("quantization_config", None)
         card = pack_card(packed | {"stage": "unpack"}, title(model))
         writer.commit(entry, card, config, history=before)
-    return PackReport(out=out, entry=entry)
+    return Report(out=out, entry=entry)
 
 
 def _refuse_other_forms(source: Checkpoint) -> None:
@@ -211,6 +180,17 @@ def _patterns(source: Checkpoint, names: Sequence[str], progress: Progress) -> d
             "prune it first",
         )
     return found
+
+
+def _packed(
+    source: Checkpoint, name: str, pattern: Pattern
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a packed weight, and what the history tells of it."""
+    weight = source.read([name])[name]
+    values, indices = pack_weight(weight, pattern)
+    parts = {"values": values.contiguous(), "indices": indices}
+    tensors = {factor_name(name, part): tensor for part, tensor in parts.items()}
+    return tensors, _row(name, weight, pattern)
 
 
 def _row(name: str, weight: Tensor, pattern: Pattern) -> dict[str, Any]:

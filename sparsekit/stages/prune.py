@@ -25,7 +25,7 @@ from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
     NUMERICS,
-    PruneReport,
+    Report,
     model_card,
     totals,
     versions,
@@ -43,7 +43,7 @@ def prune(
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> PruneReport:
+) -> Report:
     """Write a pruned copy of a model to the folder `out`.
 
     Args:
@@ -99,7 +99,7 @@ def prune(
             "peak_memory_bytes": peak_memory(),
         }
         writer.commit(entry, model_card(entry, title(model)))
-    return PruneReport(out=out, entry=entry)
+    return Report(out=out, entry=entry)
 
 
 def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None:
@@ -172,22 +172,11 @@ def _entry(
     job: Job, recipe: Mapping[str, Any], rows: TokenRows | None, weights: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """This run's entry of the history."""
-    calibration = None
-    if rows and job.calibration:
-        samples, length = rows.tokens.shape
-        calibration = {
-            "source": rows.source,
-            "samples": samples,
-            "length": length,
-            "seed": job.calibration.seed,
-            "fingerprint": rows.fingerprint,
-            "notes": list(rows.notes),
-        }
     return {
         "stage": "prune",
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
         "versions": recipe["versions"],
-        "calibration": calibration,
+        "calibration": rows.to_json(job.calibration.seed) if rows and job.calibration else None,
         "tested_family": job.stream.tested,
         "totals": totals(weights),
         "weights": weights,

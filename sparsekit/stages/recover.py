@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sparsekit.memory import peak_memory
 from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.report import recover_card, totals
+from sparsekit.stages.report import Report, recover_card, totals
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training
@@ -43,19 +43,6 @@ PLAN = ".sparsekit-plan.json"
 UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecoverReport:
-    """The outcome of `recover`."""
-
-    out: Path
-    entry: Mapping[str, Any]
-    """This run's entry of the history."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
-        return {"out": str(self.out), **self.entry}
-
-
 def recover(
     config: RecoverConfig,
     model: str,
@@ -63,7 +50,7 @@ def recover(
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> RecoverReport | None:
+) -> Report | None:
     """Write a trained copy of a model, with exactly its pattern, to the folder `out`.
 
     Args:
@@ -114,7 +101,7 @@ def recover(
         writer.commit(entry, recover_card(entry, name))
         _forget(out)  # only now: until the output stands, all must be found again
     ranks.leave()
-    return RecoverReport(out=out, entry=entry)
+    return Report(out=out, entry=entry)
 
 
 def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:

@@ -10,12 +10,11 @@ import torch
 
 from sparsekit import methods
 from sparsekit.errors import DataError, PatternError, UsageError
-from sparsekit.files import existing_parent
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.layout import Layout
-from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
+from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.models.rows import capped
 from sparsekit.progress import SILENT, Progress
@@ -23,6 +22,7 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
+from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
     DENSE_ZEROS,
@@ -88,9 +88,8 @@ def prepare(
     """
     config.check()
     ranks = ranks or Ranks()
-    refuse_output(out, overwrite=overwrite)
-    source = _open_source(model, out, progress)
-    refuse_foreign(out.with_name(out.name + ".partial"))
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
+    _refuse_other_forms(source)
     device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
@@ -100,8 +99,7 @@ def prepare(
     if ranks.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
-    if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout, state_bytes(source) if saves else 0)
+    require_room(out, layout, state_bytes(source) if saves else 0)
     teacher, teacher_name = None, ""
     if config.share != 0 or config.slorb is not None or config.data == "self":
         teacher_name = config.teacher or _parent(source) or model
@@ -152,15 +150,12 @@ def _targets(source: Checkpoint, stream: BlockStream) -> tuple[list[Target], lis
     return targets, [{"name": t.name, "reason": reason} for t in linear if t not in targets]
 
 
-def _open_source(model: str, out: Path, progress: Progress) -> Checkpoint:
-    """The model that is trained.
+def _refuse_other_forms(source: Checkpoint) -> None:
+    """Refuse a model that cannot be trained as it is.
 
     Raises:
-        UsageError: The output folder holds it.
-        DataError: It cannot be read, or is not one that can be trained.
+        DataError: It holds factors or codes, or changes its logits.
     """
-    source = Checkpoint.open(resolve(model, progress))
-    refuse_source(out, source.path)
     if source.factored:
         raise DataError(f"{source.path} holds factors only", "train the model it comes from")
     if source.grid is not None:
@@ -173,7 +168,6 @@ def _open_source(model: str, out: Path, progress: Progress) -> Checkpoint:
             "train the model it comes from",
         )
     refuse_other_heads(source)
-    return source
 
 
 def _open_teacher(

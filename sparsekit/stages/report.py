@@ -61,8 +61,8 @@ class WeightRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneReport:
-    """The outcome of `prune`."""
+class Report:
+    """The outcome of a stage that writes a checkpoint."""
 
     out: Path
     entry: Mapping[str, Any]

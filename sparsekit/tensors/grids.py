@@ -6,7 +6,7 @@ All grids are symmetric, so that code 0 stands for 0 and a zero of the weight st
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import NumericalError, UsageError
@@ -61,10 +61,6 @@ class Grid:
         if self.group and columns % self.group:
             return f"{columns} inputs do not divide into groups of {self.group}"
         return ""
-
-    def with_group(self, group: int) -> Grid:
-        """The same with another group."""
-        return replace(self, group=group)
 
     @property
     def range(self) -> tuple[float, float]:

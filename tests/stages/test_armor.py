@@ -28,7 +28,7 @@ from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import inspect, verify
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
-from sparsekit.stages.report import PruneReport
+from sparsekit.stages.report import Report
 from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.patterns import Pattern
 
@@ -51,10 +51,10 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def run(row_file, tmp_path_factory) -> Callable[..., PruneReport]:
+def run(row_file, tmp_path_factory) -> Callable[..., Report]:
     """Prunes a folder with ARMOR on the token rows of conftest.py; gives the report."""
 
-    def pruned(source: Path, out: Path | None = None, progress=None, **options) -> PruneReport:
+    def pruned(source: Path, out: Path | None = None, progress=None, **options) -> Report:
         out = out or tmp_path_factory.mktemp("armor") / "out"
         told = {"progress": progress} if progress else {}
         options = {"method": "armor", "options": OPTIONS, **options}
@@ -65,11 +65,11 @@ def run(row_file, tmp_path_factory) -> Callable[..., PruneReport]:
 
 
 @pytest.fixture(scope="module")
-def made(run, family) -> Callable[[str, str], PruneReport]:
+def made(run, family) -> Callable[[str, str], Report]:
     """Gives the report on a family in one of the forms; nobody may write there."""
-    reports: dict[tuple[str, str], PruneReport] = {}
+    reports: dict[tuple[str, str], Report] = {}
 
-    def report(name: str, form: str = "dense") -> PruneReport:
+    def report(name: str, form: str = "dense") -> Report:
         if (name, form) not in reports:
             reports[name, form] = run(family(name), format=form)
         return reports[name, form]

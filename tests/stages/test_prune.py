@@ -18,7 +18,7 @@ from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
-from sparsekit.stages.report import PruneReport
+from sparsekit.stages.report import Report
 
 METHODS = methods.names("pruners")
 KEEPS_SURVIVORS = ("magnitude", "nowag", "ria", "wanda")
@@ -29,7 +29,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def run(row_file, tmp_path):
     """Prunes a folder with the token rows of conftest.py; gives the report."""
 
-    def pruned(source: Path, name: str = "out", **options) -> PruneReport:
+    def pruned(source: Path, name: str = "out", **options) -> Report:
         options.setdefault("calibration", Calibration(source=str(row_file)))
         return prune(PruneConfig(**options), str(source), tmp_path / name)
 

@@ -18,7 +18,7 @@ from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
-from sparsekit.stages.report import PruneReport
+from sparsekit.stages.report import Report
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -41,7 +41,7 @@ def run(row_file, tmp_path):
     DSnoT goes over all weights unless told otherwise; by default it leaves the MLP's alone.
     """
 
-    def pruned(source: Path, name: str = "out", progress=None, **options) -> PruneReport:
+    def pruned(source: Path, name: str = "out", progress=None, **options) -> Report:
         options.setdefault("calibration", Calibration(source=str(row_file)))
         told = {"progress": progress} if progress else {}
         if "dsnot" in (options.get("method"), options.get("refine")) and "preset" not in options:

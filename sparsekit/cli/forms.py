@@ -1,0 +1,83 @@
+"""The verbs that write a checkpoint in another form: `pack`, `unpack` and `convert`."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsekit.cli import show
+from sparsekit.cli.console import Terminal
+from sparsekit.cli.options import Debug, Json, Model, Overwrite, Quiet, named, refuse_early
+
+if TYPE_CHECKING:
+    from sparsekit.stages.report import Report
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
+
+
+def pack(
+    model: Model,
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the sparse weights of MODEL as values and places, without loss.
+
+    Example: sparsekit pack pruned -o packed
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    _write(terminal, "pack", "pack", show.packed, model, out, overwrite=overwrite)
+
+
+def unpack(
+    model: Model,
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed MODEL as a plain checkpoint, with the same bytes of every tensor.
+
+    Example: sparsekit unpack packed -o plain
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    _write(terminal, "pack", "unpack", show.unpacked, model, out, overwrite=overwrite)
+
+
+def convert(
+    model: Model,
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write MODEL, in sparse-24-bitmask, sparse-bitmask or marlin-24, as a plain checkpoint.
+
+    Example: sparsekit convert old -o plain
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    _write(terminal, "convert", "convert", show.converted, model, out, overwrite=overwrite)
+
+
+def _write(
+    terminal: Terminal,
+    module: str,
+    stage: str,
+    shown: Callable[[Terminal, "Report"], None],
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool,
+) -> None:
+    """Call a stage, whose module is imported only now, and show its report."""
+    with terminal.working(resumable=True) as progress:
+        name = named(model)
+        refuse_early(name, out, overwrite=overwrite)
+        run = getattr(importlib.import_module(f"sparsekit.stages.{module}"), stage)
+        shown(terminal, run(name, out, overwrite=overwrite, progress=progress))

@@ -1,0 +1,39 @@
+"""The model that a stage reads and the room for what it writes: what is refused first."""
+
+from pathlib import Path
+
+from sparsekit.files import existing_parent
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.layout import Layout
+from sparsekit.models.output import refuse_foreign, refuse_output, refuse_source, require_space
+from sparsekit.models.reference import resolve
+from sparsekit.progress import Progress
+
+
+def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -> Checkpoint:
+    """The checkpoint that a name stands for, when an output may be written to `out`.
+
+    Raises:
+        UsageError: `out` is in use, or is or holds the model.
+        DataError: The model cannot be read.
+    """
+    refuse_output(out, overwrite=overwrite)
+    source = Checkpoint.open(resolve(model, progress))
+    refuse_source(out, source.path)
+    refuse_foreign(out.with_name(out.name + ".partial"))
+    return source
+
+
+def require_room(out: Path, layout: Layout, beside: int = 0) -> None:
+    """Refuse an output that the disk has no room for, unless its room is taken already.
+
+    Args:
+        out: The folder to make.
+        layout: Its weight files.
+        beside: Bytes of what else is kept there until it is complete.
+
+    Raises:
+        StorageError: Says how much is missing.
+    """
+    if not out.with_name(out.name + ".partial").exists():
+        require_space(existing_parent(out), layout, beside)
