@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,14 @@ from sparsekit.models.folder import (
     factor_name,
     weight_files,
 )
-from sparsekit.models.quantized import CODES, SCALE, SHAPE, decode, grid_of, parts_of
+from sparsekit.models.quantized import decode, grid_of, part_name, quantization, with_weights
+from sparsekit.models.tensorfile import (
+    TensorPlace,
+    is_finite,
+    metadata,
+    read_header,
+    read_into,
+)
 from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.factored import PARTS, Factored, mask_of, unpack
@@ -41,31 +46,6 @@ if TYPE_CHECKING:
 SOON_READ = 1 << 30
 # Stages after which each weight has a pattern that the history tells.
 PATTERNED = ("prune", "recover", "pack")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where a tensor lies on disk."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # byte offset in the file
-    stop: int
 
 
 @dataclass(eq=False)
@@ -101,7 +81,7 @@ class Checkpoint:
         for file, names in files.items():
             if not (path / file).is_file():
                 raise DataError(f"{path} lacks {file}", "copy or make the folder again")
-            found, headers[file] = _read_header(path / file)
+            found, headers[file] = read_header(path / file)
             for name in names or ():
                 if name not in found:
                     raise DataError(f"{path / INDEX} says {name} is in {file}, but it is not there")
@@ -111,12 +91,12 @@ class Checkpoint:
         factors: dict[str, TensorPlace] = {}
         patterns: dict[str, str] = {}
         if (path / FACTORS).is_file():
-            factors, _ = _read_header(path / FACTORS)
-            patterns = _metadata(path / FACTORS)
+            factors, _ = read_header(path / FACTORS)
+            patterns = metadata(path / FACTORS)
         grid = grid_of(quantization(path))
         coded: dict[str, dict[str, TensorPlace]] = {}
         if grid is not None:
-            places, coded = _with_weights(path, places, grid)
+            places, coded = with_weights(path, places, grid)
         return cls(path, dict(sorted(places.items())), headers, factors, patterns, grid, coded)
 
     @cached_property
@@ -202,7 +182,7 @@ class Checkpoint:
     def _read(self, place: TensorPlace) -> Tensor:
         data = torch.empty(place.stop - place.start, dtype=torch.uint8)
         with self._opened(place.file) as handle:
-            _read_into(handle, data, place.start, self.path / place.file)
+            read_into(handle, data, place.start, self.path / place.file)
         return data.view(place.dtype).view(place.shape)
 
     def packed_weight(self, name: str, columns: int) -> Tensor:
@@ -263,9 +243,9 @@ class Checkpoint:
             with self._opened(place.file) as handle:
                 for start in range(place.start, place.stop, CHUNK):
                     data = buffer[: min(CHUNK, place.stop - start)]
-                    _read_into(handle, data, start, self.path / place.file)
+                    read_into(handle, data, start, self.path / place.file)
                     digest.update(data.numpy())
-                    if not _finite(data.view(place.dtype)):
+                    if not is_finite(data.view(place.dtype)):
                         raise DataError(f"{self.path}: {name} holds NaN or Inf")
             progress.step(name)
         progress.end()
@@ -288,109 +268,9 @@ class Checkpoint:
             os.close(handle)
 
 
-def part_name(weight: str, part: str) -> str:
-    """The name of a tensor that a weight on a grid is stored as."""
-    return f"{weight.removesuffix('weight')}{part}"
-
-
-def quantization(path: Path) -> Any:
-    """What the configuration in a folder says of quantization; None when nothing."""
-    told = read_json(path / "config.json")
-    return told.get("quantization_config") if isinstance(told, dict) else None
-
-
-def _with_weights(
-    path: Path, places: Mapping[str, TensorPlace], grid: Grid
-) -> tuple[dict[str, TensorPlace], dict[str, dict[str, TensorPlace]]]:
-    """Places with weights where their codes and scales are, and those of codes and scales.
-
-    Raises:
-        DataError: A weight lacks a part.
-    """
-    left, coded = dict(places), {}
-    for name in [name for name in places if name.endswith(f".{SCALE}")]:
-        weight = name.removesuffix(SCALE) + "weight"
-        names = {part: part_name(weight, part) for part in parts_of(grid)}
-        if missing := [full for full in names.values() if full not in places]:
-            raise DataError(f"{path} lacks {missing[0]}", "copy or download it again")
-        coded[weight] = {part: left.pop(full) for part, full in names.items()}
-        codes = coded[weight].get(CODES) or coded[weight]["weight"]
-        shape = codes.shape
-        if SHAPE in coded[weight]:
-            shape = _shape_in(path, coded[weight][SHAPE])
-        left[weight] = replace(codes, dtype=places[name].dtype, shape=shape)
-    return left, coded
-
-
-def _shape_in(path: Path, place: TensorPlace) -> tuple[int, ...]:
-    """A shape that a small tensor of integers holds; empty when it is none."""
-    if place.dtype not in (torch.int64, torch.int32) or place.shape != (2,):
-        return ()
-    with (path / place.file).open("rb") as stream:
-        stream.seek(place.start)
-        data = bytearray(stream.read(place.stop - place.start))
-    return tuple(torch.frombuffer(data, dtype=place.dtype).tolist())
-
-
 def _is_entry(entry: Any) -> bool:
     """Whether a history entry has what `prune` and `recover` write, if it is one of theirs."""
     if not isinstance(entry, dict):
         return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
     return entry.get("stage") not in PATTERNED or all(isinstance(entry.get(k), t) for k, t in parts)
-
-
-def _read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:
-    """The tensors of a safetensors file, and the offset of its data."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):  # the library's own checks of header and length
-            pass
-    except (SafetensorError, OSError) as error:
-        reason = "the file is empty" if not file.stat().st_size else str(error)
-        raise DataError(
-            f"{file} is not a whole safetensors file: {reason}", "copy or download it again"
-        ) from error
-    with file.open("rb") as stream:
-        offset = 8 + int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(offset - 8))
-    places = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise DataError(f"{file}: {name} has the type {entry['dtype']}, which is not supported")
-        start, stop = (offset + at for at in entry["data_offsets"])
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if stop - start != math.prod(shape) * dtype.itemsize:
-            raise DataError(f"{file}: {name} has {stop - start} bytes for the shape {shape}")
-        places[name] = TensorPlace(file.name, dtype, shape, start, stop)
-    return places, offset
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file whose header has been checked."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header.get("__metadata__", {})
-
-
-def _read_into(handle: int, data: Tensor, start: int, file: Path) -> None:
-    """Fill a byte tensor from a file."""
-    view = memoryview(data.numpy())
-    while view:
-        count = os.preadv(handle, [view], start)
-        if count == 0:
-            raise DataError(f"{file} ends at byte {start}", "copy or download it again")
-        view, start = view[count:], start + count
-
-
-def _finite(values: Tensor) -> bool:
-    """Whether a tensor of any dtype has neither NaN nor Inf."""
-    if not values.is_floating_point() or not values.numel():
-        return True
-    if values.dtype.itemsize == 1:
-        values = values.to(torch.float16)
-    low, high = values.aminmax()  # NaN spreads to both
-    return bool(low.isfinite() & high.isfinite())

@@ -10,8 +10,10 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from sparsekit.models.checkpoint import DTYPES, Checkpoint, TensorPlace, part_name
+from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import FACTORS, SINGLE, UNFACTORED, factor_name
+from sparsekit.models.quantized import part_name
+from sparsekit.models.tensorfile import DTYPES, TensorPlace
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

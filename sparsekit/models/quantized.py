@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import DataError, UsageError
+from sparsekit.files import read_json
+from sparsekit.models.tensorfile import TensorPlace
 from sparsekit.tensors.grids import Codes, Grid
 
 METHOD = "compressed-tensors"
@@ -165,3 +169,47 @@ def decode(grid: Grid, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> C
 
     codes = unpack_from_int32(parts[CODES], grid.bits, torch.Size(shape))
     return Codes(codes.contiguous(), parts[SCALE])
+
+
+def part_name(weight: str, part: str) -> str:
+    """The name of a tensor that a weight on a grid is stored as."""
+    return f"{weight.removesuffix('weight')}{part}"
+
+
+def quantization(path: Path) -> Any:
+    """What the configuration in a folder says of quantization; None when nothing."""
+    told = read_json(path / "config.json")
+    return told.get("quantization_config") if isinstance(told, dict) else None
+
+
+def with_weights(
+    path: Path, places: Mapping[str, TensorPlace], grid: Grid
+) -> tuple[dict[str, TensorPlace], dict[str, dict[str, TensorPlace]]]:
+    """Places with weights where their codes and scales are, and those of codes and scales.
+
+    Raises:
+        DataError: A weight lacks a part.
+    """
+    left, coded = dict(places), {}
+    for name in [name for name in places if name.endswith(f".{SCALE}")]:
+        weight = name.removesuffix(SCALE) + "weight"
+        names = {part: part_name(weight, part) for part in parts_of(grid)}
+        if missing := [full for full in names.values() if full not in places]:
+            raise DataError(f"{path} lacks {missing[0]}", "copy or download it again")
+        coded[weight] = {part: left.pop(full) for part, full in names.items()}
+        codes = coded[weight].get(CODES) or coded[weight]["weight"]
+        shape = codes.shape
+        if SHAPE in coded[weight]:
+            shape = _shape_in(path, coded[weight][SHAPE])
+        left[weight] = replace(codes, dtype=places[name].dtype, shape=shape)
+    return left, coded
+
+
+def _shape_in(path: Path, place: TensorPlace) -> tuple[int, ...]:
+    """A shape that a small tensor of integers holds; empty when it is none."""
+    if place.dtype not in (torch.int64, torch.int32) or place.shape != (2,):
+        return ()
+    with (path / place.file).open("rb") as stream:
+        stream.seek(place.start)
+        data = bytearray(stream.read(place.stop - place.start))
+    return tuple(torch.frombuffer(data, dtype=place.dtype).tolist())

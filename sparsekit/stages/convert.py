@@ -25,9 +25,10 @@ from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
+from sparsekit.stages.cards import convert_card
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.pack import SHARD_BYTES
-from sparsekit.stages.report import Report, convert_card, versions
+from sparsekit.stages.report import Report, versions
 
 
 def convert(

@@ -20,8 +20,9 @@ from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
+from sparsekit.stages.cards import pack_card
 from sparsekit.stages.opening import open_source, require_room
-from sparsekit.stages.report import Report, pack_card, versions
+from sparsekit.stages.report import Report, versions
 from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.packed import pack_weight, packed_bytes, packing
 from sparsekit.tensors.patterns import Pattern

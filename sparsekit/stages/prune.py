@@ -20,13 +20,13 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.allocate import allocate
 from sparsekit.stages.budget import Budget
+from sparsekit.stages.cards import model_card
 from sparsekit.stages.chain import require_patterns
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
     NUMERICS,
     Report,
-    model_card,
     totals,
     versions,
 )

@@ -16,10 +16,11 @@ from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
+from sparsekit.stages.cards import quantize_card
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantjob import QuantizeJob, prepare
 from sparsekit.stages.quantweights import quantize_block, restore
-from sparsekit.stages.report import NUMERICS, Report, quantize_card, versions
+from sparsekit.stages.report import NUMERICS, Report, versions
 from sparsekit.tensors.sums import Want
 
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.

@@ -10,9 +10,8 @@ from torch import Tensor
 from sparsekit.errors import CheckFailedError, NumericalError
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block
-from sparsekit.models.checkpoint import part_name
 from sparsekit.models.inputscale import fold_scale
-from sparsekit.models.quantized import decode, encode, parts_of
+from sparsekit.models.quantized import decode, encode, part_name, parts_of
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.stages.quantjob import QuantizeJob
 from sparsekit.tensors.grids import Codes

@@ -21,7 +21,8 @@ from sparsekit.memory import peak_memory
 from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.report import Report, recover_card, totals
+from sparsekit.stages.cards import recover_card
+from sparsekit.stages.report import Report, totals
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training

@@ -1,0 +1,254 @@
+"""The README of each checkpoint that a stage writes, from its entry of the history."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+PLAIN = """\
+A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
+zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
+runs faster because of the zeros."""
+PRODUCTS = """\
+A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
+weights are put together from factors: a sparse core with block-diagonal or low-rank matrices.
+**They are not sparse themselves**, and take the space and time of dense ones. The factors lie in
+`sparsekit-factors.safetensors`."""
+FACTORED = """\
+Not a plain checkpoint: each pruned weight is kept as factors, a packed sparse core with
+block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run them product by
+product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+CODED = """\
+A Hugging Face checkpoint in the format of compressed-tensors: it loads with
+`AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Zeros of the
+source are zeros here; they make it neither smaller nor faster than other weights on this grid."""
+PACKED = """\
+Not a plain checkpoint: each sparse weight is kept as its values and their places. `sparsekit.load`
+and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back, bit for bit;
+after `import sparsekit` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
+finds no weights and says so."""
+UNPACKED = """\
+A plain Hugging Face checkpoint, unpacked from a smaller form of it; the table tells of that one."""
+ROUNDED = """\
+A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
+numbers of the grid: for scoring, or for a converter that takes it from there."""
+
+
+def _what_it_is(form: str, bits: float | None) -> str:
+    """The first paragraph of the card."""
+    if bits is None:
+        return PLAIN
+    return FACTORED if form == "factored" else PRODUCTS
+
+
+def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run was asked for besides its method, without what was left out."""
+    budget, rank = recipe["budget"], recipe["compensate"]
+    told = {
+        "begun with": recipe.get("initial_options"),
+        "reconstruction": recipe["reconstruct"],
+        "allocation of zeros": recipe["allocate"],
+        "rank of the compensation": rank != "0" and f"{float(Fraction(rank)):.3g} of a side",
+        "time limit": budget and f"{budget:g} s",
+    }
+    return [(name, str(value)) for name, value in told.items() if value and value != "none"]
+
+
+def model_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a pruned checkpoint."""
+    recipe, summary = entry["recipe"], entry["totals"]
+    calibration = entry["calibration"]
+    text = _calibration_text(calibration) if calibration else "none (the method needs no data)"
+    error = summary["mean_error"]
+    bits = summary["bits_per_weight"]
+    counted = "them" if bits is None else "their cores"
+    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    rows = [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        *_asked(recipe),
+        ("pattern", recipe["pattern"]),
+        (
+            "pruned",
+            f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of {counted} zero",
+        ),
+        ("calibration", text),
+        ("bits of a pruned weight as factors", "-" if bits is None else f"{bits:.2f}"),
+        ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags:
+- sparsekit
+- pruned
+---
+
+# {base}, pruned to {recipe["pattern"]}
+
+{_what_it_is(recipe["format"], bits)}
+
+| | |
+|---|---|
+{table}
+
+The whole history, with one row for each weight, is in `sparsekit.json`. Check the zeros with
+`sparsekit verify .`.
+
+Matrices left dense:{skipped or " none"}
+"""
+
+
+def recover_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a trained checkpoint."""
+    recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
+    kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
+    flipped = sum(row["flipped"] for row in entry["weights"])
+    loss = "CE"
+    if plan["share"]:
+        loss = f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"
+    rows = [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        ("pattern", recipe["pattern"]),
+        ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
+        (
+            "trained on",
+            f"{entry['tokens']} tokens of `{base_name(entry['text'])}` "
+            f"(sha256 `{recipe['data'][:16]}…`)",
+        ),
+        ("evaluated on the way on", entry["evaluated_on"] or "-"),
+        ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
+        ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
+        ("loss", loss),
+        ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
+        ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
+        ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags:
+- sparsekit
+- pruned
+---
+
+# {base}, trained at {recipe["pattern"]}
+
+{_what_it_is(recipe["format"], summary["bits_per_weight"])}
+
+| | |
+|---|---|
+{table}
+
+![Training](sparsekit-training.png)
+
+The whole history, with one row for each weight, is in `sparsekit.json`; the log of training is in
+`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.
+"""
+
+
+def quantize_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a quantized checkpoint."""
+    recipe, summary, calibration = entry["recipe"], entry["totals"], entry["calibration"]
+    error = summary["mean_error"]
+    dense = recipe["format"] == "dense"
+    rows = [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        ("grid", recipe["grid"]),
+        ("quantized", f"{summary['weights']} linear weights"),
+        ("bits of such a weight on disk", f"{summary['bits_per_weight']:.2f}"),
+        (
+            "zeros",
+            f"{summary['zeros'] / summary['size']:.2%}, "
+            f"{summary['zeros_before'] / summary['size']:.2%} before; none was given a value",
+        ),
+        ("calibration", _calibration_text(calibration) if calibration else "none"),
+        ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    return f"""---
+tags:
+- sparsekit
+- quantized
+---
+
+# {base}, quantized to {recipe["grid"]}
+
+{ROUNDED if dense else CODED}
+
+| | |
+|---|---|
+{table}
+
+The whole history, with one row for each weight, is in `sparsekit.json`.
+
+Matrices left as they were:{skipped or " none"}
+"""
+
+
+def pack_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a packed checkpoint, or of one that was unpacked."""
+    summary = entry["totals"]
+    rows = [
+        ("packed weights", str(summary["weights"])),
+        ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
+        ("bits of such a weight", f"{summary['bits_per_weight']:.3f}"),
+        ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    unpacked = entry["stage"] == "unpack"
+    return f"""---
+tags:
+- sparsekit
+---
+
+# {base}, {"unpacked" if unpacked else "packed"}
+
+{UNPACKED if unpacked else PACKED}
+
+| | |
+|---|---|
+{table}
+
+The whole history is in `sparsekit.json`.
+"""
+
+
+def convert_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a converted checkpoint."""
+    summary = entry["totals"]
+    rows = [
+        ("form before", entry["recipe"]["form"]),
+        ("converted weights", str(summary["weights"])),
+        ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags:
+- sparsekit
+---
+
+# {base}, converted
+
+A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.
+
+| | |
+|---|---|
+{table}
+"""
+
+
+def _calibration_text(told: Mapping[str, Any]) -> str:
+    """Calibration rows in words."""
+    return (
+        f"{told['samples']} rows of {told['length']} tokens from "
+        f"`{Path(told['source']).name}` (sha256 `{told['fingerprint'][:16]}…`)"
+    )
+
+
+def base_name(path: str) -> str:
+    """The last part of a path or hub id."""
+    return Path(path).name
