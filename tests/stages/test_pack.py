@@ -16,6 +16,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear
 from sparsekit.models.folder import FACTORS, PROVENANCE
 from sparsekit.progress import Progress
+from sparsekit.stages import pack as stage
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import inspect, verify
@@ -116,6 +117,16 @@ def test_the_history_tells_size_and_share_of_each_weight(sparse, tmp_path):
         assert row["share"] == pytest.approx(share)
         assert row["bits"] == pytest.approx(share * size)
     assert entry["totals"]["bytes"] < entry["totals"]["bytes_before"]
+
+
+def test_a_weight_that_is_written_is_not_packed_again(sparse, tmp_path, monkeypatch):
+    source, calls, real = sparse(), [], stage.pack_weight
+    monkeypatch.setattr(stage, "pack_weight", lambda *a: calls.append(a) or real(*a))
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(source), tmp_path / "out", progress=StopsIn("pack", 5))
+    assert len(calls) == 5
+    pack(str(source), tmp_path / "out")
+    assert len(calls) == 14
 
 
 @pytest.mark.parametrize("stage", ["pack", "unpack"])
