@@ -47,13 +47,7 @@ class Job:
 
     def notes(self) -> list[str]:
         """What the user should know before the run: what speaks against it, and ARMOR's blocks."""
-        found = []
-        kind = self.source.config.model_type
-        if not self.stream.tested:
-            found.append(
-                f"{kind!r} is not among the tested families: compare the output's perplexity with "
-                "the source's"
-            )
+        found = family_notes(self.stream)
         if self.chain.refiner:
             for pattern in dict.fromkeys(map(self.patterns.of, self.targets)):
                 found += self.chain.refiner.cautions(pattern, self.chain.pruner)
@@ -66,6 +60,16 @@ class Job:
         if counts:
             found.append(f"side of the blocks of A and B: {', '.join(counts)}")
         return found
+
+
+def family_notes(stream: BlockStream) -> list[str]:
+    """What the user should know of a family that the test suite does not cover."""
+    if stream.tested:
+        return []
+    return [
+        f"{stream.source.config.model_type!r} is not among the tested families: compare the "
+        "output's perplexity with the source's"
+    ]
 
 
 def prepare(

@@ -27,6 +27,7 @@ from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
     NUMERICS,
     Report,
+    damping_notes,
     totals,
     versions,
 )
@@ -206,11 +207,6 @@ def _tell_trouble(job: Job, weights: list[dict[str, Any]], progress: Progress) -
             f"{job.config.budget:g} s were not enough for one round on each weight: "
             f"{unswept} of {len(weights)} stay as {job.config.pruner or 'given'}"
         )
-    used = [row["numbers"]["damping"] for row in weights if "damping" in row["numbers"]]
     asked = asdict(job.chain.pruner).get("damping", 0.0) if job.chain.pruner else 0.0
-    raised = sum(damping > asked for damping in used)
-    if raised:
-        progress.note(
-            f"{raised} weights needed their damping raised, up to {max(used):g}: "
-            "more calibration rows would help"
-        )
+    for note in damping_notes(weights, asked):
+        progress.note(note)

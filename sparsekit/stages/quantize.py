@@ -17,10 +17,11 @@ from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.cards import quantize_card
+from sparsekit.stages.job import family_notes
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantjob import QuantizeJob, prepare
 from sparsekit.stages.quantweights import quantize_block, restore
-from sparsekit.stages.report import NUMERICS, Report, versions
+from sparsekit.stages.report import NUMERICS, Report, damping_notes, versions
 from sparsekit.tensors.sums import Want
 
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
@@ -53,7 +54,7 @@ def quantize(
     started = time.perf_counter()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
-    for note in rows.notes if rows else ():
+    for note in (*family_notes(job.stream), *(rows.notes if rows else ())):
         progress.note(note)
     recipe = _recipe(job, job.source.scan(progress), rows)
     with CheckpointWriter(
@@ -76,6 +77,8 @@ def quantize(
             progress=progress,
         )
         progress.end()
+        for note in damping_notes(weights, asdict(job.quantizer).get("damping", 0.0)):
+            progress.note(note)
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": model, "fingerprint": recipe["source"]},
             "resumed_blocks": resumed,

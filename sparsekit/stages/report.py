@@ -68,6 +68,18 @@ def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
+def damping_notes(rows: Iterable[Mapping[str, Any]], asked: float) -> list[str]:
+    """What to say where Gram matrices needed more damping than was asked for."""
+    used = [row["numbers"]["damping"] for row in rows if "damping" in row["numbers"]]
+    raised = sum(damping > asked for damping in used)
+    if not raised:
+        return []
+    return [
+        f"{raised} weights needed their damping raised, up to {max(used):g}: "
+        "more calibration rows would help"
+    ]
+
+
 def row_json(row: WeightRow) -> dict[str, Any]:
     """A row as JSON."""
     return {**asdict(row), "shape": list(row.shape)}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from listeners import Notes
 from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import DataError, UsageError
@@ -150,6 +151,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, sparse, tmp_path, for
         run(sparse("2:4"), "other", progress=StopsAfter(1), **options)
     with pytest.raises(UsageError, match=r"another .*grid \(int4-g16, now int4\)"):
         run(sparse("2:4"), "other", **(options | {"grid": "int4"}))
+
+
+def test_damping_that_had_to_be_raised_is_told(run, sparse, row_file):
+    """24 tokens make no Gram matrix of 32 inputs that is positive definite."""
+    notes, rows = Notes(), Calibration(source=str(row_file), samples=1)
+    options = {"options": {"damping": "0"}, "calibration": rows}
+    run(sparse("2:4"), grid="int4-g16", progress=notes, **options)
+    assert any("14 weights needed their damping raised" in note for note in notes.told)
 
 
 def test_shards_get_an_index_of_what_is_in_them(run, copy_of, tmp_path):
