@@ -46,7 +46,7 @@ def unpack(
     Example: sparsekit unpack packed -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "pack", "unpack", show.unpacked, model, out, overwrite=overwrite)
+    _write(terminal, "unpack", "unpack", show.unpacked, model, out, overwrite=overwrite)
 
 
 def convert(

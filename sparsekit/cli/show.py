@@ -110,23 +110,37 @@ def packed(terminal: Terminal, report: "Report") -> None:
     by_pattern: dict[str, list[dict[str, Any]]] = {}
     for row in report.entry["weights"]:
         kind = row["pattern"] if ":" in row["pattern"] else "bit mask"
+        kind = f"{kind} {row['grid']}" if "grid" in row else kind
         by_pattern.setdefault(kind, []).append(row)
     rows = []
     for pattern, group in by_pattern.items():
         size = sum(row["size"] for row in group)
+        names = ("value_bits", "place_bits", "bits", "share")
+        mean = {n: sum(row[n] * row["size"] for row in group) / size for n in names}
+        rest = mean["bits"] - mean["value_bits"] - mean["place_bits"]
         rows.append(
             (
                 pattern,
                 len(group),
                 f"{sum(row['zeros'] for row in group) / size:.2%}",
-                f"{sum(row['bits'] * row['size'] for row in group) / size:.3f}",
-                f"{sum(row['share'] * row['size'] for row in group) / size:.4f}",
+                f"{mean['value_bits']:.3f} + {mean['place_bits']:.3f} + {rest:.3f}",
+                f"{mean['bits']:.3f}",
+                f"{mean['share']:.4f}",
+                f"{32 / mean['bits']:.1f}x (values alone {32 / mean['value_bits']:.1f}x)",
             )
         )
     summary = report.entry["totals"]
     terminal.table(
         f"{summary['bytes'] / 1e6:.1f} MB in the place of {summary['bytes_before'] / 1e6:.1f} MB",
-        ("pattern", "weights", "zeros", "bits a weight", "share of its bytes"),
+        (
+            "pattern",
+            "weights",
+            "zeros",
+            "bits: values + places + rest",
+            "together",
+            "share of its bytes",
+            "against float32",
+        ),
         rows,
     )
     terminal.result(report.out, report.to_json())

@@ -37,6 +37,7 @@ from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.factored import PARTS, Factored, mask_of, unpack
 from sparsekit.tensors.grids import Codes, Grid
+from sparsekit.tensors.packed import SCALE, unpack_grid
 from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Checkpoint:
     """The factors of weights, by name; where they stand for the weights, `places` has them too."""
     factor_patterns: Mapping[str, str] = field(default_factory=dict)
     """For each weight with factors the pattern of its core."""
+    factor_grids: Mapping[str, Grid] = field(default_factory=dict)
+    """For each of them that is packed as codes their grid."""
     grid: Grid | None = None
     """Of the weights in `coded`; None without such, or where their format is not one of ours."""
     coded: Mapping[str, Mapping[str, TensorPlace]] = field(default_factory=dict)
@@ -90,14 +93,27 @@ class Checkpoint:
             places |= found
         factors: dict[str, TensorPlace] = {}
         patterns: dict[str, str] = {}
+        grids: dict[str, Grid] = {}
         if (path / FACTORS).is_file():
             factors, _ = read_header(path / FACTORS)
-            patterns = metadata(path / FACTORS)
+            for name, told in metadata(path / FACTORS).items():
+                patterns[name], _, grid_name = told.partition(" ")
+                if grid_name:
+                    grids[name] = Grid.parse(grid_name)
         grid = grid_of(quantization(path))
         coded: dict[str, dict[str, TensorPlace]] = {}
         if grid is not None:
             places, coded = with_weights(path, places, grid)
-        return cls(path, dict(sorted(places.items())), headers, factors, patterns, grid, coded)
+        return cls(
+            path=path,
+            places=dict(sorted(places.items())),
+            headers=headers,
+            factors=factors,
+            factor_patterns=patterns,
+            factor_grids=grids,
+            grid=grid,
+            coded=coded,
+        )
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -173,11 +189,14 @@ class Checkpoint:
             DataError: Its tensors do not fit together.
         """
         assert self.grid is not None
-        parts = {part: self._read(place) for part, place in self.coded[name].items()}
         try:
-            return decode(self.grid, parts, self.places[name].shape)
+            return decode(self.grid, self.stored(name), self.places[name].shape)
         except DataError as error:
             raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a weight on a grid, by the last part of their names."""
+        return {part: self._read(place) for part, place in self.coded[name].items()}
 
     def _read(self, place: TensorPlace) -> Tensor:
         data = torch.empty(place.stop - place.start, dtype=torch.uint8)
@@ -191,16 +210,24 @@ class Checkpoint:
         Raises:
             DataError: A part is missing, or the parts do not fit together.
         """
-        parts = [factor_name(name, part) for part in PARTS[:2]]
-        if missing := [full for full in parts if full not in self.factors]:
-            raise DataError(f"{self.path / FACTORS} lacks {missing[0]}")
-        values, indices = self.read(parts).values()
-        pattern = Pattern.parse(self.factor_patterns[name])
+        parts, pattern = self.factor_parts(name), Pattern.parse(self.factor_patterns[name])
         try:
-            mask_of(values, indices, pattern, columns)
+            mask_of(parts["values"], parts["indices"], pattern, columns)
         except DataError as error:
             raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
-        return unpack(values, indices, pattern, columns)
+        return unpack(parts["values"], parts["indices"], pattern, columns)
+
+    def packed_codes(self, name: str, columns: int) -> Codes:
+        """The codes of a weight that is packed as such.
+
+        Raises:
+            DataError: A part is missing, or the parts do not fit together.
+        """
+        parts, pattern = self.factor_parts(name), Pattern.parse(self.factor_patterns[name])
+        try:
+            return unpack_grid(parts, pattern, columns, self.factor_grids[name])
+        except DataError as error:
+            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
 
     def factors_of(self, name: str, columns: int) -> Factored:
         """The factors of a weight with so many inputs, in float32.
@@ -208,13 +235,28 @@ class Checkpoint:
         Raises:
             DataError: One is missing, or they do not fit together.
         """
-        parts = {part: factor_name(name, part) for part in PARTS}
-        for part in PARTS[:2]:
+        if name in self.factor_grids:
+            core = self.packed_codes(name, columns).dense().float()
+            return Factored(core=core, mask=core != 0)
+        stored = self.factor_parts(name)
+        try:
+            return Factored.of(stored, Pattern.parse(self.factor_patterns[name]), columns)
+        except DataError as error:
+            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+
+    def factor_parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a weight with factors is stored as, by the last part of their names.
+
+        Raises:
+            DataError: One that has to be there is missing.
+        """
+        parts = {part: factor_name(name, part) for part in (*PARTS, SCALE)}
+        needed = (*PARTS[:2], SCALE) if name in self.factor_grids else PARTS[:2]
+        for part in needed:
             if parts[part] not in self.factors:
                 raise DataError(f"{self.path / FACTORS} lacks {parts[part]}")
         read = self.read(full for full in parts.values() if full in self.factors)
-        stored = {part: read[full] for part, full in parts.items() if full in read}
-        return Factored.of(stored, Pattern.parse(self.factor_patterns[name]), columns)
+        return {part: read[full] for part, full in parts.items() if full in read}
 
     def scan(self, progress: Progress = SILENT) -> str:
         """The fingerprint, after making sure that all numbers are finite.

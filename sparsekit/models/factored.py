@@ -9,12 +9,14 @@ from sparsekit.errors import DataError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import factor_name
 from sparsekit.tensors.factored import PARTS, check_shapes, mask_of, unpack
+from sparsekit.tensors.packed import SCALE, code_shapes, unpack_grid
 from sparsekit.tensors.patterns import Pattern
 
 
 class FactoredLinear(nn.Module):
     """y = x (A S B + L R)ᵀ + bias, product by product; the core S stays packed between calls.
 
+    A core of codes and scales is computed in the scales' type on disk, as where it is not packed.
     Its parameters begin on the meta device, with the shapes and types that they have on disk.
     """
 
@@ -23,24 +25,36 @@ class FactoredLinear(nn.Module):
         self.weight_name = name
         self._checked = False  # its weight never changes, so that the first call's check is enough
         self.pattern = Pattern.parse(source.factor_patterns[name])
-        transposed = not isinstance(old, nn.Linear)  # GPT-2's Conv1D
-        self.in_features = old.weight.shape[0 if transposed else 1]
-        for part in PARTS:
+        self.grid = source.factor_grids.get(name)
+        self.transposed = not isinstance(old, nn.Linear)  # GPT-2's Conv1D
+        shape = old.weight.shape
+        self.out_features, self.in_features = shape[::-1] if self.transposed else shape
+        for part in (*PARTS, SCALE):
             place = source.factors.get(factor_name(name, part))
             if place is None:
                 self.register_parameter(part, None)
                 continue
             empty = torch.empty(place.shape, dtype=place.dtype, device="meta")
             self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        self.stored = self.values.dtype if self.scale is None else self.scale.dtype
         self.register_parameter("bias", old.bias)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The names on disk of all that stands for its weight."""
+        parts = (part for part in (*PARTS, SCALE) if getattr(self, part) is not None)
+        return [factor_name(self.weight_name, part) for part in parts]
+
+    @property
+    def composed(self) -> bool:
+        """Whether it has factors beside the core."""
+        return any(getattr(self, part) is not None for part in PARTS[2:])
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        packed = self.values, self.indices, self.pattern, self.in_features
-        if not self._checked:
-            mask_of(*packed)
-            self._checked = True
-        core = unpack(*packed)
+        core = self._core().to(x.dtype)
+        if self.grid is not None and self.grid.activations:
+            x = self.grid.round_inputs(x)
         inner = x if self.right is None else _by_blocks(x, self.right)  # x Bᵀ
         outer = inner @ core.T
         if self.left is not None:
@@ -48,6 +62,18 @@ class FactoredLinear(nn.Module):
         if self.up is not None and self.down is not None:
             outer = outer + x @ self.down.T @ self.up.T
         return outer if self.bias is None else outer + self.bias
+
+    def _core(self) -> Tensor:
+        """S `[out, in]`."""
+        if self.grid is not None:
+            parts = {"values": self.values, "indices": self.indices}
+            parts[SCALE] = self.scale.to(self.stored)
+            return unpack_grid(parts, self.pattern, self.in_features, self.grid).dense()
+        packed = self.values, self.indices, self.pattern, self.in_features
+        if not self._checked:
+            mask_of(*packed)
+            self._checked = True
+        return unpack(*packed)
 
 
 def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
@@ -79,12 +105,32 @@ def use_factors(model: nn.Module, source: Checkpoint) -> None:
         parent, _, last = path.rpartition(".")
         old = model.get_submodule(path)
         rows, columns = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
+        pattern = Pattern.parse(source.factor_patterns[weight])
         try:
-            check_shapes(shapes, rows, columns, Pattern.parse(source.factor_patterns[weight]))
+            if weight in source.factor_grids:
+                _check_codes(source, weight, (rows, columns), pattern)
+            else:
+                check_shapes(shapes, rows, columns, pattern)
         except DataError as error:
             raise DataError(f"{source.path}: {weight}: {error.message}", error.hint) from error
         layer = FactoredLinear(source, weight, old)
         setattr(model.get_submodule(parent), last, layer)
+
+
+def _check_codes(source: Checkpoint, weight: str, shape: tuple[int, int], pattern: Pattern) -> None:
+    """Refuse packed codes that cannot be those of a weight of this shape.
+
+    Raises:
+        DataError: A part is missing or has another shape.
+    """
+    grid = source.factor_grids[weight]
+    values, indices = code_shapes(shape, grid.bits, pattern)
+    wanted = {"values": values, "indices": indices, SCALE: (shape[0], grid.scales(shape[1]))}
+    for part, size in wanted.items():
+        place = source.factors.get(factor_name(weight, part))
+        if place is None or place.shape != size:
+            found = "missing" if place is None else f"of shape {place.shape}"
+            raise DataError(f"{part} of a {pattern} {grid} weight {shape} is {found}, not {size}")
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -12,10 +12,17 @@ import torch
 
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import FACTORS, SINGLE, UNFACTORED, factor_name
-from sparsekit.models.quantized import part_name
+from sparsekit.models.quantized import Shapes, part_name
 from sparsekit.models.tensorfile import DTYPES, TensorPlace
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def factor_types(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Shapes:
+    """Types of the factors of a weight, with their shapes: its own type, and bytes for places."""
+    return {
+        part: (torch.uint8 if part == "indices" else dtype, shape) for part, shape in shapes.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Layout:
     def with_file(
         self,
         file: str,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        tensors: Shapes,
         metadata: Mapping[str, str],
     ) -> Layout:
         """One more file, with tensors of these types and shapes in the given order."""
@@ -65,7 +72,7 @@ class Layout:
     def with_factors(
         cls,
         source: Checkpoint,
-        parts: Mapping[str, Mapping[str, tuple[int, ...]]],
+        parts: Mapping[str, Shapes],
         patterns: Mapping[str, str],
         *,
         alone: bool,
@@ -74,15 +81,15 @@ class Layout:
 
         Args:
             source: The checkpoint.
-            parts: For each weight that gets factors the shape of each.
-            patterns: For each of these weights the pattern of its core.
+            parts: For each weight that gets factors the type and shape of each.
+            patterns: For each of these weights what to tell of its core.
             alone: Whether factors stand for the weights, or lie beside them.
         """
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, those in parts.items():
-            for part, shape in those.items():
-                dtype = torch.uint8 if part == "indices" else source.places[name].dtype
-                shapes[factor_name(name, part)] = dtype, shape
+        shapes = {
+            factor_name(name, part): found
+            for name, those in parts.items()
+            for part, found in those.items()
+        }
         base = cls.of(source)
         if alone:
             left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
@@ -90,16 +97,14 @@ class Layout:
         return base.with_file(FACTORS, shapes, patterns)
 
     @classmethod
-    def plain(
-        cls, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int
-    ) -> Layout:
+    def plain(cls, tensors: Shapes, shard_bytes: int) -> Layout:
         """Files of about so many bytes, as other tools write and look for them.
 
         Args:
             tensors: Type and shape of each tensor, in the order in which they are to lie.
             shard_bytes: A file is begun when the one before would be larger, but for its first.
         """
-        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        shards: list[Shapes] = [{}]
         filled = 0
         for name, (dtype, shape) in tensors.items():
             n_bytes = dtype.itemsize * math.prod(shape)
@@ -119,7 +124,7 @@ class Layout:
     def with_codes(
         cls,
         source: Checkpoint,
-        parts: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]],
+        parts: Mapping[str, Shapes],
     ) -> Layout:
         """The files of a checkpoint, in which some weights lie as codes and scales.
 
@@ -130,7 +135,7 @@ class Layout:
         """
         layout = cls({}, {})
         for file in source.headers:
-            tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+            tensors: Shapes = {}
             for name, place in source.places.items():
                 if place.file != file:
                     continue

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.factored import use_factors
+from sparsekit.models.factored import FactoredLinear, use_factors
 from sparsekit.models.folder import PACKED_INDEX, PACKED_METHOD
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ class PackedLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         use_factors(model, Checkpoint.open(Path(model.config.name_or_path)))
+        for module in model.modules():
+            # GPT-2's would be initialised by the `weight` of layers that have none any more.
+            if any(isinstance(child, FactoredLinear) for child in module.children()):
+                module._is_hf_initialized = True
 
     @property
     def is_trainable(self) -> bool:

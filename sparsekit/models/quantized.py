@@ -134,7 +134,7 @@ def stored_shapes(
 ) -> Shapes:
     """Type and shape of each tensor that a weight becomes, by the last part of its name."""
     rows, columns = shape
-    scale = dtype, (rows, columns // grid.group if grid.group else 1)
+    scale = dtype, (rows, grid.scales(columns))
     if format_of(grid) != PACKED:
         codes = torch.float8_e4m3fn if grid.floating else torch.int8
         return {"weight": (codes, shape), SCALE: scale}

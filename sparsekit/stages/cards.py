@@ -1,6 +1,6 @@
 """The README of each checkpoint that a stage writes, from its entry of the history."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ A Hugging Face checkpoint in the format of compressed-tensors: it loads with
 `AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Zeros of the
 source are zeros here; they make it neither smaller nor faster than other weights on this grid."""
 PACKED = """\
-Not a plain checkpoint: each sparse weight is kept as its values and their places. `sparsekit.load`
-and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back, bit for bit;
+Not a plain checkpoint: each sparse weight is kept as its values and their places, or as factors.
+`sparsekit.load` and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back;
 after `import sparsekit` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
 finds no weights and says so."""
 UNPACKED = """\
-A plain Hugging Face checkpoint, unpacked from a smaller form of it; the table tells of that one."""
+A Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`, unpacked from a
+smaller form of it."""
+CONVERTED = """\
+A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.\
+"""
 ROUNDED = """\
 A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
 numbers of the grid: for scoring, or for a converter that takes it from there."""
@@ -187,8 +191,19 @@ Matrices left as they were:{skipped or " none"}
 """
 
 
+def unpack_card(entry: Mapping[str, Any], base: str) -> str:
+    """The README of a checkpoint that was unpacked."""
+    summary = entry["totals"]
+    rows = [
+        ("unpacked weights", str(summary["weights"])),
+        ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
+    ]
+    return _card(f"{base}, unpacked", UNPACKED, rows)
+
+
 def pack_card(entry: Mapping[str, Any], base: str) -> str:
-    """The README of a packed checkpoint, or of one that was unpacked."""
+    """The README of a packed checkpoint."""
     summary = entry["totals"]
     rows = [
         ("packed weights", str(summary["weights"])),
@@ -197,23 +212,7 @@ def pack_card(entry: Mapping[str, Any], base: str) -> str:
         ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    unpacked = entry["stage"] == "unpack"
-    return f"""---
-tags:
-- sparsekit
----
-
-# {base}, {"unpacked" if unpacked else "packed"}
-
-{UNPACKED if unpacked else PACKED}
-
-| | |
-|---|---|
-{table}
-
-The whole history is in `sparsekit.json`.
-"""
+    return _card(f"{base}, packed", PACKED, rows)
 
 
 def convert_card(entry: Mapping[str, Any], base: str) -> str:
@@ -225,19 +224,26 @@ def convert_card(entry: Mapping[str, Any], base: str) -> str:
         ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
+    return _card(f"{base}, converted", CONVERTED, rows)
+
+
+def _card(head: str, text: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A README with one paragraph and one table."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 tags:
 - sparsekit
 ---
 
-# {base}, converted
+# {head}
 
-A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.
+{text}
 
 | | |
 |---|---|
 {table}
+
+The whole history is in `sparsekit.json`.
 """
 
 

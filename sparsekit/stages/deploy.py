@@ -13,6 +13,8 @@ import torch
 
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import is_packed
+from sparsekit.models.quantized import quantization
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.inspect import inspect
@@ -100,20 +102,20 @@ def _form(model: str, progress: Progress) -> Form:
     targets = BlockStream(source, device="cpu", dtype=torch.float32).targets()
     kind: Kind = "quantized" if source.grid is not None else "plain"
     if source.factored:
-        sides = any(name.endswith((".left", ".up")) for name in source.factors)
-        kind = "factored" if sides else "packed"
+        kind = "packed" if is_packed(quantization(source.path)) else "factored"
+    grid = next(iter(source.factor_grids.values()), source.grid)
     return Form(
         kind=kind,
         pattern=inspect(model, progress).total["pattern"],
-        grid=str(source.grid) if source.grid else None,
+        grid=str(grid) if grid else None,
         fits_kernels=all(side % SEMI_STRUCTURED == 0 for t in targets for side in t.shape),
     )
 
 
 def _unread(form: Form) -> Verdict:
     """Of a program that does not read the form."""
-    way = "sparsekit unpack" if form.kind == "packed" else "prune with --format dense"
-    reason = f"it knows no {form.kind} weights; {way} gives a plain checkpoint"
+    left = "one in the format of compressed-tensors" if form.grid else "a plain checkpoint"
+    reason = f"it knows no {form.kind} weights; sparsekit unpack gives {left}"
     return Verdict("no", "no", "no", reason)
 
 

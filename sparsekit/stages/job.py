@@ -12,7 +12,7 @@ from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.layout import Layout
+from sparsekit.models.layout import Layout, factor_types
 from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
@@ -168,7 +168,11 @@ def _layout(
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
     parts = {t.name: chain.stored_shapes(t, patterns.of(t)) for t in targets}
-    parts = {name: shapes for name, shapes in parts.items() if shapes}
+    parts = {
+        name: factor_types(shapes, source.places[name].dtype)
+        for name, shapes in parts.items()
+        if shapes
+    }
     if not parts:
         if config.format == "factored":
             raise UsageError(f"{config.title} makes no factors", "leave out --format factored")

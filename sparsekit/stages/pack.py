@@ -1,21 +1,24 @@
-"""A checkpoint's sparse weights as values and places, which take fewer bytes, and back."""
+"""A checkpoint's sparse weights as values and places, which take fewer bytes."""
 
 import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckFailedError, DataError
+from sparsekit.errors import DataError
 from sparsekit.files import read_json
+from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import PACKED_METHOD, factor_name
-from sparsekit.models.layout import Layout
+from sparsekit.models.layout import Layout, factor_types
+from sparsekit.models.quantized import Shapes, encode
 from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
@@ -23,22 +26,56 @@ from sparsekit.stages import weightwise
 from sparsekit.stages.cards import pack_card
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.report import Report, versions
-from sparsekit.tensors.factored import stored_shapes
-from sparsekit.tensors.packed import pack_weight, packed_bytes, packing
+from sparsekit.tensors.factored import PARTS, stored_shapes
+from sparsekit.tensors.grids import Grid
+from sparsekit.tensors.packed import (
+    SCALE,
+    code_shapes,
+    exact_pattern,
+    pack_grid,
+    pack_weight,
+    packing,
+    theory,
+)
 from sparsekit.tensors.patterns import Pattern
 
 # N:M patterns that are tried on every weight.
 TRIED = tuple(map(Pattern.parse, ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")))
 # Types whose bits are packed as they are.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What to do about a damaged one.
-AGAIN = "copy the folder again"
-# Bytes of one weight file of what is unpacked.
-SHARD_BYTES = 5 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one weight is packed."""
+
+    target: Target
+    pattern: Pattern
+    types: Shapes
+    """Type and shape of each tensor that it becomes, by the last part of its name."""
+    dense_bytes: int
+    """What it takes unpacked: as numbers, or as codes with their scales."""
+    grid: Grid | None = None
+    """Of its codes, where it has such."""
+    factored: bool = False
+    """Whether it has factors beside it, which then stand for it."""
+
+    @property
+    def told(self) -> str:
+        """What the file of the tensors says of it."""
+        return f"{self.pattern} {self.grid}" if self.grid else str(self.pattern)
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes packed."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.types.values())
 
 
 def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Report:
     """Write a copy of a model whose sparse weights are values and places.
+
+    Of weights on a grid the codes are packed; of weights with factors beside them the factors are
+    kept alone, whose core is packed already.
 
     Args:
         model: A folder, hub id or `demo`.
@@ -53,171 +90,165 @@ def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress =
     """
     started = time.perf_counter()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
-    _refuse_other_forms(source)
+    if source.factored:
+        raise DataError(f"{source.path} is packed already", "sparsekit unpack makes it plain")
     fingerprint = source.scan(progress)
-    names = [target.name for target in _plain_targets(source)]
-    patterns = _patterns(source, names, progress)
-    shapes = {n: stored_shapes(*source.places[n].shape, p) for n, p in patterns.items()}
-    told = {name: str(pattern) for name, pattern in patterns.items()}
-    layout = Layout.with_factors(source, shapes, told, alone=True)
+    plans = _plans(source, progress)
+    told = {name: plan.told for name, plan in plans.items()}
+    types = {name: plan.types for name, plan in plans.items()}
+    layout = Layout.with_factors(source, types, told, alone=True)
     require_room(out, layout)
     recipe = {"stage": "pack", "source": fingerprint, "patterns": told, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
         rows = weightwise.rewrite(
-            writer, "pack", patterns, lambda name: _packed(source, name, patterns[name]), progress
+            writer, "pack", plans, lambda name: _packed(source, plans[name]), progress
         )
-        entry = _pack_entry(source, recipe, rows, layout) | {
+        if rough := [row["name"] for row in rows if row.get("exact") is False]:
+            progress.note(
+                f"the factors of {len(rough)} weights, the first is {rough[0]}, multiply to other "
+                "last bits here than in the model: unpack gives those"
+            )
+        entry = _entry(source, recipe, rows, layout) | {
             "source": {"path": model, "fingerprint": fingerprint},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        config = read_json(source.path / "config.json")
-        config |= {"quantization_config": {"quant_method": PACKED_METHOD}}
-        writer.commit(entry, pack_card(entry, title(model)), config)
+        writer.commit(entry, pack_card(entry, title(model)), _config_json(source))
     return Report(out=out, entry=entry)
 
 
-def unpack(
-    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
-) -> Report:
-    """Write a plain checkpoint from a packed one, with the same bytes of every tensor.
-
-    Args:
-        model: The folder of a packed checkpoint.
-        out: The folder to make; it appears when it is complete.
-        overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each weight.
-
-    Raises:
-        UsageError: `out` is in use.
-        DataError: The model is not packed, or cannot be read.
-        CheckFailedError: A tensor is not what was packed.
-        StorageError: The output cannot be written.
-    """
-    started = time.perf_counter()
-    source = open_source(model, out, overwrite=overwrite, progress=progress)
-    packed = _packed_entry(source)
-    rows = {row["name"]: row for row in packed["weights"]}
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, place in source.places.items():
-        if name not in source.factors:
-            tensors[name] = place.dtype, place.shape
-    for name, row in rows.items():
-        values = source.factors.get(factor_name(name, "values"))
-        if values is None:
-            raise CheckFailedError(f"{source.path} lacks the values of {name}", AGAIN)
-        tensors[name] = values.dtype, tuple(row["shape"])
-    layout = Layout.plain(dict(sorted(tensors.items())), SHARD_BYTES)
-    require_room(out, layout)
-    fingerprint = source.scan(progress)
-    recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
-    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        weightwise.rewrite(
-            writer,
-            "unpack",
-            rows,
-            lambda name: ({name: _unpacked(source, rows[name])}, None),
-            progress,
-        )
-        entry = {
-            "stage": "unpack",
-            "recipe": {"method": "unpack"},
-            "versions": recipe["versions"],
-            "source": {"path": model, "fingerprint": fingerprint},
-            "bytes": layout.n_bytes,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        before = source.provenance()["history"][:-1]
-        config = read_json(source.path / "config.json")
-        config.pop("quantization_config", None)
-        card = pack_card(packed | {"stage": "unpack"}, title(model))
-        writer.commit(entry, card, config, history=before)
-    return Report(out=out, entry=entry)
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 over the bytes of tensors in the order of their names."""
+    found = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
-def _refuse_other_forms(source: Checkpoint) -> None:
-    """Refuse what is not one plain matrix for each weight.
+def _config_json(source: Checkpoint) -> dict[str, Any]:
+    """What config.json is to say: that the weights are packed, and what it said of a grid."""
+    config = read_json(source.path / "config.json")
+    inner = config.get("quantization_config")
+    told = {"quant_method": PACKED_METHOD} | ({"packed": inner} if inner else {})
+    return config | {"quantization_config": told}
+
+
+def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
+    """How weights are packed, of those that it makes smaller.
 
     Raises:
-        DataError: It holds factors or codes.
+        DataError: The model does not become smaller.
     """
-    if source.factors:
-        raise DataError(
-            f"{source.path} has factors already", "prune with --format factored writes them alone"
-        )
-    if source.grid is not None:
-        raise DataError(
-            f"{source.path} is quantized to {source.grid}; only plain weights are packed yet",
-            "quantize --format dense keeps them plain",
-        )
-
-
-def _plain_targets(source: Checkpoint) -> list[Any]:
-    """The linear weights of the blocks that can be packed: those that are not stored transposed."""
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
-    return [
-        t for t in stream.targets() if not t.transposed and source.places[t.name].dtype in TYPES
-    ]
-
-
-def _patterns(source: Checkpoint, names: Sequence[str], progress: Progress) -> dict[str, Pattern]:
-    """The patterns by which weights are packed, of those that it makes smaller.
-
-    Raises:
-        DataError: There are none.
-    """
-    found: dict[str, Pattern] = {}
-    progress.begin("look for patterns", len(names))
-    for name in names:
-        if pattern := packing(source.read([name])[name], TRIED):
-            found[name] = pattern
-        progress.step(name)
+    targets = stream.targets()
+    found: dict[str, Plan] = {}
+    progress.begin("look for patterns", len(targets))
+    for target in targets:
+        if plan := _plan(source, target):
+            found[target.name] = plan
+        progress.step(target.name)
     progress.end()
-    if not found:
-        size = sum(_bytes(source, name) for name in names)
-        masks = sum(math.prod(source.places[name].shape) for name in names) // 8
-        raise DataError(
-            f"{source.path} is not sparse: packed, its {len(names)} linear weights would take "
-            f"about {(size + masks) / 1e6:.1f} MB in the place of {size / 1e6:.1f}",
-            "prune it first",
+    saved = sum(plan.dense_bytes - plan.n_bytes for plan in found.values())
+    if saved > 0:
+        return found
+    size = sum(_bytes(source, target.name) for target in targets)
+    masks = sum(math.prod(target.shape) for target in targets) // 8
+    raise DataError(
+        f"{source.path} is not sparse: packed, its {len(targets)} linear weights would take "
+        f"about {(size - saved if found else size + masks) / 1e6:.1f} MB in the place of "
+        f"{size / 1e6:.1f}",
+        "prune it first",
+    )
+
+
+def _plan(source: Checkpoint, target: Target) -> Plan | None:
+    """How a weight is packed; None where it stays as it is."""
+    name, place = target.name, source.places[target.name]
+    dense_bytes = _bytes(source, name)
+    if name in source.factor_patterns:
+        places = {part: source.factors.get(factor_name(name, part)) for part in PARTS}
+        return Plan(
+            target=target,
+            pattern=Pattern.parse(source.factor_patterns[name]),
+            types={part: (p.dtype, p.shape) for part, p in places.items() if p is not None},
+            dense_bytes=dense_bytes,
+            factored=True,
         )
-    return found
+    if name in source.coded:
+        assert source.grid is not None
+        codes, grid = source.codes_of(name), source.grid
+        if digest(encode(grid, codes)) != digest(source.stored(name)):
+            raise DataError(
+                f"{source.path}: {name} has bits set where its format has none",
+                "quantize it again with sparsekit",
+            )
+        pattern = packing(codes.codes.view(torch.int8), TRIED, grid.bits)
+        if pattern is None:  # it has to be packed with the others
+            zeros = int((codes.codes.view(torch.int8) == 0).sum())
+            pattern = exact_pattern(zeros, math.prod(target.shape))
+        values, indices = code_shapes(target.shape, grid.bits, pattern)
+        return Plan(
+            target=target,
+            pattern=pattern,
+            types={
+                "values": (torch.uint8, values),
+                "indices": (torch.uint8, indices),
+                SCALE: (codes.scale.dtype, tuple(codes.scale.shape)),
+            },
+            dense_bytes=dense_bytes,
+            grid=grid,
+        )
+    if target.transposed or place.dtype not in TYPES:
+        return None
+    pattern = packing(source.read([name])[name], TRIED)
+    if pattern is None:
+        return None
+    types = factor_types(stored_shapes(*target.shape, pattern), place.dtype)
+    return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes)
 
 
-def _packed(
-    source: Checkpoint, name: str, pattern: Pattern
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a packed weight, and what the history tells of it."""
-    weight = source.read([name])[name]
-    values, indices = pack_weight(weight, pattern)
-    parts = {"values": values.contiguous(), "indices": indices}
-    tensors = {factor_name(name, part): tensor for part, tensor in parts.items()}
-    return tensors, _row(name, weight, pattern)
-
-
-def _row(name: str, weight: Tensor, pattern: Pattern) -> dict[str, Any]:
-    """What the history tells of a packed weight."""
-    n_bytes = packed_bytes(tuple(weight.shape), weight.dtype, pattern)
-    return {
+    name, more = plan.target.name, {}
+    if plan.factored:
+        parts = source.factor_parts(name)
+        factors, whole = source.factors_of(name, plan.target.shape[1]), source.read([name])[name]
+        product = factors.dense().to(whole.dtype)
+        product = product.T if plan.target.transposed else product
+        zeros = int((factors.core == 0).sum())
+        more = {"exact": torch.equal(product, whole), "sha256": digest(parts)}
+    elif plan.grid is not None:
+        codes = source.codes_of(name)
+        parts = pack_grid(codes, plan.pattern, plan.grid)
+        zeros = int((codes.codes.view(torch.int8) == 0).sum())
+        more = {"grid": str(plan.grid), "sha256": digest(source.stored(name))}
+    else:
+        weight = source.read([name])[name]
+        values, indices = pack_weight(weight, plan.pattern)
+        parts = {"values": values.contiguous(), "indices": indices}
+        zeros = int((weight == 0).sum())
+        more = {"sha256": digest({name: weight})}
+    size = math.prod(plan.target.shape)
+    value_bits = plan.grid.bits if plan.grid else 8 * plan.types["values"][0].itemsize
+    values, places = theory(plan.pattern, value_bits)
+    row = {
         "name": name,
-        "shape": list(weight.shape),
-        "pattern": str(pattern),
-        "zeros": int((weight == 0).sum()),
-        "size": weight.numel(),
-        "bits": 8 * n_bytes / weight.numel(),
-        "share": n_bytes / weight.nbytes,
-        "sha256": _digest(weight),
+        "shape": list(plan.target.shape),
+        "pattern": str(plan.pattern),
+        "zeros": zeros,
+        "size": size,
+        "bits": 8 * plan.n_bytes / size,
+        "value_bits": values,
+        "place_bits": places,
+        "share": plan.n_bytes / plan.dense_bytes,
+        **more,
     }
+    return {factor_name(name, part): tensor for part, tensor in parts.items()}, row
 
 
-def _digest(weight: Tensor) -> str:
-    """The sha256 of a tensor's bytes."""
-    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
-
-
-def _pack_entry(
+def _entry(
     source: Checkpoint,
     recipe: Mapping[str, Any],
-    weights: list[dict[str, Any]],
+    weights: Sequence[dict[str, Any]],
     layout: Layout,
 ) -> dict[str, Any]:
     """This run's entry of the history."""
@@ -235,36 +266,11 @@ def _pack_entry(
             "bytes": layout.n_bytes,
             "bytes_before": source.n_bytes,
         },
-        "weights": weights,
+        "weights": list(weights),
     }
 
 
-def _packed_entry(source: Checkpoint) -> Mapping[str, Any]:
-    """The entry of the history that tells how a checkpoint was packed.
-
-    Raises:
-        DataError: The last thing done to it was something else.
-    """
-    history = source.provenance()["history"]
-    if not history or history[-1].get("stage") != "pack" or not source.factored:
-        raise DataError(f"{source.path} was not written by pack", "name the folder that pack wrote")
-    return history[-1]
-
-
-def _unpacked(source: Checkpoint, row: Mapping[str, Any]) -> Tensor:
-    """A packed weight.
-
-    Raises:
-        CheckFailedError: It is not the one that the history tells of.
-    """
-    try:
-        weight = source.packed_weight(row["name"], row["shape"][1])
-    except DataError as error:
-        raise CheckFailedError(error.message, AGAIN) from error
-    if _digest(weight) != row["sha256"]:
-        raise CheckFailedError(f"{source.path}: {row['name']} is not what was packed", AGAIN)
-    return weight
-
-
 def _bytes(source: Checkpoint, name: str) -> int:
-    return source.places[name].stop - source.places[name].start
+    """What a weight takes in its files, without factors beside it."""
+    places = source.coded[name].values() if name in source.coded else [source.places[name]]
+    return sum(place.stop - place.start for place in places)

@@ -13,7 +13,7 @@ from sparsekit.errors import DataError, PatternError, UsageError
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.layout import Layout
+from sparsekit.models.layout import Layout, factor_types
 from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.models.rows import capped
@@ -274,7 +274,10 @@ def _layout(
     if config.slorb is None:
         return Layout.of(source)
     parts = {
-        t.name: stored_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb)
+        t.name: factor_types(
+            stored_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb),
+            source.places[t.name].dtype,
+        )
         for t in targets
     }
     cores = {target.name: str(patterns.of(target)) for target in targets}

@@ -96,7 +96,7 @@ def stored_shapes(
         kept = columns // pattern.group * pattern.keep
         shapes = {
             "values": (rows, kept),
-            "indices": (rows, math.ceil(kept * _bits(pattern.group) / 8)),
+            "indices": (rows, math.ceil(kept * index_bits(pattern.group) / 8)),
         }
     else:
         kept = rows * columns - pattern.zeros(rows, columns)
@@ -163,7 +163,7 @@ def pack(core: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     order = grouped.argsort(dim=-1, descending=True, stable=True)
     places = order[..., : pattern.keep]  # [out, groups, N], rising
     values = core.unflatten(1, (-1, pattern.group)).gather(-1, places).flatten(1)
-    width = torch.arange(_bits(pattern.group), device=core.device)
+    width = torch.arange(index_bits(pattern.group), device=core.device)
     return values, pack_bits((places.flatten(1)[..., None] >> width & 1).flatten(1))
 
 
@@ -199,7 +199,7 @@ def mask_of(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> 
 
 def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     """Where the kept values of an N:M core lie in their groups, integers `[out, groups, N]`."""
-    groups, width = columns // pattern.group, _bits(pattern.group)
+    groups, width = columns // pattern.group, index_bits(pattern.group)
     bits = unpack_bits(indices, groups * pattern.keep * width)
     if width > 8:
         bits = bits.int()
@@ -221,6 +221,6 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     return (packed[..., None] >> places & 1).flatten(1)[:, :count]
 
 
-def _bits(group: int) -> int:
+def index_bits(group: int) -> int:
     """Bits of a place in a group."""
     return max(1, (group - 1).bit_length())

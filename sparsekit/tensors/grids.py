@@ -62,6 +62,10 @@ class Grid:
             return f"{columns} inputs do not divide into groups of {self.group}"
         return ""
 
+    def scales(self, columns: int) -> int:
+        """How many scales a row with so many inputs has."""
+        return columns // self.group if self.group else 1
+
     @property
     def range(self) -> tuple[float, float]:
         """The lowest and the highest code."""

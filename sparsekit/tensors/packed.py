@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from sparsekit.tensors.factored import pack, stored_shapes, unpack
+from sparsekit.errors import DataError
+from sparsekit.tensors.factored import index_bits, mask_of, pack, stored_shapes, unpack
+from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
 
 # Integers of the size of a number, to look at its bits: -0.0 is a value that has to come back.
-BITS = {2: torch.int16, 4: torch.int32}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+# The last part of the name of the scales of packed codes.
+SCALE = "scale"
 # Digits of the share of zeros by which a tensor without N:M is packed: it counts them exactly.
 DIGITS = 12
 
 
-def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, pattern: Pattern) -> int:
-    """How many bytes a weight `[out, in]` takes as values and their places."""
+def packed_bytes(shape: tuple[int, int], bits: int, pattern: Pattern) -> int:
+    """How many bytes a weight `[out, in]` of numbers with so many bits takes, packed."""
+    values, indices = code_shapes(shape, bits, pattern)
+    return math.prod(values) + math.prod(indices)
+
+
+def code_shapes(
+    shape: tuple[int, int], bits: int, pattern: Pattern
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes, in bytes, of the values and places of a weight `[out, in]`."""
     shapes = stored_shapes(*shape, pattern)
-    return math.prod(shapes["values"]) * dtype.itemsize + math.prod(shapes["indices"])
+    *rows, count = shapes["values"]
+    return (*rows, math.ceil(count * bits / 8)), shapes["indices"]
+
+
+def theory(pattern: Pattern, bits: int) -> tuple[float, float]:
+    """Bits for each entry of a weight that its values and their places take, without any padding.
+
+    Args:
+        pattern: Its own.
+        bits: Of one value.
+    """
+    kept = float(1 - pattern.sparsity)
+    place = kept * index_bits(pattern.group) if pattern.scope == "group" else 1.0
+    return kept * bits, place
 
 
 def exact_pattern(zeros: int, size: int) -> Pattern:
@@ -35,26 +60,27 @@ def exact_pattern(zeros: int, size: int) -> Pattern:
     return Pattern(sparsity=share, scope="tensor")
 
 
-def packing(weight: Tensor, patterns: Iterable[Pattern]) -> Pattern | None:
+def packing(weight: Tensor, patterns: Iterable[Pattern], bits: int = 0) -> Pattern | None:
     """The pattern by which to pack a weight `[out, in]`; None where none makes it smaller.
 
     It is the N:M pattern among those that the weight has with the fewest bytes, since what is
     packed so cannot lose it; without one, the pattern that counts the zeros.
 
     Args:
-        weight: Of a 16-bit or 32-bit type.
+        weight: Numbers of 16 or 32 bits, or codes of 8.
         patterns: N:M patterns to try.
+        bits: Of a number when it is stored; 0: those that it has.
     """
-    kept = _kept(weight)
+    kept, bits = _kept(weight), bits or 8 * weight.dtype.itemsize
     rows, columns = weight.shape
     zeros = kept.numel() - int(kept.sum())
     if not 0 < zeros < kept.numel():
         return None
     fitting = [p for p in patterns if not p.misfit(columns) and _fits(kept, p)]
-    tried = sorted(fitting, key=lambda p: packed_bytes((rows, columns), weight.dtype, p))
+    tried = sorted(fitting, key=lambda p: packed_bytes((rows, columns), bits, p))
     tried.append(exact_pattern(zeros, kept.numel()))
-    saving = (p for p in tried if packed_bytes((rows, columns), weight.dtype, p) < weight.nbytes)
-    return next(saving, None)
+    whole = kept.numel() * bits / 8
+    return next((p for p in tried if packed_bytes((rows, columns), bits, p) < whole), None)
 
 
 def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -65,6 +91,42 @@ def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
 def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     """What `pack_weight` was given, bit for bit."""
     return unpack(values, indices, pattern, columns)
+
+
+def pack_grid(codes: Codes, pattern: Pattern, grid: Grid) -> dict[str, Tensor]:
+    """A weight on a grid as bytes of its codes off zero, their places, and its scales.
+
+    Codes of 4 bits lie two in a byte, the first lowest; a last one without a neighbour has 0.
+    """
+    values, indices = pack_weight(codes.codes.view(torch.int8), pattern)
+    values = values.contiguous().view(torch.uint8)
+    if grid.bits == 4:
+        values = torch.nn.functional.pad(values & 15, (0, values.shape[-1] % 2))
+        values = values[..., ::2] | values[..., 1::2] << 4
+    return {"values": values, "indices": indices, SCALE: codes.scale}
+
+
+def unpack_grid(parts: Mapping[str, Tensor], pattern: Pattern, columns: int, grid: Grid) -> Codes:
+    """What `pack_grid` was given.
+
+    Raises:
+        DataError: The shapes do not fit the pattern, or a place lies outside its group.
+    """
+    values, indices, bits = parts["values"], parts["indices"], grid.bits
+    wanted, _ = code_shapes((len(indices), columns), bits, pattern)
+    if tuple(values.shape) != wanted:
+        raise DataError(
+            f"the values of a {pattern} weight {len(indices)} x {columns} of {bits} bits have the "
+            f"shape {tuple(values.shape)}, not {wanted}"
+        )
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], -1).flatten(-2)
+        values = values[..., : stored_shapes(len(indices), columns, pattern)["values"][-1]]
+        values = (values ^ 8) - 8  # wraps, as two's complement does
+    values = values.contiguous().view(torch.int8)
+    mask_of(values, indices, pattern, columns)
+    codes = unpack(values, indices, pattern, columns)
+    return Codes(codes.view(torch.float8_e4m3fn) if grid.floating else codes, parts[SCALE])
 
 
 def _kept(weight: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from sparsekit.stages import pack as stage
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import inspect, verify
-from sparsekit.stages.pack import pack, unpack
+from sparsekit.stages.pack import pack
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantize import quantize
+from sparsekit.stages.unpack import unpack
 
 
 class StopsIn(Progress):
@@ -172,7 +173,7 @@ def test_a_missing_part_is_named(sparse, tmp_path, part):
     told = json.loads((packed / PROVENANCE).read_text())
     del told["fingerprint"]
     (packed / PROVENANCE).write_text(json.dumps(told))
-    with pytest.raises(CheckFailedError, match=r"lacks .*up_proj"):
+    with pytest.raises(CheckFailedError, match=rf"up_proj\S* lacks its factor .{part}"):
         unpack(str(packed), tmp_path / "plain")
     with pytest.raises((CheckFailedError, DataError), match="up_proj"):
         verify(str(packed))
@@ -186,20 +187,149 @@ def test_a_model_that_is_not_sparse_is_refused_with_the_size_it_would_have(famil
     assert not list(tmp_path.iterdir())
 
 
-def test_other_forms_are_refused_by_name(sparse, family, row_file, tmp_path):
-    source = sparse()
-    quantized = quantize(
-        QuantizeConfig(method="rtn", grid="int8"), str(source), tmp_path / "quantized"
-    ).out
-    with pytest.raises(DataError, match="is quantized to int8"):
-        pack(str(quantized), tmp_path / "out")
-    config = PruneConfig(
-        method="magnitude", compensate="lowrank", calibration=Calibration(source=str(row_file))
+GRIDS = ("int4", "int4-g16", "int8", "w8a8", "fp8")
+
+
+@pytest.fixture
+def coded(sparse, tmp_path):
+    """Gives a folder pruned to a pattern and quantized to a grid, of the tiny llama."""
+
+    def folder(grid: str, pattern: str = "2:4"):
+        config = QuantizeConfig(method="rtn", grid=grid)
+        return quantize(config, str(sparse(pattern)), tmp_path / "coded").out
+
+    return folder
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+def test_codes_come_back_too(coded, tmp_path, grid, pattern):
+    source = coded(grid, pattern)
+    packed = pack(str(source), tmp_path / "packed").out
+    plain = unpack(str(packed), tmp_path / "plain").out
+    before, after = tensors_in(source), tensors_in(plain)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
+    configs = [json.loads((f / "config.json").read_text()) for f in (source, plain)]
+    assert configs[0] == configs[1]
+    assert (
+        json.loads((packed / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "sparsekit"
     )
-    factored = prune(config, str(family("llama")), tmp_path / "factored").out
-    with pytest.raises(DataError, match="has factors already"):
-        pack(str(factored), tmp_path / "out")
-    with pytest.raises(DataError, match="was not written by pack"):
+    assert Checkpoint.open(plain).grid == Checkpoint.open(source).grid
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_packed_codes_compute_what_the_codes_compute(coded, row_file, tmp_path, grid):
+    source = coded(grid)
+    packed = pack(str(source), tmp_path / "packed").out
+    assert verify(str(packed))["pattern"] == ["2:4"]
+    assert inspect(str(packed)).total["pattern"] == "2:4"
+    one, two = evaluate(EvalConfig(text=str(row_file)), [str(source), str(packed)])
+    assert one.perplexity.losses == two.perplexity.losses
+    tokens = torch.arange(5, 13)[None]
+    # What compressed-tensors itself makes of the codes, which it expands at the first call.
+    wanted = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
+    for model in (sparsekit.load(packed), AutoModelForCausalLM.from_pretrained(packed)):
+        assert [type(layer) for layer in model.modules()].count(FactoredLinear) == 14
+        torch.testing.assert_close(model(tokens).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("grid", "bits"),
+    [("int4-g16", 2 + 1), ("int8", 4 + 1), ("fp8", 4 + 1)],  # codes of two in four, and places
+)
+def test_codes_take_the_bits_that_theory_says(coded, tmp_path, grid, bits):
+    packed = pack(str(coded(grid)), tmp_path / "packed")
+    checkpoint = Checkpoint.open(packed.out)
+    for row in packed.entry["weights"]:
+        rows, columns = row["shape"]
+        scales = checkpoint.factors[row["name"].removesuffix("weight") + "scale"]
+        own = 8 * (scales.stop - scales.start) / (rows * columns)
+        assert row["value_bits"] + row["place_bits"] == bits
+        assert row["bits"] == pytest.approx(bits + own)
+        assert row["grid"] == grid
+
+
+@pytest.mark.parametrize("part", ["values", "indices", "scale"])
+def test_a_missing_part_of_codes_is_named(coded, tmp_path, part):
+    packed = pack(str(coded("int4-g16")), tmp_path / "packed").out
+    checkpoint, tensors = Checkpoint.open(packed), load_file(packed / FACTORS)
+    del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+    told = {n: f"{p} {checkpoint.factor_grids[n]}" for n, p in checkpoint.factor_patterns.items()}
+    save_file(tensors, packed / FACTORS, told)
+    with pytest.raises(CheckFailedError, match=f"up_proj.*{part}"):
+        unpack(str(packed), tmp_path / "plain")
+    with pytest.raises(DataError, match=f"up_proj.*{part}"):
+        sparsekit.load(packed)
+
+
+def test_codes_without_zeros_are_refused_with_the_size_they_would_have(family, tmp_path):
+    config = QuantizeConfig(method="rtn", grid="int8")
+    coded = quantize(config, str(family("llama")), tmp_path / "coded").out
+    with pytest.raises(DataError, match=r"is not sparse: packed, its 14 .* about"):
+        pack(str(coded), tmp_path / "out")
+
+
+@pytest.fixture
+def composed(family, row_file, tmp_path):
+    """Gives a folder whose weights are products of the factors beside them."""
+
+    def folder(name: str = "llama", **options: str):
+        calibration = Calibration(source=str(row_file))
+        options = options or {"method": "magnitude", "compensate": "lowrank"}
+        config = PruneConfig(calibration=calibration, **options)
+        return prune(config, str(family(name)), tmp_path / "composed").out
+
+    return folder
+
+
+@torch.no_grad()
+def far(one, two) -> float:
+    """How far the logits of two folders' models lie apart, as a share of theirs, in float32.
+
+    Factors are not rounded where their products are.
+    """
+    found = [
+        sparsekit.load(path, "float32")(torch.arange(5, 13)[None]).logits for path in (one, two)
+    ]
+    return ((found[0] - found[1]).norm() / found[1].norm()).item()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_factors_are_kept_alone_and_multiplied_out(composed, row_file, tmp_path, name):
+    source = composed(name)
+    packed = pack(str(source), tmp_path / "packed").out
+    assert Checkpoint.open(packed).n_bytes < 0.9 * Checkpoint.open(source).n_bytes
+    assert verify(str(packed))["pattern"] == ["2:4"]
+    plain = unpack(str(packed), tmp_path / "plain").out
+    before, after = tensors_in(source), tensors_in(plain)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
+    verify(str(plain))
+    assert far(packed, source) < 0.01
+    tokens = torch.arange(5, 13)[None]
+    stock = AutoModelForCausalLM.from_pretrained(packed)(tokens).logits
+    assert torch.equal(stock, sparsekit.load(packed)(tokens).logits)
+
+
+def test_factors_that_were_written_alone_are_multiplied_out(composed, tmp_path):
+    source = composed(method="magnitude", compensate="lowrank", format="factored")
+    plain = unpack(str(source), tmp_path / "plain").out
+    assert verify(str(plain))["weights"] == 14
+    assert far(plain, source) < 0.01
+
+
+def test_what_is_in_the_other_form_already_is_refused(sparse, tmp_path):
+    source = sparse()
+    with pytest.raises(DataError, match=r"is not packed; name a folder that pack wrote"):
         unpack(str(source), tmp_path / "out")
-    with pytest.raises(DataError, match="was not written by pack"):
-        unpack(str(factored), tmp_path / "out")
+    packed = pack(str(source), tmp_path / "packed").out
+    with pytest.raises(DataError, match=r"is packed already; sparsekit unpack"):
+        pack(str(packed), tmp_path / "out")
+    (packed / PROVENANCE).unlink()
+    with pytest.raises(DataError, match="has no history of its packing"):
+        unpack(str(packed), tmp_path / "out")

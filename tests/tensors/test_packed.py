@@ -42,7 +42,7 @@ def test_every_bit_comes_back(pattern, shape, dtype):
     assert found is not None
     values, indices = pack_weight(weight, found)
     assert values.dtype == dtype
-    assert values.nbytes + indices.nbytes == packed_bytes(shape, dtype, found)
+    assert values.nbytes + indices.nbytes == packed_bytes(shape, 8 * dtype.itemsize, found)
     assert torch.equal(bits(unpack_weight(values, indices, found, shape[1])), bits(weight))
 
 

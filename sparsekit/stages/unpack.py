@@ -1,0 +1,166 @@
+"""A plain checkpoint from one whose weights are packed or factors."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CheckFailedError, DataError
+from sparsekit.files import read_json
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import FactoredLinear
+from sparsekit.models.folder import FACTORS, factor_name, is_packed
+from sparsekit.models.layout import Layout
+from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
+from sparsekit.models.reference import title
+from sparsekit.models.writer import CheckpointWriter
+from sparsekit.progress import SILENT, Progress
+from sparsekit.stages import weightwise
+from sparsekit.stages.cards import unpack_card
+from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.pack import digest
+from sparsekit.stages.report import Report, versions
+
+# What to do about a damaged one.
+AGAIN = "copy the folder again"
+# Bytes of one weight file of what is unpacked.
+SHARD_BYTES = 5 << 30
+
+
+def unpack(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Report:
+    """Write a plain checkpoint from a packed one, with the same bytes of every tensor.
+
+    Factors are multiplied out, and lie beside their products.
+
+    Args:
+        model: The folder of a packed checkpoint, or of one with `--format factored`.
+        out: The folder to make; it appears when it is complete.
+        overwrite: Replace an earlier output of sparsekit.
+        progress: Told of each weight.
+
+    Raises:
+        UsageError: `out` is in use.
+        DataError: The model is not packed, or cannot be read.
+        CheckFailedError: A tensor is not what was packed.
+        StorageError: The output cannot be written.
+    """
+    started = time.perf_counter()
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
+    config, before, sums = _origin(source)
+    try:
+        layers = {layer.weight_name: layer for layer in _layers(source)}
+    except DataError as error:
+        raise CheckFailedError(error.message, AGAIN) from error
+    layout = _layout(source, layers)
+    require_room(out, layout)
+    fingerprint = source.scan(progress)
+    recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
+    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
+        weightwise.rewrite(
+            writer,
+            "unpack",
+            layers,
+            lambda name: (_unpacked(source, layers[name], sums.get(name)), None),
+            progress,
+        )
+        entry = {
+            "stage": "unpack",
+            "recipe": {"method": "unpack"},
+            "versions": recipe["versions"],
+            "source": {"path": model, "fingerprint": fingerprint},
+            "totals": {
+                "weights": len(layers),
+                "bytes": layout.n_bytes,
+                "bytes_before": source.n_bytes,
+            },
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        writer.commit(entry, unpack_card(entry, title(model)), config, history=before)
+    return Report(out=out, entry=entry)
+
+
+def _origin(
+    source: Checkpoint,
+) -> tuple[dict[str, Any], list[dict[str, Any]], Mapping[str, str]]:
+    """The configuration and history without the packing, and the checksum of each packed weight.
+
+    Raises:
+        DataError: It is no packed checkpoint, or nothing tells how it was packed.
+    """
+    config = read_json(source.path / "config.json")
+    history = source.provenance()["history"]
+    told = config.get("quantization_config")
+    if not source.factored:
+        raise DataError(f"{source.path} is not packed", "name a folder that pack wrote")
+    if not is_packed(told):
+        return config, history, {}
+    if not history or history[-1].get("stage") != "pack":
+        raise DataError(
+            f"{source.path} has no history of its packing, which holds the checksums", AGAIN
+        )
+    del config["quantization_config"]
+    if told.get("packed"):
+        config["quantization_config"] = told["packed"]
+    return config, history[:-1], {row["name"]: row["sha256"] for row in history[-1]["weights"]}
+
+
+def _layers(source: Checkpoint) -> Iterator[FactoredLinear]:
+    """The layers whose weights are packed, without their tensors."""
+    stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    for index in range(len(stream)):
+        for layer in stream.block(index).module.modules():
+            if isinstance(layer, FactoredLinear):
+                yield layer
+
+
+def _layout(source: Checkpoint, layers: Mapping[str, FactoredLinear]) -> Layout:
+    """The files to write."""
+    tensors: Shapes = {name: (place.dtype, place.shape) for name, place in source.places.items()}
+    factors: Shapes = {}
+    for name, layer in layers.items():
+        shape = layer.out_features, layer.in_features
+        own = {full: tensors.pop(full) for full in layer.stored_names}
+        if layer.grid is not None:
+            stored = stored_shapes(layer.grid, shape, layer.stored)
+            tensors |= {part_name(name, part): found for part, found in stored.items()}
+            continue
+        tensors[name] = layer.stored, shape[::-1] if layer.transposed else shape
+        if layer.composed:
+            factors |= own
+    layout = Layout.plain(dict(sorted(tensors.items())), SHARD_BYTES)
+    if not factors:
+        return layout
+    patterns = {name: str(layer.pattern) for name, layer in layers.items() if layer.composed}
+    return layout.with_file(FACTORS, factors, patterns)
+
+
+def _unpacked(source: Checkpoint, layer: FactoredLinear, sha256: str | None) -> dict[str, Tensor]:
+    """The tensors that a packed weight was, or that its factors give.
+
+    Raises:
+        CheckFailedError: They are not those that the history tells of.
+    """
+    name = layer.weight_name
+    try:
+        if layer.grid is not None:
+            stored = encode(layer.grid, source.packed_codes(name, layer.in_features))
+            checked = stored
+            tensors = {part_name(name, part): tensor for part, tensor in stored.items()}
+        elif layer.composed:
+            checked = source.factor_parts(name)
+            weight = source.factors_of(name, layer.in_features).dense().to(layer.stored)
+            tensors = {name: (weight.T if layer.transposed else weight).contiguous()}
+            tensors |= {factor_name(name, part): tensor for part, tensor in checked.items()}
+        else:
+            checked = tensors = {name: source.packed_weight(name, layer.in_features)}
+    except DataError as error:
+        raise CheckFailedError(error.message, AGAIN) from error
+    if sha256 is not None and digest(checked) != sha256:
+        raise CheckFailedError(f"{source.path}: {name} is not what was packed", AGAIN)
+    return tensors
