@@ -93,6 +93,10 @@ BudgetText = Annotated[
     str | None,
     typer.Option(help="Time that the run may take, as 10m: armor does its best within it."),
 ]
+Then = Annotated[
+    str | None,
+    typer.Option(help="Put what is kept on a grid in the same pass, as int4-g128, by GPTQ's rule."),
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output of sparsekit.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check and show the plan, on stdout with --json only.")
@@ -122,6 +126,7 @@ def prune_config(
     rank: str | None = None,
     form: str = "dense",
     budget: str | None = None,
+    then: str | None = None,
 ) -> PruneConfig:
     """The checked configuration that the flags of `prune` and `bench prune` spell."""
     options = parsed(option)
@@ -144,6 +149,7 @@ def prune_config(
         compensate=compensate,  # type: ignore[arg-type]  (the same)
         rank=rank,
         budget=None if budget is None else seconds(budget),
+        then=then,
         format=form,  # type: ignore[arg-type]  (the same)
         device=device,
         dtype=dtype,

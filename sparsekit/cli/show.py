@@ -62,7 +62,8 @@ def pruned(terminal: Terminal, report: "Report") -> None:
             + ("" if recipe["format"] == "factored" else ": the products on disk are not sparse")
         )
     terminal.table(
-        f"{recipe['method']} {recipe['pattern']} in {report.entry['seconds']:.0f} s",
+        f"{recipe['method']} {recipe['pattern']} {recipe['then'] or ''}".rstrip()
+        + f" in {report.entry['seconds']:.0f} s",
         ("weights", "count", "zeros", "relative error", "worst", "solve s"),
         rows,
     )

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sparsekit.tensors.factored import Factored
+from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -23,6 +25,8 @@ class Pruned:
     mask: Tensor  # [out, in] bool, True = keep; with factors that of their core
     factors: Factored | None = None
     """Of which the weight is the product."""
+    codes: Codes | None = None
+    """Of which the weight consists, where it was put on a grid."""
     scores: Tensor | None = None  # [out, in], what the mask was chosen by, where it was one score
     numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
     """What the report should tell of this weight, for example the damping that was needed; a tensor
@@ -55,6 +59,21 @@ class Pruner(ABC):
         Raises:
             NumericalError: The sums or the solution are not finite.
         """
+
+    def prune_on_grid(
+        self,
+        weight: Tensor,  # [out, in] float32, not to be changed
+        sums: InputSums | None,
+        pattern: Pattern,
+        grid: Grid,
+        dtype: torch.dtype,  # of the scales
+    ) -> Pruned | None:
+        """The mask, and the kept weights on a grid, found in one pass; None: there is no such pass.
+
+        Raises:
+            NumericalError: The sums or the solution are not finite.
+        """
+        return None
 
 
 def keep_on(mask: Tensor, weight: Tensor) -> Tensor:

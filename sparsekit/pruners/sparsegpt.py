@@ -7,9 +7,12 @@ the published unstructured rule, which compares all rows of a block of 128 colum
 `50%/tensor`, while `50%` gives every row the same share of each block; damping is raised and
 reported when the factorisation fails. The same sweep is written with the Cholesky factor of the
 Hessian instead of that of its inverse (see `Factor`), so nothing is inverted: a column gets the
-sum of what all columns before it lost.
+sum of what all columns before it lost. With a grid (section 3.5, "joint sparsification and
+quantization") the scale of a group comes from what its columns hold when the first is reached, so
+that its mask is chosen then too, as in `Gptq`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +22,7 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner
 from sparsekit.tensors.curvature import factorise
+from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 from sparsekit.tensors.sweep import Sweep
@@ -42,11 +46,39 @@ class Sparsegpt(Pruner):
 
     def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
+        return self._pass(weight, sums, pattern, None, torch.float32)
+
+    def prune_on_grid(
+        self,
+        weight: Tensor,
+        sums: InputSums | None,
+        pattern: Pattern,
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> Pruned | None:
+        """See `Pruner.prune_on_grid`."""
+        return self._pass(weight, sums, pattern, grid, dtype)
+
+    def _pass(
+        self,
+        weight: Tensor,
+        sums: InputSums | None,
+        pattern: Pattern,
+        grid: Grid | None,
+        dtype: torch.dtype,
+    ) -> Pruned:
+        """One sweep, with or without a grid."""
         assert sums is not None
         factor = factorise(sums, self.damping)
         dense = weight.masked_fill(factor.dead, 0.0).T.contiguous()
         columns, mask = dense.clone(), torch.empty_like(dense, dtype=torch.bool)
         kept = torch.empty_like(dense)
+        unit, group = pattern.group or self.block, len(dense)
+        scales = torch.empty(0)
+        if grid is not None:
+            group = grid.group or group
+            unit = math.lcm(grid.group, pattern.group or 1) if grid.group else unit
+            scales = grid.scale(weight, dtype).repeat(len(dense) // group, 1)  # [groups, out]
 
         def select(start: int, held: Tensor) -> None:
             stop = start + len(held)
@@ -54,20 +86,34 @@ class Sparsegpt(Pruner):
             first = 0 if pattern.scope == "group" else start
             mask[start:stop] = pattern.mask(scores.T, first).T
             kept[start:stop] = mask[start:stop]
+            if grid is not None and grid.group:
+                parts = (held * kept[start:stop]).unflatten(0, (-1, group))  # [groups, group, out]
+                for number, part in enumerate(parts, start // group):
+                    scales[number] = grid.scale(part.T, dtype)
 
         def settle(at: int, column: Tensor, lost: Tensor) -> None:
-            lost.addcmul_(column, kept[at], value=-1)
+            if grid is None:
+                lost.addcmul_(column, kept[at], value=-1)
+                return
+            scale = scales[at // group]
+            column.copy_(grid.round(column * kept[at], scale))
+            lost.addcmul_(column, scale, value=-1)
 
         Sweep(
             columns=columns,
             lost=dense,
             factor=factor,
             settle=settle,
-            unit=pattern.group or self.block,
+            unit=unit,
             enter=select,
         ).run()
+        codes, found = None, columns.T
+        if grid is not None:
+            codes = Codes.of(grid, columns.T.contiguous(), scales.T.contiguous(), dtype)
+            found = codes.dense().float()
         return Pruned(
-            weight=columns.T.masked_fill(~mask.T, 0.0),
+            weight=found.masked_fill(~mask.T, 0.0),
             mask=mask.T.contiguous(),
+            codes=codes,
             numbers={"damping": factor.damping},
         )

@@ -32,15 +32,20 @@ class Gptq(Quantizer):
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
 
     def quantize(
-        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        sums: InputSums | None,
+        grid: Grid,
+        dtype: torch.dtype,
+        mask: Tensor | None = None,
     ) -> Quantized:
         """See `Quantizer.quantize`."""
         assert sums is not None
         factor = factorise(sums, self.damping)
         columns = weight.T.contiguous()  # codes where they are passed
-        lost, kept = columns.clone(), (columns != 0).float()
+        lost, kept = columns.clone(), (columns != 0 if mask is None else mask.T).float()
         group = grid.group or len(columns)
-        scales = grid.scale(weight, dtype).repeat(len(columns) // group, 1)  # [groups, out]
+        scales = grid.scale(weight * kept.T, dtype).repeat(len(columns) // group, 1)
 
         def span(start: int, held: Tensor) -> None:
             held = held * kept[start : start + group]

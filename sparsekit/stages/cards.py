@@ -38,8 +38,10 @@ A plain Hugging Face checkpoint of the same size as its source, whose weights ar
 numbers of the grid: for scoring, or for a converter that takes it from there."""
 
 
-def _what_it_is(form: str, bits: float | None) -> str:
+def _what_it_is(form: str, bits: float | None, grid: str | None) -> str:
     """The first paragraph of the card."""
+    if grid is not None:
+        return CODED
     if bits is None:
         return PLAIN
     return FACTORED if form == "factored" else PRODUCTS
@@ -54,6 +56,7 @@ def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
         "allocation of zeros": recipe["allocate"],
         "rank of the compensation": rank != "0" and f"{float(Fraction(rank)):.3g} of a side",
         "time limit": budget and f"{budget:g} s",
+        "kept weights are on the grid": recipe["then"],
     }
     return [(name, str(value)) for name, value in told.items() if value and value != "none"]
 
@@ -89,7 +92,7 @@ tags:
 
 # {base}, pruned to {recipe["pattern"]}
 
-{_what_it_is(recipe["format"], bits)}
+{_what_it_is(recipe["format"], bits, recipe["then"])}
 
 | | |
 |---|---|

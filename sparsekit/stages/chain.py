@@ -16,10 +16,12 @@ from sparsekit.errors import DataError, PatternError
 from sparsekit.models.architecture import Target
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.pruners import Pruned, Pruner
+from sparsekit.quantizers.gptq import Gptq
 from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.stages.config import PruneConfig
 from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
 from sparsekit.tensors.factored import Factored, compensate, stored_shapes
+from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
 
@@ -53,6 +55,8 @@ class Chain:
     reconstruct: Literal["none", "cg"]
     rank: Fraction
     """Of the low-rank compensation, as a share of the smaller side of a weight; 0: none."""
+    grid: Grid | None = None
+    """What the kept weights are put on; None: they stay as they are."""
 
     @classmethod
     def build(cls, config: PruneConfig, given: Checkpoint | None) -> Chain:
@@ -71,6 +75,7 @@ class Chain:
             refiner=refiner,
             reconstruct=config.reconstruct,
             rank=config.share,
+            grid=Grid.parse(config.then) if config.then is not None else None,
         )
 
     @property
@@ -84,7 +89,8 @@ class Chain:
         want = Want.NORMS
         for step in self.steps:
             want |= step.needs or Want.NORMS
-        return want | Want.GRAM if self.reconstruct == "cg" else want
+        whole = self.reconstruct == "cg" or self.grid is not None
+        return want | Want.GRAM if whole else want
 
     @property
     def propagate(self) -> bool:
@@ -134,6 +140,7 @@ class Chain:
         weight: Tensor,  # theirs, stacked, [out, in] float32
         sums: InputSums | None,
         pattern: Pattern,
+        dtype: torch.dtype,  # that they have on disk
         go_on: GoOn = always,
     ) -> Pruned:
         """What becomes of the weights of a group.
@@ -143,6 +150,11 @@ class Chain:
         """
         if sums:
             require_finite(sums.squares)
+        refines = self.refiner is not None and self._refines(targets[0])
+        if self.grid is not None and self.pruner and not refines and self.reconstruct == "none":
+            joint = self.pruner.prune_on_grid(weight, sums, pattern, self.grid, dtype)
+            if joint is not None:
+                return joint
         if self.pruner is not None:
             pruned = self.pruner.prune(weight, sums, pattern)
         else:
@@ -156,6 +168,8 @@ class Chain:
         if self.rank:
             assert sums is not None
             pruned = _compensate(weight, pruned, sums, self._rank_of(*weight.shape))
+        if self.grid is not None:
+            pruned = _put_on_grid(weight, pruned, sums, self.grid, dtype)
         return pruned
 
     def _rank_of(self, rows: int, columns: int) -> int:
@@ -215,6 +229,20 @@ def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
         iterations=RECONSTRUCT_STEPS,
     )
     return replace(pruned, weight=solved)
+
+
+def _put_on_grid(
+    weight: Tensor, pruned: Pruned, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+) -> Pruned:
+    """The same mask with kept weights on a grid, which make up for what rounding loses.
+
+    Where the method has chosen a mask and no other values, they make up for what pruning lost too.
+    """
+    only_chosen = torch.equal(pruned.weight, weight.masked_fill(~pruned.mask, 0.0))
+    start = weight if only_chosen else pruned.weight
+    found = Gptq().quantize(start, sums, grid, dtype, pruned.mask)
+    numbers = {**pruned.numbers, **found.numbers}
+    return replace(pruned, weight=found.codes.dense().float(), codes=found.codes, numbers=numbers)
 
 
 def _compensate(weight: Tensor, pruned: Pruned, sums: InputSums, rank: int) -> Pruned:

@@ -11,6 +11,7 @@ from sparsekit import methods
 from sparsekit.errors import UsageError, did_you_mean
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.texts import check_source
+from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.patterns import Pattern
 
 BATCH_SIZE = 8
@@ -54,6 +55,8 @@ class PruneConfig:
     """Whether a weight with factors is written as their product too, or as factors only."""
     budget: float | None = None
     """Seconds that the run may take, for a method that works in rounds."""
+    then: str | None = None
+    """The grid that kept weights are put on in the same pass, as `int4-g128`; None: none."""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -80,12 +83,15 @@ class PruneConfig:
         one_of("--format", self.format, ("dense", "factored"))
         one_of("--device", self.device, DEVICES)
         one_of("--dtype", self.dtype, DTYPES)
+        if self.then is not None:
+            Grid.parse(self.then)
 
     @property
     def rows(self) -> Calibration | None:
         """The calibration that this run reads."""
         needed = (
-            self.reconstruct != "none"
+            self.then is not None
+            or self.reconstruct != "none"
             or self.compensate != "none"
             or self.allocate != "none"
             or self.refiner is not None

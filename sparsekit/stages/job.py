@@ -17,6 +17,7 @@ from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.chain import Chain, Patterns, require_shapes
+from sparsekit.stages.coded import coded_layout, refuse_misfits
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.stages.opening import open_source, require_room
@@ -106,6 +107,8 @@ def prepare(
     targets, skipped = select(stream, config.skip)
     _refuse_misfits(targets, patterns)
     _refuse_what_does_not_go(config, chain, targets, patterns)
+    if chain.grid is not None:
+        refuse_misfits(chain.grid, targets, skipped)
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)
@@ -148,8 +151,13 @@ def _refuse_what_does_not_go(
     Raises:
         UsageError: Names what does not go together.
     """
+    if chain.grid is not None and config.format != "dense":
+        raise UsageError("--then writes codes, not factors", "leave out --format factored")
     for target in targets:
         pattern = patterns.of(target)
+        if chain.grid is not None and chain.stored_shapes(target, pattern):
+            cause = f"--compensate {config.compensate}" if config.share else config.title
+            raise UsageError(f"--then does not go with the factors of {cause}", "leave out one")
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
         if config.allocate != "none" and chain.stored_shapes(target, pattern):
@@ -176,6 +184,8 @@ def _layout(
     if not parts:
         if config.format == "factored":
             raise UsageError(f"{config.title} makes no factors", "leave out --format factored")
+        if chain.grid is not None:
+            return coded_layout(source, targets, chain.grid)
         return Layout.of(source)
     cores = {t.name: str(patterns.of(t)) for t in targets if t.name in parts}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")

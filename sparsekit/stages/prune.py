@@ -22,6 +22,7 @@ from sparsekit.stages.allocate import allocate
 from sparsekit.stages.budget import Budget
 from sparsekit.stages.cards import model_card
 from sparsekit.stages.chain import require_patterns
+from sparsekit.stages.coded import coded_config
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
@@ -99,7 +100,9 @@ def prune(
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        writer.commit(entry, model_card(entry, title(model)))
+        grid = job.chain.grid
+        config_json = coded_config(job.stream, job.targets, grid) if grid else None
+        writer.commit(entry, model_card(entry, title(model)), config_json)
     return Report(out=out, entry=entry)
 
 
@@ -161,6 +164,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         "skip": list(job.config.skip),
         "format": job.config.format,
         "budget": job.config.budget,
+        "then": str(job.chain.grid) if job.chain.grid else None,
         "calibration": rows.fingerprint if rows else None,
         "device": job.stream.device.type,
         "dtype": str(job.stream.dtype).removeprefix("torch."),

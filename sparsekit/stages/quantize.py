@@ -10,13 +10,13 @@ import torch
 
 from sparsekit.files import read_json, sha256_json
 from sparsekit.memory import peak_memory
-from sparsekit.models.quantized import quantization_config
 from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.cards import quantize_card
+from sparsekit.stages.coded import coded_config
 from sparsekit.stages.job import family_notes
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantjob import QuantizeJob, prepare
@@ -85,19 +85,9 @@ def quantize(
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        writer.commit(entry, quantize_card(entry, title(model)), _config_json(job))
+        config_json = coded_config(job.stream, job.targets, job.grid) if job.coded else None
+        writer.commit(entry, quantize_card(entry, title(model)), config_json)
     return Report(out=out, entry=entry)
-
-
-def _config_json(job: QuantizeJob) -> dict[str, Any] | None:
-    """What config.json is to say; None when it is to stay as it is."""
-    if not job.coded:
-        return None
-    names = {target.name for target in job.targets}
-    left = [t.name for t in job.stream.targets() if t.name not in names]
-    ignore = ["lm_head", *(name.removesuffix(".weight") for name in left)]
-    told = read_json(job.source.path / "config.json")
-    return told | {"quantization_config": quantization_config(job.grid, ignore)}
 
 
 def _recipe(job: QuantizeJob, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from sparsekit.errors import CheckFailedError, NumericalError
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import Block
 from sparsekit.models.inputscale import fold_scale
-from sparsekit.models.quantized import decode, encode, part_name, parts_of
+from sparsekit.models.quantized import part_name, parts_of
 from sparsekit.models.writer import CheckpointWriter
+from sparsekit.stages.coded import coded_tensors, read_coded
 from sparsekit.stages.quantjob import QuantizeJob
 from sparsekit.tensors.grids import Codes
 from sparsekit.tensors.sums import InputSums
@@ -31,8 +32,7 @@ def quantize_block(
             row, codes = _quantize_weight(job, block, target, sums.get(target.name), scaled)
             rows.append(row)
             if job.coded:
-                parts = encode(job.grid, codes)
-                stored |= {part_name(target.name, part): tensor for part, tensor in parts.items()}
+                stored |= coded_tensors(target, job.grid, codes)
     plain = {name: t for name, t in block.tensors().items() if not job.coded or name not in wanted}
     return rows, plain | stored
 
@@ -103,8 +103,7 @@ def _quantize_weight(
         "bits": 8 * _stored_bytes(job, target) / on_disk.numel(),
         "numbers": {**scale.numbers, **found.numbers},
     }
-    codes = Codes(found.codes.codes.cpu(), found.codes.scale.cpu())
-    return row, codes
+    return row, found.codes
 
 
 def _stored_bytes(job: QuantizeJob, target: Target) -> int:
@@ -121,8 +120,5 @@ def restore(job: QuantizeJob, writer: CheckpointWriter, block: Block) -> dict[st
     tensors = writer.read(name for name in block.disk_names if name not in wanted)
     for target in block.targets:
         if target.name in wanted:
-            names = {part: part_name(target.name, part) for part in parts_of(job.grid)}
-            read = writer.read(names.values())
-            parts = {part: read[name] for part, name in names.items()}
-            tensors[target.name] = decode(job.grid, parts, target.shape).dense()
+            tensors[target.name] = read_coded(writer, target, job.grid)
     return tensors

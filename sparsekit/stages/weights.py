@@ -16,9 +16,11 @@ from sparsekit.models.folder import factor_name
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.refiners import always
 from sparsekit.stages.budget import Budget
+from sparsekit.stages.coded import coded_tensors, read_coded
 from sparsekit.stages.job import Job
 from sparsekit.stages.report import WeightRow, row_json
 from sparsekit.tensors.factored import Factored
+from sparsekit.tensors.grids import Codes
 from sparsekit.tensors.sums import InputSums
 
 # Fitting factors leaves about so many times their weight's size in small pieces of the heap.
@@ -31,13 +33,18 @@ def prune_block(
     """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
-    rows, factors = [], {}
+    rows, stored = [], {}
     for group in job.chain.groups(chosen, sums, job.patterns):
         made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
         rows += made
-        factors |= parts
-    tensors = {n: t for n, t in block.tensors().items() if n in job.layout.places}
-    return [row_json(row) for row in rows], tensors | factors
+        stored |= parts
+    apart = wanted if job.chain.grid else set()
+    tensors = {
+        name: tensor
+        for name, tensor in block.tensors().items()
+        if name in job.layout.places and name not in apart
+    }
+    return [row_json(row) for row in rows], tensors | stored
 
 
 def _prune_group(
@@ -47,14 +54,14 @@ def _prune_group(
     started = time.perf_counter()
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    dtype = job.source.places[group[0].name].dtype
     try:
         pattern = job.patterns.of(group[0])
         with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
-            pruned = job.chain.run(group, stacked, sums, pattern, go_on)
+            pruned = job.chain.run(group, stacked, sums, pattern, dtype, go_on)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
-    dtype = job.source.places[group[0].name].dtype
     factors = None if pruned.factors is None else pruned.factors.to(dtype)
     new = pruned.weight if factors is None else factors.dense()
     rows: list[WeightRow] = []
@@ -88,6 +95,10 @@ def _prune_group(
         block.stream.skeleton.passed(FITTED * stacked.nbytes)
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
         rows = [replace(rows[0], bits=bits)]
+    if pruned.codes is not None and job.chain.grid is not None:
+        parts = (part.split(sizes) for part in (pruned.codes.codes, pruned.codes.scale))
+        for target, codes, scale in zip(group, *parts, strict=True):
+            stored |= coded_tensors(target, job.chain.grid, Codes(codes, scale))
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
     return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
 
@@ -105,8 +116,13 @@ def _numbers(told: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[
 
 def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
     """The tensors of a block that has been written; products of factors are made again."""
-    tensors = writer.read(name for name in block.disk_names if name in job.layout.places)
+    grid = job.chain.grid
+    coded = {target.name for target in job.targets} if grid else set()
+    here = (n for n in block.disk_names if n in job.layout.places and n not in coded)
+    tensors = writer.read(here)
     for target in block.targets:
+        if grid is not None and target.name in coded:
+            tensors[target.name] = read_coded(writer, target, grid)
         if target.name in tensors:
             continue
         pattern = job.patterns.of(target)

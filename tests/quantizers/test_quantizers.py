@@ -6,6 +6,7 @@ import torch
 
 from sparsekit import methods
 from sparsekit.pruners.magnitude import Magnitude
+from sparsekit.pruners.sparsegpt import Sparsegpt
 from sparsekit.quantizers.awq import Awq
 from sparsekit.quantizers.gptq import Gptq
 from sparsekit.quantizers.rtn import Rtn
@@ -49,6 +50,37 @@ def test_gptq_is_the_explicit_column_update(pattern, text):
     low, high = map(int, grid.range)
     wanted = oracles.gptq(weight, hessian, grid.group or IN, low, high)
     assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("text", ["int4-g16", "int4-g8"])
+def test_one_pass_of_sparsegpt_removes_and_rounds_as_the_explicit_update(pattern, text):
+    """Frantar and Alistarh 2023, section 3.5; the mask of a group is chosen with its scale."""
+    grid, weight, x = Grid.parse(text), weight_of(None), inputs()
+    hessian, wanted = oracles.sparsegpt_hessian(x, ROWS), Pattern.parse(pattern)
+    found = Sparsegpt().prune_on_grid(weight, sums_of(x), wanted, grid, torch.bfloat16)
+    assert found is not None
+    codes = Codes(found.codes.codes, found.codes.scale.float())
+    explicit = oracles.gptq(
+        weight, hessian, grid.group, *map(int, grid.range), lambda s: wanted.mask(s.float())
+    )
+    assert torch.allclose(codes.dense().double(), explicit, rtol=0, atol=1e-5)
+    assert torch.equal(found.weight, found.codes.dense().float())
+    wanted.check(found.weight, "weight")
+    assert not found.weight[~found.mask].any()
+
+
+@pytest.mark.parametrize("name", ["gptq", "rtn", "awq"])
+def test_what_is_off_a_mask_becomes_zero(name):
+    grid, weight, sums = Grid.parse("int4-g16"), weight_of(None), sums_of(inputs())
+    mask = Pattern.parse("2:4").mask(weight.abs())
+    method = methods.load("quantizers", name, {})
+    found = method.quantize(weight, sums, grid, torch.float32, mask).codes.dense()
+    assert not found[~mask].any()
+    alone = method.quantize(weight * mask, sums, grid, torch.float32).codes.dense()
+    # Only GPTQ makes up for what was removed: its result is closer to the dense weight's outputs.
+    errors = [sums.relative_error(weight, one) for one in (found, alone)]
+    assert errors[0] < 0.9 * errors[1] if name == "gptq" else errors[0] == errors[1]
 
 
 @pytest.mark.parametrize(("pattern", "share"), [(None, 0.6), ("2:4", 0.9)])

@@ -292,6 +292,55 @@ def test_wrong_words_are_refused(run, sparse, change, words):
         run(sparse("2:4"), **({"grid": "int4-g16"} | change))
 
 
+@pytest.mark.parametrize("grid", ["int4-g16", "int8", "fp8"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_prune_can_quantize_in_the_same_pass(family, row_file, tmp_path, method, pattern, grid):
+    rows = Calibration(source=str(row_file))
+    config = PruneConfig(method=method, pattern=pattern, then=grid, calibration=rows)
+    done = prune(config, str(family("llama")), tmp_path / "out")
+    assert verify(str(done.out))["pattern"] == [pattern]
+    assert str(Checkpoint.open(done.out).grid) == grid
+    assert done.entry["recipe"]["then"] == grid
+    told = sum(row["zeros"] for row in done.entry["weights"])
+    model, zeros = stock(done.out), 0
+    model(torch.arange(4)[None])
+    for name in Checkpoint.open(done.out).coded:
+        weight = model.get_parameter(name).detach()
+        Pattern.parse(pattern).check(weight, name)
+        zeros += int((weight == 0).sum())
+    assert zeros == told
+
+
+def test_one_pass_that_is_interrupted_goes_on_to_the_same_bytes(family, row_file, tmp_path):
+    rows = Calibration(source=str(row_file))
+    config = PruneConfig(method="sparsegpt", then="int4-g16", calibration=rows)
+    whole = prune(config, str(family("llama")), tmp_path / "whole").out
+    with pytest.raises(KeyboardInterrupt):
+        prune(config, str(family("llama")), tmp_path / "out", progress=StopsAfter(1))
+    out = prune(config, str(family("llama")), tmp_path / "out").out
+    for name in ("model.safetensors", "config.json"):
+        assert (whole / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"then": "int5"}, "grid 'int5' is not known"),
+        ({"then": "int4-g24"}, "do not divide into groups of 24"),
+        ({"then": "int8", "skip": ("q_proj",)}, "servers compute both as one layer"),
+        ({"then": "int8", "compensate": "lowrank"}, "--then does not go with the factors of"),
+        ({"then": "int8", "compensate": "lowrank", "format": "factored"}, "codes, not factors"),
+        ({"then": "int8", "method": "armor"}, "--then does not go with the factors of armor"),
+    ],
+)
+def test_what_one_pass_cannot_do_is_refused(family, row_file, tmp_path, change, words):
+    config = PruneConfig(calibration=Calibration(source=str(row_file)), **change)
+    with pytest.raises(UsageError, match=words):
+        prune(config, str(family("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_bytes_whatever_came_before(run, sparse):
     config = {"grid": "int4-g16"}
     one, two = run(sparse("2:4"), "one", **config), run(sparse("2:4"), "two", **config)
