@@ -19,19 +19,22 @@ __version__ = "0.1.0"
 register()
 
 
-def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """A checkpoint as a transformers model on the CPU, also one that is kept as factors.
+def load(path: str | Path, dtype: str = "auto", resident: str = "packed") -> PreTrainedModel:
+    """A checkpoint as a transformers model on the CPU, also one that is packed or factors.
 
     Args:
         path: The folder.
         dtype: `float32`, `bfloat16`, `float16`; auto: the type on disk.
+        resident: `packed` keeps packed weights and factors as they are, and each layer unpacks its
+            own when it is called; `expand` holds dense ones, which is faster and takes more memory.
 
     Raises:
+        UsageError: Another word for `dtype` or `resident`.
         DataError: It cannot be read, lacks weights, or does not fit into memory.
     """
     from sparsekit.models.whole import load
 
-    return load(path, dtype)
+    return load(path, dtype, resident)
 
 
 def masked(model: nn.Module) -> Masked:

@@ -206,6 +206,9 @@ def bench_infer(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
     new: Annotated[int, typer.Option(help="Tokens that are generated, one at a time.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts in one pass.")] = 1,
+    resident: Annotated[
+        str, typer.Option(help="packed: as on disk; expand: dense once they are loaded.")
+    ] = "packed",
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -221,5 +224,5 @@ def bench_infer(
         from sparsekit.stages.infer import InferConfig
         from sparsekit.stages.infer import bench_infer as stage
 
-        config = InferConfig(prompt=prompt, new=new, batch=batch, device=device)
+        config = InferConfig(prompt=prompt, new=new, batch=batch, resident=resident, device=device)
         showbench.inferred(terminal, stage(config, names, progress))

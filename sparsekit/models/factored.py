@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
+from sparsekit.memory import available_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import factor_name
-from sparsekit.tensors.factored import PARTS, check_shapes, mask_of, unpack
+from sparsekit.tensors.factored import PARTS, Factored, check_shapes, mask_of, unpack
 from sparsekit.tensors.packed import SCALE, code_shapes, unpack_grid
 from sparsekit.tensors.patterns import Pattern
 
@@ -36,6 +37,7 @@ class FactoredLinear(nn.Module):
                 continue
             empty = torch.empty(place.shape, dtype=place.dtype, device="meta")
             self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        self.register_parameter("weight", None)  # until `expand`
         self.stored = self.values.dtype if self.scale is None else self.scale.dtype
         self.register_parameter("bias", old.bias)
 
@@ -52,7 +54,7 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        core = self._core().to(x.dtype)
+        core = self._core().to(x.dtype) if self.weight is None else self.weight
         if self.grid is not None and self.grid.activations:
             x = self.grid.round_inputs(x)
         inner = x if self.right is None else _by_blocks(x, self.right)  # x Bᵀ
@@ -62,6 +64,20 @@ class FactoredLinear(nn.Module):
         if self.up is not None and self.down is not None:
             outer = outer + x @ self.down.T @ self.up.T
         return outer if self.bias is None else outer + self.bias
+
+    def expand(self) -> None:
+        """Hold the product in the place of what it is made of: it takes the memory of a dense one.
+
+        A weight without factors beside the core computes the same bits as before.
+        """
+        dtype = (self.values if self.scale is None else self.scale).dtype
+        core = self._core()
+        if self.composed:
+            sides = {p: f.float() for p in PARTS[2:] if (f := getattr(self, p)) is not None}
+            core = Factored(core=core.float(), mask=core != 0, **sides).dense()
+        self.weight = nn.Parameter(core.to(dtype), requires_grad=False)
+        for part in (*PARTS, SCALE):
+            setattr(self, part, None)
 
     def _core(self) -> Tensor:
         """S `[out, in]`."""
@@ -74,6 +90,28 @@ class FactoredLinear(nn.Module):
             mask_of(*packed)
             self._checked = True
         return unpack(*packed)
+
+
+def expand(model: nn.Module) -> None:
+    """Let all layers that keep factors hold their products, one after the other.
+
+    Raises:
+        DataError: They do not fit into memory.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, FactoredLinear)]
+    needed = sum(
+        layer.out_features * layer.in_features * layer.stored.itemsize
+        - sum(part.nbytes for part in layer.parameters())
+        for layer in layers
+    )
+    if needed > (free := available_memory()):
+        raise DataError(
+            f"expanded, the weights take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
+            "available",
+            "keep them packed",
+        )
+    for layer in layers:
+        layer.expand()
 
 
 def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:

@@ -12,10 +12,14 @@ from torch import Tensor
 from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import available_memory
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import expand
 from sparsekit.models.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# How packed weights and factors are held: as they are, or as the dense weights that they make.
+RESIDENT = ("packed", "expand")
 
 
 def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str) -> None:
@@ -83,8 +87,10 @@ def own_dtype(source: Checkpoint) -> torch.dtype:
     return max(sorted(set(wide), key=str), key=wide.count)
 
 
-def load(path: str | Path, dtype: str) -> PreTrainedModel:
+def load(path: str | Path, dtype: str, resident: str) -> PreTrainedModel:
     """See `sparsekit.load`."""
+    if resident not in RESIDENT:
+        raise UsageError(f"resident {resident!r} is not known", " or ".join(RESIDENT))
     source = Checkpoint.open(Path(path))
     if dtype == "auto":
         wanted = own_dtype(source)
@@ -92,7 +98,10 @@ def load(path: str | Path, dtype: str) -> PreTrainedModel:
         wanted = getattr(torch, dtype)
     else:
         raise UsageError(f"dtype {dtype!r} is not known", "float32, bfloat16, float16 or auto")
-    return load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")
+    model = load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")
+    if resident == "expand":
+        expand(model)
+    return model
 
 
 def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from sparsekit.errors import UsageError
 from sparsekit.memory import peak_memory
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factored import expand
 from sparsekit.models.reference import resolve
-from sparsekit.models.whole import load_whole, own_dtype
+from sparsekit.models.whole import RESIDENT, load_whole, own_dtype
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.config import one_of
 from sparsekit.stages.device import pick_device
 
 NEED = {"purpose": "bench infer", "way_out": "sparsekit eval streams it"}
@@ -29,6 +31,8 @@ class InferConfig:
     new: int = 32
     """Tokens that are generated, one at a time."""
     batch: int = 1
+    resident: str = "packed"
+    """Whether packed weights and factors stay so in memory, or are expanded when loaded."""
     device: str = "auto"
 
     def check(self) -> None:
@@ -40,6 +44,7 @@ class InferConfig:
         for name, least in (("prompt", 1), ("new", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        one_of("--resident", self.resident, RESIDENT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,7 @@ def bench_infer(
         "prompt": config.prompt,
         "new": config.new,
         "batch": config.batch,
+        "resident": config.resident,
         "device": pick_device(config.device),
         "threads": torch.get_num_threads(),
         "models": [asdict(row) for row in rows],
@@ -110,6 +116,8 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     prompt = prompt.to(device)
     before, started = process.memory_info().rss, time.perf_counter()
     model = load_whole(source, own_dtype(source), **NEED).to(device)
+    if config.resident == "expand":
+        expand(model)
     model(input_ids=prompt[:, :1], use_cache=False)
     load_seconds, resident = time.perf_counter() - started, process.memory_info().rss - before
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -2,6 +2,7 @@
 
 import pytest
 
+import sparsekit
 from sparsekit.errors import DataError, UsageError
 from sparsekit.stages.infer import InferConfig, bench_infer
 from sparsekit.stages.pack import pack
@@ -25,6 +26,18 @@ def test_a_packed_model_generates_the_same_tokens(pruned, tmp_path):
 def test_numbers_that_measure_nothing_are_refused(pruned, change):
     with pytest.raises(UsageError, match=f"--{next(iter(change))} must be at least"):
         bench_infer(InferConfig(**change), [str(pruned)])
+
+
+def test_a_packed_model_that_is_expanded_takes_more_memory(pruned, tmp_path):
+    packed = pack(str(pruned), tmp_path / "packed").out
+    with pytest.raises(UsageError, match="--resident 'all' is not known"):
+        bench_infer(InferConfig(resident="all"), [str(packed)])
+    found = bench_infer(InferConfig(prompt=8, new=4, resident="expand"), [str(pruned), str(packed)])
+    assert found["same_tokens"]
+    models = [sparsekit.load(packed, resident=how) for how in ("packed", "expand")]
+    size, dense = (sum(p.nbytes for p in model.parameters()) for model in models)
+    plain = sum(p.nbytes for p in sparsekit.load(pruned).parameters())
+    assert size < dense == plain
 
 
 def test_what_fails_in_the_other_process_is_told_as_it_is(pruned, monkeypatch):

@@ -86,6 +86,8 @@ def test_what_is_packed_runs_and_is_checked_as_it_is(sparse, row_file, tmp_path)
     assert one.perplexity.losses == two.perplexity.losses
     tokens = torch.arange(5, 13)[None]
     wanted = AutoModelForCausalLM.from_pretrained(source).generate(tokens, max_new_tokens=8)
+    expanded = sparsekit.load(packed, resident="expand")
+    assert torch.equal(expanded.generate(tokens, max_new_tokens=8), wanted)
     for model in (sparsekit.load(packed), AutoModelForCausalLM.from_pretrained(packed)):
         assert torch.equal(model.generate(tokens, max_new_tokens=8), wanted)
         kinds = [type(layer) for layer in model.modules()]
@@ -235,6 +237,8 @@ def test_packed_codes_compute_what_the_codes_compute(coded, row_file, tmp_path, 
     for model in (sparsekit.load(packed), AutoModelForCausalLM.from_pretrained(packed)):
         assert [type(layer) for layer in model.modules()].count(FactoredLinear) == 14
         torch.testing.assert_close(model(tokens).logits, wanted)
+    expanded = sparsekit.load(packed, resident="expand")
+    assert torch.equal(expanded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +318,9 @@ def test_factors_are_kept_alone_and_multiplied_out(composed, row_file, tmp_path,
     tokens = torch.arange(5, 13)[None]
     stock = AutoModelForCausalLM.from_pretrained(packed)(tokens).logits
     assert torch.equal(stock, sparsekit.load(packed)(tokens).logits)
+    expanded = sparsekit.load(packed, "float32", "expand")(tokens).logits
+    factors = sparsekit.load(packed, "float32")(tokens).logits
+    torch.testing.assert_close(expanded, factors, rtol=1e-4, atol=1e-4)
 
 
 def test_factors_that_were_written_alone_are_multiplied_out(composed, tmp_path):
