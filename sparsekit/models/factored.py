@@ -84,12 +84,15 @@ class FactoredLinear(nn.Module):
         if self.grid is not None:
             parts = {"values": self.values, "indices": self.indices}
             parts[SCALE] = self.scale.to(self.stored)
-            return unpack_grid(parts, self.pattern, self.in_features, self.grid).dense()
-        packed = self.values, self.indices, self.pattern, self.in_features
-        if not self._checked:
-            mask_of(*packed)
-            self._checked = True
-        return unpack(*packed)
+            packed = parts, self.pattern, self.in_features, self.grid
+            core = unpack_grid(*packed, check=not self._checked).dense()
+        else:
+            packed = self.values, self.indices, self.pattern, self.in_features
+            if not self._checked:
+                mask_of(*packed)
+            core = unpack(*packed)
+        self._checked = True
+        return core
 
 
 def expand(model: nn.Module) -> None:

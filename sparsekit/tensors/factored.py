@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -200,12 +201,27 @@ def mask_of(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> 
 def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     """Where the kept values of an N:M core lie in their groups, integers `[out, groups, N]`."""
     groups, width = columns // pattern.group, index_bits(pattern.group)
-    bits = unpack_bits(indices, groups * pattern.keep * width)
+    count = groups * pattern.keep
+    if 8 % width == 0:  # no place lies in two bytes: looked up four times as fast as put together
+        table = _bytes_of_places(width, indices.device)
+        places = torch.embedding(table, indices.int()).flatten(1)[:, :count]
+        return places.unflatten(1, (groups, pattern.keep))
+    bits = unpack_bits(indices, count * width)
     if width > 8:
         bits = bits.int()
     bits = bits.unflatten(1, (groups, pattern.keep, width))
-    powers = 2 ** torch.arange(width, device=bits.device, dtype=bits.dtype)
-    return (bits * powers).sum(-1, dtype=bits.dtype)
+    places = bits[..., 0]
+    for at in range(1, width):
+        places = places | bits[..., at] << at
+    return places
+
+
+@cache
+def _bytes_of_places(width: int, device: torch.device) -> Tensor:
+    """The places of so many bits that each byte holds, the first lowest, `[256, 8 / width]`."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    return every[:, None] >> shifts & (2**width - 1)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
