@@ -58,3 +58,20 @@ def test_the_block_computes_the_same_with_scaled_inputs(family, rows, name, modu
         assert folded.rows_of is not None
         assert folded.rows_of.module.endswith(maker)
         assert all(name.endswith(".bias") for name in changed)
+
+
+def test_outliers_of_the_residual_stream_hide_no_wrong_place(family, rows):
+    """Beside them all that a layer adds is little, also what it adds with a scale in gate_proj."""
+    stream = BlockStream(Checkpoint.open(family("llama")), device="cpu", dtype=torch.float32)
+    stream.feed(rows)
+    block = next(iter(stream))
+    block.load()
+    for hidden in stream.hidden:
+        hidden[..., 0] += 3e3
+    targets = [t for t in block.targets if t.module.endswith("down_proj")]
+    generator = torch.Generator().manual_seed(3)
+    scale = 0.5 + 2 * torch.rand(targets[0].shape[1], generator=generator)
+    folded = fold_scale(block, targets, scale, block.targets)
+    assert folded is not None
+    assert folded.rows_of is not None
+    assert folded.rows_of.module.endswith("up_proj")
