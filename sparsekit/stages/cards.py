@@ -38,7 +38,7 @@ A plain Hugging Face checkpoint of the same size as its source, whose weights ar
 numbers of the grid: for scoring, or for a converter that takes it from there."""
 
 
-def _what_it_is(form: str, bits: float | None, grid: str | None) -> str:
+def _what_it_is(form: str, bits: float | None, grid: str | None = None) -> str:
     """The first paragraph of the card."""
     if grid is not None:
         return CODED
