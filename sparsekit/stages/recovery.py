@@ -31,6 +31,7 @@ from sparsekit.stages.trainchecks import (
     refuse_more_than_the_vocabulary,
     refuse_other_heads,
     refuse_other_teacher,
+    refuse_silent_teacher,
     refuse_sparse_teacher,
     require_memory,
     state_bytes,
@@ -104,6 +105,7 @@ def prepare(
     if config.share != 0 or config.slorb is not None or config.data == "self":
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
+        refuse_silent_teacher(config, recoverer, source, teacher)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
     require_memory(source, teacher if taught else None, recoverer, device, shards=ranks.shards)
     return Recovery(

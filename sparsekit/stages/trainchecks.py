@@ -13,7 +13,7 @@ from sparsekit.memory import available_memory
 from sparsekit.models.architecture import Target
 from sparsekit.models.calibration import tokenizer_key
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.recoverers import Recoverer
+from sparsekit.recoverers import Recoverer, Scale
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.trainconfig import RecoverConfig
 
@@ -84,6 +84,26 @@ def refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverCo
         raise UsageError("--slorb needs whole weights, not shards", way)
     if config.teacher_top is not None:
         raise UsageError("--teacher-top needs a whole teacher: only some rows pass through it", way)
+
+
+def refuse_silent_teacher(
+    config: RecoverConfig, recoverer: Recoverer, source: Checkpoint, teacher: Checkpoint
+) -> None:
+    """Refuse a teacher that the model equals at first, where a choice goes by the gradients then.
+
+    A method that hides what is off the mask begins with another model than the teacher.
+
+    Raises:
+        UsageError: Says what to give instead.
+    """
+    chosen = recoverer.needs_gradient and recoverer.decay_of(Scale(parameters=0)) == 0
+    hides = recoverer.rule(0.0).hides
+    if chosen and not hides and config.share == 1 and source.path == teacher.path:
+        raise UsageError(
+            "--share 1: at first the model is its own teacher and the loss has no gradient, by "
+            "whose size the decay would be chosen",
+            "give a smaller --share, or -O decay=1e-4",
+        )
 
 
 def refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:

@@ -173,3 +173,12 @@ def test_with_a_time_whole_steps_of_text_are_read_and_more_for_more_time(pruned)
     ]
     assert reads[0] == 32  # one step, so that the time is named, not the text
     assert reads[2] == pytest.approx(2 * reads[1], abs=32)
+
+
+def test_a_model_that_is_its_own_teacher_tells_no_size_of_gradients(family, tmp_path):
+    """CAST computes with all entries, so that a dense model gives the teacher's own logits."""
+    config = replace(SHORT, method="cast", pattern="2:4", share=1.0)
+    with pytest.raises(UsageError, match=r"own teacher.*-O decay"):
+        recover(config, str(family("llama")), tmp_path / "out")
+    with pytest.raises(UsageError, match="the decay moves a weight by"):  # the next check
+        recover(replace(config, options={"decay": "1e-9"}), str(family("llama")), tmp_path / "out")
