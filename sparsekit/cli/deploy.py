@@ -2,11 +2,12 @@
 
 from sparsekit.cli import show
 from sparsekit.cli.console import Terminal
-from sparsekit.cli.options import Debug, Json, Model, Quiet, named
+from sparsekit.cli.options import Debug, Device, Json, Model, Quiet, named
 
 
 def deploy(
     model: Model,
+    device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -20,4 +21,4 @@ def deploy(
         name = named(model)
         from sparsekit.stages.deploy import deploy as stage
 
-        show.deployment(terminal, stage(name, progress))
+        show.deployment(terminal, stage(name, device, progress))

@@ -172,6 +172,22 @@ def deployment(terminal: Terminal, report: "DeployReport") -> None:
         ("runtime", "version", "loads", "smaller", "faster", "reason"),
         [(n, seen, v.loads, v.smaller, v.faster, v.reason) for n, seen, v in report.runtimes],
     )
+    if report.speeds:
+        terminal.table(
+            "torch's 2:4 kernels on this GPU",
+            ("batch", "pass", "dense ms", "sparse ms", "times as fast"),
+            [
+                (
+                    speed.batch,
+                    speed.phase,
+                    *(f"{1e3 * s:.2f}" if s else "-" for s in (speed.dense, speed.sparse)),
+                    f"{speed.gain:.2f}" if speed.gain else "out of memory",
+                )
+                for speed in report.speeds
+            ],
+        )
+    else:
+        terminal.note(f"torch's 2:4 kernels were not measured: {report.unmeasured}")
     lines = ("\t".join((n, v.loads, v.smaller, v.faster)) for n, _, v in report.runtimes)
     if terminal.json or terminal.quiet or not sys.stdout.isatty():
         terminal.result("\n".join(lines), report.to_json())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,18 @@ def load(path: str | Path, dtype: str, resident: str) -> PreTrainedModel:
     if resident == "expand":
         expand(model)
     return model
+
+
+def new_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """An empty cache of keys and values, by the name under which the model takes it.
+
+    It fills as the model runs. Its name changed between releases of transformers 5.
+    """
+    from transformers import DynamicCache
+
+    known = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from sparsekit.models.folder import is_packed
 from sparsekit.models.quantized import quantization
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.config import DEVICES, one_of
+from sparsekit.stages.device import pick_device
 from sparsekit.stages.inspect import inspect
+from sparsekit.stages.sparsespeed import Speed, measure_kernels
 
 Kind = Literal["plain", "quantized", "packed", "factored"]
 Answer = Literal["yes", "no", "part", "unknown"]
@@ -63,24 +66,40 @@ class DeployReport:
     form: Form
     runtimes: Sequence[tuple[str, str, Verdict]]
     """Name, version (the installed one, or the one that was looked at), and what becomes there."""
+    speeds: Sequence[Speed] = ()
+    """Of torch's 2:4 kernels on this machine's GPU, where there is one and the form fits."""
+    unmeasured: str = ""
+    """Why nothing was measured; empty when it was."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
         rows = [{"name": n, "version": v, **asdict(verdict)} for n, v, verdict in self.runtimes]
-        return {"model": self.model, "form": asdict(self.form), "runtimes": rows}
+        speeds = [asdict(speed) | {"gain": speed.gain} for speed in self.speeds]
+        return {
+            "model": self.model,
+            "form": asdict(self.form),
+            "runtimes": rows,
+            "speeds": speeds,
+            "unmeasured": self.unmeasured,
+        }
 
 
-def deploy(model: str, progress: Progress = SILENT) -> DeployReport:
+def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> DeployReport:
     """What a checkpoint is worth in each runtime.
 
     Args:
         model: A folder, hub id or `demo`.
+        device: Where torch's 2:4 kernels are to be measured: `cuda`; `cpu` measures nothing.
         progress: Told of each block, as it is looked for patterns.
 
     Raises:
+        UsageError: CUDA is asked for and absent.
         DataError: The folder is no readable checkpoint.
     """
+    one_of("--device", device, DEVICES)
+    device = pick_device(device)
     form = _form(model, progress)
+    speeds, unmeasured = _measured(model, form, device, progress)
     rules: list[tuple[str, str, Callable[[Form], Verdict], tuple[Kind, ...]]] = [
         ("transformers", version("transformers"), _transformers, ("packed",)),
         ("vLLM", "0.32", _vllm, ()),
@@ -94,7 +113,23 @@ def deploy(model: str, progress: Progress = SILENT) -> DeployReport:
     for name, seen, rule, reads in rules:
         known = form.kind in ("plain", "quantized", *reads)
         found.append((name, seen, rule(form) if known else _unread(form)))
-    return DeployReport(model=model, form=form, runtimes=found)
+    return DeployReport(
+        model=model, form=form, runtimes=found, speeds=speeds, unmeasured=unmeasured
+    )
+
+
+def _measured(
+    model: str, form: Form, device: str, progress: Progress
+) -> tuple[Sequence[Speed], str]:
+    """How fast torch's 2:4 kernels are here, or why that was not measured."""
+    if device != "cuda":
+        return (), "no CUDA device"
+    if form.kind != "plain" or not (form.two_of_four and form.fits_kernels):
+        return (), "the kernels do not take this checkpoint"
+    try:
+        return measure_kernels(Checkpoint.open(resolve(model)), device, progress), ""
+    except RuntimeError as error:
+        return (), f"the kernels do not run here: {str(error).splitlines()[0]}"
 
 
 def _form(model: str, progress: Progress) -> Form:

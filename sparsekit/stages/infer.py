@@ -14,7 +14,7 @@ from sparsekit.memory import peak_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import expand
 from sparsekit.models.reference import resolve
-from sparsekit.models.whole import RESIDENT, load_whole, own_dtype
+from sparsekit.models.whole import RESIDENT, load_whole, new_cache, own_dtype
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import one_of
 from sparsekit.stages.device import pick_device
@@ -122,15 +122,15 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     load_seconds, resident = time.perf_counter() - started, process.memory_info().rss - before
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
+    cache = new_cache(model)
     started = time.perf_counter()
-    found = model(input_ids=prompt, use_cache=True)
-    token = found.logits[:, -1:].argmax(-1)
+    token = model(input_ids=prompt, **cache, use_cache=True).logits[:, -1:].argmax(-1)
     wait()
     prefill = prompt.numel() / (time.perf_counter() - started)
-    tokens, cache = [token], found.past_key_values
+    tokens = [token]
     started = time.perf_counter()
     for _ in range(config.new - 1):
-        found = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+        found = model(input_ids=tokens[-1], **cache, use_cache=True)
         tokens.append(found.logits[:, -1:].argmax(-1))
     wait()
     decode = config.batch * (config.new - 1) / (time.perf_counter() - started)

@@ -1,14 +1,20 @@
 """What is said of each runtime follows from the form of the checkpoint."""
 
+from itertools import product
+
 import pytest
 
 from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.progress import SILENT
+from sparsekit.stages import sparsespeed
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.deploy import deploy
 from sparsekit.stages.pack import pack
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantize import quantize
+from sparsekit.stages.sparsespeed import measure_kernels
 
 
 @pytest.fixture
@@ -64,3 +70,25 @@ def test_shapes_that_kernels_do_not_take_are_told(forms):
     found = {name.partition(" ")[0]: v for name, _, v in deploy(str(forms("2:4"))).runtimes}
     assert found["torch"].loads == "part"
     assert "no multiple of 64" in found["torch"].reason
+
+
+def test_kernels_are_timed_on_the_layers_that_are_sparse(pruned, monkeypatch):
+    """On a CPU, with dense weights in the place of the kernels': what is run, not how fast."""
+    monkeypatch.setattr(sparsespeed, "BATCHES", (1, 3))
+    monkeypatch.setattr(sparsespeed, "PROMPT", 8)
+    converted = []
+    found = measure_kernels(
+        Checkpoint.open(pruned), "cpu", SILENT, lambda weight: converted.append(weight) or weight
+    )
+    assert len(converted) == 14
+    assert all((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max() <= 2 for weight in converted)
+    assert [(s.batch, s.phase) for s in found] == list(product((1, 3), ("prefill", "decode")))
+    assert all(s.gain == s.dense / s.sparse > 0 for s in found)
+
+
+def test_what_cannot_be_measured_says_why(forms, monkeypatch):
+    assert deploy(str(forms("2:4")), "cpu").unmeasured == "no CUDA device"
+    monkeypatch.setattr("sparsekit.stages.deploy.pick_device", lambda _: "cuda")
+    assert "do not take this checkpoint" in deploy(str(forms("50%"))).unmeasured
+    # The tiny model's sides are no multiples of 64.
+    assert "do not take this checkpoint" in deploy(str(forms("2:4"))).unmeasured
