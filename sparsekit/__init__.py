@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsekit.models.keepzeros import Masked
+    from sparsekit.models.whole import Resident
 
 __version__ = "0.1.0"
 
 register()
 
 
-def load(path: str | Path, dtype: str = "auto", resident: str = "packed") -> PreTrainedModel:
+def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -> PreTrainedModel:
     """A checkpoint as a transformers model on the CPU, also one that is packed or factors.
 
     Args:

@@ -35,6 +35,10 @@ class DataError(SparsekitError):
     exit_code = 2
 
 
+class FactorsError(DataError):
+    """Factors or packed weights on disk are missing, or do not fit together."""
+
+
 class PatternError(SparsekitError):
     """A weight does not have the sparsity pattern that it should have."""
 

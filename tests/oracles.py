@@ -214,23 +214,25 @@ def gptq(
     group: int,
     low: int,
     high: int,
-    choose: Callable[[Tensor], Tensor] | None = None,  # scores [out, group] -> mask
+    choose: Callable[[Tensor], Tensor] | None = None,  # scores [out, columns] -> mask
+    unit: int = 1,  # columns whose mask is chosen together
 ) -> Tensor:
     """Column by column to the nearest code, inverting the trailing matrix for every column.
 
     A group's scale, a bfloat16, spans the largest number that it holds when its first column is
-    reached; what was 0 is rounded to 0, or what is not chosen then. The result is codes times
-    scales, float64.
+    reached; what was 0 is rounded to 0, or what is not chosen when its unit is reached (of a scale:
+    when the group is). The result is codes times scales, float64.
     """
     w = weight.double().clone()
     kept = weight != 0
     scale = torch.ones(len(w), dtype=torch.float64)
     for i in range(w.shape[1]):
-        if i % group == 0:
-            if choose is not None:
-                rest = range(i, i + group)
+        for length in (group, unit) if group >= unit else (unit,):
+            if choose is not None and i % length == 0:
+                rest = range(i, i + length)
                 variance = [torch.linalg.inv(hessian[j:, j:])[0, 0] for j in rest]
-                kept[:, i : i + group] = choose(w[:, i : i + group] ** 2 / torch.stack(variance))
+                kept[:, i : i + length] = choose(w[:, i : i + length] ** 2 / torch.stack(variance))
+        if i % group == 0:
             held = w[:, i : i + group] * kept[:, i : i + group]
             scale = (held.abs().amax(1) / ((high - low) / 2)).bfloat16().double()
             scale[scale == 0] = 1

@@ -224,5 +224,11 @@ def bench_infer(
         from sparsekit.stages.infer import InferConfig
         from sparsekit.stages.infer import bench_infer as stage
 
-        config = InferConfig(prompt=prompt, new=new, batch=batch, resident=resident, device=device)
+        config = InferConfig(
+            prompt=prompt,
+            new=new,
+            batch=batch,
+            resident=resident,  # type: ignore[arg-type]  (check() refuses other words)
+            device=device,
+        )
         showbench.inferred(terminal, stage(config, names, progress))

@@ -41,7 +41,7 @@ def unpack(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a packed MODEL as a plain checkpoint, with the same bytes of every tensor.
+    """Write what a packed MODEL was made from: plain weights and codes to the same bytes.
 
     Example: sparsekit unpack packed -o plain
     """

@@ -27,7 +27,7 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
     rows = [
         ("model", plan["model"]),
         ("output", plan["out"]),
-        ("method", f"{plan['method']}, {plan['pattern']}"),
+        ("method", ", ".join(filter(None, (plan["method"], plan["pattern"], plan["then"])))),
         ("weights", f"{plan['weights']} in {plan['blocks']} blocks"),
         ("zeros", f"{plan['zeros']:,} of {plan['size']:,}"),
         (
@@ -118,7 +118,9 @@ def packed(terminal: Terminal, report: "Report") -> None:
         size = sum(row["size"] for row in group)
         names = ("value_bits", "place_bits", "bits", "share")
         mean = {n: sum(row[n] * row["size"] for row in group) / size for n in names}
-        rest = mean["bits"] - mean["value_bits"] - mean["place_bits"]
+        with_places = mean["value_bits"] + mean["place_bits"]
+        rest = max(0.0, mean["bits"] - with_places)
+        smaller = (32 / bits for bits in (mean["value_bits"], with_places, mean["bits"]))
         rows.append(
             (
                 pattern,
@@ -127,7 +129,7 @@ def packed(terminal: Terminal, report: "Report") -> None:
                 f"{mean['value_bits']:.3f} + {mean['place_bits']:.3f} + {rest:.3f}",
                 f"{mean['bits']:.3f}",
                 f"{mean['share']:.4f}",
-                f"{32 / mean['bits']:.1f}x (values alone {32 / mean['value_bits']:.1f}x)",
+                ", ".join(f"{times:.1f}x" for times in smaller),
             )
         )
     summary = report.entry["totals"]
@@ -140,7 +142,7 @@ def packed(terminal: Terminal, report: "Report") -> None:
             "bits: values + places + rest",
             "together",
             "share of its bytes",
-            "against float32",
+            "against float32: values, with places, with all",
         ),
         rows,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, FactorsError, UsageError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.models.configuration import load_config
 from sparsekit.models.folder import (
@@ -37,7 +37,7 @@ from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
 from sparsekit.tensors.factored import PARTS, Factored, mask_of, unpack
 from sparsekit.tensors.grids import Codes, Grid
-from sparsekit.tensors.packed import SCALE, unpack_grid
+from sparsekit.tensors.packed import SCALE, CodeForm, unpack_grid
 from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Checkpoint:
     """The factors of weights, by name; where they stand for the weights, `places` has them too."""
     factor_patterns: Mapping[str, str] = field(default_factory=dict)
     """For each weight with factors the pattern of its core."""
-    factor_grids: Mapping[str, Grid] = field(default_factory=dict)
-    """For each of them that is packed as codes their grid."""
+    factor_codes: Mapping[str, CodeForm] = field(default_factory=dict)
+    """For each of them that is packed as codes what those stand for."""
     grid: Grid | None = None
     """Of the weights in `coded`; None without such, or where their format is not one of ours."""
     coded: Mapping[str, Mapping[str, TensorPlace]] = field(default_factory=dict)
@@ -93,13 +93,19 @@ class Checkpoint:
             places |= found
         factors: dict[str, TensorPlace] = {}
         patterns: dict[str, str] = {}
-        grids: dict[str, Grid] = {}
+        codes: dict[str, CodeForm] = {}
         if (path / FACTORS).is_file():
             factors, _ = read_header(path / FACTORS)
             for name, told in metadata(path / FACTORS).items():
-                patterns[name], _, grid_name = told.partition(" ")
-                if grid_name:
-                    grids[name] = Grid.parse(grid_name)
+                patterns[name], _, form = told.partition(" ")
+                try:
+                    Pattern.parse(patterns[name])
+                    if form:
+                        codes[name] = CodeForm.parse(form)
+                except UsageError as error:
+                    raise FactorsError(
+                        f"{path / FACTORS}: {name}: {error.message}", "copy or make it again"
+                    ) from error
         grid = grid_of(quantization(path))
         coded: dict[str, dict[str, TensorPlace]] = {}
         if grid is not None:
@@ -110,7 +116,7 @@ class Checkpoint:
             headers=headers,
             factors=factors,
             factor_patterns=patterns,
-            factor_grids=grids,
+            factor_codes=codes,
             grid=grid,
             coded=coded,
         )
@@ -208,53 +214,53 @@ class Checkpoint:
         """A packed weight `[out, in]` that has no other factors, bit for bit in its type on disk.
 
         Raises:
-            DataError: A part is missing, or the parts do not fit together.
+            FactorsError: A part is missing, or the parts do not fit together.
         """
         parts, pattern = self.factor_parts(name), Pattern.parse(self.factor_patterns[name])
         try:
             mask_of(parts["values"], parts["indices"], pattern, columns)
         except DataError as error:
-            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+            raise FactorsError(f"{self.path}: {name}: {error.message}", error.hint) from error
         return unpack(parts["values"], parts["indices"], pattern, columns)
 
     def packed_codes(self, name: str, columns: int) -> Codes:
         """The codes of a weight that is packed as such.
 
         Raises:
-            DataError: A part is missing, or the parts do not fit together.
+            FactorsError: A part is missing, or the parts do not fit together.
         """
         parts, pattern = self.factor_parts(name), Pattern.parse(self.factor_patterns[name])
         try:
-            return unpack_grid(parts, pattern, columns, self.factor_grids[name])
+            return unpack_grid(parts, pattern, columns, self.factor_codes[name])
         except DataError as error:
-            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+            raise FactorsError(f"{self.path}: {name}: {error.message}", error.hint) from error
 
     def factors_of(self, name: str, columns: int) -> Factored:
         """The factors of a weight with so many inputs, in float32.
 
         Raises:
-            DataError: One is missing, or they do not fit together.
+            FactorsError: One is missing, or they do not fit together.
         """
-        if name in self.factor_grids:
+        if name in self.factor_codes:
             core = self.packed_codes(name, columns).dense().float()
             return Factored(core=core, mask=core != 0)
         stored = self.factor_parts(name)
         try:
             return Factored.of(stored, Pattern.parse(self.factor_patterns[name]), columns)
         except DataError as error:
-            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+            raise FactorsError(f"{self.path}: {name}: {error.message}", error.hint) from error
 
     def factor_parts(self, name: str) -> dict[str, Tensor]:
         """The tensors that a weight with factors is stored as, by the last part of their names.
 
         Raises:
-            DataError: One that has to be there is missing.
+            FactorsError: One that has to be there is missing.
         """
         parts = {part: factor_name(name, part) for part in (*PARTS, SCALE)}
-        needed = (*PARTS[:2], SCALE) if name in self.factor_grids else PARTS[:2]
+        needed = (*PARTS[:2], SCALE) if name in self.factor_codes else PARTS[:2]
         for part in needed:
             if parts[part] not in self.factors:
-                raise DataError(f"{self.path / FACTORS} lacks {parts[part]}")
+                raise FactorsError(f"{self.path / FACTORS} lacks {parts[part]}")
         read = self.read(full for full in parts.values() if full in self.factors)
         return {part: read[full] for part, full in parts.items() if full in read}
 

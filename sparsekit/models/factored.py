@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, FactorsError
 from sparsekit.memory import available_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import factor_name
 from sparsekit.tensors.factored import PARTS, Factored, check_shapes, mask_of, unpack
-from sparsekit.tensors.packed import SCALE, code_shapes, unpack_grid
+from sparsekit.tensors.packed import SCALE, check_codes, unpack_grid
 from sparsekit.tensors.patterns import Pattern
 
 
@@ -26,8 +26,9 @@ class FactoredLinear(nn.Module):
         self.weight_name = name
         self._checked = False  # its weight never changes, so that the first call's check is enough
         self.pattern = Pattern.parse(source.factor_patterns[name])
-        self.grid = source.factor_grids.get(name)
+        self.form = source.factor_codes.get(name)
         self.transposed = not isinstance(old, nn.Linear)  # GPT-2's Conv1D
+        self.dtype = old.weight.dtype  # that the model computes in
         shape = old.weight.shape
         self.out_features, self.in_features = shape[::-1] if self.transposed else shape
         for part in (*PARTS, SCALE):
@@ -38,7 +39,7 @@ class FactoredLinear(nn.Module):
             empty = torch.empty(place.shape, dtype=place.dtype, device="meta")
             self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
         self.register_parameter("weight", None)  # until `expand`
-        self.stored = self.values.dtype if self.scale is None else self.scale.dtype
+        self.stored = self.values.dtype if self.form is None else self.form.dtype
         self.register_parameter("bias", old.bias)
 
     @property
@@ -55,8 +56,10 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         core = self._core().to(x.dtype) if self.weight is None else self.weight
-        if self.grid is not None and self.grid.activations:
-            x = self.grid.round_inputs(x)
+        if self.form is not None and self.form.grid.activations:
+            x = self.form.grid.round_inputs(x)
+        if not self.composed:  # as nn.Linear, to the same bits
+            return nn.functional.linear(x, core, self.bias)
         inner = x if self.right is None else _by_blocks(x, self.right)  # x Bᵀ
         outer = inner @ core.T
         if self.left is not None:
@@ -70,27 +73,32 @@ class FactoredLinear(nn.Module):
 
         A weight without factors beside the core computes the same bits as before.
         """
-        dtype = (self.values if self.scale is None else self.scale).dtype
         core = self._core()
         if self.composed:
             sides = {p: f.float() for p in PARTS[2:] if (f := getattr(self, p)) is not None}
             core = Factored(core=core.float(), mask=core != 0, **sides).dense()
-        self.weight = nn.Parameter(core.to(dtype), requires_grad=False)
+        self.weight = nn.Parameter(core.to(self.dtype), requires_grad=False)
         for part in (*PARTS, SCALE):
             setattr(self, part, None)
 
     def _core(self) -> Tensor:
-        """S `[out, in]`."""
-        if self.grid is not None:
-            parts = {"values": self.values, "indices": self.indices}
-            parts[SCALE] = self.scale.to(self.stored)
-            packed = parts, self.pattern, self.in_features, self.grid
-            core = unpack_grid(*packed, check=not self._checked).dense()
-        else:
-            packed = self.values, self.indices, self.pattern, self.in_features
-            if not self._checked:
-                mask_of(*packed)
-            core = unpack(*packed)
+        """S `[out, in]`.
+
+        Raises:
+            FactorsError: A place lies outside its group.
+        """
+        try:
+            if self.form is not None:
+                parts = {"values": self.values, "indices": self.indices, SCALE: self.scale}
+                packed = parts, self.pattern, self.in_features, self.form
+                core = unpack_grid(*packed, check=not self._checked).dense()
+            else:
+                packed = self.values, self.indices, self.pattern, self.in_features
+                if not self._checked:
+                    mask_of(*packed)
+                core = unpack(*packed)
+        except DataError as error:
+            raise FactorsError(f"{self.weight_name}: {error.message}", error.hint) from error
         self._checked = True
         return core
 
@@ -103,9 +111,10 @@ def expand(model: nn.Module) -> None:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, FactoredLinear)]
     needed = sum(
-        layer.out_features * layer.in_features * layer.stored.itemsize
-        - sum(part.nbytes for part in layer.parameters())
+        layer.out_features * layer.in_features * layer.dtype.itemsize
+        - sum(part.nbytes for part in layer.parameters() if part is not layer.bias)
         for layer in layers
+        if layer.indices.device.type == "cpu"
     )
     if needed > (free := available_memory()):
         raise DataError(
@@ -127,51 +136,37 @@ def use_factors(model: nn.Module, source: Checkpoint) -> None:
     """Replace the linear layers whose weight a checkpoint keeps as factors only.
 
     Raises:
-        DataError: A factor is missing, or has no layer in the model.
+        FactorsError: A factor is missing, has another shape, or has no layer in the model.
     """
     for weight in source.factor_patterns:
         missing = [p for p in PARTS[:2] if factor_name(weight, p) not in source.factors]
         if missing:
-            raise DataError(f"{source.path}: {weight} lacks its factor {missing[0]!r}")
+            raise FactorsError(f"{source.path}: {weight} lacks its factor {missing[0]!r}")
         shapes = {
             part: source.factors[name].shape
-            for part in PARTS
+            for part in (*PARTS, SCALE)
             if (name := factor_name(weight, part)) in source.factors
         }
         path = weight.removesuffix(".weight")
         if not _has(model, path):  # a checkpoint of a bare base model lacks its prefix
             path = f"{model.base_model_prefix}.{path}"
         if not _has(model, path):
-            raise DataError(f"{source.path} has factors of {weight}, which the model lacks")
+            raise FactorsError(f"{source.path} has factors of {weight}, which the model lacks")
         parent, _, last = path.rpartition(".")
         old = model.get_submodule(path)
         rows, columns = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
         pattern = Pattern.parse(source.factor_patterns[weight])
         try:
-            if weight in source.factor_grids:
-                _check_codes(source, weight, (rows, columns), pattern)
+            if weight in source.factor_codes:
+                check_codes(shapes, columns, pattern, source.factor_codes[weight])
             else:
                 check_shapes(shapes, rows, columns, pattern)
+            if shapes["indices"][0] != rows:
+                raise DataError(f"its factors have {shapes['indices'][0]} rows, not {rows}")
         except DataError as error:
-            raise DataError(f"{source.path}: {weight}: {error.message}", error.hint) from error
+            raise FactorsError(f"{source.path}: {weight}: {error.message}", error.hint) from error
         layer = FactoredLinear(source, weight, old)
         setattr(model.get_submodule(parent), last, layer)
-
-
-def _check_codes(source: Checkpoint, weight: str, shape: tuple[int, int], pattern: Pattern) -> None:
-    """Refuse packed codes that cannot be those of a weight of this shape.
-
-    Raises:
-        DataError: A part is missing or has another shape.
-    """
-    grid = source.factor_grids[weight]
-    values, indices = code_shapes(shape, grid.bits, pattern)
-    wanted = {"values": values, "indices": indices, SCALE: (shape[0], grid.scales(shape[1]))}
-    for part, size in wanted.items():
-        place = source.factors.get(factor_name(weight, part))
-        if place is None or place.shape != size:
-            found = "missing" if place is None else f"of shape {place.shape}"
-            raise DataError(f"{part} of a {pattern} {grid} weight {shape} is {found}, not {size}")
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # How packed weights and factors are held: as they are, or as the dense weights that they make.
-RESIDENT = ("packed", "expand")
+Resident = Literal["packed", "expand"]
+RESIDENT = get_args(Resident)
 
 
 def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str) -> None:
@@ -88,7 +89,7 @@ def own_dtype(source: Checkpoint) -> torch.dtype:
     return max(sorted(set(wide), key=str), key=wide.count)
 
 
-def load(path: str | Path, dtype: str, resident: str) -> PreTrainedModel:
+def load(path: str | Path, dtype: str, resident: Resident) -> PreTrainedModel:
     """See `sparsekit.load`."""
     if resident not in RESIDENT:
         raise UsageError(f"resident {resident!r} is not known", " or ".join(RESIDENT))

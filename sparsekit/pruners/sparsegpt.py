@@ -8,8 +8,9 @@ the published unstructured rule, which compares all rows of a block of 128 colum
 reported when the factorisation fails. The same sweep is written with the Cholesky factor of the
 Hessian instead of that of its inverse (see `Factor`), so nothing is inverted: a column gets the
 sum of what all columns before it lost. With a grid (section 3.5, "joint sparsification and
-quantization") the scale of a group comes from what its columns hold when the first is reached, so
-that its mask is chosen then too, as in `Gptq`.
+quantization") the scales of a group come from what its columns hold when the first is reached, as
+in `Gptq`, under the mask that they would have then; those of whole rows from a mask of the dense
+weight.
 """
 
 import math
@@ -77,8 +78,19 @@ class Sparsegpt(Pruner):
         scales = torch.empty(0)
         if grid is not None:
             group = grid.group or group
-            unit = math.lcm(grid.group, pattern.group or 1) if grid.group else unit
-            scales = grid.scale(weight, dtype).repeat(len(dense) // group, 1)  # [groups, out]
+            likely = pattern.mask((dense.square() * factor.cost[:, None]).T)
+            scales = grid.scale(dense.T * likely, dtype).repeat(len(dense) // group, 1)
+
+        def span(start: int, held: Tensor) -> None:
+            assert grid is not None
+            stop = start + len(held)
+            likely = kept[start:stop]
+            if group >= unit:  # the mask comes after the scales
+                scores = held.square() * factor.cost[start:stop, None]
+                likely = pattern.mask(scores.T).T
+            parts = (held * likely).unflatten(0, (-1, group))  # [groups, group, out]
+            for number, part in enumerate(parts, start // group):
+                scales[number] = grid.scale(part.T, dtype)
 
         def select(start: int, held: Tensor) -> None:
             stop = start + len(held)
@@ -86,10 +98,6 @@ class Sparsegpt(Pruner):
             first = 0 if pattern.scope == "group" else start
             mask[start:stop] = pattern.mask(scores.T, first).T
             kept[start:stop] = mask[start:stop]
-            if grid is not None and grid.group:
-                parts = (held * kept[start:stop]).unflatten(0, (-1, group))  # [groups, group, out]
-                for number, part in enumerate(parts, start // group):
-                    scales[number] = grid.scale(part.T, dtype)
 
         def settle(at: int, column: Tensor, lost: Tensor) -> None:
             if grid is None:
@@ -99,13 +107,16 @@ class Sparsegpt(Pruner):
             column.copy_(grid.round(column * kept[at], scale))
             lost.addcmul_(column, scale, value=-1)
 
+        units = [(unit, select)]
+        if grid is not None and grid.group:
+            whole = math.lcm(group, unit)
+            units = [(whole, span), *units] if group >= unit else [(whole, select), (group, span)]
         Sweep(
             columns=columns,
             lost=dense,
             factor=factor,
             settle=settle,
-            unit=unit,
-            enter=select,
+            units=units,
         ).run()
         codes, found = None, columns.T
         if grid is not None:

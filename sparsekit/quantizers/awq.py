@@ -4,9 +4,13 @@ Source: Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Devic
 and Acceleration" (MLSys 2024), section 3.2; the code in mit-han-lab/llm-awq@6afbeb1,
 `awq/quantize/auto_scale.py`.
 Differs: the importance of an input is the root mean square over all calibration tokens, not the
-mean size; the loss is that of the outputs of the linear layers that share the input, from their
-Gram matrix, not of the attention or the whole MLP on some tokens; weights are not clipped. A scale
-never moves a zero.
+mean size; the loss is the sum over the linear layers that share the input of the relative error of
+their outputs, from the Gram matrix, not that of the attention or the whole MLP on some tokens;
+weights are not clipped. A scale never moves a zero.
+
+Absolute errors let those of q and k, whose outputs are large, hide that of v: SmolLM2 at 2:4 from
+SparseGPT on int4-g64, 8 windows of WikiText-2, has 132.7 with them and 117.3 with relative ones,
+133.5 by rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +77,10 @@ def scale_of(sums: InputSums, ratio: float) -> Tensor:
 
 
 def _loss(weight: Tensor, scale: Tensor, sums: InputSums, grid: Grid, dtype: torch.dtype) -> float:
-    """The squared output error over all calibration tokens of a weight rounded with a scale."""
+    """The relative output error over all calibration tokens of a weight rounded with a scale."""
     rounded = Codes.nearest(grid, weight * scale, dtype).dense().float() / scale
-    lost = rounded - weight
-    return float(((lost @ sums.gram) * lost).sum(dtype=torch.float64))
+    lost, given = (
+        float(((part @ sums.gram) * part).sum(dtype=torch.float64))
+        for part in (rounded - weight, weight)
+    )
+    return lost / given if given else 0.0

@@ -56,7 +56,7 @@ class Gptq(Quantizer):
             column.copy_(grid.round(column * kept[at], scale))
             lost.addcmul_(column, scale, value=-1)
 
-        parts = {"unit": group, "enter": span} if grid.group else {}
-        Sweep(columns=columns, lost=lost, factor=factor, settle=settle, **parts).run()
+        units = [(group, span)] if grid.group else []
+        Sweep(columns=columns, lost=lost, factor=factor, settle=settle, units=units).run()
         codes = Codes.of(grid, columns.T.contiguous(), scales.T.contiguous(), dtype)
         return Quantized(codes=codes, numbers={"damping": factor.damping})

@@ -20,8 +20,8 @@ block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run t
 product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
 CODED = """\
 A Hugging Face checkpoint in the format of compressed-tensors: it loads with
-`AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Zeros of the
-source are zeros here; they make it neither smaller nor faster than other weights on this grid."""
+`AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Pruned weights
+are exact zeros; they make it neither smaller nor faster than other weights on this grid."""
 PACKED = """\
 Not a plain checkpoint: each sparse weight is kept as its values and their places, or as factors.
 `sparsekit.load` and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back;

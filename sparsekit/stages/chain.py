@@ -15,6 +15,7 @@ from sparsekit import methods
 from sparsekit.errors import DataError, PatternError
 from sparsekit.models.architecture import Target
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.tensorfile import TensorPlace
 from sparsekit.pruners import Pruned, Pruner
 from sparsekit.quantizers.gptq import Gptq
 from sparsekit.refiners import GoOn, Refiner, always
@@ -120,7 +121,11 @@ class Chain:
         return stored_shapes(rows, columns, pattern, block=block, rank=rank)
 
     def groups(
-        self, targets: Sequence[Target], sums: Mapping[str, InputSums], patterns: Patterns
+        self,
+        targets: Sequence[Target],
+        sums: Mapping[str, InputSums],
+        patterns: Patterns,
+        places: Mapping[str, TensorPlace],
     ) -> list[list[Target]]:
         """Targets that are solved as one: those with the same inputs, if no row needs another."""
         # Factors are those of one weight.
@@ -128,7 +133,8 @@ class Chain:
         groups: dict[Any, list[Target]] = {}
         for target in targets:
             pattern = patterns.of(target)
-            key: Any = (id(sums.get(target.name)), self._refines(target), pattern)
+            dtype = places[target.name].dtype if self.grid else None  # of the scales
+            key: Any = (id(sums.get(target.name)), self._refines(target), pattern, dtype)
             if alone or pattern.scope == "tensor":
                 key = target.name
             groups.setdefault(key, []).append(target)
@@ -241,7 +247,7 @@ def _put_on_grid(
     only_chosen = torch.equal(pruned.weight, weight.masked_fill(~pruned.mask, 0.0))
     start = weight if only_chosen else pruned.weight
     found = Gptq().quantize(start, sums, grid, dtype, pruned.mask)
-    numbers = {**pruned.numbers, **found.numbers}
+    numbers = {**pruned.numbers, **{f"grid_{key}": n for key, n in found.numbers.items()}}
     return replace(pruned, weight=found.codes.dense().float(), codes=found.codes, numbers=numbers)
 
 

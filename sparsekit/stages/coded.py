@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.errors import UsageError
 from sparsekit.files import read_json
@@ -37,9 +37,12 @@ def coded_layout(source: Checkpoint, targets: Sequence[Target], grid: Grid) -> L
 
 def coded_config(stream: BlockStream, targets: Sequence[Target], grid: Grid) -> dict[str, Any]:
     """What config.json is to say of a checkpoint in which these weights are codes."""
-    names = {target.name for target in targets}
-    left = [target.name for target in stream.targets() if target.name not in names]
-    ignore = ["lm_head", *(name.removesuffix(".weight") for name in left)]
+    names, on_disk = {target.name for target in targets}, stream.skeleton.on_disk
+    ignore = [
+        name
+        for name, module in stream.model.named_modules()
+        if isinstance(module, nn.Linear) and on_disk.get(f"{name}.weight") not in names
+    ]
     told = read_json(stream.source.path / "config.json")
     return told | {"quantization_config": quantization_config(grid, ignore)}
 
@@ -62,6 +65,7 @@ def refuse_misfits(
     targets: Sequence[Target],
     skipped: Sequence[Mapping[str, str]],
     *,
+    flag: str,
     coded: bool = True,
 ) -> None:
     """Refuse a grid that does not fit the weights, or what no server would load.
@@ -70,6 +74,7 @@ def refuse_misfits(
         grid: Of the targets.
         targets: The weights that are put on it.
         skipped: Names of weights that are not, each with the reason.
+        flag: What the grid was asked for with.
         coded: Whether codes are stored, or the numbers that they stand for.
 
     Raises:
@@ -79,9 +84,9 @@ def refuse_misfits(
     if odd is not None:
         common = math.gcd(*(target.shape[1] for target in targets))
         fitting = next((g for g in (128, 64, 32, 16) if common % g == 0), None)
-        hint = f"--grid int{grid.bits}"
+        hint = f"{flag} int{grid.bits}"
         if fitting:
-            hint = f"--grid int{grid.bits}-g{fitting} fits, and so does {hint}"
+            hint = f"{flag} int{grid.bits}-g{fitting} fits, and so does {hint}"
         raise UsageError(f"{odd.name}: {grid.misfit(odd.shape[1])}", hint)
     if not coded:
         return
@@ -89,7 +94,7 @@ def refuse_misfits(
     if transposed is not None:
         raise UsageError(
             f"{transposed.name} is no nn.Linear, which is all that compressed-tensors knows",
-            "--format dense writes the rounded numbers themselves",
+            "quantize --format dense writes the rounded numbers themselves",
         )
     left = {row["name"] for row in skipped}
     for name in (target.name for target in targets):
@@ -99,5 +104,5 @@ def refuse_misfits(
             if apart := next((other for other in others if other in left), None):
                 raise UsageError(
                     f"{apart} is skipped and {name} is not: servers compute both as one layer",
-                    f"skip all of {', '.join(group)}, or write --format dense",
+                    f"skip all of {', '.join(group)}, or quantize with --format dense",
                 )

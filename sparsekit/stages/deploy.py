@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from sparsekit.errors import DataError
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import is_packed
@@ -128,8 +129,8 @@ def _measured(
         return (), "the kernels do not take this checkpoint"
     try:
         return measure_kernels(Checkpoint.open(resolve(model)), device, progress), ""
-    except RuntimeError as error:
-        return (), f"the kernels do not run here: {str(error).splitlines()[0]}"
+    except (DataError, RuntimeError) as error:
+        return (), f"the kernels could not be measured: {str(error).splitlines()[0]}"
 
 
 def _form(model: str, progress: Progress) -> Form:
@@ -138,12 +139,14 @@ def _form(model: str, progress: Progress) -> Form:
     kind: Kind = "quantized" if source.grid is not None else "plain"
     if source.factored:
         kind = "packed" if is_packed(quantization(source.path)) else "factored"
-    grid = next(iter(source.factor_grids.values()), source.grid)
+    grid = next((form.grid for form in source.factor_codes.values()), source.grid)
     return Form(
         kind=kind,
         pattern=inspect(model, progress).total["pattern"],
         grid=str(grid) if grid else None,
-        fits_kernels=all(side % SEMI_STRUCTURED == 0 for t in targets for side in t.shape),
+        fits_kernels=all(
+            side % SEMI_STRUCTURED == 0 and not t.transposed for t in targets for side in t.shape
+        ),
     )
 
 
@@ -178,7 +181,9 @@ def _torch(form: Form) -> Verdict:
     if not form.two_of_four:
         return Verdict("no", "no", "no", f"takes 2:4 only, the weights are {form.pattern}")
     if not form.fits_kernels:
-        reason = f"some weight has a side that is no multiple of {SEMI_STRUCTURED}"
+        reason = (
+            f"some weight has a side that is no multiple of {SEMI_STRUCTURED}, or is no nn.Linear's"
+        )
         return Verdict("part", "part", "part", reason)
     reason = (
         "torch.sparse.to_sparse_semi_structured, layer by layer and in process, 16-bit, on GPUs "

@@ -14,7 +14,7 @@ from sparsekit.memory import peak_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import expand
 from sparsekit.models.reference import resolve
-from sparsekit.models.whole import RESIDENT, load_whole, new_cache, own_dtype
+from sparsekit.models.whole import RESIDENT, Resident, load_whole, new_cache, own_dtype
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import one_of
 from sparsekit.stages.device import pick_device
@@ -31,7 +31,7 @@ class InferConfig:
     new: int = 32
     """Tokens that are generated, one at a time."""
     batch: int = 1
-    resident: str = "packed"
+    resident: Resident = "packed"
     """Whether packed weights and factors stay so in memory, or are expanded when loaded."""
     device: str = "auto"
 

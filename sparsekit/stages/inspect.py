@@ -15,6 +15,7 @@ from sparsekit.models.factored import FactoredLinear
 from sparsekit.models.folder import FACTORS, PROVENANCE
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
+from sparsekit.tensors.factored import first_off
 from sparsekit.tensors.patterns import Pattern
 
 # Patterns that `inspect` looks for, besides those of the history.
@@ -201,11 +202,7 @@ def _require_factors(source: Checkpoint, told: Mapping[str, Mapping[str, Any]]) 
 
 
 def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
-    """Factors must multiply to the weights beside them.
-
-    Products are float32 sums in any order, rounded to the type on disk: they may differ by one
-    unit in the last place, and by the rounding of terms that cancel.
-    """
+    """Factors must multiply to the weights beside them."""
     for target in stream.targets():
         name = target.name
         if name not in source.factor_patterns:
@@ -213,13 +210,9 @@ def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
         weight = source.read([name])[name]
         weight = weight.T if target.transposed else weight
         product = source.factors_of(name, target.shape[1]).dense()
-        unit = torch.finfo(weight.dtype).eps
-        off = (weight.double() - product.double()).abs()
-        allowed = unit * weight.double().abs() + 1e-5 * product.abs().max()
-        if (off > allowed).any():
-            row, column = (off > allowed).nonzero()[0].tolist()
+        if off := first_off(product, weight):
             raise CheckFailedError(
-                f"{name}: its factors do not multiply to it at [{row}, {column}]",
+                f"{name}: its factors do not multiply to it at {list(off)}",
                 "the weights were changed after pruning",
             )
 

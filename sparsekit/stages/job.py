@@ -108,7 +108,7 @@ def prepare(
     _refuse_misfits(targets, patterns)
     _refuse_what_does_not_go(config, chain, targets, patterns)
     if chain.grid is not None:
-        refuse_misfits(chain.grid, targets, skipped)
+        refuse_misfits(chain.grid, targets, skipped, flag="--then")
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)

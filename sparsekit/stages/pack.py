@@ -16,7 +16,7 @@ from sparsekit.files import read_json
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import PACKED_METHOD, factor_name
+from sparsekit.models.folder import FACTORS, PACKED_METHOD, factor_name
 from sparsekit.models.layout import Layout, factor_types
 from sparsekit.models.quantized import Shapes, encode
 from sparsekit.models.reference import title
@@ -26,11 +26,9 @@ from sparsekit.stages import weightwise
 from sparsekit.stages.cards import pack_card
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.report import Report, versions
-from sparsekit.tensors.factored import PARTS, stored_shapes
-from sparsekit.tensors.grids import Grid
+from sparsekit.tensors.factored import PARTS, first_off, stored_shapes
 from sparsekit.tensors.packed import (
-    SCALE,
-    code_shapes,
+    CodeForm,
     exact_pattern,
     pack_grid,
     pack_weight,
@@ -55,15 +53,15 @@ class Plan:
     """Type and shape of each tensor that it becomes, by the last part of its name."""
     dense_bytes: int
     """What it takes unpacked: as numbers, or as codes with their scales."""
-    grid: Grid | None = None
-    """Of its codes, where it has such."""
+    form: CodeForm | None = None
+    """What its codes stand for, where it has such."""
     factored: bool = False
     """Whether it has factors beside it, which then stand for it."""
 
     @property
     def told(self) -> str:
         """What the file of the tensors says of it."""
-        return f"{self.pattern} {self.grid}" if self.grid else str(self.pattern)
+        return f"{self.pattern} {self.form}" if self.form else str(self.pattern)
 
     @property
     def n_bytes(self) -> int:
@@ -140,6 +138,12 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     """
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     targets = stream.targets()
+    if outside := sorted(source.coded.keys() - {target.name for target in targets}):
+        raise DataError(
+            f"{source.path}: {outside[0]} is quantized and no linear weight of a decoder block; "
+            "pack takes those only",
+            "keep it as it is, or quantize the model anew with sparsekit",
+        )
     found: dict[str, Plan] = {}
     progress.begin("look for patterns", len(targets))
     for target in targets:
@@ -150,6 +154,12 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     saved = sum(plan.dense_bytes - plan.n_bytes for plan in found.values())
     if saved > 0:
         return found
+    odd = [t.name for t in targets if t.name not in source.coded and not _packable(source, t)]
+    if len(odd) == len(targets):
+        raise DataError(
+            f"{source.path}: {odd[0]} is {source.places[odd[0]].dtype}; numbers of 16 and 32 bits "
+            "are packed only"
+        )
     size = sum(_bytes(source, target.name) for target in targets)
     masks = sum(math.prod(target.shape) for target in targets) // 8
     raise DataError(
@@ -162,20 +172,22 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
 
 def _plan(source: Checkpoint, target: Target) -> Plan | None:
     """How a weight is packed; None where it stays as it is."""
-    name, place = target.name, source.places[target.name]
+    name = target.name
     dense_bytes = _bytes(source, name)
     if name in source.factor_patterns:
         places = {part: source.factors.get(factor_name(name, part)) for part in PARTS}
+        there = {part: place for part, place in places.items() if place is not None}
         return Plan(
             target=target,
             pattern=Pattern.parse(source.factor_patterns[name]),
-            types={part: (p.dtype, p.shape) for part, p in places.items() if p is not None},
-            dense_bytes=dense_bytes,
+            types={part: (place.dtype, place.shape) for part, place in there.items()},
+            dense_bytes=dense_bytes + sum(p.stop - p.start for p in there.values()),
             factored=True,
         )
     if name in source.coded:
         assert source.grid is not None
         codes, grid = source.codes_of(name), source.grid
+        form = CodeForm(grid, codes.scale.dtype)
         if digest(encode(grid, codes)) != digest(source.stored(name)):
             raise DataError(
                 f"{source.path}: {name} has bits set where its format has none",
@@ -185,24 +197,15 @@ def _plan(source: Checkpoint, target: Target) -> Plan | None:
         if pattern is None:  # it has to be packed with the others
             zeros = int((codes.codes.view(torch.int8) == 0).sum())
             pattern = exact_pattern(zeros, math.prod(target.shape))
-        values, indices = code_shapes(target.shape, grid.bits, pattern)
-        return Plan(
-            target=target,
-            pattern=pattern,
-            types={
-                "values": (torch.uint8, values),
-                "indices": (torch.uint8, indices),
-                SCALE: (codes.scale.dtype, tuple(codes.scale.shape)),
-            },
-            dense_bytes=dense_bytes,
-            grid=grid,
-        )
-    if target.transposed or place.dtype not in TYPES:
+        shapes = form.shapes(target.shape, pattern)
+        types = {part: (torch.uint8, shape) for part, shape in shapes.items()}
+        return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes, form=form)
+    if not _packable(source, target):
         return None
-    pattern = packing(source.read([name])[name], TRIED)
+    pattern = packing(_weight(source, target), TRIED)
     if pattern is None:
         return None
-    types = factor_types(stored_shapes(*target.shape, pattern), place.dtype)
+    types = factor_types(stored_shapes(*target.shape, pattern), source.places[name].dtype)
     return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes)
 
 
@@ -214,21 +217,27 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
         factors, whole = source.factors_of(name, plan.target.shape[1]), source.read([name])[name]
         product = factors.dense().to(whole.dtype)
         product = product.T if plan.target.transposed else product
+        if off := first_off(product, whole):
+            raise DataError(
+                f"{source.path}: the factors of {name} do not multiply to it at {list(off)}: the "
+                "weight was changed after pruning, and would be lost",
+                f"delete {FACTORS} in a copy of the folder to keep the weights",
+            )
         zeros = int((factors.core == 0).sum())
         more = {"exact": torch.equal(product, whole), "sha256": digest(parts)}
-    elif plan.grid is not None:
+    elif plan.form is not None:
         codes = source.codes_of(name)
-        parts = pack_grid(codes, plan.pattern, plan.grid)
+        parts = pack_grid(codes, plan.pattern, plan.form.grid)
         zeros = int((codes.codes.view(torch.int8) == 0).sum())
-        more = {"grid": str(plan.grid), "sha256": digest(source.stored(name))}
+        more = {"grid": str(plan.form.grid), "sha256": digest(source.stored(name))}
     else:
-        weight = source.read([name])[name]
+        weight = _weight(source, plan.target)
         values, indices = pack_weight(weight, plan.pattern)
         parts = {"values": values.contiguous(), "indices": indices}
         zeros = int((weight == 0).sum())
-        more = {"sha256": digest({name: weight})}
+        more = {"sha256": digest(source.read([name]))}
     size = math.prod(plan.target.shape)
-    value_bits = plan.grid.bits if plan.grid else 8 * plan.types["values"][0].itemsize
+    value_bits = plan.form.grid.bits if plan.form else 8 * plan.types["values"][0].itemsize
     values, places = theory(plan.pattern, value_bits)
     row = {
         "name": name,
@@ -268,6 +277,17 @@ def _entry(
         },
         "weights": list(weights),
     }
+
+
+def _packable(source: Checkpoint, target: Target) -> bool:
+    """Whether a plain weight has a type whose bits are packed."""
+    return source.places[target.name].dtype in TYPES
+
+
+def _weight(source: Checkpoint, target: Target) -> Tensor:
+    """A weight in its type on disk, `[out, in]`."""
+    weight = source.read([target.name])[target.name]
+    return weight.T.contiguous() if target.transposed else weight
 
 
 def _bytes(source: Checkpoint, name: str) -> int:

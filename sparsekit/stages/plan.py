@@ -38,6 +38,7 @@ def plan(
         "out": str(out),
         "method": config.title,
         "pattern": str(job.pattern),
+        "then": str(job.chain.grid) if job.chain.grid else None,
         "blocks": len(job.stream),
         "weights": len(job.targets),
         "zeros": zeros,

@@ -17,6 +17,7 @@ from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
+from sparsekit.quantizers.gptq import Gptq
 from sparsekit.stages import blockwise
 from sparsekit.stages.allocate import allocate
 from sparsekit.stages.budget import Budget
@@ -213,4 +214,6 @@ def _tell_trouble(job: Job, weights: list[dict[str, Any]], progress: Progress) -
         )
     asked = asdict(job.chain.pruner).get("damping", 0.0) if job.chain.pruner else 0.0
     for note in damping_notes(weights, asked):
+        progress.note(note)
+    for note in damping_notes(weights, Gptq().damping, "grid_damping"):
         progress.note(note)

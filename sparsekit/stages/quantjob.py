@@ -62,7 +62,7 @@ def prepare(
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
     grid = Grid.parse(config.grid)
-    refuse_misfits(grid, targets, skipped, coded=config.format != "dense")
+    refuse_misfits(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
     layout = Layout.of(source)
     if config.format != "dense":
         layout = coded_layout(source, targets, grid)

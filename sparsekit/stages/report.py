@@ -68,9 +68,11 @@ def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def damping_notes(rows: Iterable[Mapping[str, Any]], asked: float) -> list[str]:
-    """What to say where Gram matrices needed more damping than was asked for."""
-    used = [row["numbers"]["damping"] for row in rows if "damping" in row["numbers"]]
+def damping_notes(
+    rows: Iterable[Mapping[str, Any]], asked: float, key: str = "damping"
+) -> list[str]:
+    """What to say where Gram matrices needed more damping, told under a key, than was asked for."""
+    used = [row["numbers"][key] for row in rows if key in row["numbers"]]
     raised = sum(damping > asked for damping in used)
     if not raised:
         return []

@@ -5,6 +5,7 @@ Written without a GPU at hand: tests run it on a CPU with dense weights in the k
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def measure_kernels(
 
     Raises:
         DataError: The model does not fit into memory.
-        RuntimeError: The kernels do not run here.
+        RuntimeError: The kernels do not run here, or do not take all of the weights.
     """
     dtype = own_dtype(source)
     dtype = torch.float16 if dtype == torch.float32 else dtype  # the kernels take 16 bits
@@ -72,9 +73,15 @@ def measure_kernels(
     model = load_whole(source, dtype, **NEED).to(device)
     progress.begin("measure 2:4 kernels", 2 * len(BATCHES))
     dense = _passes(model, device, progress)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and _on_disk(name, names, model.base_model_prefix):
-            module.weight = nn.Parameter(convert(module.weight.detach()), requires_grad=False)
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _on_disk(name, names, model.base_model_prefix)
+    ]
+    if len(layers) != len(names):
+        raise RuntimeError(f"{len(layers)} of {len(names)} sparse weights are those of nn.Linear")
+    for layer in layers:
+        layer.weight = nn.Parameter(convert(layer.weight.detach()), requires_grad=False)
     sparse = _passes(model, device, progress)
     progress.end()
     return [
@@ -109,10 +116,12 @@ def _pass(model: PreTrainedModel, device: str, batch: int) -> tuple[float, float
     vocabulary = model.config.get_text_config().vocab_size
     prompt = (torch.arange(batch * PROMPT, device=device) % vocabulary).view(batch, PROMPT)
     cache = {}
+    known = inspect.signature(type(model).forward).parameters
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def prefill() -> None:
         cache.update(new_cache(model))
-        model(prompt, **cache, use_cache=True, logits_to_keep=1)
+        model(prompt, **cache, use_cache=True, **keep)
 
     def decode() -> None:
         model(prompt[:, :1], **cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""A plain checkpoint from one whose weights are packed or factors."""
+"""What a checkpoint was before it was packed; products from factors that were written alone."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckFailedError, DataError
+from sparsekit.errors import CheckFailedError, DataError, FactorsError
 from sparsekit.files import read_json
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
@@ -34,9 +34,10 @@ SHARD_BYTES = 5 << 30
 def unpack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Report:
-    """Write a plain checkpoint from a packed one, with the same bytes of every tensor.
+    """Write what was packed: the same bytes of every plain weight and of all codes.
 
-    Factors are multiplied out, and lie beside their products.
+    Factors are multiplied out, and lie beside their products; those may have other last bits on
+    another machine.
 
     Args:
         model: The folder of a packed checkpoint, or of one with `--format factored`.
@@ -55,7 +56,7 @@ def unpack(
     config, before, sums = _origin(source)
     try:
         layers = {layer.weight_name: layer for layer in _layers(source)}
-    except DataError as error:
+    except FactorsError as error:
         raise CheckFailedError(error.message, AGAIN) from error
     layout = _layout(source, layers)
     require_room(out, layout)
@@ -126,8 +127,8 @@ def _layout(source: Checkpoint, layers: Mapping[str, FactoredLinear]) -> Layout:
     for name, layer in layers.items():
         shape = layer.out_features, layer.in_features
         own = {full: tensors.pop(full) for full in layer.stored_names}
-        if layer.grid is not None:
-            stored = stored_shapes(layer.grid, shape, layer.stored)
+        if layer.form is not None:
+            stored = stored_shapes(layer.form.grid, shape, layer.stored)
             tensors |= {part_name(name, part): found for part, found in stored.items()}
             continue
         tensors[name] = layer.stored, shape[::-1] if layer.transposed else shape
@@ -148,19 +149,25 @@ def _unpacked(source: Checkpoint, layer: FactoredLinear, sha256: str | None) -> 
     """
     name = layer.weight_name
     try:
-        if layer.grid is not None:
-            stored = encode(layer.grid, source.packed_codes(name, layer.in_features))
+        if layer.form is not None:
+            stored = encode(layer.form.grid, source.packed_codes(name, layer.in_features))
             checked = stored
             tensors = {part_name(name, part): tensor for part, tensor in stored.items()}
         elif layer.composed:
             checked = source.factor_parts(name)
             weight = source.factors_of(name, layer.in_features).dense().to(layer.stored)
-            tensors = {name: (weight.T if layer.transposed else weight).contiguous()}
+            tensors = {name: _turned(layer, weight)}
             tensors |= {factor_name(name, part): tensor for part, tensor in checked.items()}
         else:
-            checked = tensors = {name: source.packed_weight(name, layer.in_features)}
+            weight = source.packed_weight(name, layer.in_features)
+            checked = tensors = {name: _turned(layer, weight)}
     except DataError as error:
         raise CheckFailedError(error.message, AGAIN) from error
     if sha256 is not None and digest(checked) != sha256:
         raise CheckFailedError(f"{source.path}: {name} is not what was packed", AGAIN)
     return tensors
+
+
+def _turned(layer: FactoredLinear, weight: Tensor) -> Tensor:
+    """A weight `[out, in]` as the layer's is stored."""
+    return (weight.T if layer.transposed else weight).contiguous()

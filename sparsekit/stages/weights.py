@@ -34,7 +34,7 @@ def prune_block(
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
     rows, stored = [], {}
-    for group in job.chain.groups(chosen, sums, job.patterns):
+    for group in job.chain.groups(chosen, sums, job.patterns, job.source.places):
         made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
         rows += made
         stored |= parts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -131,6 +130,19 @@ def check_shapes(
             )
 
 
+def first_off(product: Tensor, weight: Tensor) -> tuple[int, int] | None:
+    """Row and column where a weight `[out, in]` is no product of its factors; None when it is.
+
+    Products are float32 sums in any order, rounded to the type of the weight: they may differ by
+    one unit in the last place, and by the rounding of terms that cancel.
+    """
+    unit = torch.finfo(weight.dtype).eps
+    off = (weight.double() - product.double()).abs()
+    allowed = unit * weight.double().abs() + 1e-5 * product.abs().max()
+    places = (off > allowed).nonzero()
+    return tuple(places[0].tolist()) if len(places) else None
+
+
 def compensate(
     lost: Tensor,  # W − Ŵ [out, in]
     scale: Tensor,  # [in], the norm of each input
@@ -203,7 +215,9 @@ def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     groups, width = columns // pattern.group, index_bits(pattern.group)
     count = groups * pattern.keep
     if 8 % width == 0:  # no place lies in two bytes: looked up four times as fast as put together
-        table = _bytes_of_places(width, indices.device)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=indices.device)
+        every = torch.arange(256, dtype=torch.uint8, device=indices.device)
+        table = every[:, None] >> shifts & (2**width - 1)  # [256, places of a byte]
         places = torch.embedding(table, indices.int()).flatten(1)[:, :count]
         return places.unflatten(1, (groups, pattern.keep))
     bits = unpack_bits(indices, count * width)
@@ -214,14 +228,6 @@ def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
     for at in range(1, width):
         places = places | bits[..., at] << at
     return places
-
-
-@cache
-def _bytes_of_places(width: int, device: torch.device) -> Tensor:
-    """The places of so many bits that each byte holds, the first lowest, `[256, 8 / width]`."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=device)
-    every = torch.arange(256, dtype=torch.uint8, device=device)
-    return every[:, None] >> shifts & (2**width - 1)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Pruning (SparseGPT) and rounding (GPTQ) are the same pass; they differ in what b
 when it is reached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from sparsekit.tensors.curvature import Factor
 
 # This many columns are compensated one by one; between larger parts it is one product.
 STRIP = 16
+
+
+Unit = tuple[int, Callable[[int, Tensor], None]]
+"""Columns that are decided on together, and what decides: given the first of them, and what they
+`[unit, out]` would hold if none of them lost anything, before they are passed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +34,24 @@ class Sweep:
     factor: Factor
     settle: Callable[[int, Tensor, Tensor], None]
     """Given a column's number, its `columns` and its `lost`, takes what is kept off `lost`."""
-    unit: int = STRIP
-    """Columns that are decided on together."""
-    enter: Callable[[int, Tensor], None] | None = None
-    """Given a unit's first column, and what its columns `[unit, out]` would hold if none of them
-    lost anything, before they are passed."""
+    units: Sequence[Unit] = ()
+    """What is decided on together, the largest first; each is made of whole ones of the next."""
 
     def run(self) -> None:
         """Pass all columns."""
         with torch.inference_mode():  # thousands of small steps: their bookkeeping takes a sixth
-            self._pass(0, len(self.lost))
+            self._pass(0, len(self.lost), self.units)
 
-    def _pass(self, start: int, stop: int) -> None:
-        if stop - start > self.unit:
-            self._halve(start, stop, self.unit, self._pass)
+    def _pass(self, start: int, stop: int, units: Sequence[Unit]) -> None:
+        if not units:
+            self._compensate(start, stop)
             return
-        if self.enter is not None:
-            self.enter(start, self._free(start, stop))
-        self._compensate(start, stop)
+        size, enter = units[0]
+        if stop - start > size:
+            self._halve(start, stop, size, partial(self._pass, units=units))
+            return
+        enter(start, self._free(start, stop))
+        self._pass(start, stop, units[1:])
 
     def _free(self, start: int, stop: int) -> Tensor:
         """What these columns make up for of the ones before and of each other's making up."""

@@ -52,18 +52,18 @@ def test_gptq_is_the_explicit_column_update(pattern, text):
     assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize(("pattern", "unit"), [("2:4", 4), ("50%", 16), ("50%", 8)])
 @pytest.mark.parametrize("text", ["int4-g16", "int4-g8"])
-def test_one_pass_of_sparsegpt_removes_and_rounds_as_the_explicit_update(pattern, text):
-    """Frantar and Alistarh 2023, section 3.5; the mask of a group is chosen with its scale."""
+def test_one_pass_of_sparsegpt_removes_and_rounds_as_the_explicit_update(pattern, unit, text):
+    """Frantar and Alistarh 2023, section 3.5, with masks for less and for more than a group."""
     grid, weight, x = Grid.parse(text), weight_of(None), inputs()
     hessian, wanted = oracles.sparsegpt_hessian(x, ROWS), Pattern.parse(pattern)
-    found = Sparsegpt().prune_on_grid(weight, sums_of(x), wanted, grid, torch.bfloat16)
+    found = Sparsegpt(block=unit).prune_on_grid(weight, sums_of(x), wanted, grid, torch.bfloat16)
     assert found is not None
+    assert found.codes is not None
     codes = Codes(found.codes.codes, found.codes.scale.float())
-    explicit = oracles.gptq(
-        weight, hessian, grid.group, *map(int, grid.range), lambda s: wanted.mask(s.float())
-    )
+    rule = {"choose": lambda scores: wanted.mask(scores.float()), "unit": unit}
+    explicit = oracles.gptq(weight, hessian, grid.group, *map(int, grid.range), **rule)
     assert torch.allclose(codes.dense().double(), explicit, rtol=0, atol=1e-5)
     assert torch.equal(found.weight, found.codes.dense().float())
     wanted.check(found.weight, "weight")
@@ -140,6 +140,7 @@ def test_inputs_that_were_zero_for_every_token_do_no_harm(name):
 def test_the_scale_of_awq_is_the_best_of_its_grid(pattern):
     """By trying every ratio of Lin et al. 2024 with loops, on the outputs themselves."""
     grid, weights, x = Grid.parse("int4-g16"), [weight_of(pattern, s) for s in (0, 7)], inputs()
+    weights[1] *= 20.0  # which makes it no more important
     x = x * torch.linspace(0.05, 3.0, IN)  # some inputs carry much more than others
     sums = sums_of(x)
     # An exact scale would put the largest number of a group half between two codes.
@@ -159,7 +160,10 @@ def test_the_scale_of_awq_is_the_best_of_its_grid(pattern):
                     span = (part.abs().max() / 7.5).bfloat16().float() if part.any() else 1.0
                     near = (part / span).round().clamp(-8, 7) * span
                     rounded[row, first : first + 16] = near.bfloat16()
-            total += float((x @ (rounded / candidate - weight).T).double().square().sum())
+            lost, given = (rounded / candidate - weight, weight)
+            total += float(
+                (x @ lost.T).double().square().sum() / (x @ given.T).double().square().sum()
+            )
         losses.append(total)
     best = min(range(10), key=losses.__getitem__)
     assert 0 < best < 9

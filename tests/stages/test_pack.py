@@ -58,7 +58,9 @@ def tensors_in(folder) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3", "opt", "llama_sharded"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma3", "phi3", "opt", "gpt2", "llama_sharded"]
+)
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_unpacking_gives_the_same_bytes_of_every_tensor(sparse, tmp_path, pattern, name):
     source = sparse(pattern, name)
@@ -262,7 +264,7 @@ def test_a_missing_part_of_codes_is_named(coded, tmp_path, part):
     packed = pack(str(coded("int4-g16")), tmp_path / "packed").out
     checkpoint, tensors = Checkpoint.open(packed), load_file(packed / FACTORS)
     del tensors[f"model.layers.0.mlp.up_proj.{part}"]
-    told = {n: f"{p} {checkpoint.factor_grids[n]}" for n, p in checkpoint.factor_patterns.items()}
+    told = {n: f"{p} {checkpoint.factor_codes[n]}" for n, p in checkpoint.factor_patterns.items()}
     save_file(tensors, packed / FACTORS, told)
     with pytest.raises(CheckFailedError, match=f"up_proj.*{part}"):
         unpack(str(packed), tmp_path / "plain")
@@ -275,6 +277,105 @@ def test_codes_without_zeros_are_refused_with_the_size_they_would_have(family, t
     coded = quantize(config, str(family("llama")), tmp_path / "coded").out
     with pytest.raises(DataError, match=r"is not sparse: packed, its 14 .* about"):
         pack(str(coded), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "skip"), [("qwen2", "down_proj"), ("opt", "fc1"), ("llama_sharded", "o_proj")]
+)
+def test_codes_beside_biases_and_in_shards_come_back(sparse, tmp_path, name, skip):
+    source = quantize(
+        QuantizeConfig(method="rtn", grid="int8", skip=(skip,)),
+        str(sparse("2:4", name)),
+        tmp_path / "coded",
+    ).out
+    packed = pack(str(source), tmp_path / "packed").out
+    plain = unpack(str(packed), tmp_path / "plain").out
+    before, after = tensors_in(source), tensors_in(plain)
+    assert before.keys() == after.keys()
+    assert all(
+        torch.equal(t.view(torch.uint8), after[k].view(torch.uint8)) for k, t in before.items()
+    )
+    tokens = torch.arange(5, 13)[None]
+    wanted = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(packed)(tokens).logits, wanted)
+
+
+def test_codes_that_are_not_sparse_are_packed_with_the_others(family, tmp_path):
+    pruned = PruneConfig(method="magnitude", skip=("down_proj",))
+    source = prune(pruned, str(family("llama")), tmp_path / "sparse").out
+    checkpoint = Checkpoint.open(source)
+    files = load_file(source / "model.safetensors")
+    files["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(files, source / "model.safetensors", {"format": "pt"})
+    (source / PROVENANCE).unlink()
+    assert checkpoint.places
+    coded = quantize(QuantizeConfig(method="rtn", grid="int8"), str(source), tmp_path / "coded").out
+    packed = pack(str(coded), tmp_path / "packed")
+    patterns = {row["name"].split(".")[-2]: row["pattern"] for row in packed.entry["weights"]}
+    assert ":" not in patterns["down_proj"]
+    assert patterns["o_proj"] == "1:4"  # of the last block: nothing but zeros
+    before = tensors_in(coded)
+    after = tensors_in(unpack(str(packed.out), tmp_path / "plain").out)
+    assert all(
+        torch.equal(t.view(torch.uint8), after[k].view(torch.uint8)) for k, t in before.items()
+    )
+
+
+def test_scales_keep_their_type_when_the_model_computes_in_a_narrower_one(coded, tmp_path):
+    """Float32 scales in a model that computes in bfloat16: a cast of them would be seen."""
+    source = coded("int8")
+    file = source / "model.safetensors"
+    tensors = {
+        name: tensor.float() * 1.001 if name.endswith("_scale") else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    (source / PROVENANCE).unlink()
+    packed = pack(str(source), tmp_path / "packed").out
+    at = "model.layers.0.mlp.up_proj"
+    wanted = Checkpoint.open(source).read([f"{at}.weight"])[f"{at}.weight"]
+    assert wanted.dtype == torch.float32
+    stock = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+    stock.get_submodule(at).expand()
+    for model in (sparsekit.load(packed, "bfloat16", "expand"), stock):
+        assert torch.equal(model.get_submodule(at).weight, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("what", ["int9 bfloat16", "int8 int8", "2;4"])
+def test_damaged_words_beside_the_tensors_are_named(coded, tmp_path, what):
+    packed = pack(str(coded("int8")), tmp_path / "packed").out
+    told = dict.fromkeys(Checkpoint.open(packed).factor_patterns, f"2:4 {what}")
+    save_file(load_file(packed / FACTORS), packed / FACTORS, told)
+    with pytest.raises(CheckFailedError, match=r"factors\.safetensors: model\.layers\.\S+: "):
+        verify(str(packed))
+    with pytest.raises(DataError, match=r"factors\.safetensors: model\.layers\.\S+: "):
+        unpack(str(packed), tmp_path / "plain")
+
+
+def test_a_place_outside_its_group_is_named(coded, tmp_path):
+    packed = pack(str(coded("int8", "4:8")), tmp_path / "packed").out
+    tensors, checkpoint = load_file(packed / FACTORS), Checkpoint.open(packed)
+    told = {n: f"{p} {checkpoint.factor_codes[n]}" for n, p in checkpoint.factor_patterns.items()}
+    tensors["model.layers.0.mlp.up_proj.indices"][0] = 0
+    save_file(tensors, packed / FACTORS, told)
+    model = sparsekit.load(packed)
+    with pytest.raises(DataError, match=r"layers\.0\.mlp\.up_proj\.weight: the places of a 4:8"):
+        model(torch.arange(4)[None])
+
+
+def test_codes_outside_the_blocks_are_refused_by_name(coded, tmp_path):
+    """As some other tools quantize the head too."""
+    source = coded("w8a8")
+    file, head = source / "model.safetensors", torch.ones(260, 32)
+    tensors = load_file(file) | {"lm_head.weight": head.to(torch.int8)}
+    save_file(tensors | {"lm_head.weight_scale": head[:, :1].clone()}, file, {"format": "pt"})
+    (source / PROVENANCE).unlink()
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        DataError, match=r"lm_head\.weight is quantized and no linear weight of a dec"
+    ):
+        pack(str(source), tmp_path / "out")
 
 
 @pytest.fixture
@@ -321,6 +422,31 @@ def test_factors_are_kept_alone_and_multiplied_out(composed, row_file, tmp_path,
     expanded = sparsekit.load(packed, "float32", "expand")(tokens).logits
     factors = sparsekit.load(packed, "float32")(tokens).logits
     torch.testing.assert_close(expanded, factors, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_were_changed_after_pruning_are_not_lost(composed, tmp_path):
+    source = composed()
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / PROVENANCE).unlink()
+    with pytest.raises(DataError, match=r"the factors of .*up_proj.* do not multiply to it at \["):
+        pack(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["codes", "factors"])
+def test_an_interrupted_pack_of_other_forms_goes_on_to_the_same_bytes(
+    coded, composed, tmp_path, kind
+):
+    source = coded("int4-g16") if kind == "codes" else composed()
+    whole = pack(str(source), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(source), tmp_path / "out", progress=StopsIn("pack", 5))
+    again = pack(str(source), tmp_path / "out")
+    assert again.entry["weights"] == whole.entry["weights"]
+    for file in whole.out.glob("*.safetensors"):
+        assert file.read_bytes() == (again.out / file.name).read_bytes()
 
 
 def test_factors_that_were_written_alone_are_multiplied_out(composed, tmp_path):

@@ -1,6 +1,7 @@
 """Quantization from disk to disk: what stock transformers loads, resume, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from listeners import Notes
 from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import DataError, UsageError
+from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.quantized import grid_of
@@ -23,6 +25,7 @@ from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.sums import Want
 
 GRIDS = ("int4-g16", "int4", "int8", "w8a8", "fp8")
 
@@ -323,12 +326,40 @@ def test_one_pass_that_is_interrupted_goes_on_to_the_same_bytes(family, row_file
         assert (whole / name).read_bytes() == (out / name).read_bytes()
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_one_pass_loses_less_than_two(family, row_file, rows, tmp_path, method):
+    """Over the first block, whose inputs are those of the dense model in both cases.
+
+    Found: 0.85 of the error of pruning and then GPTQ for Wanda, and 1.006 for SparseGPT, which has
+    made up for most of it already.
+    """
+    calibration = Calibration(source=str(row_file))
+    source, notes = str(family("llama")), Notes()
+    config = PruneConfig(method=method, then="int4-g16", calibration=calibration)
+    one = prune(config, source, tmp_path / "one", progress=notes).out
+    assert not [note for note in notes.told if "damping" in note]
+    first = prune(replace(config, then=None), source, tmp_path / "first").out
+    two = QuantizeConfig(method="gptq", grid="int4-g16", calibration=calibration)
+    folders = one, quantize(two, str(first), tmp_path / "two").out
+    stream = BlockStream(Checkpoint.open(family("llama")), device="cpu", dtype=torch.float32)
+    stream.feed(rows)
+    block = next(iter(stream))
+    block.load()
+    sums = block.observe(block.targets, Want.NORMS, advance=False)
+    lost = []
+    for folder in folders:
+        read = Checkpoint.open(folder).read([target.name for target in block.targets])
+        errors = [sums[t.name].relative_error(block.weight(t), read[t.name]) for t in block.targets]
+        lost.append(sum(errors))
+    assert lost[0] < (0.95 if method == "wanda" else 1.02) * lost[1]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"then": "int5"}, "grid 'int5' is not known"),
-        ({"then": "int4-g24"}, "do not divide into groups of 24"),
-        ({"then": "int8", "skip": ("q_proj",)}, "servers compute both as one layer"),
+        ({"then": "int4-g24"}, "do not divide into groups of 24; --then int4-g32 fits"),
+        ({"then": "int8", "skip": ("q_proj",)}, "servers compute both as one layer; skip all of"),
         ({"then": "int8", "compensate": "lowrank"}, "--then does not go with the factors of"),
         ({"then": "int8", "compensate": "lowrank", "format": "factored"}, "codes, not factors"),
         ({"then": "int8", "method": "armor"}, "--then does not go with the factors of armor"),

@@ -82,9 +82,17 @@ def test_more_zeros_than_the_pattern_asks_for_come_back_too():
     assert torch.equal(bits(unpack_weight(*pack_weight(weight, found), found, 16)), bits(weight))
 
 
-@pytest.mark.parametrize("weight", [torch.ones(4, 8), torch.zeros(4, 8)])
-def test_what_packing_does_not_serve_is_left(weight):
-    assert packing(weight, TRIED) is None
+def test_what_packing_does_not_serve_is_left():
+    assert packing(torch.ones(4, 8), TRIED) is None
+
+
+@pytest.mark.parametrize(("columns", "pattern"), [(8, "1:4"), (7, "%/tensor")])
+def test_nothing_but_zeros_comes_back_too(columns, pattern):
+    weight = torch.zeros(4, columns)
+    found = packing(weight, TRIED)
+    assert str(found).endswith(pattern)
+    assert Pattern.parse(str(found)) == found
+    assert torch.equal(unpack_weight(*pack_weight(weight, found), found, columns), weight)
 
 
 @pytest.mark.parametrize(("zeros", "size"), [(1, 3), (7, 49152 * 576), (10**7 + 1, 10**8 - 3)])
