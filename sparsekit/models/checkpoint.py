@@ -150,6 +150,12 @@ class Checkpoint:
         return UNFACTORED in self.headers
 
     @property
+    def packed(self) -> bool:
+        """Whether that is so, and no weight has other factors than values and places."""
+        sides = tuple(f".{part}" for part in PARTS[2:])
+        return self.factored and not any(name.endswith(sides) for name in self.factors)
+
+    @property
     def layout(self) -> str:
         """The sha256 of where every tensor lies, with its type and shape."""
         return sha256_json(

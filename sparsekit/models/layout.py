@@ -15,6 +15,8 @@ from sparsekit.models.folder import FACTORS, SINGLE, UNFACTORED, factor_name
 from sparsekit.models.quantized import Shapes, part_name
 from sparsekit.models.tensorfile import DTYPES, TensorPlace
 
+# Bytes of one weight file, where the source's files are not kept.
+SHARD_BYTES = 5 << 30
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekit.errors import DataError
 from sparsekit.files import read_json
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.layout import Layout
+from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.legacy import (
     BITMASKS,
     MARLIN,
@@ -27,7 +27,6 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import convert_card
 from sparsekit.stages.opening import open_source, require_room
-from sparsekit.stages.pack import SHARD_BYTES
 from sparsekit.stages.report import Report, versions
 
 

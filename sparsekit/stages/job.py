@@ -20,7 +20,7 @@ from sparsekit.stages.chain import Chain, Patterns, require_shapes
 from sparsekit.stages.coded import coded_layout, refuse_misfits
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
-from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import Want
 
@@ -94,6 +94,7 @@ def prepare(
         source = Checkpoint.open(resolve(config.dense, progress))
         refuse_source(out, source.path)
     for folder in (source, given):
+        refuse_packed(folder)
         if folder.factored:
             raise DataError(f"{folder.path} holds factors only", "name the model it comes from")
         if folder.grid is not None:

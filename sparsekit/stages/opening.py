@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sparsekit.errors import DataError
 from sparsekit.files import existing_parent
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.layout import Layout
@@ -22,6 +23,16 @@ def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -
     refuse_source(out, source.path)
     refuse_foreign(out.with_name(out.name + ".partial"))
     return source
+
+
+def refuse_packed(source: Checkpoint) -> None:
+    """Refuse a packed checkpoint, for what takes plain ones only.
+
+    Raises:
+        DataError: Says how to make it plain.
+    """
+    if source.packed:
+        raise DataError(f"{source.path} is packed", "sparsekit unpack makes it plain")
 
 
 def require_room(out: Path, layout: Layout, beside: int = 0) -> None:

@@ -15,7 +15,7 @@ from sparsekit.quantizers import Quantizer
 from sparsekit.stages.coded import coded_layout, refuse_misfits
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.stages.job import select
-from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.tensors.grids import Grid
 
@@ -89,6 +89,7 @@ def _refuse_other_forms(source: Checkpoint) -> None:
     Raises:
         DataError: It is one of these.
     """
+    refuse_packed(source)
     if source.grid is not None:
         raise DataError(
             f"{source.path} is quantized to {source.grid} already",

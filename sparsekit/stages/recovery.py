@@ -22,7 +22,7 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
-from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
     DENSE_ZEROS,
@@ -158,6 +158,7 @@ def _refuse_other_forms(source: Checkpoint) -> None:
     Raises:
         DataError: It holds factors or codes, or changes its logits.
     """
+    refuse_packed(source)
     if source.factored:
         raise DataError(f"{source.path} holds factors only", "train the model it comes from")
     if source.grid is not None:

@@ -15,6 +15,7 @@ from sparsekit.models.calibration import tokenizer_key
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.recoverers import Recoverer, Scale
 from sparsekit.stages.chain import Patterns
+from sparsekit.stages.opening import refuse_packed
 from sparsekit.stages.trainconfig import RecoverConfig
 
 # What a configuration may ask for after the output layer, and the value that asks for nothing.
@@ -112,6 +113,7 @@ def refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
     Raises:
         DataError: Says what differs.
     """
+    refuse_packed(teacher)
     if teacher.factored:
         raise DataError(f"the teacher {teacher.path} holds factors only", "name the dense model")
     sizes = [c.config.get_text_config().vocab_size for c in (source, teacher)]

@@ -14,7 +14,7 @@ from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear
 from sparsekit.models.folder import FACTORS, factor_name, is_packed
-from sparsekit.models.layout import Layout
+from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
 from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
@@ -27,8 +27,6 @@ from sparsekit.stages.report import Report, versions
 
 # What to do about a damaged one.
 AGAIN = "copy the folder again"
-# Bytes of one weight file of what is unpacked.
-SHARD_BYTES = 5 << 30
 
 
 def unpack(

@@ -24,6 +24,8 @@ from sparsekit.stages.pack import pack
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantize import quantize
+from sparsekit.stages.recover import recover
+from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.unpack import unpack
 
 
@@ -466,3 +468,16 @@ def test_what_is_in_the_other_form_already_is_refused(sparse, tmp_path):
     (packed / PROVENANCE).unlink()
     with pytest.raises(DataError, match="has no history of its packing"):
         unpack(str(packed), tmp_path / "out")
+
+
+def test_stages_that_take_plain_models_say_how_to_make_one(sparse, tmp_path):
+    packed, out = str(pack(str(sparse()), tmp_path / "packed").out), tmp_path / "out"
+    runs = (
+        lambda: prune(PruneConfig(method="magnitude"), packed, out),
+        lambda: quantize(QuantizeConfig(method="rtn", grid="int8"), packed, out),
+        lambda: recover(RecoverConfig(tokens=2048), packed, out),
+    )
+    for run in runs:
+        with pytest.raises(DataError, match="is packed; sparsekit unpack makes it plain"):
+            run()
+    assert not out.exists()
