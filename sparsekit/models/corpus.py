@@ -122,7 +122,7 @@ class Corpus:
         if count < length:
             raise DataError(
                 f"{self.source} has {count} tokens, a row needs {length}",
-                f"use --length {count} or less, or a longer text",
+                f"use --length {count} or less, or a longer text" if count > 1 else "name a text",
             )
         return TrainingRows(
             stream=stored.stream,

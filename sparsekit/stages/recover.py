@@ -189,9 +189,14 @@ def _train(work: Work, training: Training) -> TrainingLog:
     selected = ""
     title = f"recover {config.method} {work.job.patterns.base}"
     progress.begin(title, training.plan.steps, optimizer.steps)
-    saved = time.perf_counter()
+    saved, kept = time.perf_counter(), optimizer.steps
     while not training.done:
-        done = training.step()
+        try:
+            done = training.step()
+        except NumericalError:  # no weight was changed
+            if optimizer.steps > kept:
+                save_state(folder, optimizer, ranks)
+            raise
         row, now = done.to_json(), optimizer.steps
         if done.sparsity is not None:
             selected = f", {done.flips} flips, sparsity {done.sparsity:.4f}"
@@ -206,7 +211,7 @@ def _train(work: Work, training: Training) -> TrainingLog:
         if training.done or (now % config.save_every == 0 if config.save_every else late):
             _require_same_masks(training)
             save_state(folder, optimizer, ranks)
-            saved = time.perf_counter()
+            saved, kept = time.perf_counter(), now
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"

@@ -123,7 +123,15 @@ def refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
             f"{sizes[0]}",
             "a teacher must be of the same family: name the dense model with --teacher",
         )
-    if tokenizer_key(source) and tokenizer_key(teacher):
+    known = [bool(tokenizer_key(checkpoint)) for checkpoint in (source, teacher)]
+    kinds = [checkpoint.config.model_type for checkpoint in (source, teacher)]
+    if not all(known) and kinds[0] != kinds[1]:
+        raise DataError(
+            f"the teacher {teacher.path} is a {kinds[1]!r}, the model a {kinds[0]!r}, and without "
+            "tokenizers beside both nothing tells whether their tokens are the same",
+            "a teacher must be of the same family: name the dense model with --teacher",
+        )
+    if all(known):
         ours, theirs = (c.tokenizer().get_vocab() for c in (source, teacher))
         if ours != theirs:
             raise DataError(

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # Share of the time that is planned for; seconds that starting to write and reading back take; and
 # bytes a second that a disk is taken to write.
 PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
+# Of the way that gradients may take a weight from zero, what a pull must be able to take it back
+# that is weaker than the one that would be chosen.
+BACK = 0.25
 
 
 def make_plan(
@@ -195,14 +198,28 @@ def _require_budget(
             f"measure {mean:.4g} on average",
             hint,
         )
+    outward = decay_budget(config.schedule, plan, outward=True)
+    if plan.decay < plan.masked_gradient and distance < BACK * outward:
+        raise UsageError(
+            f"in {plan.steps} steps gradients may move a weight off the mask by {outward:.4g}, and "
+            f"the decay moves it back by {distance:.4g}",
+            f"leave out -O decay: it would be {plan.masked_gradient:.2g}",
+        )
 
 
-def decay_budget(schedule: Schedule, plan: Plan) -> float:
-    """How far the pull can move a weight in all steps together (specification, section 4.3)."""
+def decay_budget(schedule: Schedule, plan: Plan, *, outward: bool = False) -> float:
+    """How far the pull can move a weight in all steps together (specification, section 4.3).
+
+    Args:
+        schedule: Of the learning rate.
+        plan: Its steps, rate, and strengths.
+        outward: How far gradients could move it instead, if they always pointed to one side.
+    """
     size, total = plan.masked_gradient, 0.0
     for step in range(plan.steps):
         share = step / plan.steps
         pull, noise = share * plan.decay, (1 - share) * size
-        length = math.hypot(pull, noise)
-        total += plan.rate * rate_at(schedule, step, plan.steps) * (pull / length if length else 0)
+        length, moving = math.hypot(pull, noise), noise if outward else pull
+        rate = plan.rate * rate_at(schedule, step, plan.steps)
+        total += rate * moving / length if length else 0.0
     return total

@@ -236,6 +236,8 @@ class MaskedAdam:
     ) -> None:
         """One step of a sparse weight and its scale."""
         mask, values = weight.mask, weight.weight
+        if not isinstance(mask, Tensor):
+            raise NumericalError(f"{name}: the mask is {mask!r}, no tensor")
         fits = mask.shape == values.shape and mask.device == values.device
         if not fits or mask.dtype != torch.bool:
             raise NumericalError(

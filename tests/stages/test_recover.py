@@ -97,6 +97,49 @@ def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_p
     assert not torch.equal(masks[1], source)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ast", {}), ("ast", {"metric": "activation"}), ("cast", {"decay": "1e-2"})],
+)
+def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, method, options):
+    """Selections happen, but with a rate of next to nothing the zeros stay the smallest."""
+    monkeypatch.setattr(MaskedAdam, "masked_mean", lambda _: 1e-2)
+    config = replace(SHORT, method=method, options=options, lr=1e-12)
+    found = recover(config, str(pruned), tmp_path / "out")
+    assert sum(row["flipped"] for row in found.entry["weights"]) == 0
+    source, out = Checkpoint.open(pruned), Checkpoint.open(found.out)
+    for name in linear(source):
+        assert torch.equal(out.read([name])[name] != 0, source.read([name])[name] != 0)
+
+
+def test_flips_are_the_difference_of_the_masks(pruned, tmp_path):
+    """Of two sparse models on disk, entry by entry, against what the history tells."""
+    found = recover(replace(SHORT, lr=1e-2), str(pruned), tmp_path / "out")
+    source, out = Checkpoint.open(pruned), Checkpoint.open(found.out)
+    for row in found.entry["weights"]:
+        before, after = (c.read([row["name"]])[row["name"]] != 0 for c in (source, out))
+        assert row["flipped"] == int((before ^ after).sum())
+
+
+def test_masks_are_compared_at_each_saved_state_and_before_the_output(
+    pruned, tmp_path, monkeypatch
+):
+    """D3: that the comparison of `test_processes_whose_masks_differ_stop` is made."""
+    calls, saves = [], []
+    save = stage.save_state
+    monkeypatch.setattr(stage, "_require_same_masks", calls.append)
+    monkeypatch.setattr(stage, "save_state", lambda *a: saves.append(len(calls)) or save(*a))
+    recover(replace(SHORT, save_every=4), str(pruned), tmp_path / "out")
+    assert saves == [1, 2, 3]
+    assert len(calls) == 4
+
+
+def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
+    found = recover(replace(SHORT, data="self", tokens=64), str(pruned), tmp_path / "out")
+    assert found.entry["text"] == "self"
+    assert verify(str(found.out))["zeros"] == 9216
+
+
 def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path):
     """With a rate of next to nothing nothing flips: the mask is that of |w| times input norm."""
     config = replace(SHORT, options={"metric": "activation"}, lr=1e-12, tokens=256, save_every=3)
@@ -611,7 +654,11 @@ def test_a_time_that_is_too_short_for_a_step_is_refused(pruned, tmp_path):
         recover(replace(SHORT, tokens=None, max_time=0.5), str(pruned), tmp_path / "out")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pruned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_every", [2, None])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
+    pruned, tmp_path, monkeypatch, save_every
+):
+    """No weight was changed by the step: what the five before it made is kept."""
     losses, calls = training.model_losses, []
 
     def broken(*args, **options):
@@ -620,13 +667,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(pruned, tmp_pa
         return replace(found, total=found.total * math.nan) if len(calls) == 6 else found
 
     monkeypatch.setattr(training, "model_losses", broken)
-    config = replace(SHORT, method="fixed", save_every=2)
+    config = replace(SHORT, method="fixed", save_every=save_every)
     with pytest.raises(NumericalError, match=r"step 6: .* nan;.*saved state is in .*another -o"):
         recover(config, str(pruned), tmp_path / "out")
     monkeypatch.setattr(training, "model_losses", losses)
     notes = Notes()
-    recover(config, str(pruned), tmp_path / "out", progress=notes)
-    assert any("going on after 4 steps" in note for note in notes.told)
+    found = recover(config, str(pruned), tmp_path / "out", progress=notes)
+    assert any("going on after 5 steps" in note for note in notes.told)
+    whole = recover(config, str(pruned), tmp_path / "whole")
+    files = [(one.out / "model.safetensors").read_bytes() for one in (found, whole)]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(

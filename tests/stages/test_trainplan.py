@@ -15,8 +15,9 @@ from sparsekit.stages.curve import draw
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.training import Plan
 from sparsekit.stages.trainlog import LOG
-from sparsekit.stages.trainplan import CLOSING, PLANNED, steps_within
+from sparsekit.stages.trainplan import CLOSING, PLANNED, decay_budget, steps_within
 from sparsekit.stages.trainspeed import bench_recover
 
 SHORT = RecoverConfig(method="fixed", tokens=384, batch=2, length=16, lr=1e-3)
@@ -182,3 +183,31 @@ def test_a_model_that_is_its_own_teacher_tells_no_size_of_gradients(family, tmp_
         recover(config, str(family("llama")), tmp_path / "out")
     with pytest.raises(UsageError, match="the decay moves a weight by"):  # the next check
         recover(replace(config, options={"decay": "1e-9"}), str(family("llama")), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "strengths"),
+    [
+        ("constant", (0.094, 0.032, 0.138)),
+        ("cosine", (0.038, 0.008, 0.074)),
+        ("linear", (0.034, 0.007, 0.067)),
+    ],
+)
+def test_the_decay_budget_is_that_of_the_specification(schedule, strengths):
+    """Its table 4.3, of 7,500 steps at 2e-5, with decays of 1, 0.1 and 10 times the gradients.
+
+    Its cosine and linear rates fall from the end of their rise on, ours from the first step.
+    """
+    near = 0.01 if schedule == "constant" else 0.07
+    for times, wanted in zip((1, 0.1, 10), strengths, strict=True):
+        plan = Plan(steps=7500, rate=2e-5, share=1.0, decay=times * 4e-7, masked_gradient=4e-7)
+        assert decay_budget(schedule, plan) == pytest.approx(wanted, rel=near, abs=7e-4)
+
+
+def test_a_decay_that_lets_a_sparse_model_fill_up_is_refused_before_a_step(pruned, tmp_path):
+    """What is off its mask begins at zero, and is moved by gradients until the pull is stronger."""
+    config, notes = replace(SHORT, method="cast", options={"decay": "1e-9"}), Notes()
+    with pytest.raises(UsageError, match=r"moves it back by .*; leave out -O decay"):
+        recover(config, str(pruned), tmp_path / "out", progress=notes)
+    assert any(note.startswith("decay budget: a weight off the mask") for note in notes.told)
+    assert not list(tmp_path.iterdir())

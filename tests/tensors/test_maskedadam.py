@@ -209,6 +209,16 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
         optimizer(weight, Hiding()).step(1e-2, 0.0)
 
 
+def test_a_mask_that_was_lost_is_refused():
+    """D1."""
+    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
+    adam = optimizer(weight, Hiding())
+    weight.mask = None
+    weight.parameter.grad = torch.ones(4, 8)
+    with pytest.raises(NumericalError, match="w: the mask is None, no tensor"):
+        adam.step(1e-2, 0.0)
+
+
 def test_a_weight_without_a_gradient_is_refused():
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Held())
     with pytest.raises(NumericalError, match="has no gradient"):
