@@ -768,7 +768,7 @@ def test_weights_of_unlike_treatment_are_not_solved_as_one():
 
     def sizes(patterns, **options):
         chain = Chain.build(PruneConfig(method="dsnot", initial="sparsegpt", **options), None)
-        return [len(group) for group in chain.groups(targets, sums, patterns)]
+        return [len(group) for group in chain.groups(targets, sums, patterns, {})]
 
     assert sizes(one) == [2, 1]
     assert sizes(one, options={"modules": "all"}) == [3]
