@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsekit.cli import show
+from sparsekit.cli import showforms
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, Json, Model, Overwrite, Quiet, named, refuse_early
 
@@ -30,7 +30,7 @@ def pack(
     Example: sparsekit pack pruned -o packed
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "pack", "pack", show.packed, model, out, overwrite=overwrite)
+    _write(terminal, "pack", "pack", showforms.packed, model, out, overwrite=overwrite)
 
 
 def unpack(
@@ -46,7 +46,7 @@ def unpack(
     Example: sparsekit unpack packed -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "unpack", "unpack", show.unpacked, model, out, overwrite=overwrite)
+    _write(terminal, "unpack", "unpack", showforms.unpacked, model, out, overwrite=overwrite)
 
 
 def convert(
@@ -62,7 +62,7 @@ def convert(
     Example: sparsekit convert old -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "convert", "convert", show.converted, model, out, overwrite=overwrite)
+    _write(terminal, "convert", "convert", showforms.converted, model, out, overwrite=overwrite)
 
 
 def _write(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import show
+from sparsekit.cli import showforms
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -84,7 +84,9 @@ def quantize(
         refuse_early(name, out, overwrite=overwrite)
         from sparsekit.stages.quantize import quantize as stage
 
-        show.quantized(terminal, stage(config, name, out, overwrite=overwrite, progress=progress))
+        showforms.quantized(
+            terminal, stage(config, name, out, overwrite=overwrite, progress=progress)
+        )
 
 
 def _with_rows(

@@ -22,7 +22,6 @@ from sparsekit.models.folder import (
     INDEX,
     PROVENANCE,
     UNFACTORED,
-    factor_name,
     weight_files,
 )
 from sparsekit.models.quantized import decode, grid_of, part_name, quantization, with_weights
@@ -35,9 +34,9 @@ from sparsekit.models.tensorfile import (
 )
 from sparsekit.models.tokenizer import load_tokenizer
 from sparsekit.progress import SILENT, Progress
-from sparsekit.tensors.factored import PARTS, Factored, mask_of, unpack
+from sparsekit.tensors.factored import PARTS
 from sparsekit.tensors.grids import Codes, Grid
-from sparsekit.tensors.packed import SCALE, CodeForm, unpack_grid
+from sparsekit.tensors.packed import CodeForm
 from sparsekit.tensors.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -215,60 +214,6 @@ class Checkpoint:
         with self._opened(place.file) as handle:
             read_into(handle, data, place.start, self.path / place.file)
         return data.view(place.dtype).view(place.shape)
-
-    def packed_weight(self, name: str, columns: int) -> Tensor:
-        """A packed weight `[out, in]` that has no other factors, bit for bit in its type on disk.
-
-        Raises:
-            FactorsError: A part is missing, or the parts do not fit together.
-        """
-        parts, pattern = self.factor_parts(name), Pattern.parse(self.factor_patterns[name])
-        try:
-            mask_of(parts["values"], parts["indices"], pattern, columns)
-        except DataError as error:
-            raise FactorsError(f"{self.path}: {name}: {error.message}", error.hint) from error
-        return unpack(parts["values"], parts["indices"], pattern, columns)
-
-    def packed_codes(self, name: str, columns: int) -> Codes:
-        """The codes of a weight that is packed as such.
-
-        Raises:
-            FactorsError: A part is missing, or the parts do not fit together.
-        """
-        parts, pattern = self.factor_parts(name), Pattern.parse(self.factor_patterns[name])
-        try:
-            return unpack_grid(parts, pattern, columns, self.factor_codes[name])
-        except DataError as error:
-            raise FactorsError(f"{self.path}: {name}: {error.message}", error.hint) from error
-
-    def factors_of(self, name: str, columns: int) -> Factored:
-        """The factors of a weight with so many inputs, in float32.
-
-        Raises:
-            FactorsError: One is missing, or they do not fit together.
-        """
-        if name in self.factor_codes:
-            core = self.packed_codes(name, columns).dense().float()
-            return Factored(core=core, mask=core != 0)
-        stored = self.factor_parts(name)
-        try:
-            return Factored.of(stored, Pattern.parse(self.factor_patterns[name]), columns)
-        except DataError as error:
-            raise FactorsError(f"{self.path}: {name}: {error.message}", error.hint) from error
-
-    def factor_parts(self, name: str) -> dict[str, Tensor]:
-        """The tensors that a weight with factors is stored as, by the last part of their names.
-
-        Raises:
-            FactorsError: One that has to be there is missing.
-        """
-        parts = {part: factor_name(name, part) for part in (*PARTS, SCALE)}
-        needed = (*PARTS[:2], SCALE) if name in self.factor_codes else PARTS[:2]
-        for part in needed:
-            if parts[part] not in self.factors:
-                raise FactorsError(f"{self.path / FACTORS} lacks {parts[part]}")
-        read = self.read(full for full in parts.values() if full in self.factors)
-        return {part: read[full] for part, full in parts.items() if full in read}
 
     def scan(self, progress: Progress = SILENT) -> str:
         """The fingerprint, after making sure that all numbers are finite.

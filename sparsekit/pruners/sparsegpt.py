@@ -14,6 +14,7 @@ weight.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ from sparsekit.tensors.curvature import factorise
 from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import InputSums, Want
-from sparsekit.tensors.sweep import Sweep
+from sparsekit.tensors.sweep import Sweep, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,57 +75,88 @@ class Sparsegpt(Pruner):
         dense = weight.masked_fill(factor.dead, 0.0).T.contiguous()
         columns, mask = dense.clone(), torch.empty_like(dense, dtype=torch.bool)
         kept = torch.empty_like(dense)
-        unit, group = pattern.group or self.block, len(dense)
-        scales = torch.empty(0)
-        if grid is not None:
-            group = grid.group or group
-            likely = pattern.mask((dense.square() * factor.cost[:, None]).T)
-            scales = grid.scale(dense.T * likely, dtype).repeat(len(dense) // group, 1)
 
-        def span(start: int, held: Tensor) -> None:
-            assert grid is not None
-            stop = start + len(held)
-            likely = kept[start:stop]
-            if group >= unit:  # the mask comes after the scales
-                scores = held.square() * factor.cost[start:stop, None]
-                likely = pattern.mask(scores.T).T
-            parts = (held * likely).unflatten(0, (-1, group))  # [groups, group, out]
-            for number, part in enumerate(parts, start // group):
-                scales[number] = grid.scale(part.T, dtype)
+        def chosen(start: int, held: Tensor) -> Tensor:
+            scores = held.square() * factor.cost[start : start + len(held), None]
+            return pattern.mask(scores.T, 0 if pattern.scope == "group" else start).T
+
+        rounding = _Rounding(grid, dtype, dense * chosen(0, dense)) if grid is not None else None
 
         def select(start: int, held: Tensor) -> None:
             stop = start + len(held)
-            scores = held.square() * factor.cost[start:stop, None]
-            first = 0 if pattern.scope == "group" else start
-            mask[start:stop] = pattern.mask(scores.T, first).T
+            mask[start:stop] = chosen(start, held)
             kept[start:stop] = mask[start:stop]
 
         def settle(at: int, column: Tensor, lost: Tensor) -> None:
-            if grid is None:
+            if rounding is None:
                 lost.addcmul_(column, kept[at], value=-1)
-                return
-            scale = scales[at // group]
-            column.copy_(grid.round(column * kept[at], scale))
-            lost.addcmul_(column, scale, value=-1)
+            else:
+                rounding.settle(at, column, lost, kept[at])
 
-        units = [(unit, select)]
-        if grid is not None and grid.group:
-            whole = math.lcm(group, unit)
-            units = [(whole, span), *units] if group >= unit else [(whole, select), (group, span)]
-        Sweep(
-            columns=columns,
-            lost=dense,
-            factor=factor,
-            settle=settle,
-            units=units,
-        ).run()
-        codes, found = None, columns.T
-        if grid is not None:
-            codes = Codes.of(grid, columns.T.contiguous(), scales.T.contiguous(), dtype)
-            found = codes.dense().float()
+        unit = pattern.group or self.block
+        units: list[Unit] = [(unit, select)]
+        if rounding is not None and rounding.group < len(dense):
+            units = rounding.among(unit, select, chosen, kept)
+        sweep = Sweep(columns=columns, lost=dense, factor=factor, settle=settle, units=units)
+        sweep.run()
+        codes = rounding.codes(columns) if rounding is not None else None
+        found = codes.dense().float() if codes is not None else columns.T
         return Pruned(
             weight=found.masked_fill(~mask.T, 0.0),
             mask=mask.T.contiguous(),
             codes=codes,
             numbers={"damping": factor.damping},
         )
+
+
+class _Rounding:
+    """What columns are rounded to when they are passed.
+
+    Args:
+        grid: The grid.
+        dtype: Of the scales.
+        likely: `[in, out]`, the dense columns with zeros where a mask of them has some.
+    """
+
+    def __init__(self, grid: Grid, dtype: torch.dtype, likely: Tensor) -> None:
+        self.grid = grid
+        self.dtype = dtype
+        self.group = grid.group or len(likely)
+        self.scales = grid.scale(likely.T, dtype).repeat(len(likely) // self.group, 1)
+
+    def among(
+        self,
+        unit: int,
+        select: Callable[[int, Tensor], None],
+        chosen: Callable[[int, Tensor], Tensor],
+        kept: Tensor,
+    ) -> list[Unit]:
+        """The units of a sweep in which masks are selected for so many columns together.
+
+        Scales of a larger group come before its masks, from those that it would have then.
+        """
+        whole = math.lcm(self.group, unit)
+        if self.group >= unit:
+            before = (whole, lambda start, held: self._span(start, held * chosen(start, held)))
+            return [before, (unit, select)]
+        after = (
+            self.group,
+            lambda start, held: self._span(start, held * kept[start : start + len(held)]),
+        )
+        return [(whole, select), after]
+
+    def _span(self, start: int, held: Tensor) -> None:
+        """Let the scales of some groups span what their columns `[columns, out]` hold."""
+        for number, part in enumerate(held.unflatten(0, (-1, self.group)), start // self.group):
+            self.scales[number] = self.grid.scale(part.T, self.dtype)
+
+    def settle(self, at: int, column: Tensor, lost: Tensor, kept: Tensor) -> None:
+        """Round a column, and take what it then is off what is lost."""
+        scale = self.scales[at // self.group]
+        column.copy_(self.grid.round(column * kept, scale))
+        lost.addcmul_(column, scale, value=-1)
+
+    def codes(self, columns: Tensor) -> Codes:
+        """The rounded columns as codes of the weight."""
+        scales = self.scales.T.contiguous()
+        return Codes.of(self.grid, columns.T.contiguous(), scales, self.dtype)

@@ -12,6 +12,7 @@ from sparsekit.errors import CheckFailedError, DataError, PatternError, UsageErr
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear
+from sparsekit.models.factorfile import factors_of
 from sparsekit.models.folder import FACTORS, PROVENANCE
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
@@ -174,14 +175,14 @@ def _weights(
         block = stream.block(index)
         for target in block.targets:
             if target.name in source.factor_patterns:
-                yield block.name, target.name, source.factors_of(target.name, target.shape[1]).core
+                yield block.name, target.name, factors_of(source, target.name, target.shape[1]).core
             else:
                 weight = source.read([target.name])[target.name]
                 yield block.name, target.name, weight.T if target.transposed else weight
         for layer in block.module.modules():
             if isinstance(layer, FactoredLinear):
                 name = layer.weight_name
-                yield block.name, name, source.factors_of(name, layer.in_features).core
+                yield block.name, name, factors_of(source, name, layer.in_features).core
         progress.step(block.name)
 
 
@@ -209,7 +210,7 @@ def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
             continue
         weight = source.read([name])[name]
         weight = weight.T if target.transposed else weight
-        product = source.factors_of(name, target.shape[1]).dense()
+        product = factors_of(source, name, target.shape[1]).dense()
         if off := first_off(product, weight):
             raise CheckFailedError(
                 f"{name}: its factors do not multiply to it at {list(off)}",

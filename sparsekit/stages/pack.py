@@ -16,6 +16,7 @@ from sparsekit.files import read_json
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.factorfile import factor_parts, factors_of
 from sparsekit.models.folder import FACTORS, PACKED_METHOD, factor_name
 from sparsekit.models.layout import Layout, factor_types
 from sparsekit.models.quantized import Shapes, encode
@@ -213,8 +214,8 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
     """The tensors of a packed weight, and what the history tells of it."""
     name, more = plan.target.name, {}
     if plan.factored:
-        parts = source.factor_parts(name)
-        factors, whole = source.factors_of(name, plan.target.shape[1]), source.read([name])[name]
+        parts = factor_parts(source, name)
+        factors, whole = factors_of(source, name, plan.target.shape[1]), source.read([name])[name]
         product = factors.dense().to(whole.dtype)
         product = product.T if plan.target.transposed else product
         if off := first_off(product, whole):

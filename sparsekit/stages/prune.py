@@ -94,9 +94,7 @@ def prune(
         )
         progress.end()
         _tell_trouble(job, weights, progress)
-        entry = _entry(job, recipe, rows, weights) | {
-            "source": {"path": config.dense or model, "fingerprint": fingerprint},
-            "mask": _mask_source(job, model),
+        entry = _entry(job, recipe, rows, weights, model) | {
             "resumed_blocks": resumed,
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
@@ -175,11 +173,17 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
 
 
 def _entry(
-    job: Job, recipe: Mapping[str, Any], rows: TokenRows | None, weights: list[dict[str, Any]]
+    job: Job,
+    recipe: Mapping[str, Any],
+    rows: TokenRows | None,
+    weights: list[dict[str, Any]],
+    model: str,
 ) -> dict[str, Any]:
     """This run's entry of the history."""
     return {
         "stage": "prune",
+        "source": {"path": job.config.dense or model, "fingerprint": recipe["source"]},
+        "mask": _mask_source(job, model),
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
         "versions": recipe["versions"],
         "calibration": rows.to_json(job.calibration.seed) if rows and job.calibration else None,

@@ -13,6 +13,7 @@ from sparsekit.files import read_json
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear
+from sparsekit.models.factorfile import factor_parts, factors_of, packed_codes, packed_weight
 from sparsekit.models.folder import FACTORS, factor_name, is_packed
 from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
@@ -148,16 +149,16 @@ def _unpacked(source: Checkpoint, layer: FactoredLinear, sha256: str | None) -> 
     name = layer.weight_name
     try:
         if layer.form is not None:
-            stored = encode(layer.form.grid, source.packed_codes(name, layer.in_features))
+            stored = encode(layer.form.grid, packed_codes(source, name, layer.in_features))
             checked = stored
             tensors = {part_name(name, part): tensor for part, tensor in stored.items()}
         elif layer.composed:
-            checked = source.factor_parts(name)
-            weight = source.factors_of(name, layer.in_features).dense().to(layer.stored)
+            checked = factor_parts(source, name)
+            weight = factors_of(source, name, layer.in_features).dense().to(layer.stored)
             tensors = {name: _turned(layer, weight)}
             tensors |= {factor_name(name, part): tensor for part, tensor in checked.items()}
         else:
-            weight = source.packed_weight(name, layer.in_features)
+            weight = packed_weight(source, name, layer.in_features)
             checked = tensors = {name: _turned(layer, weight)}
     except DataError as error:
         raise CheckFailedError(error.message, AGAIN) from error
