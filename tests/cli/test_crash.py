@@ -143,3 +143,30 @@ def test_run_killed_while_its_weights_are_laid_out_is_finished_too(
     (tmp_path / "out.partial" / "model-00001-of-00007.safetensors").write_bytes(b"half")
     assert cli(*arguments(family, many_rows, out)).code == 0
     assert hashes(out) == uninterrupted("sparsegpt")
+
+
+@pytest.mark.parametrize("method", ["ast", "cast"])
+def test_training_that_is_killed_goes_on_to_the_same_bytes(
+    start, cli, pruned, row_file, tmp_path, method
+):
+    """Killed at the first saved state it finds, at whatever step it is then."""
+    options = (
+        "--method", method, "--data", row_file, "--tokens", 9600, "--batch", 2, "--length", 16,
+        "--save-every", 5, "--lr", 4e-3, *(("-O", "decay=1e-2") if method == "cast" else ()),
+    )  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert cli("recover", pruned, "-o", whole, *options).code == 0
+    process = start("recover", pruned, "-o", out, *options)
+    began = time.monotonic()
+    while not (tmp_path / "out.partial" / ".sparsekit-state.json").is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < DEADLINE
+        time.sleep(0.001)
+    process.kill()
+    process.wait(DEADLINE)
+    assert not out.exists()
+    found = cli("recover", pruned, "-o", out, *options)
+    assert found.code == 0, found.stderr
+    assert "going on after" in found.stderr
+    assert hashes(out) == hashes(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
