@@ -251,9 +251,10 @@ class Checkpoint:
         fingerprint = digest.hexdigest()
         recorded = self.provenance().get("fingerprint")
         if recorded not in (None, fingerprint):
+            hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
-                f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}",
+                "the files are damaged: copy the folder again" if self.packed else hint,
             )
         self._fingerprint = fingerprint
         return fingerprint

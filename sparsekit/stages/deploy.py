@@ -27,6 +27,8 @@ Kind = Literal["plain", "quantized", "packed", "factored"]
 Answer = Literal["yes", "no", "part", "unknown"]
 # Sides of a weight that torch's sparse kernels need a multiple of, for 16-bit numbers.
 SEMI_STRUCTURED = 64
+# Zeros of 16-bit weights of which a mask would take more than they save.
+FEW = 1 / 16
 NOT_TRIED = "not tried: take the plain model there, and quantize it there"
 
 
@@ -139,10 +141,11 @@ def _form(model: str, progress: Progress) -> Form:
     kind: Kind = "quantized" if source.grid is not None else "plain"
     if source.factored:
         kind = "packed" if is_packed(quantization(source.path)) else "factored"
+    total = inspect(model, progress).total
     grid = next((form.grid for form in source.factor_codes.values()), source.grid)
     return Form(
         kind=kind,
-        pattern=inspect(model, progress).total["pattern"],
+        pattern=total["pattern"] if total["sparsity"] > FEW else "dense",
         grid=str(grid) if grid else None,
         fits_kernels=all(
             side % SEMI_STRUCTURED == 0 and not t.transposed for t in targets for side in t.shape

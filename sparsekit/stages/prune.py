@@ -79,7 +79,9 @@ def prune(
             progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
         if rows and config.allocate == "owl":
             job = replace(job, patterns=allocate(job, rows, progress))
-        progress.begin(f"{config.title} {job.pattern}", len(job.stream))
+        grid = job.chain.grid
+        words = filter(None, (config.title, str(job.pattern), grid and str(grid)))
+        progress.begin(" ".join(words), len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
         weights = blockwise.rewrite(
@@ -99,7 +101,6 @@ def prune(
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        grid = job.chain.grid
         config_json = coded_config(job.stream, job.targets, grid) if grid else None
         writer.commit(entry, model_card(entry, title(model)), config_json)
     return Report(out=out, entry=entry)

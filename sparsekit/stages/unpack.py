@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear
 from sparsekit.models.factorfile import factor_parts, factors_of, packed_codes, packed_weight
-from sparsekit.models.folder import FACTORS, factor_name, is_packed
+from sparsekit.models.folder import FACTORS, PROVENANCE, factor_name, is_packed
 from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
 from sparsekit.models.reference import title
@@ -51,7 +52,8 @@ def unpack(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
-    source = open_source(model, out, overwrite=overwrite, progress=progress)
+    with _damage(model):
+        source = open_source(model, out, overwrite=overwrite, progress=progress)
     config, before, sums = _origin(source)
     try:
         layers = {layer.weight_name: layer for layer in _layers(source)}
@@ -59,7 +61,8 @@ def unpack(
         raise CheckFailedError(error.message, AGAIN) from error
     layout = _layout(source, layers)
     require_room(out, layout)
-    fingerprint = source.scan(progress)
+    with _damage(model):
+        fingerprint = source.scan(progress)
     recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
         weightwise.rewrite(
@@ -83,6 +86,21 @@ def unpack(
         }
         writer.commit(entry, unpack_card(entry, title(model)), config, history=before)
     return Report(out=out, entry=entry)
+
+
+@contextmanager
+def _damage(model: str) -> Iterator[None]:
+    """Fail as a check does where a folder that sparsekit wrote can no longer be read.
+
+    Raises:
+        CheckFailedError: It was whole once.
+    """
+    try:
+        yield
+    except DataError as error:
+        if (Path(model) / PROVENANCE).is_file():
+            raise CheckFailedError(error.message, AGAIN) from error
+        raise
 
 
 def _origin(

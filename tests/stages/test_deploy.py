@@ -3,6 +3,7 @@
 from itertools import product
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
@@ -92,3 +93,13 @@ def test_what_cannot_be_measured_says_why(forms, monkeypatch):
     assert "do not take this checkpoint" in deploy(str(forms("50%"))).unmeasured
     # The tiny model's sides are no multiples of 64.
     assert "do not take this checkpoint" in deploy(str(forms("2:4"))).unmeasured
+
+
+def test_a_few_zeros_make_no_sparse_model(copy_of, family):
+    folder = copy_of("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0] = 0.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    report = deploy(str(folder))
+    assert report.form.pattern == "dense"
+    assert {name: v for name, _, v in report.runtimes}["sparsekit"].reason == "nothing is sparse"
