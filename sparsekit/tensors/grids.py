@@ -48,7 +48,7 @@ class Grid:
             return cls(bits=int(match[1]), group=int(match[2] or 0))
         raise UsageError(
             f"grid {text!r} is not known",
-            f"one of {', '.join(GRIDS)}; another group is written as int4-g64, a scale a row as int4",
+            f"one of {', '.join(GRIDS)}; another group is written as int4-g64, none as int4",
         )
 
     def __str__(self) -> str:
