@@ -41,7 +41,7 @@ from sparsekit.cli.options import (
     prune_config,
     refuse_early,
 )
-from sparsekit.stages.config import BATCH_SIZE, EvalConfig
+from sparsekit.stages.config import BATCH_SIZE, EvalConfig, PruneConfig
 from sparsekit.tensors.patterns import Pattern
 
 app = typer.Typer(
@@ -128,14 +128,22 @@ def prune(
         )
         name = named(model)
         refuse_early(name, out, overwrite=overwrite)
-        if dry_run:
-            from sparsekit.stages.plan import plan as stage
+        write = _plan if dry_run else _prune
+        write(terminal, config, name, out, overwrite=overwrite, progress=progress)
 
-            show.plan(terminal, stage(config, name, out, overwrite=overwrite, progress=progress))
-        else:
-            from sparsekit.stages.prune import prune as stage
 
-            show.pruned(terminal, stage(config, name, out, overwrite=overwrite, progress=progress))
+def _plan(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
+    """Show what a run would do."""
+    from sparsekit.stages.plan import plan as stage
+
+    show.plan(terminal, stage(config, *where, **how))
+
+
+def _prune(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
+    """Make the run, and show what came of it."""
+    from sparsekit.stages.prune import prune as stage
+
+    show.pruned(terminal, stage(config, *where, **how))
 
 
 app.command()(recover.recover)

@@ -24,8 +24,9 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner
 from sparsekit.tensors.curvature import factorise
-from sparsekit.tensors.grids import Codes, Grid
+from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.patterns import Pattern
+from sparsekit.tensors.rounding import Rounding
 from sparsekit.tensors.sums import InputSums, Want
 from sparsekit.tensors.sweep import Sweep, Unit
 
@@ -80,7 +81,7 @@ class Sparsegpt(Pruner):
             scores = held.square() * factor.cost[start : start + len(held), None]
             return pattern.mask(scores.T, 0 if pattern.scope == "group" else start).T
 
-        rounding = _Rounding(grid, dtype, dense * chosen(0, dense)) if grid is not None else None
+        rounding = Rounding(grid, dtype, dense * chosen(0, dense)) if grid is not None else None
 
         def select(start: int, held: Tensor) -> None:
             stop = start + len(held)
@@ -93,10 +94,9 @@ class Sparsegpt(Pruner):
             else:
                 rounding.settle(at, column, lost, kept[at])
 
-        unit = pattern.group or self.block
-        units: list[Unit] = [(unit, select)]
+        units: list[Unit] = [(pattern.group or self.block, select)]
         if rounding is not None and rounding.group < len(dense):
-            units = rounding.among(unit, select, chosen, kept)
+            units = _among(rounding, units[0], chosen, kept)
         sweep = Sweep(columns=columns, lost=dense, factor=factor, settle=settle, units=units)
         sweep.run()
         codes = rounding.codes(columns) if rounding is not None else None
@@ -109,54 +109,23 @@ class Sparsegpt(Pruner):
         )
 
 
-class _Rounding:
-    """What columns are rounded to when they are passed.
+def _among(
+    rounding: Rounding,
+    masks: Unit,
+    chosen: Callable[[int, Tensor], Tensor],
+    kept: Tensor,  # [in, out], 1 and 0 once a mask is selected
+) -> list[Unit]:
+    """The units of a sweep that selects masks and scales.
 
-    Args:
-        grid: The grid.
-        dtype: Of the scales.
-        likely: `[in, out]`, the dense columns with zeros where a mask of them has some.
+    The scales of a group that is larger than a unit of masks come first, from the mask that it
+    would have then.
     """
+    unit, select = masks
+    whole = math.lcm(rounding.group, unit)
+    if rounding.group >= unit:
+        return [(whole, lambda at, held: rounding.span(at, held * chosen(at, held))), masks]
 
-    def __init__(self, grid: Grid, dtype: torch.dtype, likely: Tensor) -> None:
-        self.grid = grid
-        self.dtype = dtype
-        self.group = grid.group or len(likely)
-        self.scales = grid.scale(likely.T, dtype).repeat(len(likely) // self.group, 1)
+    def span(start: int, held: Tensor) -> None:
+        rounding.span(start, held * kept[start : start + len(held)])
 
-    def among(
-        self,
-        unit: int,
-        select: Callable[[int, Tensor], None],
-        chosen: Callable[[int, Tensor], Tensor],
-        kept: Tensor,
-    ) -> list[Unit]:
-        """The units of a sweep in which masks are selected for so many columns together.
-
-        Scales of a larger group come before its masks, from those that it would have then.
-        """
-        whole = math.lcm(self.group, unit)
-        if self.group >= unit:
-            before = (whole, lambda start, held: self._span(start, held * chosen(start, held)))
-            return [before, (unit, select)]
-        after = (
-            self.group,
-            lambda start, held: self._span(start, held * kept[start : start + len(held)]),
-        )
-        return [(whole, select), after]
-
-    def _span(self, start: int, held: Tensor) -> None:
-        """Let the scales of some groups span what their columns `[columns, out]` hold."""
-        for number, part in enumerate(held.unflatten(0, (-1, self.group)), start // self.group):
-            self.scales[number] = self.grid.scale(part.T, self.dtype)
-
-    def settle(self, at: int, column: Tensor, lost: Tensor, kept: Tensor) -> None:
-        """Round a column, and take what it then is off what is lost."""
-        scale = self.scales[at // self.group]
-        column.copy_(self.grid.round(column * kept, scale))
-        lost.addcmul_(column, scale, value=-1)
-
-    def codes(self, columns: Tensor) -> Codes:
-        """The rounded columns as codes of the weight."""
-        scales = self.scales.T.contiguous()
-        return Codes.of(self.grid, columns.T.contiguous(), scales, self.dtype)
+    return [(whole, select), (rounding.group, span)]

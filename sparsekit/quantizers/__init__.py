@@ -55,12 +55,8 @@ class Quantizer(ABC):
         sums: InputSums | None,
         grid: Grid,  # that divides the inputs
         dtype: torch.dtype,
-        mask: Tensor | None = None,  # [out, in] bool, True = keep
     ) -> Quantized:
         """The weight on the grid, with scales that `dtype` can hold.
-
-        What is off the mask becomes 0, which the rest may make up for; without a mask that is what
-        is 0 already.
 
         Raises:
             NumericalError: The sums or the solution are not finite.

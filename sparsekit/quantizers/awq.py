@@ -57,15 +57,9 @@ class Awq(Quantizer):
         return (chosen, {"ratio": ratio}) if ratio else None
 
     def quantize(
-        self,
-        weight: Tensor,
-        sums: InputSums | None,
-        grid: Grid,
-        dtype: torch.dtype,
-        mask: Tensor | None = None,
+        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
     ) -> Quantized:
         """To the nearest numbers; see `Quantizer.quantize`."""
-        weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
         return Quantized(codes=Codes.nearest(grid, weight, dtype))
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparsekit.quantizers import Quantized, Quantizer
 from sparsekit.tensors.curvature import factorise
-from sparsekit.tensors.grids import Codes, Grid
+from sparsekit.tensors.grids import Grid
+from sparsekit.tensors.rounding import Rounding
 from sparsekit.tensors.sums import InputSums, Want
 from sparsekit.tensors.sweep import Sweep
 
@@ -39,24 +40,22 @@ class Gptq(Quantizer):
         dtype: torch.dtype,
         mask: Tensor | None = None,
     ) -> Quantized:
-        """See `Quantizer.quantize`."""
+        """See `Quantizer.quantize`.
+
+        With a mask `[out, in]`, True = keep, what is off it becomes 0, which the rest makes up for.
+        """
         assert sums is not None
         factor = factorise(sums, self.damping)
         columns = weight.T.contiguous()  # codes where they are passed
         lost, kept = columns.clone(), (columns != 0 if mask is None else mask.T).float()
-        group = grid.group or len(columns)
-        scales = grid.scale(weight * kept.T, dtype).repeat(len(columns) // group, 1)
+        rounding = Rounding(grid, dtype, columns * kept)
 
         def span(start: int, held: Tensor) -> None:
-            held = held * kept[start : start + group]
-            scales[start // group] = grid.scale(held.T, dtype)
+            rounding.span(start, held * kept[start : start + len(held)])
 
         def settle(at: int, column: Tensor, lost: Tensor) -> None:
-            scale = scales[at // group]
-            column.copy_(grid.round(column * kept[at], scale))
-            lost.addcmul_(column, scale, value=-1)
+            rounding.settle(at, column, lost, kept[at])
 
-        units = [(group, span)] if grid.group else []
+        units = [(grid.group, span)] if grid.group else []
         Sweep(columns=columns, lost=lost, factor=factor, settle=settle, units=units).run()
-        codes = Codes.of(grid, columns.T.contiguous(), scales.T.contiguous(), dtype)
-        return Quantized(codes=codes, numbers={"damping": factor.damping})
+        return Quantized(codes=rounding.codes(columns), numbers={"damping": factor.damping})

@@ -18,13 +18,7 @@ class Rtn(Quantizer):
     """The scale spans the largest number of each row or group."""
 
     def quantize(
-        self,
-        weight: Tensor,
-        sums: InputSums | None,
-        grid: Grid,
-        dtype: torch.dtype,
-        mask: Tensor | None = None,
+        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
     ) -> Quantized:
         """See `Quantizer.quantize`."""
-        weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
         return Quantized(codes=Codes.nearest(grid, weight, dtype))

@@ -70,17 +70,14 @@ def test_one_pass_of_sparsegpt_removes_and_rounds_as_the_explicit_update(pattern
     assert not found.weight[~found.mask].any()
 
 
-@pytest.mark.parametrize("name", ["gptq", "rtn", "awq"])
-def test_what_is_off_a_mask_becomes_zero(name):
+def test_gptq_makes_up_for_what_is_off_a_mask():
     grid, weight, sums = Grid.parse("int4-g16"), weight_of(None), sums_of(inputs())
     mask = Pattern.parse("2:4").mask(weight.abs())
-    method = methods.load("quantizers", name, {})
-    found = method.quantize(weight, sums, grid, torch.float32, mask).codes.dense()
+    found = Gptq().quantize(weight, sums, grid, torch.float32, mask).codes.dense()
     assert not found[~mask].any()
-    alone = method.quantize(weight * mask, sums, grid, torch.float32).codes.dense()
-    # Only GPTQ makes up for what was removed: its result is closer to the dense weight's outputs.
+    alone = Gptq().quantize(weight * mask, sums, grid, torch.float32).codes.dense()
     errors = [sums.relative_error(weight, one) for one in (found, alone)]
-    assert errors[0] < 0.9 * errors[1] if name == "gptq" else errors[0] == errors[1]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize(("pattern", "share"), [(None, 0.6), ("2:4", 0.9)])

@@ -60,6 +60,16 @@ def tensors_in(folder) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def same_bytes(one, two) -> bool:
+    """Whether two folders have the same tensors, of the same types, bit for bit."""
+    before, after = tensors_in(one), tensors_in(two)
+    return before.keys() == after.keys() and all(
+        tensor.dtype == after[name].dtype
+        and torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8))
+        for name, tensor in before.items()
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["llama", "qwen2", "gemma3", "phi3", "opt", "gpt2", "llama_sharded"]
 )
@@ -68,11 +78,7 @@ def test_unpacking_gives_the_same_bytes_of_every_tensor(sparse, tmp_path, patter
     source = sparse(pattern, name)
     packed = pack(str(source), tmp_path / "packed").out
     plain = unpack(str(packed), tmp_path / "plain").out
-    before, after = tensors_in(source), tensors_in(plain)
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert tensor.dtype == after[key].dtype
-        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
+    assert same_bytes(source, plain)
     assert Checkpoint.open(packed).n_bytes < 0.9 * Checkpoint.open(source).n_bytes
     history = [json.loads((f / PROVENANCE).read_text())["history"] for f in (source, plain)]
     assert history[1][:-1] == history[0]
@@ -215,11 +221,7 @@ def test_codes_come_back_too(coded, tmp_path, grid, pattern):
     source = coded(grid, pattern)
     packed = pack(str(source), tmp_path / "packed").out
     plain = unpack(str(packed), tmp_path / "plain").out
-    before, after = tensors_in(source), tensors_in(plain)
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert tensor.dtype == after[key].dtype
-        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
+    assert same_bytes(source, plain)
     configs = [json.loads((f / "config.json").read_text()) for f in (source, plain)]
     assert configs[0] == configs[1]
     assert (
@@ -294,11 +296,7 @@ def test_codes_beside_biases_and_in_shards_come_back(sparse, tmp_path, name, ski
     ).out
     packed = pack(str(source), tmp_path / "packed").out
     plain = unpack(str(packed), tmp_path / "plain").out
-    before, after = tensors_in(source), tensors_in(plain)
-    assert before.keys() == after.keys()
-    assert all(
-        torch.equal(t.view(torch.uint8), after[k].view(torch.uint8)) for k, t in before.items()
-    )
+    assert same_bytes(source, plain)
     tokens = torch.arange(5, 13)[None]
     wanted = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(packed)(tokens).logits, wanted)
@@ -307,22 +305,16 @@ def test_codes_beside_biases_and_in_shards_come_back(sparse, tmp_path, name, ski
 def test_codes_that_are_not_sparse_are_packed_with_the_others(family, tmp_path):
     pruned = PruneConfig(method="magnitude", skip=("down_proj",))
     source = prune(pruned, str(family("llama")), tmp_path / "sparse").out
-    checkpoint = Checkpoint.open(source)
     files = load_file(source / "model.safetensors")
     files["model.layers.1.self_attn.o_proj.weight"].zero_()
     save_file(files, source / "model.safetensors", {"format": "pt"})
     (source / PROVENANCE).unlink()
-    assert checkpoint.places
     coded = quantize(QuantizeConfig(method="rtn", grid="int8"), str(source), tmp_path / "coded").out
     packed = pack(str(coded), tmp_path / "packed")
     patterns = {row["name"].split(".")[-2]: row["pattern"] for row in packed.entry["weights"]}
     assert ":" not in patterns["down_proj"]
     assert patterns["o_proj"] == "1:4"  # of the last block: nothing but zeros
-    before = tensors_in(coded)
-    after = tensors_in(unpack(str(packed.out), tmp_path / "plain").out)
-    assert all(
-        torch.equal(t.view(torch.uint8), after[k].view(torch.uint8)) for k, t in before.items()
-    )
+    assert same_bytes(coded, unpack(str(packed.out), tmp_path / "plain").out)
 
 
 def test_scales_keep_their_type_when_the_model_computes_in_a_narrower_one(coded, tmp_path):
@@ -414,10 +406,7 @@ def test_factors_are_kept_alone_and_multiplied_out(composed, row_file, tmp_path,
     assert Checkpoint.open(packed).n_bytes < 0.9 * Checkpoint.open(source).n_bytes
     assert verify(str(packed))["pattern"] == ["2:4"]
     plain = unpack(str(packed), tmp_path / "plain").out
-    before, after = tensors_in(source), tensors_in(plain)
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8))
+    assert same_bytes(source, plain)
     verify(str(plain))
     assert far(packed, source) < 0.01
     tokens = torch.arange(5, 13)[None]
