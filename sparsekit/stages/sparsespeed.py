@@ -71,8 +71,6 @@ def measure_kernels(
     dtype = torch.float16 if dtype == torch.float32 else dtype  # the kernels take 16 bits
     names = {t.name for t in BlockStream(source, device="cpu", dtype=torch.float32).targets()}
     model = load_whole(source, dtype, **NEED).to(device)
-    progress.begin("measure 2:4 kernels", 2 * len(BATCHES))
-    dense = _passes(model, device, progress)
     layers = [
         module
         for name, module in model.named_modules()
@@ -80,6 +78,8 @@ def measure_kernels(
     ]
     if len(layers) != len(names):
         raise RuntimeError(f"{len(layers)} of {len(names)} sparse weights are those of nn.Linear")
+    progress.begin("measure 2:4 kernels", 2 * len(BATCHES))
+    dense = _passes(model, device, progress)
     for layer in layers:
         layer.weight = nn.Parameter(convert(layer.weight.detach()), requires_grad=False)
     sparse = _passes(model, device, progress)

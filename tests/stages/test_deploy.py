@@ -103,3 +103,10 @@ def test_a_few_zeros_make_no_sparse_model(copy_of, family):
     report = deploy(str(folder))
     assert report.form.pattern == "dense"
     assert {name: v for name, _, v in report.runtimes}["sparsekit"].reason == "nothing is sparse"
+
+
+def test_kernels_are_not_timed_where_they_take_only_some_weights(family, tmp_path):
+    """GPT-2's layers are no nn.Linear: dense ones would be timed twice."""
+    out = prune(PruneConfig(method="magnitude"), str(family("gpt2")), tmp_path / "out").out
+    with pytest.raises(RuntimeError, match=r"0 of 8 sparse weights are those of nn\.Linear"):
+        measure_kernels(Checkpoint.open(out), "cpu", SILENT, lambda weight: weight)

@@ -52,3 +52,10 @@ def test_what_fails_in_the_other_process_is_told_as_it_is(pruned, monkeypatch):
 
 def _fails(*_: object) -> None:
     raise DataError("a reason", "what to do")
+
+
+def test_a_model_that_does_not_fit_when_expanded_is_refused(pruned, tmp_path, monkeypatch):
+    packed = pack(str(pruned), tmp_path / "packed").out
+    monkeypatch.setattr("sparsekit.models.factored.available_memory", lambda: 1000)
+    with pytest.raises(DataError, match=r"expanded, the weights take .*; keep them packed"):
+        sparsekit.load(packed, "float32", "expand")

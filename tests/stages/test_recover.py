@@ -808,6 +808,12 @@ def test_a_teacher_with_another_tokenizer_is_refused(pruned, copy_of, tmp_path):
         recover(replace(SHORT, teacher=str(copy)), str(pruned), tmp_path / "out")
 
 
+def test_a_teacher_of_another_family_is_refused_without_tokenizers_too(pruned, family, tmp_path):
+    """Both have 260 tokens, and only one of them a tokenizer."""
+    with pytest.raises(DataError, match=r"is a 'gpt2', the model a 'llama'.*of the same family"):
+        recover(replace(SHORT, teacher=str(family("gpt2"))), str(pruned), tmp_path / "out")
+
+
 def test_a_parent_that_is_no_longer_what_it_was_is_refused(copy_of, row_file, tmp_path):
     dense = copy_of("llama")
     config = PruneConfig(calibration=Calibration(source=str(row_file)))

@@ -13,6 +13,7 @@ from sparsekit.files import sha256_file
 from sparsekit.models.architecture import Target
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.tensorfile import TensorPlace
 from sparsekit.stages.chain import Chain, Patterns
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
@@ -766,11 +767,17 @@ def test_weights_of_unlike_treatment_are_not_solved_as_one():
     one = Patterns(base=Pattern.parse("50%"))
     two = Patterns(base=Pattern.parse("50%"), own={names[0]: Pattern.parse("60%")})
 
+    places = {
+        name: TensorPlace("file", dtype, (4, 8), 0, 0)
+        for name, dtype in zip(names, (torch.float32, torch.bfloat16, torch.bfloat16), strict=True)
+    }
+
     def sizes(patterns, **options):
         chain = Chain.build(PruneConfig(method="dsnot", initial="sparsegpt", **options), None)
-        return [len(group) for group in chain.groups(targets, sums, patterns, {})]
+        return [len(group) for group in chain.groups(targets, sums, patterns, places)]
 
     assert sizes(one) == [2, 1]
     assert sizes(one, options={"modules": "all"}) == [3]
     assert sizes(two, options={"modules": "all"}) == [1, 2]
     assert sizes(one, compensate="lowrank") == [1, 1, 1]
+    assert sizes(one, options={"modules": "all"}, then="int8") == [1, 2]  # types of scales
