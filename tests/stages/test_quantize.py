@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from listeners import Notes
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import DataError, UsageError
@@ -264,8 +265,6 @@ def test_a_format_that_is_not_ours_is_refused_and_never_run(run, sparse, change)
 
 
 def test_tensors_that_do_not_fit_together_are_refused(run, sparse):
-    from safetensors.torch import load_file, save_file
-
     out = run(sparse("2:4"), grid="int4-g16")
     tensors = load_file(out / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -378,3 +377,15 @@ def test_the_same_bytes_whatever_came_before(run, sparse):
     config = {"grid": "int4-g16"}
     one, two = run(sparse("2:4"), "one", **config), run(sparse("2:4"), "two", **config)
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_a_bare_base_model_names_layers_as_the_model_does(run, sparse, copy_of):
+    """Its tensors lack the prefix `model.`; compressed-tensors goes by the modules' names."""
+    folder = copy_of(sparse("2:4"))
+    file = folder / "model.safetensors"
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    (folder / "sparsekit.json").unlink()
+    out = run(folder, method="rtn", grid="int8", calibration=None, skip=["down_proj"])
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert told == ["lm_head", *(f"model.layers.{n}.mlp.down_proj" for n in range(2))]
