@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -52,17 +52,23 @@ def unpack(
 def convert(
     model: Model,
     out: Out,
+    form: Annotated[
+        Literal["plain", "packed"], typer.Option("--format", help="Form of the output.")
+    ] = "plain",
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write MODEL, in sparse-24-bitmask, sparse-bitmask or marlin-24, as a plain checkpoint.
+    """Write MODEL, in sparse-24-bitmask, sparse-bitmask or marlin-24, as a checkpoint of today.
 
     Example: sparsekit convert old -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "convert", "convert", showforms.converted, model, out, overwrite=overwrite)
+    stage, shown = "convert", showforms.converted
+    if form == "packed":
+        stage, shown = "convert_packed", showforms.packed
+    _write(terminal, "convert", stage, shown, model, out, overwrite=overwrite)
 
 
 def _write(

@@ -20,6 +20,7 @@ from sparsekit.cli.options import (
     Overwrite,
     Quiet,
     Seed,
+    Skip,
     named,
     parsed,
     refuse_early,
@@ -94,6 +95,7 @@ def recover(
     teacher: Teacher = None,
     pattern: PatternText = None,
     option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
+    skip: Skip = [],  # noqa: B006  (the same)
     batch: Batch = 2,
     length: Length = 512,
     accumulate: Accumulate = 1,
@@ -129,6 +131,7 @@ def recover(
             teacher=teacher,
             pattern=pattern,
             option=option,
+            skip=skip,
             batch=batch,
             length=length,
             accumulate=accumulate,

@@ -97,8 +97,10 @@ class Calibration:
         path = cache_dir() / "tokens" / f"{self._key(checkpoint, samples, length)}.safetensors"
         tokens = read_cache(path)
         if tokens is None:
-            tokens = self._draw(checkpoint, samples, length, progress)
+            kept = path.with_suffix(".unfinished")
+            tokens = self._draw(checkpoint, samples, length, progress, kept)
             write_cache(path, tokens)
+            kept.unlink(missing_ok=True)
         return token_rows(tokens, self.source, checkpoint.config, notes)
 
     def require(self, checkpoint: Checkpoint) -> None:
@@ -127,12 +129,13 @@ class Calibration:
         return self.samples or SAMPLES, capped(self.length or LENGTH, config)[0]
 
     def _draw(
-        self, checkpoint: Checkpoint, samples: int, length: int, progress: Progress
+        self, checkpoint: Checkpoint, samples: int, length: int, progress: Progress, kept: Path
     ) -> Tensor:
+        """The rows; `kept` holds those that an interrupted run has sampled."""
         import torch
 
         if self.source == "self":
-            return selftext.sample_rows(checkpoint, samples, length, self.seed, progress)
+            return selftext.sample_rows(checkpoint, samples, length, self.seed, progress, kept=kept)
         texts = calibration_texts(self.source)
         encode = encoder(checkpoint)
         progress.begin(f"calibration rows from {self.source}", samples)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sparsekit.errors import DataError
 from sparsekit.files import cache_dir, sha256_json
 from sparsekit.models.calibration import Calibration, source_key, tokenizer_key
-from sparsekit.models.rows import capped, cut_row_file, read_row_file, token_rows
+from sparsekit.models.rows import CutRows, capped, open_row_file, row_length
 from sparsekit.models.texts import (
     PIECE_BYTES,
     ROW_FILE,
@@ -30,6 +30,7 @@ from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PretrainedConfig
 
     from sparsekit.models.checkpoint import Checkpoint
 
@@ -75,21 +76,14 @@ class Corpus:
             DataError: The source is broken, has not one row, or does not fit the model.
         """
         self.check()
-        length, notes = capped(self.length or LENGTH, checkpoint.config)
         if is_kind(self.source, ROW_FILE):
-            tokens, notes = cut_row_file(self.source, self.length, checkpoint.config)
-            if self.length is not None:  # also the rest of a row, in further pieces
-                tokens = read_row_file(self.source)
-                if left := tokens.shape[1] % length:
-                    notes = (*notes, f"{left} tokens of each row of {self.source} are left out")
-                tokens = cut(tokens, length)
-            told = token_rows(tokens, self.source, checkpoint.config, notes)
-        elif self.source == "self":
-            samples = -(-(self.tokens or 0) // length)
-            drawn = Calibration(source="self", samples=samples, length=length, seed=self.seed)
-            told = drawn.rows(teacher, progress)
-        else:
+            return self._from_rows(checkpoint.config)
+        length, notes = capped(self.length or LENGTH, checkpoint.config)
+        if self.source != "self":
             return self._from_text(checkpoint, length, notes, progress)
+        samples = -(-(self.tokens or 0) // length)
+        drawn = Calibration(source="self", samples=samples, length=length, seed=self.seed)
+        told = drawn.rows(teacher, progress)
         return TrainingRows(
             stream=told.tokens.reshape(-1),
             length=told.tokens.shape[1],
@@ -97,6 +91,23 @@ class Corpus:
             seed=self.seed,
             fingerprint=told.fingerprint,
             notes=told.notes,
+        )
+
+    def _from_rows(self, config: PretrainedConfig) -> TrainingRows:
+        """The rows of a row file; where a length is given, its rows are cut into pieces."""
+        columns = open_row_file(self.source).get_shape()[1]
+        length, notes = row_length(self.source, columns, self.length, config)
+        pieces = 1 if self.length is None else columns // length
+        if self.length is not None and (left := columns % length):
+            notes = (*notes, f"{left} tokens of each row of {self.source} are left out")
+        rows = CutRows(self.source, length, pieces)
+        return TrainingRows(
+            stream=rows,
+            length=length,
+            count=rows.count,
+            seed=self.seed,
+            fingerprint=rows.check(config),
+            notes=notes,
         )
 
     def _from_text(
@@ -138,7 +149,7 @@ class Corpus:
 class TrainingRows:
     """Rows in the order of training: each epoch draws an order of its own."""
 
-    stream: Tensor  # [count] integers, or a slice of a file that is read when it is cut
+    stream: Tensor | CutRows  # [count] integers, or part of a file that is read when it is cut
     length: int
     count: int
     seed: int
@@ -178,12 +189,6 @@ def _order(rows: int, seed: int, epoch: int) -> Tensor:
 
     mixed = int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7], "little")
     return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))
-
-
-def cut(tokens: Tensor, length: int) -> Tensor:
-    """Rows `[rows, any]` in as many pieces as each has, `[pieces, length]`; the rest is dropped."""
-    whole = tokens.shape[1] // length * length
-    return tokens[:, :whole].reshape(-1, length)
 
 
 def token_ids(source: str, checkpoint: Checkpoint, skipped: int = 0) -> Iterator[list[int]]:

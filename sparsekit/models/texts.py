@@ -27,6 +27,8 @@ DOCUMENT_FILES = (".jsonl", ".json.gz", ".parquet")
 ROW_FILE = ".safetensors"
 C4_DOCUMENTS = 1100
 PIECE_BYTES = 1 << 20
+# A line that is longer is cut at a space, or else where a character ends.
+LINE_BYTES = 16 << 20
 ELSEWHERE = "use builtin or a local file instead"
 
 
@@ -98,21 +100,34 @@ def training_texts(source: str) -> Iterator[str]:
 def text_pieces(path: Path) -> Iterator[str]:
     """A text file in pieces of about `PIECE_BYTES`, each ending with a line.
 
+    Of lines longer than `LINE_BYTES` a piece is a part, that begins with a space where there is
+    one: so do the words of most tokenizers.
+
     Raises:
         DataError: It is not UTF-8.
     """
-    offset, held = 0, b""
+    offset, held = 0, bytearray()
     with path.open("rb") as file:
         while data := file.read(PIECE_BYTES):
-            whole, newline, rest = data.rpartition(b"\n")
-            if newline:
-                piece = held + whole + newline
-                yield decode(piece, path, offset)
-                offset, held = offset + len(piece), rest
-            else:
-                held += data
+            end = data.rfind(b"\n") + 1
+            cut = len(held) + end if end else 0
+            held += data
+            if not cut and len(held) >= LINE_BYTES:
+                cut = held.rfind(b" ", 1)
+                cut = cut if cut > 0 else end_of_character(held)
+            if cut:
+                yield decode(bytes(held[:cut]), path, offset)
+                offset, held = offset + cut, held[cut:]
     if held:
-        yield decode(held, path, offset)
+        yield decode(bytes(held), path, offset)
+
+
+def end_of_character(data: bytearray) -> int:
+    """Where the last character of UTF-8 that may not be whole begins."""
+    start = len(data) - 1
+    while start > len(data) - 4 and data[start] & 0xC0 == 0x80:  # bytes that go on with one
+        start -= 1
+    return start
 
 
 def evaluation_text(source: str) -> str:

@@ -110,6 +110,7 @@ def recover_card(entry: Mapping[str, Any], base: str) -> str:
     recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
     kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
     flipped = sum(row["flipped"] for row in entry["weights"])
+    moved = entry["finished"].get("moved")
     loss = "CE"
     if plan["share"]:
         loss = f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"
@@ -128,6 +129,10 @@ def recover_card(entry: Mapping[str, Any], base: str) -> str:
         ("loss", loss),
         ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
         ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
+        (
+            "last hidden states, moved by leaving out what is off the masks",
+            "-" if moved is None else f"{moved:.2%}",
+        ),
         ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]

@@ -1,5 +1,6 @@
 """A checkpoint in a form that every library has dropped, as a plain one."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import convert_card
 from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.pack import pack
 from sparsekit.stages.report import Report, versions
 
 
@@ -80,6 +82,24 @@ def convert(
         }
         writer.commit(entry, convert_card(entry, title(model)), converted_config(config))
     return Report(out=out, entry=entry)
+
+
+def convert_packed(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Report:
+    """Write a packed checkpoint from one in a dropped form; arguments and errors as of `convert`.
+
+    The plain one stands in a hidden folder beside `out` while it is packed, and takes room there.
+
+    Returns:
+        What `pack` did; the history of the output has both.
+    """
+    open_source(model, out, overwrite=overwrite, progress=progress)  # before anything is written
+    plain = out.with_name(f".{out.name}.plain")
+    convert(model, plain, overwrite=True, progress=progress)
+    report = pack(str(plain), out, overwrite=overwrite, progress=progress)
+    shutil.rmtree(plain)
+    return report
 
 
 def _converted(prefix: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:

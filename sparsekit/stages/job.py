@@ -197,12 +197,7 @@ def select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list
     linear = {target.name: target for target in stream.targets()}
     if not linear:
         raise DataError(f"{stream.source.path} has no linear weight in its blocks to prune")
-    reasons: dict[str, str] = {}
-    for glob in skip:
-        matched = [name for name in linear if _matches(name, glob)]
-        if not matched:
-            raise UsageError(f"--skip {glob!r} matches no weight", _globs_like(glob, linear))
-        reasons = {name: f"--skip {glob}" for name in matched} | reasons
+    reasons = skipped(linear, skip)
     targets = [target for name, target in linear.items() if name not in reasons]
     if not targets:
         raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
@@ -212,6 +207,21 @@ def select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list
         if len(place.shape) >= 2 and name not in linear
     }
     return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
+
+
+def skipped(names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
+    """Of some names those that globs match, each with the reason.
+
+    Raises:
+        UsageError: A glob matches none.
+    """
+    names, reasons = list(names), {}
+    for glob in skip:
+        matched = [name for name in names if _matches(name, glob)]
+        if not matched:
+            raise UsageError(f"--skip {glob!r} matches no weight", _globs_like(glob, names))
+        reasons = dict.fromkeys(matched, f"--skip {glob}") | reasons
+    return reasons
 
 
 def _matches(name: str, glob: str) -> bool:

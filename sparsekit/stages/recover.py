@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.cards import recover_card
+from sparsekit.stages.deadline import Deadline
 from sparsekit.stages.report import Report, totals
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training
 from sparsekit.stages.trainlog import PROGRESS, TrainingLog
 from sparsekit.stages.trainloss import measure, sparsity_measure
-from sparsekit.stages.trainplan import make_plan
+from sparsekit.stages.trainplan import closing_seconds, make_plan
 from sparsekit.stages.trainstate import (
     POINTER,
     SAVE_SECONDS,
@@ -187,8 +188,9 @@ def _train(work: Work, training: Training) -> TrainingLog:
     ranks.wait()
     log.begin()
     selected = ""
-    title = f"recover {config.method} {work.job.patterns.base}"
-    progress.begin(title, training.plan.steps, optimizer.steps)
+    progress.begin(_title(work), training.plan.steps, optimizer.steps)
+    limit = None if config.max_time is None else work.started + config.max_time
+    deadline = Deadline(limit, closing_seconds(optimizer))
     saved, kept = time.perf_counter(), optimizer.steps
     while not training.done:
         try:
@@ -212,6 +214,10 @@ def _train(work: Work, training: Training) -> TrainingLog:
             _require_same_masks(training)
             save_state(folder, optimizer, ranks)
             saved, kept = time.perf_counter(), now
+        steps = ranks.of_main(deadline.steps(now, training.plan.steps))
+        if not training.done and steps < training.plan.steps:
+            _shorten(work, training, steps)
+            saved, kept = time.perf_counter(), now
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"
@@ -219,6 +225,26 @@ def _train(work: Work, training: Training) -> TrainingLog:
         )
     progress.end()
     return log
+
+
+def _title(work: Work) -> str:
+    """What is done, for people."""
+    return f"recover {work.job.config.method} {work.job.patterns.base}"
+
+
+def _shorten(work: Work, training: Training, steps: int) -> None:
+    """Plan fewer steps, so that the run ends in time; what was done is saved under the new plan."""
+    progress, optimizer, plan = work.progress, training.optimizer, training.plan
+    _require_same_masks(training)
+    save_state(work.folder, optimizer, work.ranks)
+    training.plan = replace(plan, steps=steps)
+    if work.ranks.main:
+        write_json(work.folder / PLAN, asdict(training.plan))
+    progress.note(
+        f"steps take longer than was measured: {steps} in the place of {plan.steps}, so that "
+        "--max-time is kept"
+    )
+    progress.begin(_title(work), steps, optimizer.steps)
 
 
 def _require_same_masks(training: Training) -> None:

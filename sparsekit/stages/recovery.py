@@ -22,6 +22,7 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
+from sparsekit.stages.job import skipped
 from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
@@ -94,7 +95,7 @@ def prepare(
     device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
-    targets, left = _targets(source, stream)
+    targets, left = _targets(config, source, stream)
     patterns = _patterns(config, source, targets)
     refuse_misfits(targets, patterns, recoverer, config)
     if ranks.shards:
@@ -138,18 +139,29 @@ def _completed(
     return config, recoverer, told
 
 
-def _targets(source: Checkpoint, stream: BlockStream) -> tuple[list[Target], list[dict[str, str]]]:
-    """The weights that are sparse or are to be, and those that pruning has left dense.
+def _targets(
+    config: RecoverConfig, source: Checkpoint, stream: BlockStream
+) -> tuple[list[Target], list[dict[str, str]]]:
+    """The weights that are sparse or are to be, and those that stay dense with the reason.
 
     Raises:
+        UsageError: A weight that is to stay dense is sparse.
         DataError: There are none.
     """
     told, linear = _told(source), stream.targets()
-    targets = [target for target in linear if not told or target.name in told]
+    reasons = skipped([target.name for target in linear], config.skip)
+    if sparse := [name for name in reasons if name in told]:
+        raise UsageError(
+            f"{reasons[sparse[0]]} would fill the zeros of {sparse[0]}, which is {told[sparse[0]]}",
+            "leave it out: what pruning has left dense stays so",
+        )
+    if told:
+        left = [target.name for target in linear if target.name not in told]
+        reasons |= dict.fromkeys(left, "left dense when it was pruned")
+    targets = [target for target in linear if target.name not in reasons]
     if not targets:
         raise DataError(f"{source.path} has no linear weight in its blocks to train")
-    reason = "left dense when it was pruned"
-    return targets, [{"name": t.name, "reason": reason} for t in linear if t not in targets]
+    return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
 
 
 def _refuse_other_forms(source: Checkpoint) -> None:
@@ -265,7 +277,7 @@ def _patterns(config: RecoverConfig, source: Checkpoint, targets: Sequence[Targe
     if missing and (told or zero_share(source, targets) > DENSE_ZEROS):
         raise UsageError(
             f"{source.path} is sparse, but not {patterns.base}: {missing}",
-            "name the pattern that it has, or is to have, with --pattern",
+            "name the pattern that it has, or is to have, with --pattern; --skip what is dense",
         )
     return patterns
 

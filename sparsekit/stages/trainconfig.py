@@ -1,6 +1,6 @@
 """What `recover` is asked to do, checked without torch so that a wrong word answers at once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, cos, pi
 from typing import Literal, get_args
@@ -40,6 +40,8 @@ class RecoverConfig:
     """Seconds that the run may take; the number of steps is planned from the measured speed."""
     pattern: str | None = None
     """None: that of the model's history, `2:4` for a dense model."""
+    skip: Sequence[str] = ()
+    """Globs of weights that stay dense."""
     batch: int = 2
     """Rows in one forward pass."""
     length: int = 512

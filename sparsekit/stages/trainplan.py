@@ -136,8 +136,17 @@ def _probe(
     step = median(seconds)
     if job.config.max_time is not None:
         step += selection_seconds(optimizer, recoverer.refresh)
-    saving = sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
-    return step, saving, optimizer.masked_mean()
+    return step, saving_seconds(optimizer), optimizer.masked_mean()
+
+
+def saving_seconds(optimizer: MaskedAdam) -> float:
+    """How long a saved state is taken to need."""
+    return sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
+
+
+def closing_seconds(optimizer: MaskedAdam) -> float:
+    """How long what follows the last step is taken to need: a state, and as much again at most."""
+    return CLOSING + 2 * saving_seconds(optimizer)
 
 
 def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:

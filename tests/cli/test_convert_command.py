@@ -15,3 +15,12 @@ def test_convert_gives_the_path(cli, tmp_path):
     assert found.code == 2
     assert found.stdout == ""
     assert "is in none of the forms" in found.stderr
+
+
+def test_convert_gives_a_packed_one_too(cli, tmp_path):
+    found = cli(
+        *("convert", LEGACY / "sparse-24-bitmask", "-o", tmp_path / "packed", "--format", "packed")
+    )
+    assert found.code == 0
+    assert found.stdout == f"{tmp_path / 'packed'}\n"
+    assert "2:4" in found.stderr

@@ -50,7 +50,7 @@ class Recorder:
     def __init__(self) -> None:
         self.events = []
 
-    def begin(self, title, total):
+    def begin(self, title, total, done=0):
         self.events.append(("begin", total))
 
     def step(self, label):
@@ -474,8 +474,8 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_place(home, checkpoint
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a": torch.zeros(2, 3)}, r"float32 of shape \[2, 3\]"),
-        ({"a": torch.zeros(2, 3, dtype=torch.bool)}, "bool"),
+        ({"a": torch.zeros(2, 3)}, r"F32 of shape \[2, 3\]"),
+        ({"a": torch.zeros(2, 3, dtype=torch.bool)}, "BOOL"),
         ({"a": torch.zeros(6, dtype=torch.int64)}, r"shape \[6\]"),
         ({"a": torch.zeros(0, 6, dtype=torch.int64)}, r"shape \[0, 6\]"),
         ({"a": torch.zeros(6, 1, dtype=torch.int64)}, r"shape \[6, 1\]"),
@@ -760,6 +760,36 @@ def test_self_rows_are_full_length_seeded_and_open_with_bos(model_folder):
     assert drawn[0].fingerprint != drawn[1].fingerprint
     again = selftext.sample_rows(model_folder, 10, 24, 0)
     assert torch.equal(drawn[0].tokens, again)
+
+
+def test_interrupted_sampling_goes_on_to_the_same_rows(model_folder, tmp_path):
+    class Stops(Recorder):
+        def step(self, label):
+            if label.startswith("16 of"):
+                raise KeyboardInterrupt
+
+    wanted, kept = selftext.sample_rows(model_folder, 20, 9, 0), tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        selftext.sample_rows(model_folder, 20, 9, 0, Stops(), kept=kept)
+    again = Recorder()
+    rows = selftext.sample_rows(model_folder, 20, 9, 0, again, kept=kept)
+    assert again.events[1:] == [("step", "20 of 20 rows"), ("end",)]
+    assert torch.equal(rows, wanted)
+
+
+def test_damaged_rows_of_an_interrupted_sampling_are_drawn_again(model_folder, tmp_path):
+    wanted, kept = selftext.sample_rows(model_folder, 10, 9, 0), tmp_path / "kept"
+    selftext.sample_rows(model_folder, 8, 9, 0, kept=kept)
+    whole = kept.read_bytes()
+    for damaged in (whole[:-8] + b"12345678", whole[:-8], b"nothing"):
+        kept.write_bytes(damaged)
+        assert torch.equal(selftext.sample_rows(model_folder, 10, 9, 0, kept=kept), wanted)
+
+
+def test_nothing_of_an_interrupted_sampling_stays_beside_the_rows(model_folder):
+    Calibration(source="self", samples=2, length=6).rows(model_folder)
+    folder = cache_dir() / "tokens"
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
 
 
 def test_self_draws_from_the_whole_distribution_of_the_model(model_folder):

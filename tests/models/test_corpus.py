@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from sparsekit.errors import DataError, UsageError
 from sparsekit.models import corpus, texts
+from sparsekit.models import rows as rowfiles
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.corpus import Corpus
 
@@ -149,6 +150,24 @@ def test_rows_beyond_the_models_maximum_are_cut_too(llama, tmp_path):
     assert "88 tokens of each row" in found.notes[0]
 
 
+@pytest.mark.parametrize(("length", "width"), [(None, 24), (5, 20), (16, 16)])
+def test_a_row_file_is_read_in_parts(llama, row_file, rows, monkeypatch, length, width):
+    monkeypatch.setattr(rowfiles, "PIECE_TOKENS", 2 * rows.shape[1])
+    monkeypatch.setattr(rowfiles, "read_row_file", None)
+    found = Corpus(source=str(row_file), length=length).rows(llama, None)
+    wanted = rows[:, :width].reshape(-1, length or width)
+    assert torch.equal(torch.stack([found.row(n) for n in range(len(found))]), wanted)
+    assert found.fingerprint == rowfiles.fingerprint(wanted)
+
+
+def test_a_token_beyond_the_vocabulary_is_named_with_its_row_of_the_file(llama, tmp_path):
+    rows = torch.zeros(5, 8, dtype=torch.int32)
+    rows[3, 6] = llama.config.vocab_size
+    save_file({"tokens": rows}, tmp_path / "rows.safetensors")
+    with pytest.raises(DataError, match=f"row 3, column 6 is token {rows[3, 6]}"):
+        Corpus(source=str(tmp_path / "rows.safetensors"), length=2).rows(llama, None)
+
+
 def test_an_endless_source_is_read_as_far_as_needed(llama, tmp_path, monkeypatch):
     def endless(_):
         while True:
@@ -169,6 +188,21 @@ def test_a_plain_text_comes_in_pieces_that_make_the_whole(tmp_path, monkeypatch)
     assert "".join(pieces) == text
     assert len(pieces) > 4
     assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("text", ["wörter ünd möre " * 9, "é" * 70, "a€𝄞" * 20])
+@pytest.mark.parametrize("piece", [1, 3, 7])
+def test_a_line_without_end_is_cut_too(tmp_path, monkeypatch, text, piece):
+    """At spaces where there are some, else between characters; it is never whole in memory."""
+    monkeypatch.setattr(texts, "PIECE_BYTES", piece)
+    monkeypatch.setattr(texts, "LINE_BYTES", 20)
+    path = tmp_path / "plain.txt"
+    path.write_text(f"short\n{text}\nend", encoding="utf-8")
+    pieces = list(texts.training_texts(str(path)))
+    assert "".join(pieces) == f"short\n{text}\nend"
+    assert max(len(one.encode()) for one in pieces) <= 20 + 2 * piece
+    if " " in text:
+        assert {one[0] for one in pieces[2:-2]} == {" "}
 
 
 def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path, monkeypatch):

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.models.legacy import from_marlin
 from sparsekit.progress import Progress
-from sparsekit.stages.convert import convert
+from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.inspect import inspect, verify
+from sparsekit.stages.unpack import unpack
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 FORMS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24-int4", "marlin-24-int8")
@@ -47,6 +48,26 @@ def test_every_tensor_comes_back(tmp_path, name):
     model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(told.values())
     assert torch.isfinite(model(torch.arange(4)[None]).logits).all()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_packed_one_unpacks_to_the_plain_one(tmp_path, name):
+    plain = convert(str(LEGACY / name), tmp_path / "plain").out
+    packed = convert_packed(str(LEGACY / name), tmp_path / "packed").out
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["packed", "plain"]
+    stages = [entry["stage"] for entry in inspect(str(packed)).history]
+    assert stages == ["convert", "pack"]
+    unpacked = unpack(str(packed), tmp_path / "unpacked").out
+    before, after = (load_file(path / "model.safetensors") for path in (plain, unpacked))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_nothing_is_converted_for_a_packed_one_that_has_no_place(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        convert_packed(str(LEGACY / FORMS[0]), tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_scales_of_groups_come_back():

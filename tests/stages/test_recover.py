@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,80 @@ def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
     found = recover(replace(SHORT, data="self", tokens=64), str(pruned), tmp_path / "out")
     assert found.entry["text"] == "self"
     assert verify(str(found.out))["zeros"] == 9216
+
+
+@pytest.mark.parametrize("method", ["fixed", "ast"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"pattern": "50%"},
+        {"pattern": "50%/tensor", "method": "sparsegpt"},
+        {"pattern": "60%", "allocate": "owl"},
+        {"pattern": "1:4", "skip": ["down_proj", "layers.0.self_attn.*"]},
+    ],
+)
+def test_what_pruning_gave_each_weight_stays_as_it_was(family, row_file, tmp_path, method, words):
+    """Every pattern, a share of its own for each block, and what was left dense."""
+    calibration = Calibration(source=str(row_file))
+    config = PruneConfig(calibration=calibration, **words)
+    sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
+    found = recover(replace(SHORT, method=method, lr=1e-2), str(sparse), tmp_path / "out")
+    before, after = Checkpoint.open(sparse), Checkpoint.open(found.out)
+    verify(str(found.out))
+    for name in linear(before):
+        counts = [int((c.read([name])[name] == 0).sum()) for c in (before, after)]
+        assert counts[0] == counts[1], name
+    left = {row["name"] for row in found.entry["skipped"]}
+    assert left == {n for n in linear(before) if not (before.read([n])[n] == 0).any()}
+
+
+def test_what_is_dense_in_a_sparse_model_without_history_is_skipped(family, row_file, tmp_path):
+    config = PruneConfig(calibration=Calibration(source=str(row_file)), skip=["down_proj"])
+    sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
+    (sparse / "sparsekit.json").unlink()
+    told = replace(SHORT, method="fixed", teacher=str(family("llama")))
+    with pytest.raises(UsageError, match=r"is sparse, but not 2:4: .*down_proj") as error:
+        recover(told, str(sparse), tmp_path / "out")
+    assert "--skip what is dense" in error.value.hint
+    found = recover(replace(told, skip=["down_proj"]), str(sparse), tmp_path / "out")
+    assert {row["reason"] for row in found.entry["skipped"]} == {"--skip down_proj"}
+    out = Checkpoint.open(found.out)
+    for name in linear(out):
+        zeros = (out.read([name])[name] == 0).float().mean()
+        assert zeros == (0 if "down_proj" in name else 0.5), name
+
+
+def test_to_skip_what_is_sparse_is_refused(pruned, tmp_path):
+    with pytest.raises(UsageError, match=r"--skip q_proj would fill the zeros of .*q_proj.*2:4"):
+        recover(replace(SHORT, skip=["q_proj"]), str(pruned), tmp_path / "out")
+    with pytest.raises(UsageError, match="'q_porj' matches no weight"):
+        recover(replace(SHORT, skip=["q_porj"]), str(pruned), tmp_path / "out")
+
+
+def test_recomputing_activations_changes_nothing(family, tmp_path, monkeypatch):
+    """A9: the same selections and bytes with activation checkpointing."""
+    config, prints, gradients = replace(SHORT, lr=1e-2), [], training.Training.gradients
+
+    def recomputed(self, step):
+        self.student.train()  # transformers recomputes in this mode only
+        self.student.gradient_checkpointing_enable()
+        return gradients(self, step)
+
+    for number in range(2):
+        found = recover(config, str(family("llama")), tmp_path / str(number))
+        prints.append(Checkpoint.open(found.out).fingerprint)
+        monkeypatch.setattr(training.Training, "gradients", recomputed)
+    assert prints[0] == prints[1]
+
+
+def test_the_card_shows_the_curve_and_what_was_left_out(family, pruned, tmp_path):
+    cast = recover(CAST, str(family("llama")), tmp_path / "cast")
+    fixed = recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "fixed")
+    for found, moved in ((cast, f"{cast.entry['finished']['moved']:.2%}"), (fixed, "-")):
+        card = (found.out / "README.md").read_text()
+        (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card)
+        assert (found.out / picture).read_bytes().startswith(b"\x89PNG\r\n")
+        assert f"by leaving out what is off the masks | {moved} |" in card
 
 
 def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path):

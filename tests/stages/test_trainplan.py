@@ -1,7 +1,10 @@
 """What is chosen and refused before the first step of training."""
 
+import itertools
 import json
+import re
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ from listeners import Notes
 
 from sparsekit.errors import StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.stages import automethod, trainplan
+from sparsekit.stages import automethod, deadline, trainplan
 from sparsekit.stages.curve import draw
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
@@ -211,3 +214,60 @@ def test_a_decay_that_lets_a_sparse_model_fill_up_is_refused_before_a_step(prune
         recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert any(note.startswith("decay budget: a weight off the mask") for note in notes.told)
     assert not list(tmp_path.iterdir())
+
+
+class Slows(Notes):
+    """Takes its time for each step that is told, once the plan stands."""
+
+    def step(self, label):
+        super().step(label)
+        if "tokens/s" in label:
+            time.sleep(0.25)
+
+
+def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_path):
+    config = replace(SHORT, tokens=None, max_time=20.0)
+    notes, begun = Slows(), time.perf_counter()
+    found = recover(config, str(pruned), tmp_path / "out", progress=notes)
+    assert time.perf_counter() - begun < 20
+    (planned,) = (note for note in notes.told if "in the time that is left" in note)
+    first = int(planned.split()[0])
+    steps = found.entry["plan"]["steps"]
+    assert 11 < steps < first
+    assert any(f": {steps} in the place of" in note for note in notes.told)
+    assert found.entry["tokens"] == 32 * steps
+    log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
+    assert len(log) == steps
+    assert log[-1]["rate"] < 0.1 * SHORT.lr  # the schedule ran to its end
+
+
+def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
+    class Stops(Slows):
+        def note(self, text):
+            super().note(text)
+            if "in the place of" in text:
+                raise KeyboardInterrupt
+
+    config = replace(SHORT, tokens=None, max_time=20.0)
+    notes = Stops()
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "out", progress=notes)
+    steps = int(re.search(r": (\d+) in the place of", notes.told[-1])[1])
+    again = Notes()
+    found = recover(config, str(pruned), tmp_path / "out", progress=again)
+    assert found.entry["plan"]["steps"] == steps
+    assert any("going on after 11 steps" in note for note in again.told)
+
+
+def test_a_deadline_asks_for_one_more_step_at_least(monkeypatch):
+    """Steps of two seconds, watched for ten of them; the limit is 40 and the end takes 5."""
+    now = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(deadline.time, "perf_counter", lambda: next(now))
+    watch = deadline.Deadline(40.0, 5.0)
+    assert [watch.steps(done, 100) for done in range(1, 11)] == [100] * 10
+    assert watch.steps(11, 100) == 11 + 7  # at 20 seconds
+    assert [watch.steps(done, 18) for done in range(12, 18)] == [18] * 6
+    watch = deadline.Deadline(20.0, 5.0)
+    assert [watch.steps(done, 100) for done in range(1, 12)] == [100] * 10 + [12]
+    unlimited = deadline.Deadline(None, 5.0)
+    assert {unlimited.steps(done, 100) for done in range(1, 99)} == {100}
