@@ -17,6 +17,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.recoverers.fixed import Held
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
+from sparsekit.stages.recovery import prepare
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainlog import LOG, PROGRESS
 from sparsekit.stages.trainstate import POINTER
@@ -80,9 +81,7 @@ def logged(folder):
 PAIRS = [(WHOLE, run) for run in RUNS] + [(SHARDED, run) for run in RUNS if run != "slorb"]
 
 
-@pytest.mark.parametrize(
-    ("way", "run"), PAIRS, ids=lambda value: value if isinstance(value, str) else value[0]
-)
+@pytest.mark.parametrize(("way", "run"), PAIRS, ids=[f"{run}{way[0]}" for way, run in PAIRS])
 def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path, way, run):
     """D3, and the same sums: half the batches each, a step for all; evaluations change nothing."""
     config = RecoverConfig(**RUNS[run], **STEP, eval_every=10)
@@ -154,6 +153,13 @@ def test_an_interrupted_run_of_two_goes_on_to_the_same_bytes(pruned, tmp_path):
     assert "going on after" in done.stderr
     both = [Checkpoint.open(tmp_path / name).fingerprint for name in ("whole", "again")]
     assert both[0] == both[1]
+
+
+def test_branches_with_shards_are_refused(pruned, tmp_path):
+    config = RecoverConfig(method="ast", slorb=16, tokens=640, **STEP)
+    sharded = Ranks(rank=0, size=2, shards=True)
+    with pytest.raises(UsageError, match="--slorb needs whole weights"):
+        prepare(config, str(pruned), tmp_path / "out", ranks=sharded)
 
 
 def test_shards_that_would_cut_groups_of_inputs_are_refused(family, row_file, tmp_path):
