@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsekit.registration import register
 
@@ -14,10 +14,21 @@ if TYPE_CHECKING:
 
     from sparsekit.models.keepzeros import Masked
     from sparsekit.models.whole import Resident
+    from sparsekit.stages.api import evaluate, prune, quantize, recover, run
 
+__all__ = ["evaluate", "load", "masked", "prune", "quantize", "recover", "run"]
 __version__ = "0.1.0"
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs, imported when they are asked for."""
+    if name in ("evaluate", "prune", "quantize", "recover", "run"):
+        from sparsekit.stages import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
 
 
 def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -> PreTrainedModel:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, deploy, forms, quantize, recover, show
+from sparsekit.cli import bench, deploy, forms, quantize, recover, run, show
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -38,10 +38,10 @@ from sparsekit.cli.options import (
     Source,
     Then,
     named,
-    prune_config,
     refuse_early,
 )
-from sparsekit.stages.config import BATCH_SIZE, EvalConfig, PruneConfig
+from sparsekit.stages.config import BATCH_SIZE, PruneConfig
+from sparsekit.stages.words import eval_config, prune_config
 from sparsekit.tensors.patterns import Pattern
 
 app = typer.Typer(
@@ -113,7 +113,7 @@ def prune(
             allocate=allocate,
             compensate=compensate,
             rank=rank,
-            form=form,
+            format=form,
             budget=budget,
             then=then,
             calibration=calibration,
@@ -152,6 +152,8 @@ app.command()(forms.pack)
 app.command()(forms.unpack)
 app.command()(forms.convert)
 app.command()(deploy.deploy)
+app.command()(run.run)
+app.add_typer(run.app, name="recipe")
 
 
 @app.command("eval")
@@ -190,10 +192,10 @@ def evaluate(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working() as progress:
-        config = EvalConfig(
+        config = eval_config(
             text=text,
             length=length,
-            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            tasks=tasks,
             include_path=include_path,
             limit=limit,
             batch_size=batch_size,
@@ -201,7 +203,6 @@ def evaluate(
             device=device,
             dtype=dtype,
         )
-        config.check()
         names = [named(name) for name in models]
         base = named(baseline) if baseline else None
         from sparsekit.stages.evaluate import evaluate as stage

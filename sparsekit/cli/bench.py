@@ -26,11 +26,11 @@ from sparsekit.cli.options import (
     Seed,
     Source,
     named,
-    prune_config,
 )
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.words import prune_config
 
 app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None

@@ -1,18 +1,14 @@
-"""What several commands take, and what their words stand for."""
+"""What several commands take."""
 
-import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sparsekit.errors import UsageError
-from sparsekit.models.calibration import Calibration
 from sparsekit.models.output import refuse_output, refuse_source
 from sparsekit.models.reference import check
-from sparsekit.stages.config import PruneConfig
 
 Model = Annotated[
     str,
@@ -101,93 +97,6 @@ Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output of spar
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check and show the plan, on stdout with --json only.")
 ]
-
-
-def prune_config(
-    *,
-    method: str | None,
-    pattern: str | None,
-    option: list[str],
-    preset: str | None,
-    initial: str | None,
-    calibration: str | None,
-    samples: int | None,
-    length: int | None,
-    seed: int,
-    skip: list[str],
-    reconstruct: str,
-    propagate: bool | None,
-    device: str,
-    dtype: str,
-    refine: str | None = None,
-    dense: str | None = None,
-    allocate: str = "none",
-    compensate: str = "none",
-    rank: str | None = None,
-    form: str = "dense",
-    budget: str | None = None,
-    then: str | None = None,
-) -> PruneConfig:
-    """The checked configuration that the flags of `prune` and `bench prune` spell."""
-    options = parsed(option)
-    rows: Calibration | None = None
-    if calibration is not None:
-        rows = Calibration(source=calibration, samples=samples, length=length, seed=seed)
-    config = PruneConfig(
-        method=method,
-        pattern=pattern,
-        options=options,
-        preset=preset,
-        initial=initial,
-        refine=refine,
-        dense=dense,
-        calibration=rows,
-        skip=skip,
-        reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
-        propagate=propagate,
-        allocate=allocate,  # type: ignore[arg-type]  (the same)
-        compensate=compensate,  # type: ignore[arg-type]  (the same)
-        rank=rank,
-        budget=None if budget is None else seconds(budget),
-        then=then,
-        format=form,  # type: ignore[arg-type]  (the same)
-        device=device,
-        dtype=dtype,
-    )
-    config.check()
-    if rows is None and config.rows is not None:
-        rows = Calibration(samples=samples, length=length, seed=seed)
-        rows.check()
-        return replace(config, calibration=rows)
-    if rows is None and not (samples is length is propagate is None and seed == 0):
-        raise UsageError(
-            f"{config.title} reads no calibration: --samples, --length, --seed and --propagate "
-            "have no effect",
-            "leave them out, or pass --calibration to have the output error measured",
-        )
-    return config
-
-
-def parsed(option: list[str]) -> dict[str, str]:
-    """The options of `-O KEY=VALUE`."""
-    options: dict[str, str] = {}
-    for item in option:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"--option {item!r} has no value", "write --option KEY=VALUE")
-        if key.strip() in options:
-            raise UsageError(f"option {key.strip()!r} is given twice", "leave out one")
-        options[key.strip()] = value.strip()
-    return options
-
-
-def seconds(text: str, flag: str = "--budget") -> float:
-    """What `90s`, `10m` or `2h` stands for."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    found = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not found:
-        raise UsageError(f"{flag} {text!r} is no time", "write it as 90s, 10m or 2h")
-    return found
 
 
 def named(name: str) -> str:

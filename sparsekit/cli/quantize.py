@@ -1,6 +1,5 @@
 """The verb `quantize`: its flags, and the configuration that they spell."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +22,9 @@ from sparsekit.cli.options import (
     Skip,
     Source,
     named,
-    parsed,
     refuse_early,
 )
-from sparsekit.errors import UsageError
-from sparsekit.models.calibration import Calibration
-from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.words import quantize_config
 
 Method = Annotated[str, typer.Option(help="rtn (no data), gptq or awq.")]
 GridText = Annotated[
@@ -70,16 +66,19 @@ def quantize(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(resumable=True) as progress:
-        config = QuantizeConfig(
+        config = quantize_config(
             method=method,
             grid=grid,
-            options=parsed(option),
+            option=option,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
             skip=skip,
-            format=form,  # type: ignore[arg-type]  (check() refuses other words)
+            format=form,
             device=device,
             dtype=dtype,
         )
-        config = _with_rows(config, calibration, samples, length, seed)
         name = named(model)
         refuse_early(name, out, overwrite=overwrite)
         from sparsekit.stages.quantize import quantize as stage
@@ -87,27 +86,3 @@ def quantize(
         showforms.quantized(
             terminal, stage(config, name, out, overwrite=overwrite, progress=progress)
         )
-
-
-def _with_rows(
-    config: QuantizeConfig,
-    source: str | None,
-    samples: int | None,
-    length: int | None,
-    seed: int,
-) -> QuantizeConfig:
-    """The checked configuration with its calibration rows, if it reads any."""
-    if source is not None:
-        rows = Calibration(source=source, samples=samples, length=length, seed=seed)
-        config = replace(config, calibration=rows)
-    config.check()
-    if source is None and config.rows is not None:
-        rows = Calibration(samples=samples, length=length, seed=seed)
-        rows.check()
-        return replace(config, calibration=rows)
-    if source is None and not (samples is length is None and seed == 0):
-        raise UsageError(
-            f"{config.method} reads no calibration: --samples, --length and --seed have no effect",
-            "leave them out, or pass --calibration to have the output error measured",
-        )
-    return config

@@ -1,9 +1,7 @@
 """The verb `recover`: its flags, and the configuration that they spell."""
 
-import re
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,13 +20,13 @@ from sparsekit.cli.options import (
     Seed,
     Skip,
     named,
-    parsed,
     refuse_early,
-    seconds,
 )
-from sparsekit.errors import UsageError
 from sparsekit.progress import Progress
-from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.words import recover_config
+
+if TYPE_CHECKING:
+    from sparsekit.stages.trainconfig import RecoverConfig
 
 Method = Annotated[
     str, typer.Option(help="auto, fixed, ast or cast; auto is what was found best, ast.")
@@ -128,7 +126,7 @@ def recover(
             data=data,
             tokens=tokens,
             max_time=max_time,
-            teacher=teacher,
+            teacher=None if teacher is None else named(teacher),
             pattern=pattern,
             option=option,
             skip=skip,
@@ -154,7 +152,7 @@ def recover(
 
 def _run(
     terminal: Terminal,
-    config: RecoverConfig,
+    config: "RecoverConfig",
     model: str,
     out: Path,
     *,
@@ -168,33 +166,3 @@ def _run(
     report = stage(config, model, out, overwrite=overwrite, progress=progress)
     if report is not None:
         show.recovered(terminal, report)
-
-
-def recover_config(
-    *,
-    option: list[str],
-    tokens: str | None,
-    max_time: str | None,
-    teacher: str | None,
-    **words: Any,
-) -> RecoverConfig:
-    """The checked configuration that the flags of `recover` spell."""
-    config = RecoverConfig(
-        options=parsed(option),
-        tokens=None if tokens is None else _count(tokens),
-        max_time=None if max_time is None else seconds(max_time, "--max-time"),
-        teacher=None if teacher is None else named(teacher),
-        **words,
-    )
-    config.check()
-    return config
-
-
-def _count(text: str) -> int:
-    """What `4096`, `200K`, `20M` or `1.5B` stands for."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
-    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-    count = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
-    if count < 1 or count.denominator != 1:
-        raise UsageError(f"--tokens {text!r} is no number of tokens", "write it as 200K or 20M")
-    return int(count)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparsekit.stages.evaluate import Score
     from sparsekit.stages.inspect import Inspection
     from sparsekit.stages.report import Report
+    from sparsekit.stages.run import Done
 
 TASK_COLUMNS = (
     *("model", "task", "version", "shots"),
@@ -47,6 +48,25 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
     terminal.table("plan (nothing was written)", ("", ""), rows)
     if terminal.json:
         terminal.result("", plan)
+
+
+def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
+    """What became of each step of a recipe; stdout gets the models that nothing else is made of."""
+    models = [one for one in done if one.step.verb != "eval"]
+    rows = [
+        (one.step.name, one.step.verb, one.state, _seconds(one), str(one.folder)) for one in done
+    ]
+    title = "plan (nothing was written)" if dry else f"{out}"
+    terminal.table(title, ("step", "verb", "", "seconds", "folder"), rows)
+    parents = {one.step.parent for one in models}
+    last = [str(one.folder) for one in models if one.step.name not in parents]
+    if terminal.json or not dry:
+        told = {"out": str(out), "steps": [one.to_json() for one in done]}
+        terminal.result("\n".join(last), told)
+
+
+def _seconds(done: "Done") -> str | None:
+    return f"{done.seconds:.0f}" if done.state == "made" else None
 
 
 def pruned(terminal: Terminal, report: "Report") -> None:

@@ -47,7 +47,7 @@ REPLACED = ".sparsekit-replaced"
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
 # So begin files that tell of one run only.
-OWN = (".", "sparsekit-training")
+OWN = (".", "sparsekit-training", "sparsekit-scores")
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
 

@@ -1,7 +1,7 @@
 """What a checkpoint is worth: perplexity, zero-shot scores, and the difference to a baseline."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,25 @@ def evaluate(
         UsageError: A task is unknown or an option cannot be carried out.
         DataError: A model or text cannot be read, or models were scored on different samples.
     """
+    scores: list[Score] = []
+    try:
+        for score in evaluations(config, models, baseline, progress):
+            scores.append(score)
+    except BaseException:
+        # What took long to measure is not lost with what failed.
+        for score in scores:
+            progress.note(f"measured before: {score}")
+        raise
+    return scores
+
+
+def evaluations(
+    config: EvalConfig,
+    models: Sequence[str],
+    baseline: str | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[Score]:
+    """The scores of models as they are found, the baseline's first; see `evaluate`."""
     config.check()
     names = [*([baseline] if baseline else []), *models]
     subjects = [_subject(config, name, progress) for name in names]
@@ -125,23 +144,21 @@ def evaluate(
             _refuse_other_windows(subject, subjects[0])
     for subject in subjects:
         subject.source.scan(progress)
-    scores: list[Score] = []
-    try:
-        for subject in subjects:
-            scores.append(
-                Score(
-                    model=subject.name,
-                    perplexity=_perplexity(config, subject, progress),
-                    tasks=[],
-                )
-            )
-            scores[-1] = replace(scores[-1], tasks=_tasks(config, subject, tasks, progress))
-    except BaseException:
-        # What took long to measure is not lost with what failed.
-        for score in scores:
-            progress.note(f"measured before: {score}")
-        raise
-    return [scores[0], *(_compared(s, scores[0]) for s in scores[1:])] if baseline else scores
+    first: Score | None = None
+    for subject in subjects:
+        found = _perplexity(config, subject, progress)
+        score = Score(model=subject.name, perplexity=found, tasks=[])
+        try:
+            score = replace(score, tasks=_tasks(config, subject, tasks, progress))
+        except BaseException:
+            if found:
+                progress.note(f"measured before: {score}")
+            raise
+        if baseline and first is None:
+            first = score
+            yield score
+        else:
+            yield _compared(score, first) if first else score
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sparsekit.cli.recover import _count
 from sparsekit.errors import UsageError
+from sparsekit.stages.words import count
 
 
 def test_recover_gives_the_path_and_tells_the_rest(cli, pruned, row_file, tmp_path):
@@ -48,13 +48,13 @@ def test_wrong_words_are_code_two_and_name_the_right_ones(cli, pruned, tmp_path)
     ("text", "count"), [("4.1M", 4_100_000), ("2.01M", 2_010_000), ("16.1K", 16_100), ("7", 7)]
 )
 def test_a_number_of_tokens_is_read_exactly(text, count):
-    assert _count(text) == count
+    assert count(text) == count
 
 
 @pytest.mark.parametrize("text", ["0", "1.5", "0.0001K", "K", "-3", "2T"])
 def test_what_is_no_number_of_tokens_is_refused(text):
     with pytest.raises(UsageError, match=r"is no number of tokens; write it as 200K or 20M"):
-        _count(text)
+        count(text)
 
 
 def test_bench_recover_gives_its_numbers(cli, pruned):

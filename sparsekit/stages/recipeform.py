@@ -1,0 +1,201 @@
+"""The form of a recipe: YAML without traps, the words of each stage, and the schema for editors."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import yaml
+
+from sparsekit.errors import UsageError, did_you_mean
+from sparsekit.stages import words
+
+VERSION = 1
+TOP = ("version", "model", "seed", "stages")
+# By verb, the function whose keywords are its words; None: it has no words.
+VERBS: Mapping[str, Callable[..., Any] | None] = {
+    "prune": words.prune_config,
+    "recover": words.recover_config,
+    "quantize": words.quantize_config,
+    "pack": None,
+    "eval": words.eval_config,
+}
+# What is said of a stage beside its verb.
+BESIDE = ("name", "from")
+# Words of a stage that a recipe has, and the configuration has not.
+MORE = {"eval": {"baseline": (str | None, None)}}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 2:4 and 50% are text, 1e-4 is a number, a key comes once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            UsageError: A key comes twice.
+        """
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise UsageError(f"line {line}: {key.value!r} is there twice", "leave out one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 2:4 as a number to the base of 60, and 1e-4 as text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in ("int", "float")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+\Z"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?\Z"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        UsageError: It is not YAML, or a key comes twice; the line is told.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        reason = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise UsageError(f"{place}not valid YAML: {reason}") from error
+
+
+def write_yaml(value: Any) -> str:
+    """A value as YAML that `read_yaml` reads as the same; 2:4 is quoted."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _fields(verb: str) -> dict[str, tuple[Any, Any]]:
+    """The words of a verb with their types and defaults."""
+    spell = VERBS[verb]
+    found = dict(MORE.get(verb, {}))
+    if spell is not None:
+        types = typing.get_type_hints(spell)
+        for name, parameter in inspect.signature(spell).parameters.items():
+            found[name] = (types[name], parameter.default)
+    return found
+
+
+@lru_cache
+def form(verb: str) -> Any:
+    """The pydantic model of a verb's words."""
+    from pydantic import ConfigDict, create_model
+
+    # A word may be called as a method of pydantic's models is.
+    config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    fields: dict[str, Any] = {name: told for name, told in _fields(verb).items()}
+    return create_model(verb, __config__=config, **fields)
+
+
+def defaults(verb: str) -> dict[str, Any]:
+    """The words of a verb as they are when none is given."""
+    return {name: default for name, (_, default) in _fields(verb).items()}
+
+
+def variants(verb: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The words of a stage, once for each combination of the values of its plurals.
+
+    `methods: [wanda, sparsegpt]` stands for two variants, whose `method` is one of them.
+    """
+    known = _fields(verb)
+    plurals = {
+        key: value
+        for key, value in given.items()
+        if key not in known and key.removesuffix("s") in known and key.endswith("s")
+    }
+    lists = {k: v for k, v in plurals.items() if isinstance(v, list) and v}
+    plain = {key: value for key, value in given.items() if key not in lists}
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip((key.removesuffix("s") for key in lists), values, strict=True))
+        yield {**plain, **chosen}
+
+
+def problems(verb: str, given: Mapping[str, Any], path: str) -> list[str]:
+    """What is wrong with the form of a stage's words, each with its place."""
+    from pydantic import ValidationError
+
+    known, found, told = _fields(verb), [], dict(given)
+    for key, value in given.items():
+        single = key.removesuffix("s")
+        if key not in known and single != key and single in known:
+            if not isinstance(value, list) or not value:
+                found.append(f"{path}.{key}: a list of values for {single!r} is wanted")
+                del told[key]
+            elif single in given:
+                found.append(f"{path}: {single!r} and {key!r} are both there; leave out one")
+            elif len({repr(one) for one in value}) < len(value):
+                found.append(f"{path}.{key}: a value is there twice")
+    for words_ in variants(verb, told):
+        try:
+            form(verb).model_validate(words_)
+        except ValidationError as error:
+            found += [_told(one, known, path) for one in error.errors()]
+    return list(dict.fromkeys(found))
+
+
+def _told(error: Mapping[str, Any], known: Mapping[str, Any], path: str) -> str:
+    """One error of pydantic in our words."""
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"{path}.{key}: unknown; {did_you_mean(key, known)}"
+    return f"{path}.{key}: {error['msg'].lower()}, not {error['input']!r}"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes, which editors check them by."""
+    stages = []
+    for verb in VERBS:
+        told = form(verb).model_json_schema()
+        told.pop("title", None)
+        single = dict(told.get("properties", {}))
+        told["properties"] = single | {
+            f"{name}s": {"type": "array", "minItems": 1, "items": one}
+            for name, one in single.items()
+            if f"{name}s" not in single
+        }
+        one_or_more = {"anyOf": [told, {"type": "array", "items": told, "minItems": 1}]}
+        stages.append(
+            {
+                "type": "object",
+                "properties": {verb: one_or_more, **{b: {"type": "string"} for b in BESIDE}},
+                "required": [verb],
+                "additionalProperties": False,
+            }
+        )
+    bare = [verb for verb in VERBS if verb in ("pack", "eval")]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sparsekit recipe",
+        "type": "object",
+        "properties": {
+            "version": {"const": VERSION},
+            "model": {"type": "string"},
+            "seed": {"type": "integer", "minimum": 0},
+            "stages": {
+                "type": "array",
+                "minItems": 1,
+                "items": {"anyOf": [*stages, {"enum": bare}]},
+            },
+        },
+        "required": ["model", "stages"],
+        "additionalProperties": False,
+    }

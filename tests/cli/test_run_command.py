@@ -1,0 +1,110 @@
+"""The commands of recipes: streams and exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+TEXT = """
+model: {model}
+stages:
+- prune: {{methods: [wanda, ria], calibration: {rows}, samples: 4, length: 16}}
+- eval: {{text: {rows}}}
+- pack
+"""
+
+
+@pytest.fixture
+def recipe(family, row_file, tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(TEXT.format(model=family("llama"), rows=row_file))
+    return file
+
+
+def test_run_gives_the_last_models_and_keeps_what_is_finished(cli, recipe, tmp_path):
+    found = cli("run", recipe, "-o", tmp_path / "out")
+    assert found.code == 0
+    last = [str(tmp_path / "out" / f"{name}.pack") for name in ("wanda", "ria")]
+    assert found.stdout.splitlines() == last
+    assert "wanda.pack: made" in found.stderr
+    again = cli("run", recipe, "-o", tmp_path / "out", "--json")
+    told = json.loads(again.stdout)
+    assert [step["state"] for step in told["steps"]] == ["kept"] * 6
+    assert told["out"] == str(tmp_path / "out")
+
+
+def test_words_are_replaced_on_the_command_line(cli, recipe, tmp_path):
+    found = cli("run", recipe, "prune.method=nowag", "-o", tmp_path / "out", "-q")
+    assert found.stdout == f"{tmp_path / 'out' / 'nowag.pack'}\n"
+    assert found.stderr == ""
+
+
+def test_a_dry_run_writes_nothing(cli, recipe, tmp_path):
+    found = cli("run", recipe, "-o", tmp_path / "out", "--dry-run")
+    assert (found.code, found.stdout) == (0, "")
+    assert found.stderr.count("to do") == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_out_the_folder_has_the_recipes_name(cli, recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("run", recipe, "-q").code == 0
+    assert (tmp_path / "small" / "wanda").is_dir()
+
+
+def test_all_errors_of_a_recipe_are_shown(cli, recipe):
+    recipe.write_text(recipe.read_text().replace("methods", "metods").replace("text", "txt"))
+    found = cli("run", recipe)
+    assert (found.code, found.stdout) == (2, "")
+    assert "small.yaml: 2 errors:" in found.stderr
+    assert "stages[0].prune.metods: unknown; did you mean 'method'?" in found.stderr
+    assert "stages[1].eval.txt: unknown; did you mean 'text'?" in found.stderr
+    assert cli("recipe", "validate", recipe).stderr == found.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("quickstrt", "did you mean 'quickstart'"), ("none.yaml", "there is no recipe none.yaml")],
+)
+def test_a_recipe_that_is_not_there_is_one_line(cli, word, told):
+    found = cli("run", word)
+    assert found.code == 2
+    assert told in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_recipes_are_listed_shown_copied_and_valid(cli, tmp_path):
+    listed = cli("recipe", "ls")
+    names = [line.split("\t")[0] for line in listed.stdout.splitlines()]
+    assert "quickstart" in names
+    assert json.loads(cli("recipe", "ls", "--json").stdout).keys() == set(names)
+    shown = cli("recipe", "show", "quickstart").stdout
+    copied = cli("recipe", "cp", "quickstart", tmp_path)
+    assert copied.stdout == f"{tmp_path / 'quickstart.yaml'}\n"
+    assert (tmp_path / "quickstart.yaml").read_text() == shown
+    again = cli("recipe", "cp", "quickstart", tmp_path / "quickstart.yaml")
+    assert (again.code, again.stdout) == (2, "")
+    assert "exists" in again.stderr
+    valid = cli("recipe", "validate", *names)
+    assert valid.code == 0
+    assert len(valid.stdout.splitlines()) == len(names)
+    assert json.loads(cli("recipe", "show", "quickstart", "--json").stdout)["model"] == "demo"
+
+
+def test_the_schema_is_json_with_every_verb(cli):
+    told = json.loads(cli("recipe", "schema").stdout)
+    text = json.dumps(told["properties"]["stages"])
+    assert all(f'"{verb}"' in text for verb in ("prune", "recover", "quantize", "pack", "eval"))
+    assert yaml.safe_load(json.dumps(told)) == told
+
+
+def test_checking_a_recipe_needs_no_torch():
+    code = (
+        "import sys; from sparsekit.cli.app import app\n"
+        "app(['recipe', 'validate', 'quickstart'], standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

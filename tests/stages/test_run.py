@@ -1,0 +1,223 @@
+"""Runs of recipes: each step once, resumable, and never the wrong output."""
+
+import json
+import shutil
+
+import pytest
+
+from sparsekit.errors import DataError, StorageError, UsageError
+from sparsekit.files import sha256_file
+from sparsekit.progress import Progress
+from sparsekit.stages import run as stage
+from sparsekit.stages.recipe import parse
+from sparsekit.stages.run import run
+from sparsekit.stages.scores import read_scores
+
+TEXT = """
+model: {model}
+stages:
+- prune: {{methods: [wanda, ria], calibration: {rows}}}
+- eval: {{text: {rows}, baseline: model}}
+- recover: {{method: fixed, tokens: 96, length: 16, lr: 1e-3, data: {rows}}}
+- eval: {{text: {rows}, baseline: model}}
+- pack
+"""
+
+
+@pytest.fixture
+def recipe(family, row_file):
+    return parse(TEXT.format(model=family("llama"), rows=row_file))
+
+
+def weights(out):
+    return {
+        str(file.relative_to(out)): sha256_file(file) for file in sorted(out.rglob("*.safetensors"))
+    }
+
+
+def states(done):
+    return [one.state for one in done]
+
+
+def test_a_second_run_does_nothing_again(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    first = run(recipe, out)
+    assert states(first) == ["made"] * 10
+    before = weights(out)
+    assert len(before) == 8  # of a packed model two
+    for verb in ("prune", "recover"):
+        monkeypatch.setitem(stage.WRITERS, verb, None)
+    monkeypatch.setattr(stage, "pack", None)
+    monkeypatch.setattr(stage, "evaluations", None)
+    assert states(run(recipe, out)) == ["kept"] * 10
+    assert weights(out) == before
+    assert (out / "recipe.yaml").read_text() == recipe.text
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(recipe, tmp_path, stop):
+    class Stops(Progress):
+        left = stop
+
+        def begin(self, title, total, done=0):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    whole = tmp_path / "whole"
+    run(recipe, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "again", progress=Stops())
+    run(recipe, tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(whole)
+    scores = [
+        {path.parent.name: path.read_text() for path in out.rglob("sparsekit-scores.json")}
+        for out in (whole, tmp_path / "again")
+    ]
+    assert len(scores[0]) == 5
+    figures = [
+        {k: [e["perplexity"]["perplexity"] for e in json.loads(v)["scores"]] for k, v in s.items()}
+        for s in scores
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_kill_between_an_output_and_its_record_costs_nothing(recipe, tmp_path, monkeypatch):
+    out, write, calls = tmp_path / "run", stage.write_json, []
+
+    def second_dies(path, value):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_json", second_dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, out)
+    assert (out / "wanda").is_dir()
+    assert states(run(recipe, out)) == ["kept"] + ["made"] * 9
+
+
+def test_the_scores_say_how_and_of_what_they_are(recipe, tmp_path, row_file):
+    out = tmp_path / "run"
+    run(recipe, out)
+    for name in ("wanda", "wanda.fixed"):
+        (entry,) = read_scores(out / name)
+        assert entry["config"]["text"] == str(row_file)
+        assert entry["baseline"] == recipe.model
+        assert entry["difference"]["log_perplexity"]["n"] == 5
+    (dense,) = read_scores(out / "dense")
+    assert dense["baseline"] is None
+
+
+def test_scores_stay_with_their_model(recipe, tmp_path):
+    """What is made of a model that was measured has not been measured."""
+    out = tmp_path / "run"
+    run(recipe, out)
+    assert not read_scores(out / "wanda.fixed.pack")
+
+
+def test_from_makes_a_stage_and_what_follows_again(recipe, tmp_path):
+    out = tmp_path / "run"
+    run(recipe, out)
+    before = weights(out)
+    again = run(recipe, out, start="recover")
+    assert states(again) == ["kept"] * 4 + ["made"] * 6  # scores lie with their model
+    assert weights(out) == before
+
+
+def test_from_needs_what_comes_before(recipe, tmp_path):
+    with pytest.raises(UsageError, match="--from pack: wanda, which comes before, is not finished"):
+        run(recipe, tmp_path / "run", start="pack")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_what_is_left_and_writes_nothing(recipe, tmp_path):
+    out = tmp_path / "run"
+    assert states(run(recipe, out, dry=True)) == ["to do"] * 6
+    assert not out.exists()
+    run(recipe, out)
+    shutil.rmtree(out / "ria.fixed")
+    assert states(run(recipe, out, dry=True)) == ["kept"] * 3 + ["to do"] + ["kept"] * 2
+
+
+def test_an_output_that_is_gone_is_made_again(recipe, tmp_path):
+    out = tmp_path / "run"
+    run(recipe, out)
+    before = weights(out)
+    shutil.rmtree(out / "ria.fixed")
+    assert states(run(recipe, out))[4:6] == ["kept", "made"]
+    assert weights(out) == before
+
+
+def test_an_output_that_was_changed_by_hand_is_named(recipe, tmp_path):
+    out = tmp_path / "run"
+    run(recipe, out)
+    shutil.rmtree(out / "wanda")
+    shutil.copytree(out / "ria", out / "wanda")  # a whole checkpoint, but another
+    with pytest.raises(DataError, match=r"run/wanda is not what the run wrote \(fingerprint"):
+        run(recipe, out)
+    file = out / "ria" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    shutil.rmtree(out / "wanda")
+    with pytest.raises(DataError, match="ria"):
+        run(recipe, out)
+
+
+def test_an_output_of_another_recipe_is_not_taken(recipe, family, row_file, tmp_path):
+    out = tmp_path / "run"
+    run(recipe, out)
+    text = TEXT.format(model=family("llama"), rows=row_file)
+    other = parse(text.replace("lr: 1e-3", "lr: 2e-3"))
+    with pytest.raises(UsageError, match=r"wanda\.fixed was made by another recipe: lr was 0\.001"):
+        run(other, out)
+    changed = parse(text.replace("[wanda, ria]", "[wanda, nowag]"))
+    assert states(run(changed, out))[:2] == ["kept", "made"]  # what the two share is kept
+
+
+def test_other_rows_in_the_same_file_are_another_recipe(family, row_file, tmp_path):
+    rows = tmp_path / "rows.safetensors"
+    shutil.copy(row_file, rows)
+    recipe = parse(TEXT.format(model=family("llama"), rows=rows))
+    run(recipe, tmp_path / "run")
+    from safetensors.torch import load_file, save_file
+
+    save_file({"tokens": load_file(rows)["tokens"].flip(0)}, rows)
+    with pytest.raises(UsageError, match="calibration"):
+        run(recipe, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match="is not the folder of a run"):
+        run(recipe, tmp_path / "mine")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        run(recipe, tmp_path / "file")
+
+
+def test_a_failing_step_is_named_and_what_was_made_is_kept(recipe, tmp_path, monkeypatch):
+    out, recover = tmp_path / "run", stage.WRITERS["recover"]
+
+    def full(config, model, folder, **how):
+        if folder.name == "ria.fixed":
+            raise StorageError("cannot write: No space left on device", "make room")
+        return recover(config, model, folder, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(stage.WRITERS, "recover", full)
+        with pytest.raises(StorageError, match=r"stages\[2\]\.recover, ria\.fixed: cannot write"):
+            run(recipe, out)
+    assert states(run(recipe, out)) == ["kept"] * 5 + ["made"] * 5
+
+
+def test_what_cannot_be_pruned_is_refused_before_the_first_step(family, row_file, tmp_path):
+    text = f"model: {family('llama')}\nstages:\n"
+    recipe = parse(text + "- prune: {method: magnitude, patterns: [2:4, 3:7]}\n")
+    with pytest.raises(UsageError, match="do not divide into groups of 7"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

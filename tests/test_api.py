@@ -1,0 +1,90 @@
+"""The verbs from Python do what the commands do."""
+
+import inspect
+import json
+import typing
+
+import pytest
+
+import sparsekit
+from sparsekit.errors import UsageError
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.stages import api, words
+
+PAIRS = [
+    (api.PruneWords, words.prune_config),
+    (api.RecoverWords, words.recover_config),
+    (api.QuantizeWords, words.quantize_config),
+    (api.EvalWords, words.eval_config),
+]
+SHORT = {"tokens": 96, "batch": 2, "length": 16, "lr": 1e-3}
+
+
+def prints(*folders):
+    return [Checkpoint.open(folder).scan() for folder in folders]
+
+
+@pytest.mark.parametrize(("typed", "spell"), PAIRS, ids=lambda one: one.__name__)
+def test_the_types_of_words_are_those_of_the_flags(typed, spell):
+    told = {k: v for k, v in typing.get_type_hints(spell).items() if k != "return"}
+    assert typing.get_type_hints(typed) == told
+    assert not typed.__required_keys__
+    assert inspect.signature(spell).parameters.keys() == told.keys()
+
+
+def test_each_verb_gives_the_bytes_of_its_command(cli, family, row_file, tmp_path):
+    model = family("llama")
+    rows = ("--calibration", row_file, "--samples", "4", "--length", "16")
+    trained = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
+    command = [
+        cli("prune", model, "-o", tmp_path / "a1", "--method", "ria", *rows),
+        cli("recover", tmp_path / "a1", "-o", tmp_path / "b1", "--data", row_file, *trained),
+        cli("quantize", tmp_path / "a1", "-o", tmp_path / "c1", "--grid", "int4-g16", *rows),
+    ]
+    assert [one.code for one in command] == [0, 0, 0]
+    read = {"calibration": str(row_file), "samples": 4, "length": 16}
+    first = sparsekit.prune(model, tmp_path / "a2", method="ria", **read)
+    assert first.out == tmp_path / "a2"
+    sparsekit.recover(first.out, tmp_path / "b2", data=str(row_file), **SHORT)
+    sparsekit.quantize(first.out, tmp_path / "c2", grid="int4-g16", **read)
+    for name in "abc":
+        ours, theirs = prints(tmp_path / f"{name}1", tmp_path / f"{name}2")
+        assert ours == theirs, name
+
+
+def test_evaluate_gives_the_figures_of_the_command(cli, family, pruned, row_file):
+    found = cli("eval", pruned, "--text", row_file, "--baseline", family("llama"), "--json")
+    scores = sparsekit.evaluate(pruned, baseline=family("llama"), text=str(row_file))
+    ours = [score.to_json()["perplexity"] for score in scores]
+    assert ours == [one["perplexity"] for one in json.loads(found.stdout)["models"]]
+
+
+def test_run_takes_a_file_or_what_one_would_hold(family, row_file, tmp_path):
+    told = {
+        "model": str(family("llama")),
+        "stages": [{"prune": {"pattern": "2:4", "calibration": str(row_file)}}, "pack"],
+    }
+    (tmp_path / "r.yaml").write_text(
+        f"model: {told['model']}\nstages:\n- prune: {{pattern: 2:4, calibration: {row_file}}}\n"
+        "- pack\n"
+    )
+    sparsekit.run(told, tmp_path / "one")
+    sparsekit.run(tmp_path / "r.yaml", tmp_path / "two")
+    both = [
+        prints(tmp_path / run / "wanda", tmp_path / run / "wanda.pack") for run in ("one", "two")
+    ]
+    assert both[0] == both[1]
+
+
+def test_a_wrong_word_is_an_error_with_its_reason(family, tmp_path):
+    with pytest.raises(UsageError, match="no method 'wnada'"):
+        sparsekit.prune(family("llama"), tmp_path / "out", method="wnada")
+    with pytest.raises(TypeError, match="metod"):
+        sparsekit.prune(family("llama"), tmp_path / "out", metod="wanda")
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in sparsekit.__all__:
+        assert getattr(sparsekit, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sparsekit.nothing
