@@ -45,10 +45,10 @@ def test_wrong_words_are_code_two_and_name_the_right_ones(cli, pruned, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("4.1M", 4_100_000), ("2.01M", 2_010_000), ("16.1K", 16_100), ("7", 7)]
+    ("text", "wanted"), [("4.1M", 4_100_000), ("2.01M", 2_010_000), ("16.1K", 16_100), ("7", 7)]
 )
-def test_a_number_of_tokens_is_read_exactly(text, count):
-    assert count(text) == count
+def test_a_number_of_tokens_is_read_exactly(text, wanted):
+    assert count(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["0", "1.5", "0.0001K", "K", "-3", "2T"])

@@ -1,4 +1,4 @@
-"""A question or a mistake is answered at once: without torch, in under half a second."""
+"""A question or a mistake is answered at once, without torch."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy", "huggingface_hub")
-SECONDS = 0.5
+TIMES = 3.5
 
 
 def imported(*arguments: str) -> tuple[set[str], int, str]:
@@ -63,21 +63,32 @@ def test_answer_comes_without_importing_torch(arguments, code, answer):
     assert packages & set(HEAVY) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["prune", "--wrong-flag"]])
-def test_answer_takes_less_than_half_a_second_of_cpu_time(arguments):
-    """CPU time, and the best of five: a busy machine must not fail this."""
-    spent = []
+def spent(*arguments: str) -> float:
+    """CPU seconds of a Python process, the best of five: a busy machine must not fail a test."""
+    found = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
-            [sys.executable, "-m", "sparsekit", *arguments],
+            [sys.executable, *arguments],
             capture_output=True,
             env={**os.environ, "COLUMNS": "100"},
             check=False,
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert 0.01 < min(spent) < SECONDS
+        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(found)
+
+
+@pytest.fixture(scope="module")
+def floor() -> float:
+    """What the libraries of the command line take by themselves on this machine."""
+    return spent("-c", "import typer, typer.main, rich.table, rich.progress")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["prune", "--wrong-flag"]])
+def test_an_answer_takes_little_more_than_the_libraries_of_the_command_line(arguments, floor):
+    """Half a second where those take 0.15 s; torch alone takes ten times as long."""
+    assert 0.01 < spent("-m", "sparsekit", *arguments) < TIMES * floor
 
 
 def test_help_names_every_command():
