@@ -1,23 +1,20 @@
-"""A recipe carried out: each step once, keyed by what it depends on, and its output kept.
+"""A recipe carried out: each step once, its output kept.
 
-Each step writes a checkpoint into a folder of the run; beside it, in `.sparsekit-run`, stands what
-its output depends on. A step whose record is the same is not done again, and one that was
-interrupted goes on as its verb does.
+A step whose record is the same is not done again, and one that was interrupted goes on as its verb
+does.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.errors import DataError, SparsekitError, UsageError
-from sparsekit.files import exclusive, read_json, sha256_file, sha256_json, write_atomic, write_json
+from sparsekit.errors import SparsekitError, UsageError
+from sparsekit.files import exclusive, write_atomic, write_json
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.output import refuse_source
-from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import EvalConfig
 from sparsekit.stages.evaluate import evaluations
@@ -25,18 +22,15 @@ from sparsekit.stages.pack import pack
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantize import quantize
-from sparsekit.stages.recipe import Recipe, Step
+from sparsekit.stages.recipe import Recipe
+from sparsekit.stages.recipesteps import Step
+from sparsekit.stages.records import RECORDS, Run
 from sparsekit.stages.recover import recover
-from sparsekit.stages.report import NUMERICS
 from sparsekit.stages.scores import Entry, add_score, read_scores
 
-RECORDS = ".sparsekit-run"
 RECIPE = "recipe.yaml"
 # Where the scores of the recipe's own model go.
 DENSE = "dense"
-# By word, what the content of a file or the weights of a model decide.
-FILES = ("calibration", "data", "text", "eval_text")
-MODELS = ("dense", "teacher", "baseline")
 WRITERS = {"prune": prune, "recover": recover, "quantize": quantize}
 
 
@@ -60,105 +54,6 @@ class Done:
             "state": self.state,
             "seconds": round(self.seconds, 3),
         }
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A recipe, where it is carried out, and what is known of its models."""
-
-    recipe: Recipe
-    out: Path
-    progress: Progress
-    source: Checkpoint
-    keys: dict[str | None, str] = field(default_factory=dict)
-    """Of each step what its output depends on, as a sha256."""
-    prints: dict[str, str] = field(default_factory=dict)
-    """The fingerprints of models that words name."""
-
-    @classmethod
-    def open(cls, recipe: Recipe, out: Path, progress: Progress = SILENT) -> Run:
-        """A run that nothing was done for yet.
-
-        Raises:
-            UsageError: The folder cannot be one of a run.
-            DataError: The model cannot be read.
-        """
-        refuse_place(out)
-        source = Checkpoint.open(resolve(recipe.model, progress))
-        refuse_source(out, source.path)
-        found = cls(recipe=recipe, out=out, progress=progress, source=source)
-        found.keys[None] = source.scan(progress)
-        for step in recipe.steps:
-            if step.verb != "eval":
-                found.keys[step.name] = sha256_json(found.depends(step))
-        return found
-
-    def depends(self, step: Step) -> dict[str, Any]:
-        """Everything that decides the output of a step."""
-        words = dict(step.words)
-        for word in FILES:
-            if isinstance(words.get(word), str) and Path(words[word]).is_file():
-                words[word] = f"sha256 {sha256_file(Path(words[word]))}"
-        for word in MODELS:
-            if words.get(word) is not None:
-                words[word] = self._print(words[word])
-        return {
-            "verb": step.verb,
-            "words": words,
-            "from": self.keys[step.parent],
-            "numerics": NUMERICS,
-        }
-
-    def folder(self, name: str | None) -> Path:
-        """Where a step's output lies; of none, the recipe's model."""
-        return self.out / name if name is not None else self.source.path
-
-    def model(self, name: str | None) -> str:
-        """What the verbs call the model that a step makes; of none, the recipe's word for it."""
-        return str(self.folder(name)) if name is not None else self.recipe.model
-
-    def record(self, step: Step) -> Path:
-        """Where it stands what a step's output depends on."""
-        return self.out / RECORDS / f"{step.name}.json"
-
-    def finished(self, step: Step) -> bool:
-        """Whether a step's output is there, as this recipe makes it.
-
-        Raises:
-            UsageError: A folder is in the way, or was made by another recipe.
-            DataError: The output is no longer what was written.
-        """
-        folder, record = self.folder(step.name), self.record(step)
-        if not folder.exists():
-            return False
-        if not record.is_file():
-            raise UsageError(
-                f"{folder} was not made by this run", "move it, or choose another --out"
-            )
-        told, now = read_json(record), self.depends(step)
-        if told["depends"] != now:
-            raise UsageError(
-                f"{folder} was made by another recipe: {_difference(told['depends'], now)}",
-                f"choose another --out, or make it again with --from {step.stage}",
-            )
-        found = Checkpoint.open(folder).scan(self.progress)
-        if told["fingerprint"] is None:  # killed between its output and its record
-            write_json(record, told | {"fingerprint": found})
-        elif found != told["fingerprint"]:
-            raise DataError(
-                f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
-                f"{told['fingerprint'][:12]}…)",
-                f"put it back, or make it again with --from {step.stage}",
-            )
-        return True
-
-    def _print(self, model: str) -> str:
-        """The fingerprint of a model by its name."""
-        if model == self.recipe.model:
-            return self.keys[None]
-        if model not in self.prints:
-            self.prints[model] = Checkpoint.open(resolve(model, self.progress)).scan(self.progress)
-        return self.prints[model]
 
 
 def run(
@@ -320,31 +215,6 @@ def _again(recipe: Recipe, first: int | None) -> list[str]:
         if step.verb != "eval" and (step.stage == first or step.parent in found):
             found.append(step.name)
     return found
-
-
-def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two records differ in, in words."""
-    old, new = earlier.get("words", {}), now["words"]
-    changed = [key for key in new.keys() | old.keys() if old.get(key) != new.get(key)]
-    if changed:
-        key = min(changed)
-        short = all(len(str(words.get(key))) < 40 for words in (old, new))
-        return f"{key} was {old.get(key)}, now {new.get(key)}" if short else f"{key} differs"
-    if earlier.get("from") != now["from"]:
-        return "the model that it begins with is another"
-    return "it is of another version of sparsekit"
-
-
-def refuse_place(out: Path) -> None:
-    """Refuse a folder for a run that holds something else.
-
-    Raises:
-        UsageError: It does, or is no folder.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"the output {out} is a file", "choose another name")
-    if out.exists() and any(out.iterdir()) and not (out / RECORDS).is_dir():
-        raise UsageError(f"{out} is not the folder of a run", "choose another --out")
 
 
 def write_recipe(work: Run) -> None:
