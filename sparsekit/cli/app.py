@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import sparsekit
-from sparsekit.cli import bench, deploy, forms, quantize, recover, run, show
+from sparsekit.cli import bench, deploy, forms, quantize, recover, run, show, streams
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -286,6 +286,11 @@ def demo(
         show.demo(terminal, stage(name, out, progress), out)
 
 
-def main() -> Any:
-    """Run the command line."""
-    return app()
+def main() -> None:
+    """Run the command line in a process of its own."""
+    stdout = streams.guard()
+    try:
+        # The name is the same under `python -m`, also in the variable of shell completion.
+        app(prog_name="sparsekit")
+    except SystemExit as end:
+        raise SystemExit(streams.exit_code(stdout, end.code)) from None

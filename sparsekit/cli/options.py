@@ -6,9 +6,13 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.errors import UsageError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.models.output import refuse_output, refuse_source
 from sparsekit.models.reference import check
+
+# What `-` takes, and what no path is longer than.
+ONE_PATH = "write one path to it, as `sparsekit prune … | sparsekit eval -` does"
+PATH_LENGTH = 4096
 
 Model = Annotated[
     str,
@@ -107,16 +111,37 @@ def named(name: str) -> str:
         DataError: There is no such model folder.
     """
     if name == "-":
-        lines = [line.strip() for line in sys.stdin if line.strip()]
-        if not lines:
-            raise UsageError(
-                "no model on stdin", "pipe a path, as: sparsekit prune … | sparsekit eval -"
-            )
-        if len(lines) > 1:
-            raise UsageError(f"{len(lines)} models on stdin, one is wanted", "pass them by name")
-        name = lines[0]
+        return _piped()
     check(name)
     return name
+
+
+def _piped() -> str:
+    """The model that the command before the pipe wrote.
+
+    Raises:
+        UsageError: stdin has no line, several, or one that is no path.
+        DataError: There is no such model folder.
+    """
+    try:
+        lines = [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError("stdin is no text", ONE_PATH) from error
+    if not lines:
+        raise UsageError("no model on stdin: the command before the pipe failed or wrote no path")
+    if lines[0].startswith(('{"', '["', "[{")):
+        raise UsageError(
+            "stdin holds JSON, not a path", "leave out --json in the command before the pipe"
+        )
+    if len(lines) > 1:
+        raise UsageError(f"stdin has {len(lines)} lines, not one", ONE_PATH)
+    if len(lines[0]) > PATH_LENGTH:
+        raise UsageError(f"stdin has a line of {len(lines[0])} characters", ONE_PATH)
+    try:
+        check(lines[0])
+    except DataError as error:
+        raise DataError(f"{error.message} (read from stdin)", error.hint) from error
+    return lines[0]
 
 
 def refuse_early(model: str, out: Path, *, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from sparsekit.models.folder import INDEX, SINGLE, indexed_files, refuse_two_for
 from sparsekit.progress import SILENT, Progress
 
 # Everything of a model but its weights.
-SMALL_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*")
+SMALL_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "README.md")
 GO_ON = "check the connection, then run the same command again: what is there is kept"
 
 

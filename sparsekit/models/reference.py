@@ -50,6 +50,11 @@ def title(reference: str) -> str:
     return SMOLLM2.model if reference == DEMO else Path(reference).resolve().name
 
 
+def hub_id(reference: str) -> str | None:
+    """The id on the hub that a reference is; None where it is a folder or `demo`."""
+    return None if reference == DEMO or _is_local(reference) else reference
+
+
 def _is_local(reference: str) -> bool:
     if reference == DEMO:
         return False

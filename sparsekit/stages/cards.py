@@ -5,10 +5,24 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from sparsekit.stages.frontmatter import Origin, front_matter
+
+WEIGHTS = "The whole history, with one row for each weight, is in `sparsekit.json`."
+# How each form is loaded, from its folder.
+STOCK = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")"""
+OWN = """\
+import sparsekit
+
+model = sparsekit.load(".")"""
 PLAIN = """\
 A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
 zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
-runs faster because of the zeros."""
+runs faster because of the zeros; torch's 2:4 kernels may, on GPUs with large batches
+(`sparsekit deploy` tells where)."""
 PRODUCTS = """\
 A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
 weights are put together from factors: a sparse core with block-diagonal or low-rank matrices.
@@ -17,25 +31,29 @@ weights are put together from factors: a sparse core with block-diagonal or low-
 FACTORED = """\
 Not a plain checkpoint: each pruned weight is kept as factors, a packed sparse core with
 block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run them product by
-product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so."""
+product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so. It is smaller on
+disk and in memory; no server runs it, and nothing runs faster because of it."""
 CODED = """\
 A Hugging Face checkpoint in the format of compressed-tensors: it loads with
-`AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM. Pruned weights
-are exact zeros; they make it neither smaller nor faster than other weights on this grid."""
+`AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM, which has
+kernels for such grids; transformers expands the weights in memory and is not faster. Pruned
+weights are exact zeros; they make it neither smaller nor faster than other weights on this grid."""
 PACKED = """\
 Not a plain checkpoint: each sparse weight is kept as its values and their places, or as factors.
 `sparsekit.load` and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back;
 after `import sparsekit` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
-finds no weights and says so."""
+finds no weights and says so. It saves space and costs time: each layer unpacks its weight
+whenever it is called."""
 UNPACKED = """\
 A Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`, unpacked from a
-smaller form of it."""
+smaller form of it. It takes the space and time that it took before it was packed."""
 CONVERTED = """\
-A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.\
-"""
+A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.
+It takes the space and time of dense weights: no common server runs faster because of zeros."""
 ROUNDED = """\
 A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
-numbers of the grid: for scoring, or for a converter that takes it from there."""
+numbers of the grid: for scoring, or for a converter that takes it from there. It is neither
+smaller nor faster than its source."""
 
 
 def _what_it_is(form: str, bits: float | None, grid: str | None = None) -> str:
@@ -61,15 +79,13 @@ def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in told.items() if value and value != "none"]
 
 
-def model_card(entry: Mapping[str, Any], base: str) -> str:
+def model_card(entry: Mapping[str, Any], origin: Origin) -> str:
     """The README of a pruned checkpoint."""
     recipe, summary = entry["recipe"], entry["totals"]
+    error, bits = summary["mean_error"], summary["bits_per_weight"]
     calibration = entry["calibration"]
     text = _calibration_text(calibration) if calibration else "none (the method needs no data)"
-    error = summary["mean_error"]
-    bits = summary["bits_per_weight"]
     counted = "them" if bits is None else "their cores"
-    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
         *_asked(recipe),
@@ -81,31 +97,21 @@ def model_card(entry: Mapping[str, Any], base: str) -> str:
         ("calibration", text),
         ("bits of a pruned weight as factors", "-" if bits is None else f"{bits:.2f}"),
         ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-tags:
-- sparsekit
-- pruned
----
-
-# {base}, pruned to {recipe["pattern"]}
-
-{_what_it_is(recipe["format"], bits, recipe["then"])}
-
-| | |
-|---|---|
-{table}
-
-The whole history, with one row for each weight, is in `sparsekit.json`. Check the zeros with
-`sparsekit verify .`.
-
-Matrices left dense:{skipped or " none"}
-"""
+    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    return _card(
+        entry,
+        origin,
+        tags=("pruned", *(("quantized", "compressed-tensors") if recipe["then"] else ())),
+        done=f"pruned to {recipe['pattern']}",
+        text=_what_it_is(recipe["format"], bits, recipe["then"]),
+        rows=rows,
+        end=f"{WEIGHTS} Check the zeros with\n`sparsekit verify .`.\n\n"
+        f"Matrices left dense:{skipped or ' none'}",
+    )
 
 
-def recover_card(entry: Mapping[str, Any], base: str) -> str:
+def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
     """The README of a trained checkpoint."""
     recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
     kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
@@ -134,31 +140,21 @@ def recover_card(entry: Mapping[str, Any], base: str) -> str:
             "-" if moved is None else f"{moved:.2%}",
         ),
         ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
-        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-tags:
-- sparsekit
-- pruned
----
-
-# {base}, trained at {recipe["pattern"]}
-
-{_what_it_is(recipe["format"], summary["bits_per_weight"])}
-
-| | |
-|---|---|
-{table}
-
-![Training](sparsekit-training.png)
-
-The whole history, with one row for each weight, is in `sparsekit.json`; the log of training is in
-`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.
-"""
+    return _card(
+        entry,
+        origin,
+        tags=("pruned",),
+        done=f"trained at {recipe['pattern']}",
+        text=_what_it_is(recipe["format"], summary["bits_per_weight"]),
+        rows=rows,
+        end="![Training](sparsekit-training.png)\n\n"
+        "The whole history, with one row for each weight, is in `sparsekit.json`; the log of "
+        "training is in\n`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.",
+    )
 
 
-def quantize_card(entry: Mapping[str, Any], base: str) -> str:
+def quantize_card(entry: Mapping[str, Any], origin: Origin) -> str:
     """The README of a quantized checkpoint."""
     recipe, summary, calibration = entry["recipe"], entry["totals"], entry["calibration"]
     error = summary["mean_error"]
@@ -175,42 +171,30 @@ def quantize_card(entry: Mapping[str, Any], base: str) -> str:
         ),
         ("calibration", _calibration_text(calibration) if calibration else "none"),
         ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
-    return f"""---
-tags:
-- sparsekit
-- quantized
----
-
-# {base}, quantized to {recipe["grid"]}
-
-{ROUNDED if dense else CODED}
-
-| | |
-|---|---|
-{table}
-
-The whole history, with one row for each weight, is in `sparsekit.json`.
-
-Matrices left as they were:{skipped or " none"}
-"""
+    return _card(
+        entry,
+        origin,
+        tags=("quantized",) if dense else ("quantized", "compressed-tensors"),
+        done=f"quantized to {recipe['grid']}",
+        text=ROUNDED if dense else CODED,
+        rows=rows,
+        end=f"{WEIGHTS}\n\nMatrices left as they were:{skipped or ' none'}",
+    )
 
 
-def unpack_card(entry: Mapping[str, Any], base: str) -> str:
+def unpack_card(entry: Mapping[str, Any], origin: Origin) -> str:
     """The README of a checkpoint that was unpacked."""
     summary = entry["totals"]
     rows = [
         ("unpacked weights", str(summary["weights"])),
         ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    return _card(f"{base}, unpacked", UNPACKED, rows)
+    return _card(entry, origin, tags=(), done="unpacked", text=UNPACKED, rows=rows)
 
 
-def pack_card(entry: Mapping[str, Any], base: str) -> str:
+def pack_card(entry: Mapping[str, Any], origin: Origin) -> str:
     """The README of a packed checkpoint."""
     summary = entry["totals"]
     rows = [
@@ -218,41 +202,58 @@ def pack_card(entry: Mapping[str, Any], base: str) -> str:
         ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
         ("bits of such a weight", f"{summary['bits_per_weight']:.3f}"),
         ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    return _card(f"{base}, packed", PACKED, rows)
+    return _card(entry, origin, tags=("packed",), done="packed", text=PACKED, rows=rows)
 
 
-def convert_card(entry: Mapping[str, Any], base: str) -> str:
+def convert_card(entry: Mapping[str, Any], origin: Origin) -> str:
     """The README of a converted checkpoint."""
     summary = entry["totals"]
     rows = [
         ("form before", entry["recipe"]["form"]),
         ("converted weights", str(summary["weights"])),
         ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in entry["versions"].items())),
     ]
-    return _card(f"{base}, converted", CONVERTED, rows)
+    return _card(entry, origin, tags=(), done="converted", text=CONVERTED, rows=rows)
 
 
-def _card(head: str, text: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A README with one paragraph and one table."""
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-tags:
-- sparsekit
----
-
-# {head}
+def _card(
+    entry: Mapping[str, Any],
+    origin: Origin,
+    *,
+    tags: Sequence[str],
+    done: str,
+    text: str,
+    rows: Sequence[tuple[str, str]],
+    end: str = "The whole history is in `sparsekit.json`.",
+) -> str:
+    """A README: what the checkpoint is, how it is loaded, how it was made."""
+    made_with = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    table = "\n".join(
+        f"| {name} | {_line(value).replace('|', chr(92) + '|')} |"
+        for name, value in (*rows, ("made with", made_with))
+    )
+    library = None if text == FACTORED else "transformers"
+    return f"""{front_matter(origin, tags, library)}
+# {_line(origin.title)}, {done}
 
 {text}
+
+```python
+{OWN if text in (FACTORED, PACKED) else STOCK}
+```
 
 | | |
 |---|---|
 {table}
 
-The whole history is in `sparsekit.json`.
+{end}
 """
+
+
+def _line(text: str) -> str:
+    """A text without what would end its line, as the name of a folder may."""
+    return " ".join(text.split())
 
 
 def _calibration_text(told: Mapping[str, Any]) -> str:

@@ -22,11 +22,11 @@ from sparsekit.models.legacy import (
     from_marlin,
     legacy_format,
 )
-from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import convert_card
+from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.pack import pack
 from sparsekit.stages.report import Report, versions
@@ -80,7 +80,9 @@ def convert(
             "totals": {"weights": len(prefixes), "zeros": zeros, "size": size},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(entry, convert_card(entry, title(model)), converted_config(config))
+        writer.commit(
+            entry, convert_card(entry, Origin.of(model, source.path)), converted_config(config)
+        )
     return Report(out=out, entry=entry)
 
 

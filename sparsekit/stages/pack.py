@@ -20,11 +20,11 @@ from sparsekit.models.factorfile import factor_parts, factors_of
 from sparsekit.models.folder import FACTORS, PACKED_METHOD, factor_name
 from sparsekit.models.layout import Layout, factor_types
 from sparsekit.models.quantized import Shapes, encode
-from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import pack_card
+from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.report import Report, versions
 from sparsekit.tensors.factored import PARTS, first_off, stored_shapes
@@ -111,7 +111,7 @@ def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress =
             "source": {"path": model, "fingerprint": fingerprint},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(entry, pack_card(entry, title(model)), _config_json(source))
+        writer.commit(entry, pack_card(entry, Origin.of(model, source.path)), _config_json(source))
     return Report(out=out, entry=entry)
 
 

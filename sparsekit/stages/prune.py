@@ -13,7 +13,6 @@ from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
 from sparsekit.memory import peak_memory
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
@@ -25,6 +24,7 @@ from sparsekit.stages.cards import model_card
 from sparsekit.stages.chain import require_patterns
 from sparsekit.stages.coded import coded_config
 from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
     NUMERICS,
@@ -102,7 +102,7 @@ def prune(
             "peak_memory_bytes": peak_memory(),
         }
         config_json = coded_config(job.stream, job.targets, grid) if grid else None
-        writer.commit(entry, model_card(entry, title(model)), config_json)
+        writer.commit(entry, model_card(entry, Origin.of(model, job.source.path)), config_json)
     return Report(out=out, entry=entry)
 
 

@@ -10,13 +10,13 @@ import torch
 
 from sparsekit.files import read_json, sha256_json
 from sparsekit.memory import peak_memory
-from sparsekit.models.reference import title
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.cards import quantize_card
 from sparsekit.stages.coded import coded_config
+from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.job import family_notes
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantjob import QuantizeJob, prepare
@@ -86,7 +86,7 @@ def quantize(
             "peak_memory_bytes": peak_memory(),
         }
         config_json = coded_config(job.stream, job.targets, job.grid) if job.coded else None
-        writer.commit(entry, quantize_card(entry, title(model)), config_json)
+        writer.commit(entry, quantize_card(entry, Origin.of(model, job.source.path)), config_json)
     return Report(out=out, entry=entry)
 
 

@@ -23,6 +23,7 @@ from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.cards import recover_card
 from sparsekit.stages.deadline import Deadline
+from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.report import Report, totals
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
@@ -100,7 +101,7 @@ def recover(
             "seconds": round(time.perf_counter() - work.started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        writer.commit(entry, recover_card(entry, name))
+        writer.commit(entry, recover_card(entry, Origin.of(model, job.source.path)))
         _forget(out)  # only now: until the output stands, all must be found again
     ranks.leave()
     return Report(out=out, entry=entry)

@@ -18,11 +18,11 @@ from sparsekit.models.factorfile import factor_parts, factors_of, packed_codes, 
 from sparsekit.models.folder import FACTORS, PROVENANCE, factor_name, is_packed
 from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
-from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import unpack_card
+from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.pack import digest
 from sparsekit.stages.report import Report, versions
@@ -84,7 +84,9 @@ def unpack(
             },
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(entry, unpack_card(entry, title(model)), config, history=before)
+        writer.commit(
+            entry, unpack_card(entry, Origin.of(model, source.path)), config, history=before
+        )
     return Report(out=out, entry=entry)
 
 

@@ -8,8 +8,6 @@ import os
 import pty
 import re
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -391,7 +389,7 @@ def test_unforeseen_error_is_one_line_too(cli, copy_of):
     assert re.fullmatch(r"error: [^\n]+\n", found.stderr)
 
 
-# stdin and pipelines
+# stdin; pipelines of processes are in test_pipes.py
 
 
 def test_dash_reads_the_model_from_stdin(cli, pruned, family, row_file, tmp_path):
@@ -404,25 +402,6 @@ def test_dash_reads_the_model_from_stdin(cli, pruned, family, row_file, tmp_path
         "prune", "-", "-o", tmp_path / "out", "--method", "magnitude", stdin=f"{family('llama')}\n"
     )
     assert (found.code, found.stdout) == (0, f"{tmp_path / 'out'}\n")
-
-
-def test_dash_without_a_model_on_stdin_is_one_line(cli):
-    assert_one_line_error(cli("verify", "-", stdin="\n"), 2, "no model on stdin; pipe a path")
-
-
-def test_prune_verify_eval_work_as_a_shell_pipeline(family, row_file, tmp_path):
-    tool = f"{sys.executable} -m sparsekit"
-    line = (
-        f"set -o pipefail; {tool} prune {family('llama')} -o out --calibration {row_file} -q "
-        f"| {tool} verify - --pattern 2:4 -q | {tool} eval - --text {row_file} --json -q"
-    )
-    found = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (found.returncode, found.stderr) == (0, "")
-    (score,) = strict_json(found.stdout)["models"]
-    assert score["model"] == "out"
-    assert score["perplexity"]["windows"] == 5
 
 
 # eval

@@ -1,0 +1,202 @@
+"""Model cards as the hub reads them, of every stage that writes a checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from sparsekit.models.calibration import Calibration
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.convert import convert, convert_packed
+from sparsekit.stages.frontmatter import Origin, front_matter, read_front_matter
+from sparsekit.stages.pack import pack
+from sparsekit.stages.prune import prune
+from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.quantize import quantize
+from sparsekit.stages.recover import recover
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.unpack import unpack
+
+LEGACY = Path(__file__).parents[1] / "data" / "legacy"
+LICENSE = {"license": "other", "license_name": "own-terms", "license_link": "LICENSE"}
+STOCK = 'AutoModelForCausalLM.from_pretrained(".")'
+# Of each output what it is found by, which library loads it, how it is loaded, and of its speed.
+CARDS = {
+    "prune": (["pruned"], "transformers", STOCK, "No common server runs faster"),
+    "then": (
+        ["pruned", "quantized", "compressed-tensors"],
+        "transformers",
+        STOCK,
+        "transformers expands the weights in memory and is not faster",
+    ),
+    "products": (["pruned"], "transformers", STOCK, "take the space and time of dense ones"),
+    "factored": (["pruned"], None, 'sparsekit.load(".")', "nothing runs faster because of it"),
+    "recover": (["pruned"], "transformers", STOCK, "No common server runs faster"),
+    "quantize": (
+        ["quantized", "compressed-tensors"],
+        "transformers",
+        STOCK,
+        "neither smaller nor faster than other weights on this grid",
+    ),
+    "rounded": (["quantized"], "transformers", STOCK, "neither smaller nor faster"),
+    "pack": (["packed"], "transformers", 'sparsekit.load(".")', "saves space and costs time"),
+    "unpack": ([], "transformers", STOCK, "the space and time that it took before"),
+    "convert": ([], "transformers", STOCK, "no common server runs faster"),
+    "convert_packed": (["packed"], "transformers", 'sparsekit.load(".")', "costs time"),
+}
+
+
+def card_of(folder: Path) -> ModelCard:
+    """A folder's card, as the hub's own library takes it apart."""
+    card = ModelCard.load(folder / "README.md")
+    assert isinstance(card.data, ModelCardData)
+    return card
+
+
+@pytest.fixture(scope="module")
+def outputs(family, row_file, tmp_path_factory) -> dict[str, Path]:
+    """What each stage writes of one model, in a row."""
+    root = tmp_path_factory.mktemp("cards")
+    rows, dense = Calibration(source=str(row_file)), str(family("llama"))
+
+    def pruned(name: str, **options) -> Path:
+        return prune(PruneConfig(calibration=rows, **options), dense, root / name).out
+
+    def rounded(name: str, **options) -> Path:
+        config = QuantizeConfig(calibration=rows, grid="int4-g16", **options)
+        return quantize(config, str(root / "recover"), root / name).out
+
+    train = RecoverConfig(data=str(row_file), tokens=48, batch=2, length=24)
+    return {
+        "prune": pruned("prune"),
+        "then": pruned("then", then="int4-g16"),
+        "products": pruned("products", compensate="lowrank", rank="10%"),
+        "factored": pruned("factored", compensate="lowrank", rank="10%", format="factored"),
+        "recover": recover(train, str(root / "prune"), root / "recover").out,
+        "quantize": rounded("quantize"),
+        "rounded": rounded("rounded", format="dense"),
+        "pack": pack(str(root / "quantize"), root / "pack").out,
+        "unpack": unpack(str(root / "pack"), root / "unpack").out,
+        "convert": convert(str(LEGACY / "sparse-24-bitmask"), root / "convert").out,
+        "convert_packed": convert_packed(str(LEGACY / "sparse-24-bitmask"), root / "again").out,
+    }
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_card_is_one_that_the_hub_reads_and_says_how_to_load_it(outputs, name):
+    tags, library, loading, speed = CARDS[name]
+    card = card_of(outputs[name])
+    assert card.data.tags == ["sparsekit", *tags]
+    assert card.data.library_name == library
+    assert card.data.base_model is None  # no id on the hub: nobody else has that folder
+    assert card.data.license is None
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert loading in code
+    compile(code, name, "exec")
+    assert speed in " ".join(card.text.split())
+    table = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert len(table) > 3
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}
+
+
+def test_code_of_a_card_loads_the_checkpoint(outputs, monkeypatch):
+    for name in ("prune", "factored", "pack"):
+        monkeypatch.chdir(outputs[name])
+        (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+        told: dict = {}
+        exec(code, told)
+        assert told["model"].config.model_type == "llama"
+
+
+def with_card(folder: Path, told: object, body: str = "# x\n") -> Path:
+    """Give a folder a card with this front matter."""
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(told)}---\n{body}", encoding="utf-8")
+    return folder
+
+
+def test_license_is_carried_over_with_its_file_through_every_stage(copy_of, row_file, tmp_path):
+    source = with_card(copy_of("llama"), LICENSE | {"tags": ["chat"], "base_model": "org/base"})
+    (source / "LICENSE").write_text("Terms.\n")
+    rows = Calibration(source=str(row_file))
+    made = prune(PruneConfig(calibration=rows), str(source), tmp_path / "a").out
+    made = quantize(QuantizeConfig(method="rtn", grid="int8"), str(made), tmp_path / "b").out
+    made = pack(str(made), tmp_path / "c").out
+    told = card_of(made).data.to_dict()
+    assert {key: told[key] for key in LICENSE} == LICENSE
+    assert told["tags"] == ["sparsekit", "packed"]
+    # What the author made his model from is not what this one is made from.
+    assert "base_model" not in told
+    assert (made / "LICENSE").read_text() == "Terms.\n"
+
+
+def test_base_model_is_the_hub_id_and_stays_so_for_what_is_made_from_it(
+    copy_of, row_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sparsekit.models.reference.fetch", lambda *_: copy_of("llama"))
+    monkeypatch.chdir(tmp_path)
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    first = prune(config, "org/name", tmp_path / "a").out
+    assert card_of(first).data.base_model == "org/name"
+    assert "# name, pruned to 2:4" in (first / "README.md").read_text()
+    second = pack(str(first), tmp_path / "b").out
+    assert card_of(second).data.base_model == "org/name"
+
+
+@pytest.mark.parametrize("reference", ["demo", "./here", "folder", "/a/b", "here/it"])
+def test_folder_and_demo_have_no_hub_id(tmp_path, monkeypatch, reference):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "it").mkdir(parents=True)
+    assert Origin.of(reference, tmp_path).base_model is None
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["no", "1.0", "a: b", "[x]", "'", '"', "#x", "- x", "&a *b", "é", "x\n---\ny", "null", "!!int"],
+)
+def test_words_of_a_card_come_back_as_they_were(tmp_path, word):
+    source = with_card(
+        tmp_path, {"license": word, "license_link": word, "base_model": [word], "tags": "sparsekit"}
+    )
+    text = front_matter(Origin.of(str(tmp_path), source), ("pruned",), "transformers")
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    told = card_of(tmp_path).data.to_dict()
+    assert told["license"] == told["license_link"] == word
+    assert told["base_model"] == [word]
+    assert told["tags"] == ["sparsekit", "pruned"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no card", "---\nlicense: mit", "---\n[x\n---\n", "---\n- mit\n---\n", "---\n\n---\n"],
+)
+def test_card_without_front_matter_says_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert read_front_matter(tmp_path / "README.md") == {}
+    assert Origin.of("folder", tmp_path).license == {}
+
+
+@pytest.mark.parametrize("value", [3, None, {"a": 1}, [], [1], "", True, "2024-01-01"])
+def test_license_that_is_no_text_is_left_out(tmp_path, value):
+    source = with_card(tmp_path, {"license": value})
+    kept = {"license": value} if value == "2024-01-01" else {}
+    assert Origin.of("folder", source).license == kept
+
+
+def test_card_with_windows_lines_and_odd_bytes_is_read(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n# caf\xe9\r\n")
+    assert Origin.of("folder", tmp_path).license == {"license": "mit"}
+    assert read_front_matter(tmp_path / "absent.md") == {}
+
+
+def test_name_of_a_folder_cannot_break_the_card(copy_of, tmp_path, row_file):
+    source = copy_of("llama").rename(tmp_path / "a\n---\nlicense: mit\n# b|c")
+    rows = (tmp_path / "r|s.safetensors").write_bytes(row_file.read_bytes())
+    assert rows
+    config = PruneConfig(calibration=Calibration(source=str(tmp_path / "r|s.safetensors")))
+    made = prune(config, str(source), tmp_path / "out").out
+    card = card_of(made)
+    assert card.data.license is None
+    assert "# a --- license: mit # b|c, pruned to 2:4" in card.text
+    assert r"`r\|s.safetensors`" in card.text
