@@ -41,6 +41,7 @@ from sparsekit.cli.options import (
     refuse_early,
 )
 from sparsekit.stages.config import BATCH_SIZE, PruneConfig
+from sparsekit.stages.scores import require_own, save_scores
 from sparsekit.stages.words import eval_config, prune_config
 from sparsekit.tensors.patterns import Pattern
 
@@ -179,6 +180,9 @@ def evaluate(
         int | None,
         typer.Option(help=f"Samples of a task in one forward pass. Default: {BATCH_SIZE}."),
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the scores beside each model, for compare.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -205,9 +209,14 @@ def evaluate(
         )
         names = [named(name) for name in models]
         base = named(baseline) if baseline else None
+        if save:
+            require_own(names)
         from sparsekit.stages.evaluate import evaluate as stage
 
-        show.scores(terminal, stage(config, names, base, progress), names)
+        found = stage(config, names, base, progress)
+        if save:
+            save_scores(found[len(found) - len(names) :], names, config, base)
+        show.scores(terminal, found, names)
 
 
 @app.command()

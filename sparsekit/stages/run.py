@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from sparsekit.errors import SparsekitError, UsageError
 from sparsekit.files import exclusive, write_atomic, write_json
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.config import EvalConfig
 from sparsekit.stages.evaluate import evaluations
 from sparsekit.stages.pack import pack
 from sparsekit.stages.plan import plan
@@ -26,7 +25,7 @@ from sparsekit.stages.recipe import Recipe
 from sparsekit.stages.recipesteps import Step
 from sparsekit.stages.records import RECORDS, Run
 from sparsekit.stages.recover import recover
-from sparsekit.stages.scores import Entry, add_score, read_scores
+from sparsekit.stages.scores import add_score, measurement, read_scores
 
 RECIPE = "recipe.yaml"
 # Where the scores of the recipe's own model go.
@@ -155,7 +154,7 @@ def _make(work: Run, step: Step, *, overwrite: bool) -> None:
 def _scored(work: Run, steps: Sequence[Step]) -> list[Done]:
     """Measure the models of a stage, but for those that were measured in the same way before."""
     config, baseline = steps[0].config, steps[0].words["baseline"]
-    told = _told(work, config, baseline)
+    told = measurement(config, baseline)
     left: list[Step] = []
     found: list[Done] = []
     for step in steps:
@@ -187,16 +186,7 @@ def _scored(work: Run, steps: Sequence[Step]) -> list[Done]:
     return found
 
 
-def _told(work: Run, config: EvalConfig, baseline: str | None) -> Entry:
-    """What an entry of the scores says of how it was measured."""
-    words = {key: value for key, value in asdict(config).items() if value is not None}
-    words["tasks"] = list(config.tasks)
-    if "include_path" in words:
-        words["include_path"] = str(words["include_path"])
-    return {"config": words, "baseline": baseline}
-
-
-def _same(entry: Entry, told: Entry, key: str) -> bool:
+def _same(entry: Mapping[str, Any], told: Mapping[str, Any], key: str) -> bool:
     """Whether an entry is of the same model, measured in the same way."""
     return entry.get("of") == key and all(entry.get(name) == told[name] for name in told)
 

@@ -1,36 +1,153 @@
-"""What was measured of a model, kept beside it."""
+"""What was measured of a checkpoint, kept beside it in `sparsekit-scores.json`."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.files import read_json, write_json
+from sparsekit.models.folder import PROVENANCE
+from sparsekit.stages.config import EvalConfig
+
+if TYPE_CHECKING:
+    from sparsekit.stages.evaluate import Score
 
 SCORES = "sparsekit-scores.json"
+# Raised when an older sparsekit would misread the file.
 FORMAT = 1
+AGAIN = "delete the file and score the model again"
 
-Entry = Mapping[str, Any]
 
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """The scores of a folder, oldest first; none when it has no such file.
 
-def read_scores(folder: Path) -> list[Entry]:
-    """The entries of a folder; none where nothing was measured.
+    An entry is a `Score` as JSON with the options that it was measured with, `config`, and the
+    name of the model that its differences are to, `baseline` (None: it has none).
 
     Raises:
-        DataError: The file is damaged, or of another version.
+        DataError: The file is damaged, or a newer sparsekit wrote it.
     """
     file = folder / SCORES
     if not file.is_file():
         return []
     found = read_json(file)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(f"{file} is not of a form that this version reads", "delete it")
-    return list(found["scores"])
+    if isinstance(found, dict) and found.get("format") not in (None, FORMAT):
+        raise DataError(f"{file} has format {found['format']!r}", "a newer sparsekit reads it")
+    entries = found.get("scores") if isinstance(found, dict) else None
+    if not isinstance(entries, list):
+        raise DataError(f"{file} has no scores that sparsekit wrote", AGAIN)
+    for index, entry in enumerate(entries):
+        if wrong := _wrong(entry):
+            raise DataError(f"{file}: score {index} has no usable {wrong}", AGAIN)
+    return entries
 
 
-def add_score(folder: Path, entry: Entry) -> None:
-    """Keep an entry, in the place of one that was measured in the same way."""
-    same = ("config", "baseline")
-    left = [one for one in read_scores(folder) if any(one.get(k) != entry[k] for k in same)]
+def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Keep a score; it takes the place of one with the same options and the same baseline.
+
+    Args:
+        folder: Of the checkpoint, or any other; it is made when it is not there.
+        entry: As of `read_scores`.
+
+    Raises:
+        DataError: The scores that are there cannot be read.
+        StorageError: The disk is full.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SCORES, {"format": FORMAT, "scores": [*left, entry]})
+    kept = [old for old in read_scores(folder) if _run(old) != _run(entry)]
+    write_json(folder / SCORES, {"format": FORMAT, "scores": [*kept, dict(entry)]})
+
+
+def save_scores(
+    scores: Sequence[Score], models: Sequence[str], config: EvalConfig, baseline: str | None
+) -> None:
+    """Keep the scores of models in their folders.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    told = measurement(config, baseline)
+    for score, model in zip(scores, models, strict=True):
+        add_score(Path(model), told | score.to_json())
+
+
+def require_own(models: Sequence[str]) -> None:
+    """Refuse to keep scores with models that are not ours to write to.
+
+    Raises:
+        UsageError: A model is not a folder that sparsekit wrote.
+    """
+    for model in models:
+        if not (Path(model) / PROVENANCE).is_file():
+            raise UsageError(
+                f"--save: {model} was not written by sparsekit", "leave it out, or pass --json"
+            )
+
+
+def measurement(config: EvalConfig, baseline: str | None) -> dict[str, Any]:
+    """What an entry says of how it was measured: options that are set, and the baseline's name."""
+    words = {key: value for key, value in asdict(config).items() if value is not None}
+    words["tasks"] = list(config.tasks)
+    if config.include_path is not None:
+        words["include_path"] = str(config.include_path)
+    return {"config": words, "baseline": baseline}
+
+
+def _run(entry: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What makes two scores those of the same measurement."""
+    return entry.get("config"), entry.get("baseline")
+
+
+def _wrong(entry: Any) -> str:
+    """The part of an entry that is not as it was written; empty when all are."""
+    if not isinstance(entry, dict):
+        return "parts"
+    checks: dict[str, Callable[[Any], bool]] = {
+        "config": lambda value: value is None or isinstance(value, dict),
+        "baseline": lambda value: value is None or isinstance(value, str),
+        "perplexity": lambda value: value is None or _is_perplexity(value),
+        "tasks": lambda value: isinstance(value, list) and all(map(_is_task, value)),
+        "difference": lambda value: (
+            isinstance(value, dict) and all(map(_is_figure, value.values()))
+        ),
+    }
+    return next((key for key, holds in checks.items() if not holds(entry.get(key))), "")
+
+
+def _is_perplexity(value: Any) -> bool:
+    """Whether a value says on what it was measured, and what came of it."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), str) for key in ("text", "dtype", "fingerprint"))
+        and all(isinstance(value.get(key), int) for key in ("windows", "length"))
+        and _is_number(value.get("log_perplexity"))
+        and (value.get("log_stderr") is None or _is_number(value["log_stderr"]))
+    )
+
+
+def _is_task(value: Any) -> bool:
+    """Whether a value is the score of a task."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), str) for key in ("task", "version"))
+        and all(isinstance(value.get(key), int) for key in ("n", "n_shot"))
+        and isinstance(value.get("metrics"), dict)
+        and all(map(_is_figure, value["metrics"].values()))
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a figure with its standard error, if it has one."""
+    return (
+        isinstance(value, dict)
+        and _is_number(value.get("value"))
+        and (value.get("stderr") is None or _is_number(value["stderr"]))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -26,6 +26,7 @@ from sparsekit.cli.app import app
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
 from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.scores import read_scores
 from sparsekit.stages.trainconfig import RecoverConfig
 
 WEIGHTS = "model.safetensors"
@@ -441,6 +442,23 @@ def test_eval_with_a_baseline_gives_the_paired_difference(cli, family, pruned, r
     table = cli("eval", pruned, "--baseline", dense, "--text", row_file)
     assert f"{difference['value']:+.4f} ± {difference['stderr']:.4f}" in table.stderr
     assert table.stdout == f"{pruned}\n"
+
+
+def test_eval_keeps_its_scores_when_asked_to(cli, family, pruned, row_file, copy_of, tmp_path):
+    sparse = tmp_path / "sparse"
+    shutil.copytree(pruned, sparse)
+    told = ("--text", row_file, "--baseline", family("llama"), "--save")
+    found = cli("eval", sparse, *told, "--json")
+    (entry,) = read_scores(sparse)
+    (_, score) = json.loads(found.stdout)["models"]
+    assert {key: entry[key] for key in score} == score
+    assert entry["config"]["text"] == str(row_file)
+    cli("eval", sparse, *told)
+    assert len(read_scores(sparse)) == 1
+    cli("eval", sparse, *told, "--limit", "2")
+    assert len(read_scores(sparse)) == 2
+    refused = cli("eval", sparse, copy_of("llama"), "--text", row_file, "--save")
+    assert_one_line_error(refused, 2, "was not written by sparsekit")
 
 
 def test_eval_of_one_window_has_no_standard_error_and_still_is_json(cli, pruned, family, row_file):

@@ -173,8 +173,19 @@ def test_a_replacement_that_names_no_word_is_refused(override):
 @pytest.mark.parametrize("verb", VERBS)
 def test_flags_and_recipe_keys_are_the_same_words_with_the_same_defaults(verb):
     command = typer.main.get_command(app).commands[verb]
-    terminal = ("model", "models", "out", "overwrite", "json", "quiet", "debug", "dry_run", "help")
-    flags = {p.name: p.default for p in command.params if p.name not in terminal}
+    terminal = (
+        "model",
+        "models",
+        "out",
+        "overwrite",
+        "json",
+        "quiet",
+        "debug",
+        "dry_run",
+        "help",
+        "save",
+    )
+    flags = {p.name: p.default for p in command.params if p.name not in (*terminal, "save")}
     if "form" in flags:
         flags["format"] = flags.pop("form")
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in flags.items()}
