@@ -16,6 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # These answer a wrong flag, method or pattern, so they load without torch.
 LIGHT = {
     "stages/config",
+    "stages/environment",
     "stages/quantconfig",
     "stages/report",
     "stages/trainconfig",

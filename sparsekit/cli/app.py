@@ -5,8 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-import sparsekit
-from sparsekit.cli import bench, deploy, forms, quantize, recover, run, show, streams
+from sparsekit.cli import (
+    bench,
+    complete,
+    deploy,
+    env,
+    forms,
+    look,
+    quantize,
+    recover,
+    run,
+    show,
+    showplan,
+    streams,
+)
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -43,7 +55,6 @@ from sparsekit.cli.options import (
 from sparsekit.stages.config import BATCH_SIZE, PruneConfig
 from sparsekit.stages.scores import require_own, save_scores
 from sparsekit.stages.words import eval_config, prune_config
-from sparsekit.tensors.patterns import Pattern
 
 app = typer.Typer(
     help="Prune Hugging Face language-model checkpoints on disk, and know what it cost.",
@@ -58,10 +69,10 @@ app.add_typer(bench.app, name="bench")
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the versions.")] = False,
 ) -> None:
     if version:
-        print(sparsekit.__version__)
+        print(env.version_text())
         raise typer.Exit()
 
 
@@ -137,7 +148,7 @@ def _plan(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> N
     """Show what a run would do."""
     from sparsekit.stages.plan import plan as stage
 
-    show.plan(terminal, stage(config, *where, **how))
+    showplan.plan(terminal, stage(config, *where, **how))
 
 
 def _prune(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
@@ -155,6 +166,7 @@ app.command()(forms.convert)
 app.command()(deploy.deploy)
 app.command()(run.run)
 app.add_typer(run.app, name="recipe")
+app.command()(env.env)
 
 
 @app.command("eval")
@@ -164,7 +176,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Text for perplexity: builtin (its held-out part), c4, wikitext2, a text file, or "
-            "token rows in a .safetensors file. Default: builtin when no task is named."
+            "token rows in a .safetensors file. Default: builtin when no task is named.",
+            autocompletion=complete.windows,
         ),
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window. Default: 2048.")] = None,
@@ -219,47 +232,8 @@ def evaluate(
         show.scores(terminal, found, names)
 
 
-@app.command()
-def inspect(
-    model: Model,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Show sparsity, pattern, size and history by block and weight type.
-
-    Example: sparsekit inspect pruned
-    """
-    terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working() as progress:
-        name = named(model)
-        from sparsekit.stages.inspect import inspect as stage
-
-        show.inspection(terminal, stage(name, progress))
-
-
-@app.command()
-def verify(
-    model: Model,
-    pattern: Annotated[
-        str | None, typer.Option(help="As in prune. Default: the history's pattern.")
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Re-check every tensor from its bytes; exit code 1 names the first offender.
-
-    Example: sparsekit verify pruned --pattern 2:4
-    """
-    terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working() as progress:
-        if pattern is not None:
-            Pattern.parse(pattern)
-        name = named(model)
-        from sparsekit.stages.inspect import verify as stage
-
-        show.verified(terminal, stage(name, pattern, progress))
+app.command()(look.inspect)
+app.command()(look.verify)
 
 
 @app.command("methods")

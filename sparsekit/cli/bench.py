@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import showbench
+from sparsekit.cli import complete, showbench
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -167,7 +167,9 @@ def bench_armor(
 @app.command("recover")
 def bench_recover(
     model: Model = "demo",
-    method: Annotated[str, typer.Option(help="fixed, ast or cast.")] = "fixed",
+    method: Annotated[
+        str, typer.Option(help="fixed, ast or cast.", autocompletion=complete.names("recoverers"))
+    ] = "fixed",
     batch: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
     steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.")] = 6,
@@ -207,7 +209,11 @@ def bench_infer(
     new: Annotated[int, typer.Option(help="Tokens that are generated, one at a time.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts in one pass.")] = 1,
     resident: Annotated[
-        str, typer.Option(help="packed: as on disk; expand: dense once they are loaded.")
+        str,
+        typer.Option(
+            help="packed: as on disk; expand: dense once they are loaded.",
+            autocompletion=complete.words("packed", "expand"),
+        ),
     ] = "packed",
     device: Device = "auto",
     json: Json = False,

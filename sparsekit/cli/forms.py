@@ -3,16 +3,13 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsekit.cli import showforms
+from sparsekit.cli import showforms, showplan
 from sparsekit.cli.console import Terminal
-from sparsekit.cli.options import Debug, Json, Model, Overwrite, Quiet, named, refuse_early
-
-if TYPE_CHECKING:
-    from sparsekit.stages.report import Report
+from sparsekit.cli.options import Debug, DryRun, Json, Model, Overwrite, Quiet, named, refuse_early
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 
@@ -21,6 +18,7 @@ def pack(
     model: Model,
     out: Out,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -30,7 +28,10 @@ def pack(
     Example: sparsekit pack pruned -o packed
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "pack", "pack", showforms.packed, model, out, overwrite=overwrite)
+    module, stage, shown = "pack", "pack", showforms.packed
+    if dry_run:
+        module, stage, shown = "dryrun", "plan_pack", showplan.plan
+    _write(terminal, module, stage, shown, model, out, overwrite=overwrite)
 
 
 def unpack(
@@ -75,7 +76,7 @@ def _write(
     terminal: Terminal,
     module: str,
     stage: str,
-    shown: Callable[[Terminal, "Report"], None],
+    shown: Callable[[Terminal, Any], None],
     model: str,
     out: Path,
     *,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sparsekit.cli import complete
 from sparsekit.errors import DataError, UsageError
 from sparsekit.models.output import refuse_output, refuse_source
 from sparsekit.models.reference import check
@@ -23,19 +24,39 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Compute type: auto, float32, bfloat16 or float16.")]
-Method = Annotated[
-    str | None, typer.Option(help="See 'sparsekit methods'. Default: wanda.", show_default=False)
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete.devices)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Compute type: auto, float32, bfloat16 or float16.", autocompletion=complete.dtypes
+    ),
 ]
-Initial = Annotated[str | None, typer.Option(help="The method that a refining method begins with.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="See 'sparsekit methods'. Default: wanda.",
+        show_default=False,
+        autocompletion=complete.names("pruners", "refiners"),
+    ),
+]
+Initial = Annotated[
+    str | None,
+    typer.Option(
+        help="The method that a refining method begins with.",
+        autocompletion=complete.names("pruners"),
+    ),
+]
 Preset = Annotated[
-    str | None, typer.Option(help="A named set of options of the method, as published.")
+    str | None,
+    typer.Option(
+        help="A named set of options of the method, as published.", autocompletion=complete.presets
+    ),
 ]
 PatternText = Annotated[
     str | None,
     typer.Option(
         help="N:M (N kept of M inputs), 50% (of each row) or 50%/tensor. Default: 2:4.",
+        autocompletion=complete.patterns,
     ),
 ]
 Options = Annotated[
@@ -45,13 +66,18 @@ Options = Annotated[
     ),
 ]
 Refine = Annotated[
-    str | None, typer.Option(help="A refinement of what the method makes, as dsnot.")
+    str | None,
+    typer.Option(
+        help="A refinement of what the method makes, as dsnot.",
+        autocompletion=complete.names("refiners"),
+    ),
 ]
 Source = Annotated[
     str | None,
     typer.Option(
         help="builtin, self, c4, wikitext2, a .txt, .jsonl, .json.gz or .parquet file, or token "
-        "rows in a .safetensors file. Default: builtin."
+        "rows in a .safetensors file. Default: builtin.",
+        autocompletion=complete.sources,
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration rows. Default: 128.")]
@@ -61,7 +87,11 @@ Skip = Annotated[
     list[str], typer.Option(help="Glob of weights to leave dense, as down_proj; repeatable.")
 ]
 Reconstruct = Annotated[
-    str, typer.Option(help="none, or cg: least squares on the mask that the method chose.")
+    str,
+    typer.Option(
+        help="none, or cg: least squares on the mask that the method chose.",
+        autocompletion=complete.words("none", "cg"),
+    ),
 ]
 Propagate = Annotated[
     bool | None,
@@ -76,10 +106,18 @@ Dense = Annotated[
     typer.Option(help="The dense model of a MODEL that is sparse already, to refine its mask."),
 ]
 Allocate = Annotated[
-    str, typer.Option(help="none, or owl: blocks with many outliers keep more weights.")
+    str,
+    typer.Option(
+        help="none, or owl: blocks with many outliers keep more weights.",
+        autocompletion=complete.words("none", "owl"),
+    ),
 ]
 Compensate = Annotated[
-    str, typer.Option(help="none, or lowrank: a low-rank matrix makes up for what is lost.")
+    str,
+    typer.Option(
+        help="none, or lowrank: a low-rank matrix makes up for what is lost.",
+        autocompletion=complete.words("none", "lowrank"),
+    ),
 ]
 Rank = Annotated[
     str | None,
@@ -87,7 +125,11 @@ Rank = Annotated[
 ]
 Form = Annotated[
     str,
-    typer.Option("--format", help="dense, or factored: factors only, which is smaller."),
+    typer.Option(
+        "--format",
+        help="dense, or factored: factors only, which is smaller.",
+        autocompletion=complete.words("dense", "factored"),
+    ),
 ]
 BudgetText = Annotated[
     str | None,
@@ -95,7 +137,10 @@ BudgetText = Annotated[
 ]
 Then = Annotated[
     str | None,
-    typer.Option(help="Put what is kept on a grid in the same pass, as int4-g128, by GPTQ's rule."),
+    typer.Option(
+        help="Put what is kept on a grid in the same pass, as int4-g128, by GPTQ's rule.",
+        autocompletion=complete.grids,
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output of sparsekit.")]
 DryRun = Annotated[

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import showforms
+from sparsekit.cli import complete, showforms, showplan
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Debug,
     Device,
+    DryRun,
     Dtype,
     Json,
     Length,
@@ -26,17 +27,23 @@ from sparsekit.cli.options import (
 )
 from sparsekit.stages.words import quantize_config
 
-Method = Annotated[str, typer.Option(help="rtn (no data), gptq or awq.")]
+Method = Annotated[
+    str,
+    typer.Option(help="rtn (no data), gptq or awq.", autocompletion=complete.names("quantizers")),
+]
 GridText = Annotated[
     str,
     typer.Option(
-        help="int4-g128 (a scale for 128 inputs), int8 (weights only), w8a8 or fp8 (inputs too)."
+        help="int4-g128 (a scale for 128 inputs), int8 (weights only), w8a8 or fp8 (inputs too).",
+        autocompletion=complete.grids,
     ),
 ]
 Storage = Annotated[
     str,
     typer.Option(
-        "--format", help="compressed-tensors (codes), or dense (the numbers that they stand for)."
+        "--format",
+        help="compressed-tensors (codes), or dense (the numbers that they stand for).",
+        autocompletion=complete.storages,
     ),
 ]
 
@@ -56,6 +63,7 @@ def quantize(
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -81,6 +89,11 @@ def quantize(
         )
         name = named(model)
         refuse_early(name, out, overwrite=overwrite)
+        if dry_run:
+            from sparsekit.stages.dryrun import plan_quantize
+
+            found = plan_quantize(config, name, out, overwrite=overwrite, progress=progress)
+            return showplan.plan(terminal, found)
         from sparsekit.stages.quantize import quantize as stage
 
         showforms.quantized(

@@ -1,16 +1,16 @@
 """The verb `recover`: its flags, and the configuration that they spell."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsekit.cli import show
+from sparsekit.cli import complete, show, showplan
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
     Device,
-    Dtype,
+    DryRun,
     Form,
     Json,
     Model,
@@ -29,13 +29,18 @@ if TYPE_CHECKING:
     from sparsekit.stages.trainconfig import RecoverConfig
 
 Method = Annotated[
-    str, typer.Option(help="auto, fixed, ast or cast; auto is what was found best, ast.")
+    str,
+    typer.Option(
+        help="auto, fixed, ast or cast; auto is what was found best, ast.",
+        autocompletion=complete.names("recoverers", before=("auto",)),
+    ),
 ]
 Data = Annotated[
     str,
     typer.Option(
         help="Text to train on: builtin, self (sampled from the teacher), c4, wikitext2, a "
-        ".txt, .jsonl, .json.gz or .parquet file, or token rows in a .safetensors file."
+        ".txt, .jsonl, .json.gz or .parquet file, or token rows in a .safetensors file.",
+        autocompletion=complete.sources,
     ),
 ]
 Tokens = Annotated[
@@ -48,7 +53,11 @@ Teacher = Annotated[
     str | None, typer.Option(help="The dense model. Default: what MODEL was made from.")
 ]
 PatternText = Annotated[
-    str | None, typer.Option(help="As in prune. Default: that of MODEL, 2:4 for a dense one.")
+    str | None,
+    typer.Option(
+        help="As in prune. Default: that of MODEL, 2:4 for a dense one.",
+        autocompletion=complete.patterns,
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Rows in one forward pass.")]
 Length = Annotated[int, typer.Option(help="Tokens in a row.")]
@@ -57,7 +66,11 @@ Rate = Annotated[
     float | None, typer.Option(help="Largest learning rate. Default: by method and size.")
 ]
 Schedule = Annotated[
-    str, typer.Option(help="flat, cosine, linear or constant. Default: by method.")
+    str,
+    typer.Option(
+        help="flat, cosine, linear or constant. Default: by method.",
+        autocompletion=complete.schedules,
+    ),
 ]
 Share = Annotated[
     float | None,
@@ -79,7 +92,18 @@ EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between perplexities of the sparse model.")
 ]
 EvalText = Annotated[
-    str | None, typer.Option(help="Text for them. Default: the held-out part of builtin.")
+    str | None,
+    typer.Option(
+        help="Text for them. Default: the held-out part of builtin.",
+        autocompletion=complete.windows,
+    ),
+]
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Compute type: auto or float32.", autocompletion=complete.words("auto", "float32")
+    ),
 ]
 
 
@@ -111,6 +135,7 @@ def recover(
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -147,7 +172,8 @@ def recover(
             device=device,
             dtype=dtype,
         )
-        _run(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
+        run = _plan if dry_run else _run
+        run(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
 
 
 def _run(
@@ -166,3 +192,11 @@ def _run(
     report = stage(config, model, out, overwrite=overwrite, progress=progress)
     if report is not None:
         show.recovered(terminal, report)
+
+
+def _plan(terminal: Terminal, config: RecoverConfig, *where: Any, **how: Any) -> None:
+    """Show what a run would do; arguments as of `_run`."""
+    refuse_early(*where, overwrite=how["overwrite"])
+    from sparsekit.stages.dryrun import plan_recover
+
+    showplan.plan(terminal, plan_recover(config, *where, **how))

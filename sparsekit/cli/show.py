@@ -22,34 +22,6 @@ TASK_COLUMNS = (
 )
 
 
-def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
-    """What a dry run found; there is no output whose path stdout could name."""
-    rows = [
-        ("model", plan["model"]),
-        ("output", plan["out"]),
-        ("method", ", ".join(filter(None, (plan["method"], plan["pattern"], plan["then"])))),
-        ("weights", f"{plan['weights']} in {plan['blocks']} blocks"),
-        ("zeros", f"{plan['zeros']:,} of {plan['size']:,}"),
-        (
-            "to write",
-            f"{plan['bytes_to_write'] / 1e9:.2f} GB of {plan['bytes_free'] / 1e9:.2f} free",
-        ),
-        ("peak memory", f"{plan['peak_memory_estimate_bytes'] / 1e9:.2f} GB above the libraries"),
-        ("compute", f"{plan['dtype']} on {plan['device']}"),
-        *(
-            [("factors", f"{plan['bits_per_weight']:.2f} bits a weight")]
-            if plan["bits_per_weight"] is not None
-            else []
-        ),
-        *(("left dense", f"{row['name']}: {row['reason']}") for row in plan["skipped"]),
-    ]
-    for note in plan["notes"]:
-        terminal.note(note)
-    terminal.table("plan (nothing was written)", ("", ""), rows)
-    if terminal.json:
-        terminal.result("", plan)
-
-
 def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
     """What became of each step of a recipe; stdout gets the models that nothing else is made of."""
     models = [one for one in done if one.step.verb != "eval"]

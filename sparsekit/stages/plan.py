@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from sparsekit.files import existing_parent
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.calibration import Calibration
 from sparsekit.models.folder import FACTORS
 from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
@@ -48,7 +50,7 @@ def plan(
         "notes": job.notes(),
         "bytes_to_write": job.layout.n_bytes,
         "bytes_free": shutil.disk_usage(existing_parent(out)).free,
-        "peak_memory_estimate_bytes": _peak_estimate(job),
+        "peak_memory_estimate_bytes": peak_estimate(job.stream, job.want, job.calibration),
         "device": str(job.stream.device),
         "dtype": str(job.stream.dtype).removeprefix("torch."),
     }
@@ -63,9 +65,16 @@ def _bits(job: Job) -> float | None:
     return 8 * sum(p.stop - p.start for p in stored) / sum(map(math.prod, shapes))
 
 
-def _peak_estimate(job: Job) -> int:
-    """An estimate of this process's memory above the interpreter with its libraries, in bytes."""
-    stream, places = job.stream, job.source.places
+def peak_estimate(stream: BlockStream, want: Want | None, calibration: Calibration | None) -> int:
+    """An estimate of this process's memory above the interpreter with its libraries, in bytes.
+
+    Args:
+        stream: The model, whose blocks are rewritten one by one.
+        want: The sums of inputs that are kept for a block; None: none.
+        calibration: The rows that run through it.
+    """
+    source = stream.source
+    places = source.places
     wide = torch.tensor([], dtype=stream.dtype).element_size()
     blocks = []
     for index in range(len(stream)):
@@ -77,15 +86,15 @@ def _peak_estimate(job: Job) -> int:
         # LAPACK works in).
         widths = [target.shape[1] for target in block.targets]
         grams = 0
-        if job.want and Want.GRAM in job.want:
+        if want and Want.GRAM in want:
             grams = 4 * sum(w * w for w in widths) + 8 * 6 * max(widths) ** 2
         solving = 2 * max(math.prod(target.shape) for target in block.targets)
         blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
     outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
     hidden = 0
-    if job.calibration:
-        samples, length = job.calibration.shape(job.source.config)
-        width = job.source.config.get_text_config().hidden_size
+    if calibration:
+        samples, length = calibration.shape(source.config)
+        width = source.config.get_text_config().hidden_size
         hidden = samples * length * width * wide
         # What one row makes on its way through a block, and the sampled inputs.
         ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))

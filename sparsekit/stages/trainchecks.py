@@ -200,8 +200,7 @@ def require_memory(
     Raises:
         DataError: Says what is needed, and what there is.
     """
-    copies = 1 if shards else 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
-    needed = copies * _float32_bytes(source)
+    needed = _float32_bytes(source) if shards else training_bytes(source, None, recoverer)
     told = "weights" if shards else "weights, gradients and two moments"
     if teacher is not None:
         needed += _float32_bytes(teacher)
@@ -219,6 +218,12 @@ def require_memory(
             "--fsdp_version 2)"
             + (", or leave out the teacher with --share 0" if teacher else ""),
         )
+
+
+def training_bytes(source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer) -> int:
+    """Bytes of weights, gradients, moments and teacher, whatever the batch is."""
+    copies = 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
+    return copies * _float32_bytes(source) + (_float32_bytes(teacher) if teacher else 0)
 
 
 def state_bytes(source: Checkpoint) -> int:

@@ -24,7 +24,7 @@ from sparsekit.stages import weightwise
 from sparsekit.stages.cards import unpack_card
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.opening import open_source, require_room
-from sparsekit.stages.pack import digest
+from sparsekit.stages.packplan import digest
 from sparsekit.stages.report import Report, versions
 
 # What to do about a damaged one.

@@ -19,7 +19,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
-import sparsekit
 from sparsekit import methods
 from sparsekit.cli import console
 from sparsekit.cli.app import app
@@ -750,11 +749,6 @@ def test_no_command_shows_help(cli, arguments):
     found = cli(*arguments)
     assert "Usage:" in found.stdout + found.stderr
     assert found.code in (0, 2)
-
-
-def test_version_is_shown(cli):
-    found = cli("--version")
-    assert (found.code, found.stdout) == (0, f"{sparsekit.__version__}\n")
 
 
 @pytest.mark.parametrize(

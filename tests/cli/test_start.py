@@ -39,6 +39,7 @@ def imported(*arguments: str) -> tuple[set[str], int, str]:
         (["eval", "--help"], 0, "Example: sparsekit eval"),
         (["bench", "prune", "--help"], 0, "Example: sparsekit bench prune"),
         (["methods"], 0, "wanda"),
+        (["--version"], 0, "transformers "),
         (["prune", "m", "-o", "o", "--patern", "2:4"], 2, "--pattern"),
         (["prune", "m", "-o", "o", "--method", "wandaa"], 2, "did you mean 'wanda'"),
         (["prune", "m", "-o", "o", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),

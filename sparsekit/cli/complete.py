@@ -1,0 +1,47 @@
+"""The words that a shell offers for an option, where there are only so many or some are usual."""
+
+from collections.abc import Callable
+
+from sparsekit import methods
+from sparsekit.models.texts import EVALUATION_FILES, SOURCES
+from sparsekit.stages.config import DEVICES, DTYPES
+from sparsekit.stages.quantconfig import STORAGES
+from sparsekit.stages.trainconfig import SCHEDULES
+from sparsekit.tensors.grids import GRIDS
+
+Words = Callable[[], list[tuple[str, str]]]
+
+
+def words(*known: str) -> Words:
+    """Offers these words."""
+    return lambda: [(word, "") for word in known]
+
+
+def names(*kinds: str, before: tuple[str, ...] = ()) -> Words:
+    """Offers the methods of some kinds, with what they do; `before` comes first."""
+
+    def found() -> list[tuple[str, str]]:
+        told = [methods.describe(kind, name) for kind in kinds for name in methods.names(kind)]
+        return [*((word, "") for word in before), *((m.name, m.summary) for m in told)]
+
+    return found
+
+
+def presets() -> list[tuple[str, str]]:
+    """Offers the named sets of options that refiners have."""
+    told = [methods.describe("refiners", name) for name in methods.names("refiners")]
+    found: dict[str, list[str]] = {}
+    for method in told:
+        for preset in method.presets:
+            found.setdefault(preset, []).append(method.name)
+    return [(preset, f"of {', '.join(having)}") for preset, having in found.items()]
+
+
+patterns = words("2:4", "4:8", "1:4", "2:8", "8:16", "50%", "60%", "70%", "50%/tensor")
+grids = words(*GRIDS, "int4-g64", "int4-g32", "int4")
+sources = words(*SOURCES)
+windows = words("builtin", *EVALUATION_FILES)
+devices = words(*DEVICES)
+dtypes = words(*DTYPES)
+storages = words(*STORAGES)
+schedules = words(*SCHEDULES)

@@ -1,0 +1,124 @@
+"""What runs of quantize, recover and pack would do and cost, told without doing it."""
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sparsekit.files import existing_parent
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.layout import Layout
+from sparsekit.progress import SILENT, Progress
+from sparsekit.stages import packplan, quantjob, recovery
+from sparsekit.stages.job import family_notes
+from sparsekit.stages.plan import peak_estimate
+from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.trainchecks import state_bytes, training_bytes
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.tensors.sums import Want
+
+# Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
+# integers, sorted, and the masks of the patterns that are tried.
+PACKING_BYTES = 32
+
+
+def plan_quantize(
+    config: QuantizeConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `quantize` would do, after the same checks; arguments and errors as of `quantize`."""
+    job = quantjob.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    want = (job.quantizer.needs or Want.NORMS) if job.calibration else None
+    size = sum(math.prod(target.shape) for target in job.targets)
+    return {
+        **_begin(job.source, out, config.method, job.layout),
+        "grid": str(job.grid),
+        "format": config.format,
+        "blocks": len(job.stream),
+        "weights": len(job.targets),
+        "size": size,
+        "skipped": job.skipped,
+        "notes": family_notes(job.stream),
+        "peak_memory_estimate_bytes": peak_estimate(job.stream, want, job.calibration),
+        "device": str(job.stream.device),
+        "dtype": _name(job.stream.dtype),
+    }
+
+
+def plan_recover(
+    config: RecoverConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `recover` would do, after the checks that read no text; arguments as of `recover`.
+
+    The memory is what weights, gradients, moments and teacher take: activations come on top.
+    """
+    job = recovery.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    config = job.config
+    taught = job.teacher if config.share != 0 and config.teacher_top is None else None
+    size = sum(math.prod(target.shape) for target in job.targets)
+    zeros = sum(job.patterns.of(target).zeros(*target.shape) for target in job.targets)
+    return {
+        **_begin(job.source, out, config.method, job.layout),
+        "pattern": str(job.patterns.base),
+        "teacher": job.teacher_name or None,
+        "data": config.data,
+        "steps": None if config.tokens is None else config.steps(),
+        "step_tokens": config.step_tokens,
+        "max_time": config.max_time,
+        "weights": len(job.targets),
+        "zeros": zeros,
+        "size": size,
+        "skipped": job.skipped,
+        "notes": job.notes,
+        "state_bytes": state_bytes(job.source),
+        "peak_memory_at_least_bytes": training_bytes(job.source, taught, job.recoverer),
+        "device": str(job.device),
+        "dtype": "float32",
+    }
+
+
+def plan_pack(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """What `pack` would do, after the same checks; which look at every weight.
+
+    Arguments and errors as of `pack`.
+    """
+    job = packplan.prepare(model, out, overwrite=overwrite, progress=progress)
+    plans = job.plans.values()
+    largest = max(math.prod(plan.target.shape) for plan in plans)
+    return {
+        **_begin(job.source, out, "pack", job.layout),
+        "patterns": dict(Counter(plan.told for plan in plans)),
+        "weights": len(plans),
+        "size": sum(math.prod(plan.target.shape) for plan in plans),
+        "skipped": [],
+        "notes": [],
+        "bytes_before": job.source.n_bytes,
+        "peak_memory_estimate_bytes": PACKING_BYTES * largest,
+    }
+
+
+def _begin(source: Checkpoint, out: Path, method: str, layout: Layout) -> dict[str, Any]:
+    """What every plan tells."""
+    return {
+        "model": str(source.path),
+        "out": str(out),
+        "method": method,
+        "bytes_to_write": layout.n_bytes,
+        "bytes_free": shutil.disk_usage(existing_parent(out)).free,
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

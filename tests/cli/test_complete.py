@@ -1,0 +1,128 @@
+"""Shell completion, asked as the shells ask: by environment variables."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparsekit import methods
+from sparsekit.errors import SparsekitError
+from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.tensors.grids import Grid
+from sparsekit.tensors.patterns import Pattern
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "huggingface_hub")
+
+
+def asked(**variables: str) -> subprocess.CompletedProcess:
+    """What sparsekit answers a shell."""
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "sparsekit"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **variables},
+        check=False,
+    )
+
+
+def completed(line: str) -> list[str]:
+    """What bash offers at the end of a line."""
+    words = line.split(" ")
+    found = asked(
+        _SPARSEKIT_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1)
+    )
+    assert found.returncode == 0, found.stderr
+    imports = [text.rpartition("|")[2].strip() for text in found.stderr.splitlines()]
+    assert "typer" in imports
+    assert not {name.split(".")[0] for name in imports} & set(HEAVY)
+    return found.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("sparsekit quan", ["quantize"]),
+        ("sparsekit prune m --meth", ["--method"]),
+        ("sparsekit prune m --method s", ["sparsegpt"]),
+        ("sparsekit prune m --refine ", ["armor", "dsnot"]),
+        ("sparsekit prune m --pattern 2", ["2:4", "2:8"]),
+        ("sparsekit prune m --then w", ["w8a8"]),
+        ("sparsekit prune m --calibration ", ["builtin", "self", "c4", "wikitext2"]),
+        ("sparsekit prune m --preset p", ["published"]),
+        ("sparsekit quantize m --grid f", ["fp8"]),
+        ("sparsekit quantize m --method ", ["awq", "gptq", "rtn"]),
+        ("sparsekit recover m --method ", ["auto", "ast", "cast", "fixed"]),
+        ("sparsekit recover m --dtype ", ["auto", "float32"]),
+        ("sparsekit eval m --text ", ["builtin", "c4", "wikitext2"]),
+        ("sparsekit convert m --format ", ["plain", "packed"]),
+        ("sparsekit bench recover --method f", ["fixed"]),
+    ],
+)
+def test_word_is_completed_without_importing_torch(line, offered):
+    assert completed(line) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_script_for_the_shell_is_given(shell):
+    found = asked(_SPARSEKIT_COMPLETE=f"source_{shell}")
+    assert found.returncode == 0
+    assert "_SPARSEKIT_COMPLETE=complete_" + shell in found.stdout
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=found.stdout, text=True, check=True)
+
+
+def test_zsh_is_told_what_a_method_does():
+    found = asked(
+        _SPARSEKIT_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="sparsekit prune m --method wan"
+    )
+    summary = methods.describe("pruners", "wanda").summary
+    assert '"wanda"' in found.stdout
+    assert summary[:20] in found.stdout
+
+
+def flags() -> list[tuple[str, str, str]]:
+    """Every option that completes, with each word that it offers."""
+    from test_cli import commands
+
+    found = []
+    for name, command in commands().items():
+        for parameter in command.params:
+            if getattr(parameter, "_custom_shell_complete", None) is not None:
+                items = parameter.shell_complete(None, "")
+                found += [(name, parameter.name, item.value) for item in items]
+    return found
+
+
+def refused(command: str, flag: str, word: str) -> bool:
+    """Whether a command does not take a word that completion offers for an option."""
+    checks = {
+        "pattern": lambda: Pattern.parse(word),
+        "then": lambda: Grid.parse(word),
+        "grid": lambda: Grid.parse(word),
+        "text": lambda: EvalConfig(text=word).check(),
+        "preset": lambda: PruneConfig(method="dsnot", preset=word).check(),
+        "initial": lambda: PruneConfig(method="dsnot", initial=word).check(),
+        "refine": lambda: PruneConfig(refine=word).check(),
+        "calibration": lambda: None if word in ("builtin", "self", "c4", "wikitext2") else 1 / 0,
+        "resident": lambda: None if word in ("packed", "expand") else 1 / 0,
+    }
+    config = {"quantize": QuantizeConfig, "recover": RecoverConfig, "eval": EvalConfig}
+    made = config.get(command.split()[-1], PruneConfig)
+    field = {"form": "format"}.get(flag, flag)
+    more = {"tokens": 8192} if made is RecoverConfig else {}
+    more |= {"eval_text": {"eval_every": 1}, "form": {"slorb": 16}}.get(flag, {}) if more else {}
+    try:
+        checks.get(flag, lambda: made(**{field: word}, **more).check())()
+    except SparsekitError:
+        return True
+    return False
+
+
+def test_every_word_that_is_offered_is_one_that_is_taken():
+    found = flags()
+    assert len({(command, flag) for command, flag, _ in found}) > 30
+    assert [row for row in found if refused(*row)] == []
