@@ -7,6 +7,7 @@ import typer
 
 from sparsekit.cli import (
     bench,
+    compare,
     complete,
     deploy,
     env,
@@ -167,6 +168,8 @@ app.command()(deploy.deploy)
 app.command()(run.run)
 app.add_typer(run.app, name="recipe")
 app.command()(env.env)
+app.command()(compare.compare)
+app.command()(compare.report)
 
 
 @app.command("eval")

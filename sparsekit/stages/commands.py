@@ -1,0 +1,174 @@
+"""The commands that make and score a model again, from what its history and scores tell."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from sparsekit import methods
+from sparsekit.stages.config import EvalConfig
+from sparsekit.stages.modelrow import Row
+from sparsekit.stages.trainconfig import RecoverConfig
+
+# Of the recipe of a recovery what is a flag of the same name; the rest of it follows or is told
+# beside the recipe.
+RECOVER_FLAGS = (
+    *("batch", "length", "accumulate", "schedule", "temperature", "teacher_top", "slorb"),
+    *("format", "seed", "device"),
+)
+
+
+def commands(row: Row) -> list[str]:
+    """A line for each stage of a model, and for each time that it was scored.
+
+    Options that have their default are left out. Stages before the last write to numbered folders,
+    whatever they wrote to at the time.
+    """
+    name, lines, model = row.path.resolve().name, [], ""
+    for index, entry in enumerate(row.history):
+        out = name if index == len(row.history) - 1 else f"{name}-{index + 1}"
+        try:
+            lines.append(_line([*_stage(entry, model), "-o", out]))
+        except (KeyError, TypeError, ValueError):
+            lines.append(f"# {entry.get('stage')!r}: what it was asked for is not all recorded")
+        model = out
+    for entry in row.scores:
+        lines.append(_line(_score(entry, model or str(entry.get("model") or name))))
+    return lines
+
+
+def _stage(entry: Mapping[str, Any], model: str) -> list[str]:
+    """A stage's words without its output.
+
+    Args:
+        entry: Of the history.
+        model: The output of the stage before; empty for the first.
+
+    Raises:
+        KeyError: The entry lacks a part.
+        ValueError: No command makes such a stage.
+    """
+    stage, recipe = entry.get("stage"), entry.get("recipe", {})
+    source = model or entry["source"]["path"]
+    if stage == "prune":
+        return ["sparsekit", "prune", source, *_prune(entry, recipe)]
+    if stage == "recover":
+        return ["sparsekit", "recover", source, *_recover(entry, recipe)]
+    if stage == "quantize":
+        words = ["--method", recipe["method"], "--grid", recipe["grid"]]
+        words += ["--format", "dense"] if recipe["format"] == "dense" else []
+        words += _options("quantizers", recipe["method"], recipe["options"])
+        return ["sparsekit", "quantize", source, *words, *_rows(entry), *_where(recipe)]
+    if stage in ("pack", "unpack", "convert"):
+        return ["sparsekit", stage, source]
+    raise ValueError(stage)
+
+
+def _prune(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The flags of a pruning."""
+    last, _, first = recipe["method"].partition(" from ")
+    if entry.get("mask"):
+        yield from ("--dense", entry["source"]["path"], "--refine", last)
+    else:
+        yield from ("--method", last, *(["--initial", first] if first else []))
+    yield from ("--pattern", recipe["pattern"])
+    if first:
+        yield from _options("refiners", last, recipe.get("options", {}), f"{last}.")
+        if not entry.get("mask"):
+            yield from _options("pruners", first, recipe.get("initial_options", {}), f"{first}.")
+    else:
+        yield from _options("pruners", last, recipe.get("options", {}))
+    for flag in ("reconstruct", "allocate"):
+        if recipe.get(flag) not in (None, "none"):
+            yield from (f"--{flag}", recipe[flag])
+    if recipe.get("compensate") not in (None, "0"):
+        numerator, _, denominator = recipe["compensate"].partition("/")
+        share = 100 * int(numerator) / int(denominator or 1)
+        yield from ("--compensate", "lowrank", "--rank", f"{share:g}%")
+    if recipe.get("format") == "factored":
+        yield from ("--format", "factored")
+    if recipe.get("budget"):
+        yield from ("--budget", f"{recipe['budget']:g}s")
+    if recipe.get("then"):
+        yield from ("--then", recipe["then"])
+    yield from _rows(entry)
+    if recipe.get("propagate") is not None:
+        yield "--propagate" if recipe["propagate"] else "--no-propagate"
+    yield from _where(recipe)
+
+
+def _recover(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The flags of a training; what it chose for itself, and how far it came, is named."""
+    yield from ("--method", recipe["method"], "--pattern", recipe["pattern"])
+    yield from ("--data", str(entry["text"]), "--tokens", str(entry["tokens"]))
+    plan = entry["plan"]
+    if entry["teacher"] and plan["share"]:
+        yield from ("--teacher", entry["teacher"]["path"])
+    yield from ("--lr", str(plan["rate"]), "--share", str(plan["share"]))
+    default = RecoverConfig()
+    for name in RECOVER_FLAGS:
+        if recipe.get(name) not in (None, getattr(default, name)):
+            yield from (f"--{name.replace('_', '-')}", str(recipe[name]))
+    yield from _options("recoverers", recipe["method"], recipe["options"])
+    yield from _skipped(recipe)
+
+
+def _rows(entry: Mapping[str, Any]) -> Iterator[str]:
+    """The flags of calibration."""
+    if told := entry.get("calibration"):
+        yield from ("--calibration", told["source"], "--samples", str(told["samples"]))
+        yield from ("--length", str(told["length"]), "--seed", str(told["seed"]))
+
+
+def _where(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """What stays dense, where it is computed, and in which type."""
+    yield from _skipped(recipe)
+    yield from ("--device", recipe["device"], "--dtype", recipe["dtype"])
+
+
+def _skipped(recipe: Mapping[str, Any]) -> Iterator[str]:
+    for glob in recipe.get("skip", ()):
+        yield from ("--skip", glob)
+
+
+def _options(kind: str, method: str, options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The options of a method that do not have their default."""
+    known = methods.names(kind)
+    default = (
+        {o.name: o.default for o in methods.describe(kind, method).options}
+        if method in known
+        else {}
+    )
+    for name, value in options.items():
+        if _plain(value) != _plain(default.get(name, "")):
+            yield from ("-O", f"{prefix}{name}={value}")
+
+
+def _plain(value: Any) -> str:
+    """A value as text, the same for all spellings of a number."""
+    text = str(value).strip("'\"")
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
+
+
+def _score(entry: Mapping[str, Any], model: str) -> list[str]:
+    """The words that score a model."""
+    told = entry.get("config") or {}
+    words = ["sparsekit", "eval", model]
+    if entry.get("baseline"):
+        words += ["--baseline", entry["baseline"]]
+    default = EvalConfig()
+    for field in fields(EvalConfig):
+        value = told.get(field.name)
+        if value is None or value == getattr(default, field.name) or value == []:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{field.name.replace('_', '-')}", text]
+    return words
+
+
+def _line(words: Sequence[str]) -> str:
+    """Words as a shell takes them."""
+    return shlex.join(map(str, words))

@@ -1,0 +1,179 @@
+"""Figures of quality, each under what it was measured on: only those of the same compare."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Of a task the first of these that it has goes into the mean.
+ACCURACIES = ("acc_norm", "acc")
+# exp of more than this is no float.
+LARGEST_LOG = 709.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The windows of a perplexity."""
+
+    text: str
+    windows: int
+    length: int
+    fingerprint: str
+    """Of the tokens."""
+
+    @property
+    def title(self) -> str:
+        """In words, which two that differ may share."""
+        return f"{Path(self.text).name}, {self.windows} × {self.length} tokens"
+
+    @property
+    def mark(self) -> str:
+        """What tells apart those that share a title."""
+        return self.fingerprint[:8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The samples of a task, and what is measured on each."""
+
+    task: str
+    version: str
+    n_shot: int
+    n: int
+    digest: str
+    """Of the documents."""
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSet:
+    """The tasks that a mean goes over."""
+
+    tasks: tuple[Samples, ...]
+    """By name."""
+
+    @property
+    def title(self) -> str:
+        """In words, which two that differ may share."""
+        return ", ".join(
+            f"{t.task} v{t.version} ({t.metric}, {t.n_shot}-shot, {t.n} samples)"
+            for t in self.tasks
+        )
+
+    @property
+    def mark(self) -> str:
+        """What tells apart those that share a title."""
+        return "+".join(task.digest[:8] for task in self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number with its standard error."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What was measured of one model on some windows or tasks."""
+
+    figure: Figure
+    """The logarithm of the perplexity, or the mean accuracy."""
+    differences: Mapping[str, Figure]
+    """To other models by their names, over the same windows or samples."""
+    tasks: Mapping[str, Figure] = field(default_factory=dict)
+    """The accuracy in each task."""
+    dtype: str = ""
+    """The type that a perplexity was computed in."""
+
+
+Measured = Windows | TaskSet
+
+
+def qualities(entries: Iterable[Mapping[str, Any]]) -> dict[Measured, Quality]:
+    """All that scores tell, the latest of each; differences to several models stay together."""
+    found: dict[Measured, Quality] = {}
+    for entry in entries:
+        for key, quality in _of_entry(entry):
+            before = found.get(key)
+            differences = dict(quality.differences)
+            if before is not None and before.figure == quality.figure:
+                differences = {**before.differences, **differences}
+            found[key] = Quality(
+                figure=quality.figure,
+                differences=differences,
+                tasks=quality.tasks,
+                dtype=quality.dtype,
+            )
+    return found
+
+
+def _of_entry(entry: Mapping[str, Any]) -> Iterable[tuple[Measured, Quality]]:
+    """The perplexity and the mean of one score."""
+    baseline = entry.get("baseline") or "the baseline"
+    difference = {key: _figure(value) for key, value in entry["difference"].items()}
+    if told := entry["perplexity"]:
+        windows = Windows(**{k: told[k] for k in ("text", "windows", "length", "fingerprint")})
+        log = Figure(value=told["log_perplexity"], stderr=told.get("log_stderr"))
+        own = difference.get("log_perplexity")
+        own_differences = {} if own is None else {baseline: own}
+        yield windows, Quality(figure=log, differences=own_differences, dtype=told["dtype"])
+    tasks = {_samples(task): task for task in entry["tasks"] if metric_of(task) is not None}
+    ordered = sorted(tasks, key=lambda samples: samples.task)
+    if not ordered:
+        return
+    figures = {s.task: _figure(tasks[s]["metrics"][s.metric]) for s in ordered}
+    paired = [difference.get(f"{s.task}.{s.metric}") for s in ordered]
+    there = [figure for figure in paired if figure is not None]
+    yield (
+        TaskSet(tasks=tuple(ordered)),
+        Quality(
+            figure=mean(list(figures.values())),
+            differences={baseline: mean(there)} if len(there) == len(ordered) else {},
+            tasks=figures,
+        ),
+    )
+
+
+def mean(figures: Sequence[Figure]) -> Figure:
+    """The mean of independent figures; its standard error is None where one of theirs is."""
+    errors = [figure.stderr for figure in figures if figure.stderr is not None]
+    return Figure(
+        value=math.fsum(figure.value for figure in figures) / len(figures),
+        stderr=math.hypot(*errors) / len(figures) if len(errors) == len(figures) else None,
+    )
+
+
+def metric_of(task: Mapping[str, Any]) -> str | None:
+    """The accuracy of a task that goes into the mean; None when it has none."""
+    return next((name for name in ACCURACIES if name in task["metrics"]), None)
+
+
+def headings(keys: Sequence[Measured]) -> list[str]:
+    """The titles of what was measured, told apart where two are alike."""
+    count = Counter(key.title for key in keys)
+    return [k.title if count[k.title] == 1 else f"{k.title}, {k.mark}" for k in keys]
+
+
+def perplexity_of(quality: Quality) -> float:
+    """The perplexity; infinite beyond what a float holds."""
+    log = quality.figure.value
+    return math.exp(log) if log < LARGEST_LOG else math.inf
+
+
+def _samples(task: Mapping[str, Any]) -> Samples:
+    return Samples(
+        task=task["task"],
+        version=task["version"],
+        n_shot=task["n_shot"],
+        n=task["n"],
+        digest=str(task.get("samples_sha256", "")),
+        metric=str(metric_of(task)),
+    )
+
+
+def _figure(value: Mapping[str, Any]) -> Figure:
+    return Figure(value=value["value"], stderr=value.get("stderr"))

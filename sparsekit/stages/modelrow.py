@@ -1,0 +1,147 @@
+"""One model of a comparison: what its folder tells of how it was made, its size and its worth."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.folder import PROVENANCE
+from sparsekit.models.reference import at_hand
+from sparsekit.stages.measured import Measured, Quality, qualities
+from sparsekit.stages.scores import read_scores
+
+DENSE = "dense"
+# Stages whose pattern is the one that was asked for; packing tells what it found.
+PATTERNING = ("prune", "recover")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model."""
+
+    name: str
+    """Of its folder; of two with the same name the whole path."""
+    path: Path
+    n_bytes: int | None
+    """Of all safetensors files; None where there are none."""
+    method: str
+    """The stages in words."""
+    pattern: str | None
+    bits: float | None
+    """Of a prunable weight on disk."""
+    seconds: float | None
+    """Of all stages together; None without a history, as the next two."""
+    tokens: int | None
+    """Trained on, likewise."""
+    peak_bytes: int | None
+    """Of the stage that took most memory."""
+    history: Sequence[Mapping[str, Any]]
+    """With what made a mask that was given before what used it."""
+    scores: Sequence[Mapping[str, Any]]
+    quality: Mapping[Measured, Quality]
+    stored: bool
+    """Whether the folder holds the model, not only its scores."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, be it a damaged one."""
+    return any((folder / file).is_file() for file in ("config.json", PROVENANCE))
+
+
+def read_row(folder: Path) -> Row:
+    """The model in a folder.
+
+    Where only its scores are, size and history are those of the model that was scored, if it is
+    on this machine.
+
+    Raises:
+        DataError: A file in the folder is damaged.
+    """
+    scores = read_scores(folder)
+    stored = is_checkpoint(folder)
+    model = folder if stored else _scored_model(scores)
+    source = None if model is None else Checkpoint.open(model)
+    history = [] if source is None else _unfolded(source.provenance()["history"])
+    seconds, tokens, peaks = (
+        [entry[key] for entry in history if entry.get(key) is not None]
+        for key in ("seconds", "tokens", "peak_memory_bytes")
+    )
+    return Row(
+        name=folder.resolve().name,
+        path=folder,
+        n_bytes=None if model is None else _size(model),
+        method=" + ".join(map(_words, history)) or ("" if stored else DENSE),
+        pattern=_pattern(history),
+        bits=None if source is None else _bits(source, history),
+        seconds=math.fsum(seconds) if seconds else None,
+        tokens=sum(tokens) if tokens else None,
+        peak_bytes=max(peaks, default=None),
+        history=history,
+        scores=scores,
+        quality=qualities(scores),
+        stored=stored,
+    )
+
+
+def _scored_model(scores: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Where the model of scores lies."""
+    names = [entry["model"] for entry in scores if isinstance(entry.get("model"), str)]
+    return at_hand(names[-1]) if names and names[-1] else None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _unfolded(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries of a history, each after those that made the mask that it was given."""
+    entries: list[Mapping[str, Any]] = []
+    for entry in history:
+        entries += _unfolded((entry.get("mask") or {}).get("history", ()))
+        entries.append(entry)
+    return entries
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    """What one stage did, in words."""
+    recipe, stage = entry.get("recipe", {}), str(entry.get("stage", ""))
+    if stage == "quantize":
+        return f"{recipe.get('grid')} {recipe.get('method')}"
+    if stage == "convert":
+        return f"convert {recipe.get('form')}"
+    if stage != "prune":
+        return str(recipe.get("method") or stage)
+    told = [recipe.get(key) for key in ("method", "reconstruct", "allocate")]
+    told += ["lowrank"] if recipe.get("compensate") not in (None, "0") else []
+    words = " ".join(str(word) for word in told if word not in (None, "none"))
+    return f"{words} + {recipe['then']}" if recipe.get("then") else words
+
+
+def _pattern(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """The pattern that was asked for last; of what was only packed the one that was found."""
+    for stages in (PATTERNING, ("pack",)):
+        told = [e["recipe"].get("pattern") for e in history if e.get("stage") in stages]
+        if told:
+            return told[-1]
+    return None
+
+
+def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bits of a prunable weight on disk, as the last stage that chose its form tells them.
+
+    Where that tells none they are counted.
+    """
+    told = [entry["totals"] for entry in history if "bits_per_weight" in entry.get("totals", {})]
+    if told and told[-1]["bits_per_weight"] is not None:
+        return float(told[-1]["bits_per_weight"])
+    changed = {row["name"] for entry in history for row in entry.get("weights", ())}
+    names = [name for name in changed if name in source.places]
+    names = names or [name for name, place in source.places.items() if len(place.shape) == 2]
+    sizes = [math.prod(source.places[name].shape) for name in names]
+    if not sum(sizes):
+        return None
+    stored = (source.coded[n].values() if n in source.coded else [source.places[n]] for n in names)
+    n_bytes = sum(place.stop - place.start for places in stored for place in places)
+    return 8 * n_bytes / sum(sizes)
