@@ -194,7 +194,7 @@ def _run(
         show.recovered(terminal, report)
 
 
-def _plan(terminal: Terminal, config: RecoverConfig, *where: Any, **how: Any) -> None:
+def _plan(terminal: Terminal, config: "RecoverConfig", *where: Any, **how: Any) -> None:
     """Show what a run would do; arguments as of `_run`."""
     refuse_early(*where, overwrite=how["overwrite"])
     from sparsekit.stages.dryrun import plan_recover
