@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import show
+from sparsekit.cli import show, showcompare
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, Json, Quiet
 from sparsekit.errors import UsageError
@@ -54,6 +54,10 @@ def run(
 
         folder = out or Path(file.stem)
         done = stage(told, folder, start=start, dry=dry_run, progress=progress)
+        if not dry_run and any(one.step.verb == "eval" for one in done):
+            from sparsekit.stages.compare import compare
+
+            showcompare.table(terminal, compare([folder]))
         show.ran(terminal, folder, done, dry=dry_run)
 
 

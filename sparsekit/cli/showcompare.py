@@ -15,7 +15,7 @@ def compared(
     """The table; stdout has the paths of the models one a line, or the table in another form."""
     from sparsekit.stages import comparetable
 
-    _table(terminal, comparison)
+    table(terminal, comparison)
     paths = [str(row.path) for row in comparison.rows if row.stored]
     text = {
         "paths": lambda _: "\n".join(paths),
@@ -32,7 +32,7 @@ def reported(terminal: Terminal, comparison: "Comparison", out: Path) -> None:
     terminal.result(out, {"out": str(out), **comparison.to_json()})
 
 
-def _table(terminal: Terminal, comparison: "Comparison") -> None:
+def table(terminal: Terminal, comparison: "Comparison") -> None:
     """The table for people, and below it what has to be known of it."""
     from sparsekit.stages.comparetable import captions, columns
 

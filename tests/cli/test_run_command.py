@@ -29,6 +29,7 @@ def test_run_gives_the_last_models_and_keeps_what_is_finished(cli, recipe, tmp_p
     last = [str(tmp_path / "out" / f"{name}.pack") for name in ("wanda", "ria")]
     assert found.stdout.splitlines() == last
     assert "wanda.pack: made" in found.stderr
+    assert "perplexity" in found.stderr
     again = cli("run", recipe, "-o", tmp_path / "out", "--json")
     told = json.loads(again.stdout)
     assert [step["state"] for step in told["steps"]] == ["kept"] * 6
