@@ -1,0 +1,96 @@
+"""Recipes on SmolLM2-135M: killed and started again, and one shell line.
+
+Slow: `pytest -m slow tests/test_real_recipes.py` (an hour and a half on two cores).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsekit.files import sha256_file
+
+pytestmark = pytest.mark.slow
+COMMAND = f"{sys.executable} -m sparsekit"
+
+
+def environment() -> dict[str, str]:
+    """The user's, with the user's cache."""
+    return {key: value for key, value in os.environ.items() if key != "SPARSEKIT_CACHE"}
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    """What a line of bash does when every failure counts."""
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line.replace("sparsekit ", f"{COMMAND} ")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+
+
+def killed(line: str, when: Path) -> None:
+    """Start a command, and kill it as soon as a file or folder is there."""
+    words = line.replace("sparsekit", COMMAND, 1).split()
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    while process.poll() is None and not when.exists():
+        time.sleep(0.2)
+    assert process.poll() is None, "the command ended before it was killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def weights(out: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(out)): sha256_file(file) for file in sorted(out.rglob("*.safetensors"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "first", "second"),
+    [
+        ("quickstart", "magnitude", "sparsegpt.partial"),
+        ("compare-oneshot-2x4", "sparsegpt.partial", "armor.partial"),
+    ],
+)
+def test_a_study_that_is_killed_twice_gives_the_same_bytes(tmp_path, recipe, first, second):
+    line = f"sparsekit run {recipe} -o"
+    done = shell(f"{line} {tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    again = tmp_path / "again"
+    killed(f"{line} {again}", again / first)
+    made = {path.name: path.stat().st_mtime_ns for path in again.iterdir() if path.is_dir()}
+    killed(f"{line} {again}", again / second)
+    done = shell(f"{line} {again} --json")
+    assert done.returncode == 0, done.stderr
+    assert weights(again) == weights(tmp_path / "whole")
+    kept = [step for step in json.loads(done.stdout)["steps"] if step["state"] == "kept"]
+    assert kept
+    finished = [name for name in made if not name.startswith(".") and ".partial" not in name]
+    assert all((again / name).stat().st_mtime_ns >= made[name] for name in finished)
+    scored = json.loads(shell(f"sparsekit compare {again} --json -q").stdout)
+    print(json.dumps(scored)[:2000])
+
+
+def test_the_pipeline_of_the_readme_runs_from_one_line(tmp_path):
+    rows = "--samples 8 --length 256"
+    done = shell(
+        f"sparsekit prune demo --method wanda --pattern 2:4 -o {tmp_path / 'a'} {rows} "
+        f"| sparsekit recover - --method ast -o {tmp_path / 'b'} --tokens 4096 "
+        f"| sparsekit quantize - --grid int4-g64 -o {tmp_path / 'c'} {rows} "
+        f"| sparsekit eval - --length 256 --limit 8 --json > {tmp_path / 'scores.json'}"
+    )
+    assert done.returncode == 0, done.stderr
+    (score,) = json.loads((tmp_path / "scores.json").read_text())["models"]
+    assert score["model"] == str(tmp_path / "c")
+    assert score["perplexity"]["perplexity"] > 1
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a", "b", "c", "scores.json"]
