@@ -68,7 +68,7 @@ class Terminal:
         )
         for index, column in enumerate(columns):
             numeric = all(row[index][:1] in "+-0123456789" for row in cells)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(Text, row))
         self.stderr.print(table, soft_wrap=False)

@@ -1,5 +1,6 @@
 """How the reports of `compare` and `report` look."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -7,6 +8,7 @@ from sparsekit.cli.console import Terminal
 
 if TYPE_CHECKING:
     from sparsekit.stages.compare import Comparison
+    from sparsekit.stages.comparetable import Column
 
 
 def compared(
@@ -39,8 +41,14 @@ def table(terminal: Terminal, comparison: "Comparison") -> None:
     made = columns(comparison, brief=True)
     rows = list(zip(*(column.texts for column in made), strict=True))
     title = f"{len(rows)} model{'s' if len(rows) > 1 else ''}"
-    terminal.table(title, [column.title for column in made], rows)
+    terminal.table(title, [_folded(column) for column in made], rows)
     for caption in captions(comparison, brief=True):
         terminal.note(caption)
     for note in comparison.notes:
         terminal.note(f"note: {note}")
+
+
+def _folded(column: "Column") -> str:
+    """A title in lines no wider than the cells below it, as far as its words allow that."""
+    width = max(map(len, (*column.texts, *column.title.split())))
+    return textwrap.fill(column.title, width, break_long_words=False, break_on_hyphens=False)

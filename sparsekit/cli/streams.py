@@ -55,7 +55,7 @@ def guard() -> Guarded:
     """
     # A file that is opened later must not get the number of a stream that is closed.
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(handle, True)
     os.close(handle)
     sys.stdin = sys.stdin or os.fdopen(0, "r", closefd=False)
     stdout = Guarded(sys.stdout or os.fdopen(1, "w", closefd=False))

@@ -8,7 +8,7 @@ CSS = """\
     --best: #56b4e9; --faint: #a8a8a8; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink);
+body { margin: 0 auto; max-width: 90rem; padding: 1rem; color: var(--ink);
   background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0.5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
@@ -41,16 +41,18 @@ figure > svg * { stroke-linejoin: round; stroke-linecap: butt; }
 pre { background: var(--soft); padding: 0.6rem 0.8rem; margin: 0.3rem 0; font-size: 0.8rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-size: 0.875rem; }
+@page { size: landscape; margin: 12mm; }
 @media print {
-  body { max-width: none; padding: 0; font-size: 9pt; }
+  :root { font-size: 9pt; }
+  body { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
   table { font-size: 6.5pt; width: 100%; }
   th, td { padding: 1pt 2pt; line-height: 1.2; white-space: normal; }
   thead th { min-width: 0; }
   tbody th { position: static; max-width: none; }
-  .figures { grid-template-columns: 1fr 1fr; }
+  .figures { grid-template-columns: 1fr 1fr 1fr; }
   figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  details::details-content { content-visibility: visible; block-size: auto; }
+  details { display: none; }
 }
 """

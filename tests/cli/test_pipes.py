@@ -204,6 +204,15 @@ def test_streams_that_are_closed_from_the_start_do_no_harm(tmp_path, pruned, clo
     assert "error" not in found.stderr
 
 
+def test_processes_that_are_started_have_all_streams(tmp_path):
+    child = "import os; [os.fstat(handle) for handle in (0, 1, 2)]"
+    program = (
+        "import subprocess, sys; from sparsekit.cli.streams import guard; guard(); "
+        f"sys.exit(subprocess.call([sys.executable, '-c', '{child}']))"
+    )
+    assert bash(f'{sys.executable} -c "{program}" <&- >&- 2>&-', tmp_path).code == 0
+
+
 def test_closed_stdin_is_an_empty_one(tmp_path):
     found = bash("tool verify - <&-", tmp_path)
     assert (found.code, found.stderr) == (2, f"{EMPTY}\n")
