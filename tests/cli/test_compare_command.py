@@ -49,12 +49,12 @@ def test_compare_as_json_csv_and_markdown_tells_the_same(cli, run):
 def test_cells_and_titles_of_the_table_stay_in_one_piece(cli, tmp_path):
     paired = {"log_perplexity": {"value": 1.2, "stderr": 0.01, "n": 16}}
     for name in ("first", "second"):
-        entry = score(windows(3.0), difference=paired, baseline="org/w[/b]")
+        entry = score(windows(3.0), difference=paired, baseline="org/w[b]")
         scored(checkpoint(tmp_path / "run" / name, pruned_entry()), entry)
     found = cli("compare", tmp_path / "run")
     assert found.code == 0
     assert found.stderr.count("+1.2000 ± 0.0100") == 2
-    for words in ("log difference", "to w[/b]", "perplexity", "pattern"):
+    for words in ("log difference", "to w[b]", "perplexity", "pattern"):
         assert words in found.stderr
 
 
