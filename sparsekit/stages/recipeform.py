@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +42,8 @@ class _Loader(yaml.SafeLoader):
         """
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UsageError(f"line {key.start_mark.line + 1}: a key is not a word")
             if key.value in seen:
                 line = key.start_mark.line + 1
                 raise UsageError(f"line {line}: {key.value!r} is there twice", "leave out one")
@@ -148,16 +150,23 @@ def problems(verb: str, given: Mapping[str, Any], path: str) -> list[str]:
         try:
             form(verb).model_validate(words_)
         except ValidationError as error:
-            found += [_told(one, known, path) for one in error.errors()]
+            found += _told(error.errors(), known, path)
     return list(dict.fromkeys(found))
 
 
-def _told(error: Mapping[str, Any], known: Mapping[str, Any], path: str) -> str:
-    """One error of pydantic in our words."""
-    key = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
-        return f"{path}.{key}: unknown; {did_you_mean(key, known)}"
-    return f"{path}.{key}: {error['msg'].lower()}, not {error['input']!r}"
+def _told(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any], path: str) -> list[str]:
+    """What pydantic found, in our words; a word that may be of several types is told once."""
+    by_key: dict[str, list[Mapping[str, Any]]] = {}
+    for error in errors:
+        by_key.setdefault(str(error["loc"][0]), []).append(error)
+    found = []
+    for key, same in by_key.items():
+        if same[0]["type"] == "extra_forbidden":
+            found.append(f"{path}.{key}: unknown; {did_you_mean(key, known)}")
+        else:
+            wanted = " or ".join(dict.fromkeys(error["msg"].lower() for error in same))
+            found.append(f"{path}.{key}: {wanted}, not {same[0]['input']!r}")
+    return found
 
 
 def schema() -> dict[str, Any]:

@@ -12,6 +12,9 @@ from sparsekit.stages.recipeform import BESIDE, VERBS, defaults, form, problems,
 
 # What `from` calls the model that a recipe begins with, and a baseline too.
 MODEL = "model"
+# Names that stand for something else; the scores of the recipe's own model lie in the last.
+DENSE = "dense"
+RESERVED = (MODEL, DENSE)
 # What a stage takes, of the forms that a model has on its way.
 TAKES = {
     "prune": ("plain",),
@@ -79,17 +82,19 @@ def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -
         return
     (verb,) = verbs
     name = stage.get("name")
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name)):
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
         draft.errors.append(f"{path}.name: letters, digits and .+-_ make a name, not {name!r}")
         return
-    if name in draft.names or name == MODEL:
+    if name in draft.names or name in RESERVED:
         draft.errors.append(f"{path}.name: {name!r} is taken")
         return
     parents = _parents(stage, number, path, told, draft)
     given = stage[verb] if stage[verb] is not None else {}
+    if given == []:
+        draft.errors.append(f"{path}.{verb}: the list of variants is empty")
     for index, one in enumerate(given if isinstance(given, list) else [given]):
         place = f"{path}.{verb}[{index}]" if isinstance(given, list) else f"{path}.{verb}"
-        if not isinstance(one, dict):
+        if not isinstance(one, dict) or not all(isinstance(key, str) for key in one):
             draft.errors.append(f"{place}: words are written as {{key: value}}, not {one!r}")
         elif found := problems(verb, one, place):
             draft.errors += found
@@ -119,6 +124,9 @@ def _parents(
 ) -> list[str | None]:
     """The names of the steps whose outputs a stage reads."""
     start = stage.get("from")
+    if start is not None and not isinstance(start, str):
+        draft.errors.append(f"{path}.from: the name of a stage is wanted, not {start!r}")
+        return []
     if start == MODEL:
         return [None]
     if start is None:

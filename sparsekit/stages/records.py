@@ -39,6 +39,8 @@ class Run:
     """Of each step what its output depends on, as a sha256."""
     prints: dict[str, str] = field(default_factory=dict)
     """The fingerprints of models that words name."""
+    stale: set[str] = field(default_factory=set)
+    """The steps whose folder holds what was to be replaced when a run was killed."""
 
     @classmethod
     def open(cls, recipe: Recipe, out: Path, progress: Progress = SILENT) -> Run:
@@ -60,10 +62,7 @@ class Run:
 
     def depends(self, step: Step) -> dict[str, Any]:
         """Everything that decides the output of a step."""
-        words = dict(step.words)
-        for word in FILES:
-            if isinstance(words.get(word), str) and Path(words[word]).is_file():
-                words[word] = f"sha256 {sha256_file(Path(words[word]))}"
+        words = {**step.words, **contents(step.words)}
         for word in MODELS:
             if words.get(word) is not None:
                 words[word] = self._print(words[word])
@@ -107,7 +106,10 @@ class Run:
                 f"choose another --out, or make it again with --from {step.stage}",
             )
         found = Checkpoint.open(folder).scan(self.progress)
-        if told["fingerprint"] is None:  # killed between its output and its record
+        if told["fingerprint"] is None:  # killed before the record was complete
+            if found == told["before"]:
+                self.stale.add(step.name)
+                return False
             write_json(record, told | {"fingerprint": found})
         elif found != told["fingerprint"]:
             raise DataError(
@@ -117,6 +119,15 @@ class Run:
             )
         return True
 
+    def intend(self, step: Step) -> dict[str, Any]:
+        """Record that a step is to be made, and what it replaces; gives the record."""
+        folder, record = self.folder(step.name), self.record(step)
+        before = Checkpoint.open(folder).scan(self.progress) if folder.exists() else None
+        told = {"depends": self.depends(step), "fingerprint": None, "before": before}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, told)
+        return told
+
     def _print(self, model: str) -> str:
         """The fingerprint of a model by its name."""
         if model == self.recipe.model:
@@ -124,6 +135,19 @@ class Run:
         if model not in self.prints:
             self.prints[model] = Checkpoint.open(resolve(model, self.progress)).scan(self.progress)
         return self.prints[model]
+
+
+def contents(words: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of the files that words name, by word."""
+    found = {}
+    for word in FILES:
+        path = Path(words[word]) if isinstance(words.get(word), str) else None
+        if path is not None and path.is_file():
+            found[word] = f"sha256 {sha256_file(path)}"
+    if words.get("include_path") is not None:
+        files = sorted(path for path in Path(words["include_path"]).rglob("*") if path.is_file())
+        found["include_path"] = f"sha256 {sha256_json([sha256_file(file) for file in files])}"
+    return found
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

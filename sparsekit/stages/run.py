@@ -22,14 +22,12 @@ from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantize import quantize
 from sparsekit.stages.recipe import Recipe
-from sparsekit.stages.recipesteps import Step
-from sparsekit.stages.records import RECORDS, Run
+from sparsekit.stages.recipesteps import DENSE, Step
+from sparsekit.stages.records import RECORDS, Run, contents
 from sparsekit.stages.recover import recover
 from sparsekit.stages.scores import add_score, measurement, read_scores
 
 RECIPE = "recipe.yaml"
-# Where the scores of the recipe's own model go.
-DENSE = "dense"
 WRITERS = {"prune": prune, "recover": recover, "quantize": quantize}
 
 
@@ -104,6 +102,7 @@ def run(
             for s in recipe.steps
             if s.verb != "eval"
         ]
+    again = [*again, *work.stale]
     with _locked(work):
         return list(_carried_out(work, states, again))
 
@@ -136,9 +135,7 @@ def _make(work: Run, step: Step, *, overwrite: bool) -> None:
         SparsekitError: As the verb; the message begins with the name of the step.
     """
     folder, model = work.folder(step.name), work.model(step.parent)
-    record = {"depends": work.depends(step), "fingerprint": None}
-    work.record(step).parent.mkdir(parents=True, exist_ok=True)
-    write_json(work.record(step), record)
+    record = work.intend(step)
     how = {"overwrite": overwrite, "progress": work.progress}
     try:
         if step.verb == "pack":
@@ -154,7 +151,7 @@ def _make(work: Run, step: Step, *, overwrite: bool) -> None:
 def _scored(work: Run, steps: Sequence[Step]) -> list[Done]:
     """Measure the models of a stage, but for those that were measured in the same way before."""
     config, baseline = steps[0].config, steps[0].words["baseline"]
-    told = measurement(config, baseline)
+    told = measurement(config, baseline) | {"read": contents(steps[0].words)}
     left: list[Step] = []
     found: list[Done] = []
     for step in steps:

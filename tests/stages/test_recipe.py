@@ -118,6 +118,13 @@ def test_all_errors_are_told_at_once_with_their_places():
         ("- prune: {methods: []}\n", "stages[0].prune.methods: a list of values for 'method'"),
         ("- prune: {method: ria, methods: [wanda]}\n", "'method' and 'methods' are both there"),
         ("- prune: {methods: [wanda, wanda]}\n", "stages[0].prune.methods: a value is there twice"),
+        ("- prune: {}\n  name: dense\n", "stages[0].name: 'dense' is taken"),
+        ("- prune: {}\n  name: .hidden\n", "stages[0].name: letters, digits"),
+        ("- prune: {}\n  from: [a]\n", "stages[0].from: the name of a stage is wanted, not ['a']"),
+        ("- prune: []\n", "stages[0].prune: the list of variants is empty"),
+        ("- prune: {1: 2}\n", "stages[0].prune: words are written as {key: value}, not {1: 2}"),
+        ("- prune: {option: 5}\n", "stages[0].prune.option: "),
+        ("- prune: {seed: true}\n", "stages[0].prune.seed: input should be a valid integer"),
         ("- prune: [7]\n", "stages[0].prune[0]: words are written as {key: value}, not 7"),
         ("- recover: {method: ast}\n", "stages[0].recover: recover needs to know how long"),
         (
@@ -140,7 +147,7 @@ def test_a_recipe_of_a_newer_version_is_refused_for_that_alone():
     assert "version 2 is of a newer sparsekit" in errors("version: 2\nnew: things\n")[0]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "prune", "a: [", "a: 1\na: 2"])
+@pytest.mark.parametrize("text", ["", "[1]", "prune", "a: [", "a: 1\na: 2", "[1]: 2"])
 def test_what_is_no_recipe_is_one_error(text):
     assert len(errors(text)) == 1
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.files import sha256_file
@@ -127,6 +128,41 @@ def test_from_makes_a_stage_and_what_follows_again(recipe, tmp_path):
     assert weights(out) == before
 
 
+def test_what_another_recipe_made_is_not_taken_after_a_kill(recipe, family, row_file, tmp_path):
+    """`--from` with other words, killed before the old output was replaced."""
+
+    class Stops(Progress):
+        def begin(self, title, total, done=0):
+            if "recover" in title:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    run(recipe, out)
+    before = weights(out)
+    text = TEXT.format(model=family("llama"), rows=row_file).replace("lr: 1e-3", "lr: 2e-3")
+    with pytest.raises(KeyboardInterrupt):
+        run(parse(text), out, start="recover", progress=Stops())
+    assert weights(out) == before
+    with pytest.raises(UsageError, match=r"lr was 0\.002, now 0\.001"):
+        run(recipe, out)
+    with pytest.raises(UsageError, match=r"ria\.fixed was made by another recipe"):
+        run(parse(text), out)  # the other variant
+    assert states(run(parse(text), out, start="recover"))[4:6] == ["made", "made"]
+    whole = tmp_path / "whole"
+    run(parse(text), whole)
+    assert weights(out) == weights(whole)
+
+
+def test_other_text_in_the_same_file_is_measured_again(recipe, row_file, family, tmp_path):
+    rows = tmp_path / "rows.safetensors"
+    shutil.copy(row_file, rows)
+    text = TEXT.format(model=family("llama"), rows=row_file)
+    small = parse(text.replace(f"eval: {{text: {row_file}", f"eval: {{text: {rows}"))
+    run(small, tmp_path / "run")
+    save_file({"tokens": load_file(rows)["tokens"].flip(1).contiguous()}, rows)
+    assert states(run(small, tmp_path / "run"))[2:4] == ["made", "made"]
+
+
 def test_from_needs_what_comes_before(recipe, tmp_path):
     with pytest.raises(UsageError, match="--from pack: wanda, which comes before, is not finished"):
         run(recipe, tmp_path / "run", start="pack")
@@ -183,8 +219,6 @@ def test_other_rows_in_the_same_file_are_another_recipe(family, row_file, tmp_pa
     shutil.copy(row_file, rows)
     recipe = parse(TEXT.format(model=family("llama"), rows=rows))
     run(recipe, tmp_path / "run")
-    from safetensors.torch import load_file, save_file
-
     save_file({"tokens": load_file(rows)["tokens"].flip(0)}, rows)
     with pytest.raises(UsageError, match="calibration"):
         run(recipe, tmp_path / "run")
