@@ -225,7 +225,8 @@ def run(
     from sparsekit.stages.shipped import recipe_file
 
     if isinstance(recipe, Mapping):
-        told, name = parse(write_yaml(recipe), overrides), "run"
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()}
+        told, name = parse(write_yaml(plain), overrides), "run"
     else:
         file = recipe_file(str(recipe))
         told, name = read_recipe(file, overrides), file.stem

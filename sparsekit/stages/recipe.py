@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
-from sparsekit.stages.recipeform import TOP, VERBS, VERSION, read_yaml
-from sparsekit.stages.recipesteps import Draft, Step, read_stage, refuse_one_place
+from sparsekit.stages.recipeform import TOP, VERBS, VERSION, read_yaml, write_yaml
+from sparsekit.stages.recipesteps import Draft, Step, is_seed, read_stage, refuse_one_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,22 +20,26 @@ class Recipe:
     steps: Sequence[Step]
     """In an order in which each comes after what it reads."""
     stages: int
+    names: Mapping[str, int]
+    """The stages that were given names."""
     text: str
     """What was written."""
 
-    def stage_of(self, name: str) -> int:
-        """The number of the stage that a word names: its place, its verb, or the name of a step.
+    def steps_of(self, name: str) -> list[Step]:
+        """What a word names: a step, or all steps of a stage by its place, verb or name.
 
         Raises:
-            UsageError: There is none, or there are several.
+            UsageError: There is none, or there are several stages.
         """
         makers = [step for step in self.steps if step.verb != "eval"]  # others bear their names
-        found = {step.stage for step in makers if step.name == name}
-        found = found or {s.stage for s in self.steps if name in (s.verb, str(s.stage))}
-        if len(found) == 1:
-            return found.pop()
-        known = sorted({s.verb for s in self.steps} | {s.name for s in self.steps})
-        reason = "names several stages" if found else "names no stage"
+        if found := [step for step in makers if step.name == name]:
+            return found
+        stages = {step.stage for step in self.steps if name in (step.verb, str(step.stage))}
+        stages = {self.names[name]} if name in self.names else stages
+        if len(stages) == 1:
+            return [step for step in self.steps if step.stage in stages]
+        known = sorted({s.verb for s in self.steps} | {s.name for s in makers} | set(self.names))
+        reason = "names several stages" if stages else "names no stage"
         hint = f"stages are counted from 0 to {self.stages - 1}; " + did_you_mean(name, known)
         raise UsageError(f"--from {name} {reason}", hint)
 
@@ -45,7 +49,8 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         file: A YAML file.
-        overrides: As `model=demo` or `prune.samples=8`, the latter for every stage of the verb.
+        overrides: As `model=demo` or `prune.samples=8`, the latter where the word is, else in all
+            stages of the verb.
 
     Raises:
         DataError: The file cannot be read.
@@ -63,54 +68,70 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a text; see `read_recipe`."""
-    told = read_yaml(text)
+    """The recipe in a text; arguments and errors as of `read_recipe`."""
+    return checked(read_yaml(text), text, overrides)
+
+
+def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a value of YAML is; `text` is how it was written.
+
+    Raises:
+        UsageError: Says everything that is wrong, each with its place.
+    """
     if not isinstance(told, dict):
         raise UsageError("a recipe is a mapping with the keys model and stages")
     version = told.get("version", VERSION)
-    if isinstance(version, int) and version > VERSION:
+    if type(version) is int and version > VERSION:
         raise UsageError(
             f"version {version} is of a newer sparsekit, this one reads up to {VERSION}",
             "update sparsekit",
         )
-    draft = Draft()
+    draft, stages = Draft(), told.get("stages")
+    stages = list(stages) if isinstance(stages, list) else []
+    stages = [{stage: {}} if isinstance(stage, str) else stage for stage in stages]
     for override in overrides:
-        _override(told, override, draft)
+        _override(told, stages, override, draft)
     _check_top(told, draft)
-    stages = told.get("stages")
-    for number, stage in enumerate(stages if isinstance(stages, list) else []):
-        read_stage(number, stage, told, draft)
+    for number, stage in enumerate(stages):
+        read_stage(number, stage, {**told, "stages": stages}, draft)
     refuse_one_place(draft)
     if draft.errors:
         many = f"{len(draft.errors)} errors:\n  " if len(draft.errors) > 1 else ""
         raise UsageError(many + "\n  ".join(draft.errors))
-    return Recipe(model=told["model"], steps=draft.steps, stages=len(stages), text=text)
+    return Recipe(
+        model=told["model"],
+        steps=draft.steps,
+        stages=len(stages),
+        names=draft.names,
+        text=write_yaml({**told, "stages": stages}) if overrides else text,
+    )
 
 
-def _override(told: dict[str, Any], override: str, draft: Draft) -> None:
+def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft: Draft) -> None:
     """Replace a word, in the recipe that was read."""
     key, equals, text = override.partition("=")
-    if not equals:
-        draft.errors.append(f"{override!r}: write it as key=value")
+    try:
+        value = read_yaml(text)
+    except UsageError as error:
+        draft.errors.append(f"{override!r}: {error.message}")
         return
-    value = read_yaml(text)
     verb, dot, word = key.partition(".")
-    if not dot and key in ("model", "seed"):
+    if not dot and equals and key in ("model", "seed"):
         told[key] = value
         return
-    if not dot or verb not in VERBS:
+    if not dot or not equals or verb not in VERBS:
         hint = did_you_mean(verb, [*VERBS, "model", "seed"])
         draft.errors.append(f"{override!r}: write it as model=…, seed=… or VERB.WORD=…; {hint}")
         return
     written: list[dict[str, Any]] = []
-    for stage in told.get("stages") or []:
+    for stage in stages:
         if isinstance(stage, dict) and verb in stage:
             stage[verb] = stage[verb] if stage[verb] is not None else {}
             given = stage[verb] if isinstance(stage[verb], list) else [stage[verb]]
             written += [one for one in given if isinstance(one, dict)]
     if not written:
         draft.errors.append(f"{override!r}: the recipe has no stage {verb!r} with words")
-    # Where some variants have the word, others may have no use for it.
+    # Where some have the word, others may have no use for it.
     having = [one for one in written if word in one or f"{word}s" in one]
     for one in having or written:
         one.pop(f"{word}s", None)  # which it stands in the place of
@@ -122,12 +143,11 @@ def _check_top(told: Mapping[str, Any], draft: Draft) -> None:
     for key in told:
         if key not in TOP:
             draft.errors.append(f"{key}: unknown; {did_you_mean(str(key), TOP)}")
-    if not isinstance(told.get("version", VERSION), int):
+    if type(told.get("version", VERSION)) is not int or told.get("version", VERSION) < 1:
         draft.errors.append(f"version: a number is wanted, not {told['version']!r}")
     if not isinstance(told.get("model"), str):
         draft.errors.append("model: the name of a model is wanted: a folder, a hub id or demo")
-    seed = told.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        draft.errors.append(f"seed: a number that is not negative is wanted, not {seed!r}")
+    if "seed" in told and not is_seed(told["seed"]):
+        draft.errors.append(f"seed: a number that is not negative is wanted, not {told['seed']!r}")
     if not isinstance(told.get("stages"), list) or not told["stages"]:
         draft.errors.append("stages: a list of stages is wanted, as - prune: {method: wanda}")

@@ -51,13 +51,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+OTHER = ("int", "float", "timestamp")
 # YAML 1.1 reads 2:4 as a number to the base of 60, and 1e-4 as text.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in ("int", "float")]
+    first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in OTHER]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+\Z"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})\Z"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -74,6 +75,8 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not valid YAML: {str(error)[:80]}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
@@ -81,9 +84,22 @@ def read_yaml(text: str) -> Any:
         raise UsageError(f"{place}not valid YAML: {reason}") from error
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as something else than text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def write_yaml(value: Any) -> str:
-    """A value as YAML that `read_yaml` reads as the same; 2:4 is quoted."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    """A value as YAML that `read_yaml` reads as the same.
+
+    Raises:
+        UsageError: It holds what YAML has no form for.
+    """
+    try:
+        return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise UsageError(f"a recipe holds text, numbers and lists: {error}"[:200]) from error
 
 
 def _fields(verb: str) -> dict[str, tuple[Any, Any]]:
@@ -181,7 +197,8 @@ def schema() -> dict[str, Any]:
             for name, one in single.items()
             if f"{name}s" not in single
         }
-        one_or_more = {"anyOf": [told, {"type": "array", "items": told, "minItems": 1}]}
+        many = {"type": "array", "items": told, "minItems": 1}
+        one_or_more = {"anyOf": [told, many, {"type": "null"}]}
         stages.append(
             {
                 "type": "object",
@@ -190,7 +207,6 @@ def schema() -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
-    bare = [verb for verb in VERBS if verb in ("pack", "eval")]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "sparsekit recipe",
@@ -202,7 +218,7 @@ def schema() -> dict[str, Any]:
             "stages": {
                 "type": "array",
                 "minItems": 1,
-                "items": {"anyOf": [*stages, {"enum": bare}]},
+                "items": {"anyOf": [*stages, {"enum": list(VERBS)}]},
             },
         },
         "required": ["model", "stages"],

@@ -15,13 +15,15 @@ MODEL = "model"
 # Names that stand for something else; the scores of the recipe's own model lie in the last.
 DENSE = "dense"
 RESERVED = (MODEL, DENSE)
+# A letter somewhere, so that it is no place of a stage; no dot first, as hidden files have.
+NAME = r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,99}(?<!\.partial)"
 # What a stage takes, of the forms that a model has on its way.
 TAKES = {
     "prune": ("plain",),
     "recover": ("plain",),
     "quantize": ("plain",),
     "pack": ("plain", "quantized"),
-    "eval": ("plain", "quantized", "packed"),
+    "eval": ("plain", "quantized", "packed", "factored"),
 }
 
 
@@ -69,7 +71,6 @@ class Draft:
 def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -> None:
     """The steps of one stage."""
     path = f"stages[{number}]"
-    stage = {stage: {}} if isinstance(stage, str) else stage
     if not isinstance(stage, dict):
         draft.errors.append(f"{path}: a stage is written as VERB: {{…}}")
         return
@@ -82,12 +83,14 @@ def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -
         return
     (verb,) = verbs
     name = stage.get("name")
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
+    if name is not None and not (isinstance(name, str) and re.fullmatch(NAME, name)):
         draft.errors.append(f"{path}.name: letters, digits and .+-_ make a name, not {name!r}")
         return
     if name in draft.names or name in RESERVED:
         draft.errors.append(f"{path}.name: {name!r} is taken")
         return
+    if name is not None:
+        draft.names[name] = number
     parents = _parents(stage, number, path, told, draft)
     given = stage[verb] if stage[verb] is not None else {}
     if given == []:
@@ -101,22 +104,47 @@ def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -
         else:
             for words in _all_words(verb, one, told):
                 _add_steps(verb, words, one, parents, number, name, place, draft)
-    if name is not None:
-        draft.names[name] = number
 
 
 def _all_words(
     verb: str, given: Mapping[str, Any], told: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """All words of each variant of a stage; the recipe's seed is that of every stage with one."""
+    """All words of each variant of a stage; the recipe's seed is that of all that draw."""
     known = defaults(verb)
-    shared = {"seed": told["seed"]} if "seed" in known and "seed" in told else {}
+    seed = told.get("seed")
     for variant in variants(verb, given):
-        words = known | shared | form(verb).model_validate(variant).model_dump(exclude_unset=True)
+        words = known | form(verb).model_validate(variant).model_dump(exclude_unset=True)
+        if (
+            "seed" in known
+            and "seed" not in variant
+            and is_seed(seed)
+            and _takes(verb, words, seed)
+        ):
+            words["seed"] = seed
         for key in ("baseline", "dense", "teacher"):
             if words.get(key) == MODEL:
                 words[key] = told.get("model")
         yield {key: list(v) if isinstance(v, tuple) else v for key, v in words.items()}
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a value can seed what is drawn."""
+    return type(value) is int and value >= 0
+
+
+def _takes(verb: str, words: Mapping[str, Any], seed: int) -> bool:
+    """Whether a seed has an effect on a stage: a method that reads nothing refuses it."""
+    spell = VERBS[verb]
+    told = {key: value for key, value in words.items() if key != "baseline"}
+    try:
+        spell(**told | {"seed": seed})  # type: ignore[misc]  (a verb with a seed has words)
+    except SparsekitError:
+        try:
+            spell(**told)  # type: ignore[misc]
+        except SparsekitError:
+            return True  # it is refused for something else, which is told later
+        return False
+    return True
 
 
 def _parents(
@@ -132,12 +160,13 @@ def _parents(
     if start is None:
         made = [step for step in draft.steps if step.verb != "eval"]
         return [step.name for step in made if step.stage == made[-1].stage] or [None]
-    if start in draft.names:
+    if start in draft.names and draft.names[start] < number:
         found = [s.name for s in draft.steps if s.stage == draft.names[start] and s.verb != "eval"]
         if found:
             return list(found)
-        draft.errors.append(f"{path}.from: {start!r} makes no model")
-        return []
+        if any(told["stages"][draft.names[start]].get(verb, 1) != 1 for verb in ("eval",)):
+            draft.errors.append(f"{path}.from: {start!r} makes no model")
+        return []  # else what is wrong with that stage is told already
     later = [one.get("name") for one in told["stages"][number:] if isinstance(one, dict)]
     if start in later:
         draft.errors.append(f"{path}.from: {start!r} comes later, and would make a cycle")
@@ -181,6 +210,8 @@ def _form_after(verb: str, config: Any) -> str:
     """The form of the model that a stage makes."""
     if verb == "pack":
         return "packed"
+    if getattr(config, "format", None) == "factored":
+        return "factored"
     coded = verb == "quantize" and config.format != "dense"
     return "quantized" if coded or getattr(config, "then", None) else "plain"
 

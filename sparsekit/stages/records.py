@@ -6,20 +6,29 @@ fingerprint that it had.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsekit.errors import DataError, UsageError
-from sparsekit.files import read_json, sha256_file, sha256_json, write_json
+from sparsekit.files import exclusive, read_json, sha256_file, sha256_json, write_json
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.calibration import tokenizer_key
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.harness import load_tasks
+from sparsekit.stages.job import skipped
 from sparsekit.stages.recipe import Recipe
 from sparsekit.stages.recipesteps import Step
 from sparsekit.stages.report import NUMERICS
+from sparsekit.tensors.grids import Grid
 
 RECORDS = ".sparsekit-run"
 # By word, what the content of a file or the weights of a model decide.
@@ -39,8 +48,8 @@ class Run:
     """Of each step what its output depends on, as a sha256."""
     prints: dict[str, str] = field(default_factory=dict)
     """The fingerprints of models that words name."""
-    stale: set[str] = field(default_factory=set)
-    """The steps whose folder holds what was to be replaced when a run was killed."""
+    files: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    """The sha256 of files that were read, by path, size and time."""
 
     @classmethod
     def open(cls, recipe: Recipe, out: Path, progress: Progress = SILENT) -> Run:
@@ -54,7 +63,10 @@ class Run:
         source = Checkpoint.open(resolve(recipe.model, progress))
         refuse_source(out, source.path)
         found = cls(recipe=recipe, out=out, progress=progress, source=source)
-        found.keys[None] = source.scan(progress)
+        # What a model computes hangs on more than its weights.
+        config = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
+        told = json.dumps(config, sort_keys=True, default=str)
+        found.keys[None] = sha256_json([source.scan(progress), told, tokenizer_key(source)])
         for step in recipe.steps:
             if step.verb != "eval":
                 found.keys[step.name] = sha256_json(found.depends(step))
@@ -62,16 +74,27 @@ class Run:
 
     def depends(self, step: Step) -> dict[str, Any]:
         """Everything that decides the output of a step."""
-        words = {**step.words, **contents(step.words)}
-        for word in MODELS:
-            if words.get(word) is not None:
-                words[word] = self._print(words[word])
         return {
             "verb": step.verb,
-            "words": words,
+            "words": {**step.words, **self.read(step)},
             "from": self.keys[step.parent],
             "numerics": NUMERICS,
         }
+
+    def read(self, step: Step) -> dict[str, str]:
+        """What a step reads beside its model: by word the sha256 of files, and models' weights."""
+        found = {}
+        for word in FILES:
+            path = Path(str(step.words.get(word)))
+            if step.words.get(word) is not None and path.is_file():
+                found[word] = f"sha256 {self._sha256(path)}"
+        if (folder := step.words.get("include_path")) is not None:
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            found["include_path"] = f"sha256 {sha256_json([self._sha256(path) for path in files])}"
+        for word in MODELS:
+            if step.words.get(word) is not None:
+                found[word] = self._print(step.words[word])
+        return found
 
     def folder(self, name: str | None) -> Path:
         """Where a step's output lies; of none, the recipe's model."""
@@ -85,12 +108,17 @@ class Run:
         """Where it stands what a step's output depends on."""
         return self.out / RECORDS / f"{step.name}.json"
 
-    def finished(self, step: Step) -> bool:
+    def finished(self, step: Step, *, again: bool = False) -> bool:
         """Whether a step's output is there, as this recipe makes it.
+
+        Args:
+            step: The step.
+            again: Whether it is made again whatever is there, so that only a folder that is not of
+                this run is refused.
 
         Raises:
             UsageError: A folder is in the way, or was made by another recipe.
-            DataError: The output is no longer what was written.
+            DataError: The output, or its record, is no longer what was written.
         """
         folder, record = self.folder(step.name), self.record(step)
         if not folder.exists():
@@ -99,34 +127,99 @@ class Run:
             raise UsageError(
                 f"{folder} was not made by this run", "move it, or choose another --out"
             )
-        told, now = read_json(record), self.depends(step)
+        if again:
+            return False
+        told, now = _record(record), self.depends(step)
+        way_out = f"make it again with --from {step.name}"
         if told["depends"] != now:
             raise UsageError(
                 f"{folder} was made by another recipe: {_difference(told['depends'], now)}",
-                f"choose another --out, or make it again with --from {step.stage}",
+                f"choose another --out, or {way_out}",
             )
-        found = Checkpoint.open(folder).scan(self.progress)
+        try:
+            found = Checkpoint.open(folder).scan(self.progress)
+        except DataError as error:
+            raise DataError(error.message, way_out) from error
         if told["fingerprint"] is None:  # killed before the record was complete
-            if found == told["before"]:
-                self.stale.add(step.name)
-                return False
-            write_json(record, told | {"fingerprint": found})
-        elif found != told["fingerprint"]:
+            return found != told["before"]
+        if found != told["fingerprint"]:
             raise DataError(
                 f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
                 f"{told['fingerprint'][:12]}…)",
-                f"put it back, or make it again with --from {step.stage}",
+                f"put it back, or {way_out}",
             )
-        return True
+        return self._fingerprint(step.parent) in (None, told["parent"])
 
-    def intend(self, step: Step) -> dict[str, Any]:
-        """Record that a step is to be made, and what it replaces; gives the record."""
-        folder, record = self.folder(step.name), self.record(step)
-        before = Checkpoint.open(folder).scan(self.progress) if folder.exists() else None
-        told = {"depends": self.depends(step), "fingerprint": None, "before": before}
+    def replaces(self, step: Step) -> bool:
+        """Whether a step's folder holds an earlier output of this run."""
+        return self.folder(step.name).exists() and self.record(step).is_file()
+
+    def intend(self, step: Step) -> None:
+        """Record that a step is to be made, of what, and what it replaces."""
+        record = self.record(step)
+        told = {
+            "depends": self.depends(step),
+            "fingerprint": None,
+            "before": self._fingerprint(step.name),
+            "parent": self._fingerprint(step.parent),
+        }
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, told)
-        return told
+
+    def settle(self, step: Step) -> None:
+        """Complete the record of a step whose output stands."""
+        told = _record(self.record(step))
+        if told["fingerprint"] is None:
+            write_json(self.record(step), told | {"fingerprint": self._fingerprint(step.name)})
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other runs out of the folder, which is made.
+
+        Raises:
+            UsageError: Another run is in it.
+        """
+        (self.out / RECORDS).mkdir(parents=True, exist_ok=True)
+        return exclusive(self.out / RECORDS / "lock")
+
+    def require_measurable(self, step: Step) -> None:
+        """Refuse tasks and a baseline that do not exist, before what comes first is done.
+
+        Raises:
+            UsageError: A task is unknown.
+            DataError: The baseline cannot be read.
+        """
+        config = step.config
+        if step.words["baseline"] is not None:
+            self._print(step.words["baseline"])
+        if config.tasks and repr(config) not in self.prints:
+            load_tasks(config.tasks, config.include_path, config.seed)
+            self.prints[repr(config)] = "its tasks are known"
+
+    def require_grid(self, step: Step) -> None:
+        """Refuse a grid that does not divide the weights, whose shapes no step changes.
+
+        Raises:
+            UsageError: Names the first such weight.
+        """
+        grid = Grid.parse(step.words["grid"])
+        targets = BlockStream(self.source, device="cpu", dtype=torch.float32).targets()
+        left = skipped([target.name for target in targets], step.words["skip"])
+        for target in targets:
+            if target.name not in left and (reason := grid.misfit(target.shape[1])):
+                raise UsageError(f"{step.path}: {target.name}: {reason}", "choose another grid")
+
+    def _fingerprint(self, name: str | None) -> str | None:
+        """That of what a step has made; None where nothing is made, and of the recipe's model."""
+        folder = self.folder(name)
+        return Checkpoint.open(folder).scan() if name is not None and folder.exists() else None
+
+    def _sha256(self, path: Path) -> str:
+        """The sha256 of a file, which is read once."""
+        told = path.stat()
+        key = (str(path), told.st_size, told.st_mtime_ns)
+        if key not in self.files:
+            self.files[key] = sha256_file(path)
+        return self.files[key]
 
     def _print(self, model: str) -> str:
         """The fingerprint of a model by its name."""
@@ -137,17 +230,17 @@ class Run:
         return self.prints[model]
 
 
-def contents(words: Mapping[str, Any]) -> dict[str, str]:
-    """The sha256 of the files that words name, by word."""
-    found = {}
-    for word in FILES:
-        path = Path(words[word]) if isinstance(words.get(word), str) else None
-        if path is not None and path.is_file():
-            found[word] = f"sha256 {sha256_file(path)}"
-    if words.get("include_path") is not None:
-        files = sorted(path for path in Path(words["include_path"]).rglob("*") if path.is_file())
-        found["include_path"] = f"sha256 {sha256_json([sha256_file(file) for file in files])}"
-    return found
+def _record(file: Path) -> dict[str, Any]:
+    """What is recorded of a step.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    told = read_json(file)
+    keys = ("depends", "fingerprint", "before", "parent")
+    if not isinstance(told, dict) or any(key not in told for key in keys):
+        raise DataError(f"{file} is damaged", "delete it and the folder that it stands for")
+    return told
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import SparsekitError, UsageError
-from sparsekit.files import exclusive, write_atomic, write_json
-from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.files import write_atomic
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.dryrun import plan_quantize, plan_recover
 from sparsekit.stages.evaluate import evaluations
 from sparsekit.stages.pack import pack
 from sparsekit.stages.plan import plan
@@ -23,11 +23,12 @@ from sparsekit.stages.prune import prune
 from sparsekit.stages.quantize import quantize
 from sparsekit.stages.recipe import Recipe
 from sparsekit.stages.recipesteps import DENSE, Step
-from sparsekit.stages.records import RECORDS, Run, contents
+from sparsekit.stages.records import Run
 from sparsekit.stages.recover import recover
 from sparsekit.stages.scores import add_score, measurement, read_scores
 
 RECIPE = "recipe.yaml"
+PLANS = {"prune": plan, "recover": plan_recover, "quantize": plan_quantize}
 WRITERS = {"prune": prune, "recover": recover, "quantize": quantize}
 
 
@@ -78,23 +79,9 @@ def run(
         UsageError: A folder is in the way, or `start` names no stage.
         DataError: A model or text cannot be read, or an output was changed.
     """
-    first = None if start is None else recipe.stage_of(start)
+    first = [] if start is None else recipe.steps_of(start)
     work = Run.open(recipe, out, progress)
-    again = _again(recipe, first)
-    states = {
-        step.name: step.name not in again and work.finished(step)
-        for step in recipe.steps
-        if step.verb != "eval"
-    }
-    for step in recipe.steps:
-        if first is not None and step.stage < first and not states.get(step.name, True):
-            raise UsageError(
-                f"--from {start}: {step.name}, which comes before, is not finished",
-                "run the recipe without --from first",
-            )
-    for step in recipe.steps:  # what can be known to be wrong before the first long step
-        if step.verb == "prune" and step.parent is None and not states[step.name]:
-            plan(step.config, recipe.model, work.folder(step.name), overwrite=step.name in again)
+    states = _checked(work, first, start)  # before the folder is made
     if dry:
         kept = {True: "kept", False: "to do"}
         return [
@@ -102,41 +89,72 @@ def run(
             for s in recipe.steps
             if s.verb != "eval"
         ]
-    again = [*again, *work.stale]
-    with _locked(work):
-        return list(_carried_out(work, states, again))
+    with work.locked():
+        return _carried_out(work, _checked(work, first, start), first)
 
 
-def _carried_out(work: Run, states: Mapping[str, bool], again: Sequence[str]) -> list[Done]:
+def _checked(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bool]:
+    """Of each step that writes, whether it is finished; what can be known to be wrong is refused.
+
+    Raises:
+        UsageError: A folder is in the way, a step does not fit the model, or what `start` begins
+            with is not finished.
+        DataError: An output was changed, or a model cannot be read.
+    """
+    recipe, again = work.recipe, _again(work.recipe, first)
+    makers = [step for step in recipe.steps if step.verb != "eval"]
+    states = {step.name: work.finished(step, again=step.name in again) for step in makers}
+    for step in first:
+        parent = step.parent
+        if parent is not None and not states[parent] and parent not in again:
+            raise UsageError(
+                f"--from {start}: {parent}, which comes before, is not finished",
+                "run the recipe without --from first",
+            )
+    for step in recipe.steps:
+        if step.verb == "eval":
+            work.require_measurable(step)
+        elif step.verb in PLANS and step.parent is None and not states[step.name]:
+            where = (recipe.model, work.folder(step.name))
+            PLANS[step.verb](step.config, *where, overwrite=work.replaces(step))
+        elif step.verb == "quantize":
+            work.require_grid(step)
+    return states
+
+
+def _carried_out(work: Run, states: Mapping[str, bool], first: Sequence[Step]) -> list[Done]:
     """Do what is to be done, in the order of the stages."""
     found: list[Done] = []
-    write_recipe(work)
+    write_atomic(work.out / RECIPE, work.recipe.text.encode())
     for stage in range(work.recipe.stages):
         steps = [step for step in work.recipe.steps if step.stage == stage]
         if steps and steps[0].verb == "eval":
-            found += _scored(work, steps)
+            for group in _alike(steps):
+                found += _scored(work, group, again=steps[0] in first)
             continue
         for step in steps:
             begun = time.perf_counter()
-            if not states[step.name]:
-                _make(work, step, overwrite=step.name in again)
-            spent = time.perf_counter() - begun
-            state = "kept" if states[step.name] else "made"
+            kept = states[step.name] and work.finished(step)  # what comes before may be new
+            if kept:
+                work.settle(step)
+            else:
+                _make(work, step)
+            spent, state = time.perf_counter() - begun, "kept" if kept else "made"
             work.progress.note(f"{step.name}: {state}")
             folder = work.folder(step.name)
             found.append(Done(step=step, folder=folder, state=state, seconds=spent))
     return found
 
 
-def _make(work: Run, step: Step, *, overwrite: bool) -> None:
+def _make(work: Run, step: Step) -> None:
     """Carry out a step that writes a checkpoint, and record what it depends on.
 
     Raises:
         SparsekitError: As the verb; the message begins with the name of the step.
     """
     folder, model = work.folder(step.name), work.model(step.parent)
-    record = work.intend(step)
-    how = {"overwrite": overwrite, "progress": work.progress}
+    how = {"overwrite": work.replaces(step), "progress": work.progress}
+    work.intend(step)
     try:
         if step.verb == "pack":
             pack(model, folder, **how)
@@ -145,41 +163,55 @@ def _make(work: Run, step: Step, *, overwrite: bool) -> None:
     except SparsekitError as error:
         error.message = f"{step.path}, {step.name}: {error.message}"
         raise
-    write_json(work.record(step), record | {"fingerprint": Checkpoint.open(folder).scan()})
+    work.settle(step)
 
 
-def _scored(work: Run, steps: Sequence[Step]) -> list[Done]:
-    """Measure the models of a stage, but for those that were measured in the same way before."""
+def _alike(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps of a stage that measures, by how; the recipe's model apart, as its own baseline."""
+    groups: dict[str, list[Step]] = {}
+    for step in steps:
+        own = step.parent is None and step.words["baseline"] is not None
+        groups.setdefault(f"{own} {sorted(step.words.items(), key=str)}", []).append(step)
+    return list(groups.values())
+
+
+def _scored(work: Run, steps: Sequence[Step], *, again: bool) -> list[Done]:
+    """Measure models in one way, but for those that were measured so before.
+
+    Args:
+        work: The run.
+        steps: Those of one stage that have the same words.
+        again: Whether they are measured all the same.
+    """
     config, baseline = steps[0].config, steps[0].words["baseline"]
-    told = measurement(config, baseline) | {"read": contents(steps[0].words)}
+    if steps[0].parent is None and baseline == work.recipe.model:
+        baseline = None
+    told = measurement(config, baseline) | {"read": work.read(steps[0])}
+    begun = time.perf_counter()
     left: list[Step] = []
     found: list[Done] = []
     for step in steps:
         folder = _scores_of(work, step.parent)
-        if any(_same(entry, told, work.keys[step.parent]) for entry in read_scores(folder)):
+        entries = [] if again else read_scores(folder)
+        if any(_same(entry, told, work.keys[step.parent]) for entry in entries):
             found.append(Done(step=step, folder=folder, state="kept"))
         else:
             left.append(step)
     if not left:
         return found
-    begun = time.perf_counter()
     models = [work.model(step.parent) for step in left]
-    parents: list[str | None] = [step.parent for step in left]
-    if baseline is not None:
-        parents.insert(0, None)
     scores = evaluations(config, models, baseline, work.progress)
-    for parent, score in zip(parents, scores, strict=True):
-        if parent is not None or baseline in (None, work.recipe.model):
-            first = parent is None and baseline is not None
-            entry = told | {"baseline": None} if first else told
-            entry = entry | {"of": work.keys[parent], **score.to_json()}
-            add_score(_scores_of(work, parent), entry)
-        if parent in {step.parent for step in left}:
-            step = next(step for step in left if step.parent == parent)
-            now = time.perf_counter()
-            folder = _scores_of(work, parent)
-            found.append(Done(step=step, folder=folder, state="made", seconds=now - begun))
-            begun = now
+    if baseline is not None:
+        first = next(scores)
+        if baseline == work.recipe.model:
+            entry = told | {"baseline": None, "of": work.keys[None], **first.to_json()}
+            add_score(_scores_of(work, None), entry)
+    for step, score in zip(left, scores, strict=True):
+        folder = _scores_of(work, step.parent)
+        add_score(folder, told | {"of": work.keys[step.parent], **score.to_json()})
+        now = time.perf_counter()
+        found.append(Done(step=step, folder=folder, state="made", seconds=now - begun))
+        begun = now
     return found
 
 
@@ -193,23 +225,10 @@ def _scores_of(work: Run, name: str | None) -> Path:
     return work.out / (name if name is not None else DENSE)
 
 
-def _again(recipe: Recipe, first: int | None) -> list[str]:
-    """The steps that are made again: those of a stage, and all that begin with their outputs."""
-    if first is None:
-        return []
-    found: list[str] = []
+def _again(recipe: Recipe, first: Sequence[Step]) -> set[str]:
+    """The steps that are made again: the first ones, and all that begin with their outputs."""
+    found = {step.name for step in first if step.verb != "eval"}
     for step in recipe.steps:
-        if step.verb != "eval" and (step.stage == first or step.parent in found):
-            found.append(step.name)
+        if step.verb != "eval" and step.parent in found:
+            found.add(step.name)
     return found
-
-
-def write_recipe(work: Run) -> None:
-    """Keep the recipe with its outputs."""
-    write_atomic(work.out / RECIPE, work.recipe.text.encode())
-
-
-def _locked(work: Run) -> Any:
-    """Keep other runs out of the folder."""
-    (work.out / RECORDS).mkdir(parents=True, exist_ok=True)
-    return exclusive(work.out / RECORDS / "lock")

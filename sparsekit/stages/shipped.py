@@ -5,11 +5,8 @@ from pathlib import Path
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
 
-# In a checkout, and where an installation puts them.
-PLACES = (
-    Path(__file__).parents[2] / "recipes",
-    Path(sys.prefix) / "share" / "sparsekit" / "recipes",
-)
+CHECKOUT = Path(__file__).parents[2]
+INSTALLED = Path(sys.prefix) / "share" / "sparsekit" / "recipes"
 
 
 def shipped() -> dict[str, Path]:
@@ -18,10 +15,10 @@ def shipped() -> dict[str, Path]:
     Raises:
         DataError: The installation lacks them.
     """
-    for place in PLACES:
-        if found := {file.stem: file for file in sorted(place.glob("*.yaml"))}:
-            return found
-    raise DataError(f"the recipes are not in {PLACES[-1]}", "install sparsekit again")
+    place = CHECKOUT / "recipes" if (CHECKOUT / "pyproject.toml").is_file() else INSTALLED
+    if found := {file.stem: file for file in sorted(place.glob("*.yaml"))}:
+        return found
+    raise DataError(f"the recipes are not in {place}", "install sparsekit again")
 
 
 def recipe_file(word: str) -> Path:

@@ -163,6 +163,41 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
         read_recipe(tmp_path / "r.yaml")
 
 
+def test_a_seed_is_left_out_where_a_method_draws_nothing():
+    text = (
+        "seed: 3\n" + HEAD + "- prune: {methods: [magnitude, wanda]}\n- quantize: {method: rtn}\n"
+    )
+    assert [step.words["seed"] for step in parse(text).steps] == [0, 3, 0, 0]
+
+
+def test_the_recipe_that_is_kept_has_the_words_that_were_replaced():
+    text = (
+        HEAD + "- prune: {methods: [wanda, ria], pattern: 2:4, option: {power: '1e-1'}}\n- pack\n"
+    )
+    text = text.replace("wanda, ria", "ria")
+    changed = parse(text, ["prune.samples=8"])
+    again = parse(changed.text)
+    assert again.steps == changed.steps
+    assert again.steps[0].words["samples"] == 8
+    assert again.steps[0].words["option"] == {"power": "1e-1"}
+
+
+@pytest.mark.parametrize("value", ["08", "010", "2020-99-99", "1_000"])
+def test_what_looks_like_a_number_of_old_is_text(value):
+    (found,) = errors(HEAD + f"- prune: {{samples: {value}}}\n")
+    assert f"not '{value}'" in found
+
+
+@pytest.mark.parametrize("text", ["!!int abc", "!!float abc", "[" * 5000])
+def test_yaml_that_python_cannot_read_is_one_error(text):
+    assert "not valid YAML" in errors(HEAD + f"- prune: {{samples: {text}}}\n")[0]
+
+
+def test_factors_alone_are_not_trained_or_packed():
+    text = "- prune: {compensate: lowrank, format: factored}\n- recover: {tokens: 4096}\n"
+    assert "is factored by then, which recover does not take" in errors(HEAD + text)[0]
+
+
 def test_words_are_replaced_where_they_are_else_in_every_variant():
     text = HEAD + "- prune: [{method: dsnot}, {method: wanda, samples: 64}]\n- eval\n"
     steps = parse(text, ["prune.samples=8", "model=x", "seed=2"]).steps
@@ -207,11 +242,11 @@ def test_the_words_beside_the_configuration_are_flags_too():
 
 def test_a_step_is_named_by_stage_verb_or_name():
     recipe = parse(HEAD + "- prune: {methods: [wanda, ria]}\n- eval\n- pack\n")
-    assert [recipe.stage_of(name) for name in ("prune", "ria", "eval", "pack", "2")] == [
-        *[0, 0, 1, 2, 2]
-    ]
+    wanted = {"prune": [0, 0], "0": [0, 0], "ria": [0], "eval": [1, 1], "pack": [2, 2]}
+    for name, stages in wanted.items():
+        assert [step.stage for step in recipe.steps_of(name)] == stages
     with pytest.raises(UsageError, match="names no stage"):
-        recipe.stage_of("recover")
+        recipe.steps_of("recover")
     twice = parse(HEAD + "- prune: {}\n- eval\n- pack\n- eval\n")
     with pytest.raises(UsageError, match="names several stages"):
-        twice.stage_of("eval")
+        twice.steps_of("eval")
