@@ -12,6 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that each start threads wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 VOCABULARY = 260  # 256 bytes and four special tokens
