@@ -7,7 +7,7 @@ import typer
 
 from sparsekit.cli import show, showcompare
 from sparsekit.cli.console import Terminal
-from sparsekit.cli.options import Debug, Json, Quiet
+from sparsekit.cli.options import Debug, DryRun, Json, Quiet
 from sparsekit.errors import UsageError
 from sparsekit.files import write_atomic
 
@@ -32,9 +32,7 @@ def run(
         str | None,
         typer.Option("--from", help="Make this stage and what follows again, as recover or 1."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, and show what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

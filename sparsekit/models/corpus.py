@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LENGTH = 2048
 # Documents that are tokenised together, if they are short.
 TOGETHER = 64
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def _notes_of(row: Row) -> list[str]:
     """What a reader of one model's figures has to know."""
     notes = []
     if not row.scores:
-        notes.append(f"{row.name} has no scores: sparsekit eval measures them")
+        notes.append(f"{row.name} has no scores: sparsekit eval --save keeps them")
     if row.stored and not row.history:
         notes.append(f"{row.name} has no history: how it was made is not known")
     tasks = [task for entry in row.scores for task in entry["tasks"]]
@@ -183,7 +183,7 @@ def _row_json(row: Row, best: Mapping[Windows, bool]) -> dict[str, Any]:
 
 
 def _perplexity_json(windows: Windows, quality: Quality) -> dict[str, Any]:
-    value = perplexity_of(quality)
+    value = perplexity_of(quality.figure.value)
     return {
         **asdict(windows),
         "dtype": quality.dtype,

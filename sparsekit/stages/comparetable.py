@@ -146,7 +146,7 @@ def _perplexities(comparison: Comparison, brief: bool) -> Iterator[Column]:
             values=[
                 (None, None, None)
                 if q is None
-                else (perplexity_of(q), q.figure.value, q.figure.stderr)
+                else (perplexity_of(q.figure.value), q.figure.value, q.figure.stderr)
                 for q in told
             ],
             form=lambda value, *_: f"{value:,.2f}",

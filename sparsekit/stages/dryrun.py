@@ -1,18 +1,14 @@
 """What runs of quantize, recover and pack would do and cost, told without doing it."""
 
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sparsekit.files import existing_parent
-from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.layout import Layout
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import packplan, quantjob, recovery
 from sparsekit.stages.job import family_notes
-from sparsekit.stages.plan import peak_estimate
+from sparsekit.stages.plan import begun, peak_estimate
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.trainchecks import state_bytes, training_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
@@ -21,6 +17,8 @@ from sparsekit.tensors.sums import Want
 # Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
 # integers, sorted, and the masks of the patterns that are tried.
 PACKING_BYTES = 32
+# Of a Gram matrix while GPTQ factors it, for each entry.
+FACTORING_BYTES = 8 * 2
 
 
 def plan_quantize(
@@ -36,7 +34,7 @@ def plan_quantize(
     want = (job.quantizer.needs or Want.NORMS) if job.calibration else None
     size = sum(math.prod(target.shape) for target in job.targets)
     return {
-        **_begin(job.source, out, config.method, job.layout),
+        **begun(job.source, out, config.method, job.layout),
         "grid": str(job.grid),
         "format": config.format,
         "blocks": len(job.stream),
@@ -44,7 +42,9 @@ def plan_quantize(
         "size": size,
         "skipped": job.skipped,
         "notes": family_notes(job.stream),
-        "peak_memory_estimate_bytes": peak_estimate(job.stream, want, job.calibration),
+        "peak_memory_estimate_bytes": peak_estimate(
+            job.stream, want, job.calibration, FACTORING_BYTES
+        ),
         "device": str(job.stream.device),
         "dtype": _name(job.stream.dtype),
     }
@@ -68,7 +68,7 @@ def plan_recover(
     size = sum(math.prod(target.shape) for target in job.targets)
     zeros = sum(job.patterns.of(target).zeros(*target.shape) for target in job.targets)
     return {
-        **_begin(job.source, out, config.method, job.layout),
+        **begun(job.source, out, config.method, job.layout),
         "pattern": str(job.patterns.base),
         "teacher": job.teacher_name or None,
         "data": config.data,
@@ -98,7 +98,7 @@ def plan_pack(
     plans = job.plans.values()
     largest = max(math.prod(plan.target.shape) for plan in plans)
     return {
-        **_begin(job.source, out, "pack", job.layout),
+        **begun(job.source, out, "pack", job.layout),
         "patterns": dict(Counter(plan.told for plan in plans)),
         "weights": len(plans),
         "size": sum(math.prod(plan.target.shape) for plan in plans),
@@ -106,17 +106,6 @@ def plan_pack(
         "notes": [],
         "bytes_before": job.source.n_bytes,
         "peak_memory_estimate_bytes": PACKING_BYTES * largest,
-    }
-
-
-def _begin(source: Checkpoint, out: Path, method: str, layout: Layout) -> dict[str, Any]:
-    """What every plan tells."""
-    return {
-        "model": str(source.path),
-        "out": str(out),
-        "method": method,
-        "bytes_to_write": layout.n_bytes,
-        "bytes_free": shutil.disk_usage(existing_parent(out)).free,
     }
 
 

@@ -19,6 +19,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import BATCH_SIZE, EvalConfig
 from sparsekit.stages.device import compute_dtype, pick_device
 from sparsekit.stages.harness import NEED, load_tasks
+from sparsekit.stages.measured import perplexity_of
 from sparsekit.stages.paired import PairedDifference, mean_stderr, paired_difference
 from sparsekit.stages.tasks import TaskScore, compare_tasks, score_tasks
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 # Share of the free memory that the hidden states of all windows may take; more windows than fit
 # are measured in several passes over the blocks.
 HIDDEN_SHARE = 0.4
-# exp of more than this is no float.
-LARGEST_LOG = 709.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Perplexity:
     @property
     def value(self) -> float:
         """The perplexity; infinite beyond what a float holds."""
-        return math.exp(self.log) if self.log < LARGEST_LOG else math.inf
+        return perplexity_of(self.log)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single losses."""
@@ -134,7 +133,10 @@ def evaluations(
     baseline: str | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Score]:
-    """The scores of models as they are found, the baseline's first; see `evaluate`."""
+    """The scores of models as they are found, the baseline's first.
+
+    Arguments and errors as of `evaluate`.
+    """
     config.check()
     names = [*([baseline] if baseline else []), *models]
     subjects = [_subject(config, name, progress) for name in names]

@@ -158,9 +158,8 @@ def headings(keys: Sequence[Measured]) -> list[str]:
     return [k.title if count[k.title] == 1 else f"{k.title}, {k.mark}" for k in keys]
 
 
-def perplexity_of(quality: Quality) -> float:
-    """The perplexity; infinite beyond what a float holds."""
-    log = quality.figure.value
+def perplexity_of(log: float) -> float:
+    """The perplexity of a mean loss in nats; infinite beyond what a float holds."""
     return math.exp(log) if log < LARGEST_LOG else math.inf
 
 

@@ -10,9 +10,8 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import PROVENANCE
 from sparsekit.models.reference import at_hand
 from sparsekit.stages.measured import Measured, Quality, qualities
-from sparsekit.stages.scores import read_scores
+from sparsekit.stages.scores import DENSE, read_scores
 
-DENSE = "dense"
 # Stages whose pattern is the one that was asked for; packing tells what it found.
 PATTERNING = ("prune", "recover")
 

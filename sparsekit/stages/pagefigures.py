@@ -107,7 +107,7 @@ def _quality(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing
 def _perplexities(comparison: Comparison, windows: Windows) -> dict[int, float]:
     """The perplexity of each model that has one that can be drawn."""
     told = {
-        model: perplexity_of(row.quality[windows])
+        model: perplexity_of(row.quality[windows].figure.value)
         for model, row in enumerate(comparison.rows)
         if windows in row.quality
     }

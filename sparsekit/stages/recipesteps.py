@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsekit.errors import SparsekitError, did_you_mean
 from sparsekit.stages.recipeform import BESIDE, VERBS, defaults, form, problems, variants
+from sparsekit.stages.scores import DENSE
 
 # What `from` calls the model that a recipe begins with, and a baseline too.
 MODEL = "model"
-# Names that stand for something else; the scores of the recipe's own model lie in the last.
-DENSE = "dense"
+# Names that stand for something else.
 RESERVED = (MODEL, DENSE)
 # A letter somewhere, so that it is no place of a stage; no dot first, as hidden files have.
 NAME = r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,99}(?<!\.partial)"
@@ -103,7 +103,11 @@ def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -
             draft.errors += found
         else:
             for words in _all_words(verb, one, told):
-                _add_steps(verb, words, one, parents, number, name, place, draft)
+                label = _label(verb, words, one, name)
+                step = Step(
+                    name=label, verb=verb, stage=number, words=words, parent=None, path=place
+                )
+                _add_steps(step, parents, draft)
 
 
 def _all_words(
@@ -114,12 +118,8 @@ def _all_words(
     seed = told.get("seed")
     for variant in variants(verb, given):
         words = known | form(verb).model_validate(variant).model_dump(exclude_unset=True)
-        if (
-            "seed" in known
-            and "seed" not in variant
-            and is_seed(seed)
-            and _takes(verb, words, seed)
-        ):
+        shared = "seed" in known and "seed" not in variant and is_seed(seed)
+        if shared and _takes(verb, words, seed):
             words["seed"] = seed
         for key in ("baseline", "dense", "teacher"):
             if words.get(key) == MODEL:
@@ -150,7 +150,7 @@ def _takes(verb: str, words: Mapping[str, Any], seed: int) -> bool:
 def _parents(
     stage: Mapping[str, Any], number: int, path: str, told: Mapping[str, Any], draft: Draft
 ) -> list[str | None]:
-    """The names of the steps whose outputs a stage reads."""
+    """The names of the steps whose outputs a stage reads; what cannot be is noted."""
     start = stage.get("from")
     if start is not None and not isinstance(start, str):
         draft.errors.append(f"{path}.from: the name of a stage is wanted, not {start!r}")
@@ -164,7 +164,7 @@ def _parents(
         found = [s.name for s in draft.steps if s.stage == draft.names[start] and s.verb != "eval"]
         if found:
             return list(found)
-        if any(told["stages"][draft.names[start]].get(verb, 1) != 1 for verb in ("eval",)):
+        if "eval" in told["stages"][draft.names[start]]:
             draft.errors.append(f"{path}.from: {start!r} makes no model")
         return []  # else what is wrong with that stage is told already
     later = [one.get("name") for one in told["stages"][number:] if isinstance(one, dict)]
@@ -176,29 +176,26 @@ def _parents(
     return []
 
 
-def _add_steps(
-    verb: str,
-    words: dict[str, Any],
-    given: Mapping[str, Any],
-    parents: Sequence[str | None],
-    number: int,
-    name: str | None,
-    path: str,
-    draft: Draft,
-) -> None:
-    """A step for each of the models that a variant of a stage reads."""
+def _add_steps(variant: Step, parents: Sequence[str | None], draft: Draft) -> None:
+    """A step for each of the models that a variant of a stage reads; what cannot be is noted.
+
+    Args:
+        variant: With its own part of the name, and no parent.
+        parents: The steps that make those models; None: the recipe's own.
+        draft: Gets the steps.
+    """
+    verb, path, label = variant.verb, variant.path, variant.name
     for parent in parents:
         before = draft.forms.get(parent, "plain")
         if before not in TAKES[verb]:
             draft.errors.append(f"{path}: {parent} is {before} by then, which {verb} does not take")
             continue
-        label = _label(verb, words, given, name)
         own = (parent or MODEL) if verb == "eval" else f"{parent}.{label}" if parent else label
-        step = Step(name=own, verb=verb, stage=number, words=words, parent=parent, path=path)
+        step = replace(variant, name=own, parent=parent)
         try:
             config = step.config
         except SparsekitError as error:
-            told = f"{path}: {error.message}" + (f"; {error.hint}" if error.hint else "")
+            told = f"{path}: {error}"
             draft.errors += [] if told in draft.errors else [told]
             continue
         draft.steps.append(step)

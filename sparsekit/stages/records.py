@@ -47,7 +47,7 @@ class Run:
     keys: dict[str | None, str] = field(default_factory=dict)
     """Of each step what its output depends on, as a sha256."""
     prints: dict[str, str] = field(default_factory=dict)
-    """The fingerprints of models that words name."""
+    """The fingerprints of models, by the words that name them or by the state of their files."""
     files: dict[tuple[str, int, int], str] = field(default_factory=dict)
     """The sha256 of files that were read, by path, size and time."""
 
@@ -137,7 +137,7 @@ class Run:
                 f"choose another --out, or {way_out}",
             )
         try:
-            found = Checkpoint.open(folder).scan(self.progress)
+            found = self._fingerprint(step.name)
         except DataError as error:
             raise DataError(error.message, way_out) from error
         if told["fingerprint"] is None:  # killed before the record was complete
@@ -211,7 +211,13 @@ class Run:
     def _fingerprint(self, name: str | None) -> str | None:
         """That of what a step has made; None where nothing is made, and of the recipe's model."""
         folder = self.folder(name)
-        return Checkpoint.open(folder).scan() if name is not None and folder.exists() else None
+        if name is None or not folder.exists():
+            return None
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        state = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+        if state not in self.prints:  # every byte is read, once
+            self.prints[state] = Checkpoint.open(folder).scan(self.progress)
+        return self.prints[state]
 
     def _sha256(self, path: Path) -> str:
         """The sha256 of a file, which is read once."""

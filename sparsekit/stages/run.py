@@ -22,10 +22,10 @@ from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantize import quantize
 from sparsekit.stages.recipe import Recipe
-from sparsekit.stages.recipesteps import DENSE, Step
+from sparsekit.stages.recipesteps import Step
 from sparsekit.stages.records import Run
 from sparsekit.stages.recover import recover
-from sparsekit.stages.scores import add_score, measurement, read_scores
+from sparsekit.stages.scores import DENSE, add_score, measurement, read_scores
 
 RECIPE = "recipe.yaml"
 PLANS = {"prune": plan, "recover": plan_recover, "quantize": plan_quantize}
@@ -81,7 +81,8 @@ def run(
     """
     first = [] if start is None else recipe.steps_of(start)
     work = Run.open(recipe, out, progress)
-    states = _checked(work, first, start)  # before the folder is made
+    states = _states(work, first, start)
+    _refuse_misfits(work, states)
     if dry:
         kept = {True: "kept", False: "to do"}
         return [
@@ -90,16 +91,16 @@ def run(
             if s.verb != "eval"
         ]
     with work.locked():
-        return _carried_out(work, _checked(work, first, start), first)
+        states = _states(work, first, start)  # another run may have ended since
+        return _carried_out(work, states, first)
 
 
-def _checked(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bool]:
-    """Of each step that writes, whether it is finished; what can be known to be wrong is refused.
+def _states(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bool]:
+    """Of each step that writes, whether it is finished.
 
     Raises:
-        UsageError: A folder is in the way, a step does not fit the model, or what `start` begins
-            with is not finished.
-        DataError: An output was changed, or a model cannot be read.
+        UsageError: A folder is in the way, or what `start` begins with is not finished.
+        DataError: An output was changed.
     """
     recipe, again = work.recipe, _again(work.recipe, first)
     makers = [step for step in recipe.steps if step.verb != "eval"]
@@ -111,15 +112,24 @@ def _checked(work: Run, first: Sequence[Step], start: str | None) -> dict[str, b
                 f"--from {start}: {parent}, which comes before, is not finished",
                 "run the recipe without --from first",
             )
-    for step in recipe.steps:
+    return states
+
+
+def _refuse_misfits(work: Run, states: Mapping[str, bool]) -> None:
+    """Refuse what can be known to be wrong before the first long step.
+
+    Raises:
+        UsageError: A step does not fit the model, or a task is unknown.
+        DataError: A model cannot be read.
+    """
+    for step in work.recipe.steps:
         if step.verb == "eval":
             work.require_measurable(step)
         elif step.verb in PLANS and step.parent is None and not states[step.name]:
-            where = (recipe.model, work.folder(step.name))
+            where = (work.recipe.model, work.folder(step.name))
             PLANS[step.verb](step.config, *where, overwrite=work.replaces(step))
         elif step.verb == "quantize":
             work.require_grid(step)
-    return states
 
 
 def _carried_out(work: Run, states: Mapping[str, bool], first: Sequence[Step]) -> list[Done]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SCORES = "sparsekit-scores.json"
 # Raised when an older sparsekit would misread the file.
 FORMAT = 1
+# Where in the folder of a run the scores of its own model lie, and what that is called.
+DENSE = "dense"
 AGAIN = "delete the file and score the model again"
 
 

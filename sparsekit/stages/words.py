@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 from sparsekit.errors import UsageError
 from sparsekit.models.calibration import Calibration
@@ -17,6 +18,8 @@ from sparsekit.stages.trainconfig import RecoverConfig
 
 # Options of a method: text as `KEY=VALUE`, or a mapping.
 MethodOptions = Sequence[str] | Mapping[str, object]
+# The configurations that may read calibration.
+Reading = TypeVar("Reading", PruneConfig, QuantizeConfig)
 
 
 def prune_config(
@@ -50,9 +53,6 @@ def prune_config(
         UsageError: A word is not one that can be used, or has no effect.
         DataError: The calibration source cannot be used.
     """
-    rows: Calibration | None = None
-    if calibration is not None:
-        rows = Calibration(source=calibration, samples=samples, length=length, seed=seed)
     config = PruneConfig(
         method=method,
         pattern=pattern,
@@ -61,7 +61,7 @@ def prune_config(
         initial=initial,
         refine=refine,
         dense=dense,
-        calibration=rows,
+        calibration=_named_rows(calibration, samples, length, seed),
         skip=skip,
         reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
         propagate=propagate,
@@ -74,18 +74,9 @@ def prune_config(
         device=device,
         dtype=dtype,
     )
-    config.check()
-    if rows is None and config.rows is not None:
-        rows = Calibration(samples=samples, length=length, seed=seed)
-        rows.check()
-        return replace(config, calibration=rows)
-    if rows is None and not (samples is length is propagate is None and seed == 0):
-        raise UsageError(
-            f"{config.title} reads no calibration: --samples, --length, --seed and --propagate "
-            "have no effect",
-            "leave them out, or pass --calibration to have the output error measured",
-        )
-    return config
+    flags = "--samples, --length, --seed and --propagate"
+    given = not (samples is length is propagate is None and seed == 0)
+    return _with_rows(config, samples, length, seed, flags if given else "", config.title)
 
 
 def recover_config(
@@ -171,30 +162,19 @@ def quantize_config(
         UsageError: A word is not one that can be used, or has no effect.
         DataError: The calibration source cannot be used.
     """
-    rows: Calibration | None = None
-    if calibration is not None:
-        rows = Calibration(source=calibration, samples=samples, length=length, seed=seed)
     config = QuantizeConfig(
         method=method,
         grid=grid,
         options=parsed(option),
-        calibration=rows,
+        calibration=_named_rows(calibration, samples, length, seed),
         skip=skip,
         format=format,  # type: ignore[arg-type]  (check() refuses other words)
         device=device,
         dtype=dtype,
     )
-    config.check()
-    if rows is None and config.rows is not None:
-        rows = Calibration(samples=samples, length=length, seed=seed)
-        rows.check()
-        return replace(config, calibration=rows)
-    if rows is None and not (samples is length is None and seed == 0):
-        raise UsageError(
-            f"{config.method} reads no calibration: --samples, --length and --seed have no effect",
-            "leave them out, or pass --calibration to have the output error measured",
-        )
-    return config
+    flags = "--samples, --length and --seed"
+    given = not (samples is length is None and seed == 0)
+    return _with_rows(config, samples, length, seed, flags if given else "", config.method)
 
 
 def eval_config(
@@ -231,6 +211,45 @@ def eval_config(
     return config
 
 
+def _named_rows(
+    source: str | None, samples: int | None, length: int | None, seed: int
+) -> Calibration | None:
+    """The calibration whose source is named."""
+    if source is None:
+        return None
+    return Calibration(source=source, samples=samples, length=length, seed=seed)
+
+
+def _with_rows(
+    config: Reading, samples: int | None, length: int | None, seed: int, flags: str, title: str
+) -> Reading:
+    """A checked configuration, with the default source of calibration where it reads one.
+
+    Args:
+        config: Its calibration is the one that was named, if any was.
+        samples: Rows of the default source.
+        length: Tokens in each.
+        seed: Of their draw.
+        flags: Those of rows that were given; empty: none.
+        title: What reads the rows, or does not.
+
+    Raises:
+        UsageError: Flags were given, and no rows are read; or as `check`.
+        DataError: As `check`.
+    """
+    config.check()
+    if config.calibration is None and config.rows is not None:
+        rows = Calibration(samples=samples, length=length, seed=seed)
+        rows.check()
+        return replace(config, calibration=rows)
+    if config.calibration is None and flags:
+        raise UsageError(
+            f"{title} reads no calibration: {flags} have no effect",
+            "leave them out, or pass --calibration to have the output error measured",
+        )
+    return config
+
+
 def parsed(option: MethodOptions) -> dict[str, str]:
     """The options of `-O KEY=VALUE`, or of a mapping, as text.
 
@@ -256,7 +275,11 @@ def _text(value: object) -> str:
 
 
 def seconds(text: str, flag: str = "--budget") -> float:
-    """What `90s`, `10m` or `2h` stands for."""
+    """What `90s`, `10m` or `2h` stands for.
+
+    Raises:
+        UsageError: It is no time.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
     found = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if not found:
@@ -265,7 +288,11 @@ def seconds(text: str, flag: str = "--budget") -> float:
 
 
 def count(text: str) -> int:
-    """What `4096`, `200K`, `20M` or `1.5B` stands for."""
+    """What `4096`, `200K`, `20M` or `1.5B` stands for.
+
+    Raises:
+        UsageError: It is no whole number of tokens.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
     units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
     found = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
