@@ -267,6 +267,13 @@ def test_a_deadline_asks_for_one_more_step_at_least(monkeypatch):
     assert [watch.steps(done, 100) for done in range(1, 11)] == [100] * 10
     assert watch.steps(11, 100) == 11 + 7  # at 20 seconds
     assert [watch.steps(done, 18) for done in range(12, 18)] == [18] * 6
+    times = iter([*range(0, 22, 2), 28.0])  # what was saved with the new plan took 6 s
+    monkeypatch.setattr(deadline.time, "perf_counter", lambda: next(times))
+    watch = deadline.Deadline(40.0, 5.0)
+    assert [watch.steps(done, 100) for done in range(1, 12)][-1] == 18
+    assert watch.steps(12, 18) == 18  # only the pace after it says more
+    now = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(deadline.time, "perf_counter", lambda: next(now))
     watch = deadline.Deadline(20.0, 5.0)
     assert [watch.steps(done, 100) for done in range(1, 12)] == [100] * 10 + [12]
     unlimited = deadline.Deadline(None, 5.0)
