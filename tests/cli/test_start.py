@@ -86,7 +86,7 @@ def spent(*arguments: str) -> float:
 @pytest.fixture(scope="module")
 def floor() -> float:
     """What the libraries of the command line take by themselves on this machine."""
-    return spent("-c", "import typer, typer.main, rich.table, rich.progress")
+    return spent("-c", "import typer, typer.main, rich.table, rich.progress, pydantic")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["prune", "--wrong-flag"]])
