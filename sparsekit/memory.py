@@ -1,5 +1,6 @@
 """How much memory this process has taken, and how much it may still take; Linux and macOS."""
 
+import contextlib
 import re
 import resource
 import sys
@@ -7,18 +8,31 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 STATUS = Path("/proc/self/status")
+PEAK_RESET = Path("/proc/self/clear_refs")
 # Which control groups this process is in, and where their limits lie.
 GROUPS = Path("/proc/self/cgroup")
 GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
+    """The largest resident size of this process so far, or since `watch_peak`, in bytes."""
     # getrusage starts from the size of the process that started this one.
     if STATUS.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.M)):
         return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def watch_peak() -> int:
+    """Let `peak_memory` begin anew, where the system can (Linux); gives the resident bytes now.
+
+    Elsewhere the peak stays that of the whole process, earlier work included.
+    """
+    import psutil
+
+    with contextlib.suppress(OSError):
+        PEAK_RESET.write_text("5")
+    return psutil.Process().memory_info().rss
 
 
 def available_memory() -> int:

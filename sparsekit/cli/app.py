@@ -50,8 +50,10 @@ from sparsekit.cli.options import (
     Skip,
     Source,
     Then,
+    Timed,
     named,
     refuse_early,
+    refuse_timed,
 )
 from sparsekit.stages.config import BATCH_SIZE, PruneConfig
 from sparsekit.stages.scores import require_own, save_scores
@@ -105,6 +107,7 @@ def prune(
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    timed: Timed = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -140,9 +143,13 @@ def prune(
             dtype=dtype,
         )
         name = named(model)
+        refuse_timed(dry_run=dry_run, timed=timed)
         refuse_early(name, out, overwrite=overwrite)
-        write = _plan if dry_run else _prune
-        write(terminal, config, name, out, overwrite=overwrite, progress=progress)
+        how = {"overwrite": overwrite, "progress": progress}
+        if dry_run:
+            _plan(terminal, config, name, out, timed=timed, **how)
+        else:
+            _prune(terminal, config, name, out, **how)
 
 
 def _plan(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:

@@ -146,6 +146,18 @@ Overwrite = Annotated[bool, typer.Option(help="Replace an earlier output of spar
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check and show the plan, on stdout with --json only.")
 ]
+Timed = Annotated[
+    bool,
+    typer.Option(
+        "--time", help="With --dry-run: work on one block, or train a little, to tell the time."
+    ),
+]
+
+
+def refuse_timed(*, dry_run: bool, timed: bool) -> None:
+    """Refuse to time a run that is made anyway."""
+    if timed and not dry_run:
+        raise UsageError("--time has no effect without --dry-run", "add it, or leave --time out")
 
 
 def named(name: str) -> str:

@@ -22,8 +22,10 @@ from sparsekit.cli.options import (
     Seed,
     Skip,
     Source,
+    Timed,
     named,
     refuse_early,
+    refuse_timed,
 )
 from sparsekit.stages.words import quantize_config
 
@@ -64,6 +66,7 @@ def quantize(
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    timed: Timed = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -88,14 +91,14 @@ def quantize(
             dtype=dtype,
         )
         name = named(model)
+        refuse_timed(dry_run=dry_run, timed=timed)
         refuse_early(name, out, overwrite=overwrite)
+        how = {"overwrite": overwrite, "progress": progress}
         if dry_run:
             from sparsekit.stages.dryrun import plan_quantize
 
-            found = plan_quantize(config, name, out, overwrite=overwrite, progress=progress)
+            found = plan_quantize(config, name, out, timed=timed, **how)
             return showplan.plan(terminal, found)
         from sparsekit.stages.quantize import quantize as stage
 
-        showforms.quantized(
-            terminal, stage(config, name, out, overwrite=overwrite, progress=progress)
-        )
+        showforms.quantized(terminal, stage(config, name, out, **how))

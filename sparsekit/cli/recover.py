@@ -19,8 +19,10 @@ from sparsekit.cli.options import (
     Quiet,
     Seed,
     Skip,
+    Timed,
     named,
     refuse_early,
+    refuse_timed,
 )
 from sparsekit.progress import Progress
 from sparsekit.stages.words import recover_config
@@ -136,6 +138,7 @@ def recover(
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    timed: Timed = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -172,8 +175,12 @@ def recover(
             device=device,
             dtype=dtype,
         )
-        run = _plan if dry_run else _run
-        run(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
+        refuse_timed(dry_run=dry_run, timed=timed)
+        name, how = named(model), {"overwrite": overwrite, "progress": progress}
+        if dry_run:
+            _plan(terminal, config, name, out, timed=timed, **how)
+        else:
+            _run(terminal, config, name, out, **how)
 
 
 def _run(

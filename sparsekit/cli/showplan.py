@@ -17,6 +17,7 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
         *_more(plan),
         ("to write", _written(plan)),
         *_memory(plan),
+        *_time(plan),
         *([("compute", f"{plan['dtype']} on {plan['device']}")] if "dtype" in plan else []),
         *(("left dense", f"{row['name']}: {row['reason']}") for row in plan["skipped"]),
     ]
@@ -60,6 +61,15 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
         least = _size(plan["peak_memory_at_least_bytes"])
         return [("memory", f"{least} above the libraries, and the activations of a batch")]
     return [("peak memory", f"{_size(plan['peak_memory_estimate_bytes'])} above the libraries")]
+
+
+def _time(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """How long the run would take, where it was asked for."""
+    seconds = plan.get("seconds_estimate")
+    if seconds is None:
+        return []
+    minutes = f" ({seconds / 60:.1f} min)" if seconds >= 60 else ""
+    return [("time", f"about {seconds:.0f} s{minutes} on this machine as it is now")]
 
 
 def _size(n_bytes: int) -> str:

@@ -24,6 +24,7 @@ def rewrite(
     want: Want | None,
     propagate: bool,
     progress: Progress,
+    done: Callable[[Block], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Rewrite every block of a stream; gives the report rows of all blocks, in order.
 
@@ -40,27 +41,55 @@ def rewrite(
         want: What to sum over the inputs; None runs no forward pass.
         propagate: Whether hidden states come from the rewritten blocks or from the dense ones.
         progress: Told of each block.
+        done: Told of each block that is computed, when it is written.
     """
-    wanted = {target.name for target in targets}
     rows: list[dict[str, Any]] = []
     for block in stream:
-        last = block.index == len(stream) - 1
         if block.name in writer.finished:
             rows += writer.finished[block.name]
-            if want and not last:
+            if want and not _is_last(block):
                 block.load(restore(block) if propagate else None)
                 block.advance()
         else:
-            block.load()
-            sums: dict[str, InputSums] = {}
-            chosen = [target for target in block.targets if target.name in wanted]
-            if want and chosen:
-                sums = block.observe(chosen, want, advance=not propagate and not last)
-            note, tensors = transform(block, sums)
-            sums.clear()
-            writer.write(block.name, tensors, note)
-            rows += note
-            if want and not last and (propagate or not chosen):
-                block.advance()
+            rows += work(block, targets, transform, writer.write, want=want, propagate=propagate)
+            done(block)
         progress.step(block.name)
     return rows
+
+
+def work(
+    block: Block,
+    targets: list[Target],
+    transform: Rewrite,
+    write: Callable[[str, dict[str, Tensor], Any], None],
+    *,
+    want: Want | None,
+    propagate: bool,
+) -> list[dict[str, Any]]:
+    """Observe, rewrite, write and advance one block; gives its report rows.
+
+    Args:
+        block: One of a stream, without its weights.
+        targets: As of `rewrite`, as are `transform`, `want` and `propagate`.
+        transform: See there.
+        write: Takes the name of the block, the tensors to write and the report rows.
+        want: See there.
+        propagate: See there.
+    """
+    block.load()
+    wanted = {target.name for target in targets}
+    chosen = [target for target in block.targets if target.name in wanted]
+    sums: dict[str, InputSums] = {}
+    if want and chosen:
+        sums = block.observe(chosen, want, advance=not propagate and not _is_last(block))
+    rows, tensors = transform(block, sums)
+    sums.clear()
+    write(block.name, tensors, rows)
+    if want and not _is_last(block) and (propagate or not chosen):
+        block.advance()
+    return rows
+
+
+def _is_last(block: Block) -> bool:
+    """Whether nothing needs this block's output."""
+    return block.index == len(block.stream) - 1

@@ -7,18 +7,20 @@ from typing import Any
 
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import packplan, quantjob, recovery
+from sparsekit.stages.forecast import forecast
 from sparsekit.stages.job import family_notes
-from sparsekit.stages.plan import begun, peak_estimate
+from sparsekit.stages.plan import begun
 from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.quantweights import quantize_block
 from sparsekit.stages.trainchecks import state_bytes, training_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.tensors.sums import Want
+from sparsekit.stages.trainspeed import bench_recover
 
 # Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
 # integers, sorted, and the masks of the patterns that are tried.
 PACKING_BYTES = 32
-# Of a Gram matrix while GPTQ factors it, for each entry.
-FACTORING_BYTES = 8 * 2
+# Of training that are timed; the median counts.
+STEPS = 3
 
 
 def plan_quantize(
@@ -27,11 +29,14 @@ def plan_quantize(
     out: Path,
     *,
     overwrite: bool = False,
+    timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `quantize` would do, after the same checks; arguments and errors as of `quantize`."""
+    """What `quantize` would do, after the same checks; arguments and errors as of `quantize`.
+
+    `timed` also quantizes the first block, in memory, to tell how long the run would take.
+    """
     job = quantjob.prepare(config, model, out, overwrite=overwrite, progress=progress)
-    want = (job.quantizer.needs or Want.NORMS) if job.calibration else None
     size = sum(math.prod(target.shape) for target in job.targets)
     return {
         **begun(job.source, out, config.method, job.layout),
@@ -42,9 +47,8 @@ def plan_quantize(
         "size": size,
         "skipped": job.skipped,
         "notes": family_notes(job.stream),
-        "peak_memory_estimate_bytes": peak_estimate(
-            job.stream, want, job.calibration, FACTORING_BYTES
-        ),
+        "peak_memory_estimate_bytes": job.room,
+        "seconds_estimate": _quantize_seconds(job, progress) if timed else None,
         "device": str(job.stream.device),
         "dtype": _name(job.stream.dtype),
     }
@@ -56,11 +60,13 @@ def plan_recover(
     out: Path,
     *,
     overwrite: bool = False,
+    timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """What `recover` would do, after the checks that read no text; arguments as of `recover`.
 
     The memory is what weights, gradients, moments and teacher take: activations come on top.
+    `timed` also takes some steps, in memory, to tell how long the run would take.
     """
     job = recovery.prepare(config, model, out, overwrite=overwrite, progress=progress)
     config = job.config
@@ -81,6 +87,7 @@ def plan_recover(
         "skipped": job.skipped,
         "notes": job.notes,
         "state_bytes": state_bytes(job.source),
+        "seconds_estimate": _recover_seconds(config, model, progress) if timed else None,
         "peak_memory_at_least_bytes": training_bytes(job.source, taught, job.recoverer),
         "device": str(job.device),
         "dtype": "float32",
@@ -107,6 +114,27 @@ def plan_pack(
         "bytes_before": job.source.n_bytes,
         "peak_memory_estimate_bytes": PACKING_BYTES * largest,
     }
+
+
+def _quantize_seconds(job: quantjob.QuantizeJob, progress: Progress) -> float:
+    """How long the run would take."""
+    return forecast(
+        job.stream,
+        job.targets,
+        lambda block, sums: quantize_block(job, block, sums),
+        calibration=job.calibration,
+        want=job.want,
+        propagate=True,
+        progress=progress,
+    )
+
+
+def _recover_seconds(config: RecoverConfig, model: str, progress: Progress) -> float:
+    """How long training would take, without perplexities, saved states and sampled text."""
+    if config.max_time is not None:
+        return config.max_time
+    speed = bench_recover(config, model, steps=STEPS, progress=progress)["tokens_per_second"]
+    return config.steps() * config.step_tokens / speed
 
 
 def _name(dtype: Any) -> str:

@@ -20,6 +20,7 @@ from sparsekit.stages.chain import Chain, Patterns, require_shapes
 from sparsekit.stages.coded import coded_layout, refuse_misfits
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.stages.forecast import peak_estimate
 from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.tensors.patterns import Pattern
 from sparsekit.tensors.sums import Want
@@ -45,6 +46,11 @@ class Job:
     def pattern(self) -> Pattern:
         """The pattern that was asked for, or that a given mask was last made with."""
         return self.patterns.base
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return peak_estimate(self.stream, self.want, self.calibration)
 
     def notes(self) -> list[str]:
         """What the user should know before the run: what speaks against it, and ARMOR's blocks."""

@@ -5,19 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsekit.files import existing_parent
-from sparsekit.models.blocks import BlockStream
-from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import FACTORS
 from sparsekit.models.layout import Layout
-from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.forecast import forecast
 from sparsekit.stages.job import Job, prepare
-from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
+from sparsekit.stages.weights import prune_block
+from sparsekit.tensors.sums import Want
 
 
 def plan(
@@ -26,9 +23,18 @@ def plan(
     out: Path,
     *,
     overwrite: bool = False,
+    timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `prune` would do, after the same checks, without a forward pass or a written byte.
+    """What `prune` would do, after the same checks, without a written byte.
+
+    Args:
+        config: As of `prune`, as are `model`, `out`, `overwrite` and `progress`.
+        model: See there.
+        out: See there.
+        overwrite: See there.
+        timed: Also prune the first block, in memory, to tell how long the run would take.
+        progress: See there.
 
     Raises:
         UsageError: As `prune`.
@@ -48,10 +54,28 @@ def plan(
         "skipped": job.skipped,
         "bits_per_weight": _bits(job),
         "notes": job.notes(),
-        "peak_memory_estimate_bytes": peak_estimate(job.stream, job.want, job.calibration),
+        "peak_memory_estimate_bytes": job.room,
+        "seconds_estimate": _seconds(job, progress) if timed else None,
         "device": str(job.stream.device),
         "dtype": str(job.stream.dtype).removeprefix("torch."),
     }
+
+
+def _seconds(job: Job, progress: Progress) -> float:
+    """How long the run would take."""
+    if job.config.budget is not None:
+        return job.config.budget
+    return forecast(
+        job.stream,
+        job.targets,
+        lambda block, sums: prune_block(job, block, sums, None),
+        calibration=job.calibration,
+        want=job.want,
+        propagate=job.propagate,
+        others=[job.chain.given] if job.chain.given else [],
+        passes=[Want.NORMS] if job.config.allocate == "owl" else [],
+        progress=progress,
+    )
 
 
 def begun(source: Checkpoint, out: Path, method: str, layout: Layout) -> dict[str, Any]:
@@ -72,45 +96,3 @@ def _bits(job: Job) -> float | None:
     if not stored:
         return None
     return 8 * sum(p.stop - p.start for p in stored) / sum(map(math.prod, shapes))
-
-
-def peak_estimate(
-    stream: BlockStream,
-    want: Want | None,
-    calibration: Calibration | None,
-    solver_bytes: int = 8 * 6,
-) -> int:
-    """An estimate of this process's memory above the interpreter with its libraries, in bytes.
-
-    Args:
-        stream: The model, whose blocks are rewritten one by one.
-        want: The sums of inputs that are kept for a block; None: none.
-        calibration: The rows that run through it.
-        solver_bytes: What is made of the largest Gram matrix, for each of its entries. ALPS takes
-            most: eigenvectors in float64, their inverse, and what LAPACK works in.
-    """
-    source = stream.source
-    places = source.places
-    wide = torch.tensor([], dtype=stream.dtype).element_size()
-    blocks = []
-    for index in range(len(stream)):
-        block = stream.block(index)
-        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
-        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
-        # Which weights share an input shows in the forward only: at most one Gram matrix for each.
-        widths = [target.shape[1] for target in block.targets]
-        grams = 0
-        if want and Want.GRAM in want:
-            grams = 4 * sum(w * w for w in widths) + solver_bytes * max(widths) ** 2
-        solving = 2 * max(math.prod(target.shape) for target in block.targets)
-        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
-    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
-    hidden = 0
-    if calibration:
-        samples, length = calibration.shape(source.config)
-        width = source.config.get_text_config().hidden_size
-        hidden = samples * length * width * wide
-        # What one row makes on its way through a block, and the sampled inputs.
-        ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
-        hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
-    return hidden + max(max(blocks), outside) + KEPT_BYTES

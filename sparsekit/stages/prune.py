@@ -11,7 +11,6 @@ import torch
 
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
-from sparsekit.memory import peak_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
@@ -24,6 +23,7 @@ from sparsekit.stages.cards import model_card
 from sparsekit.stages.chain import require_patterns
 from sparsekit.stages.coded import coded_config
 from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
@@ -63,7 +63,7 @@ def prune(
         PatternError: A pruned weight does not have the pattern after the cast to disk.
         StorageError: The output cannot be written.
     """
-    started = time.perf_counter()
+    cost = Cost()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
@@ -74,7 +74,7 @@ def prune(
         out, job.source, recipe, layout=job.layout, overwrite=overwrite
     ) as writer:
         resumed = len(writer.finished)
-        budget = _budget(job, writer, started)
+        budget = _budget(job, writer, cost.started)
         if resumed:
             progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
         if rows and config.allocate == "owl":
@@ -84,6 +84,7 @@ def prune(
         progress.begin(" ".join(words), len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
+        cost.begin(job.stream, writer.finished, job.room)
         weights = blockwise.rewrite(
             job.stream,
             writer,
@@ -93,13 +94,13 @@ def prune(
             want=job.want if rows else None,
             propagate=job.propagate,
             progress=progress,
+            done=cost.done,
         )
         progress.end()
         _tell_trouble(job, weights, progress)
         entry = _entry(job, recipe, rows, weights, model) | {
             "resumed_blocks": resumed,
-            "seconds": round(time.perf_counter() - started, 3),
-            "peak_memory_bytes": peak_memory(),
+            **cost.told(),
         }
         config_json = coded_config(job.stream, job.targets, grid) if grid else None
         writer.commit(entry, model_card(entry, Origin.of(model, job.source.path)), config_json)

@@ -1,6 +1,5 @@
 """Put the weights of a checkpoint on a grid, block by block, from disk to disk; zeros stay."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,20 +8,19 @@ from typing import Any
 import torch
 
 from sparsekit.files import read_json, sha256_json
-from sparsekit.memory import peak_memory
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.cards import quantize_card
 from sparsekit.stages.coded import coded_config
+from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.job import family_notes
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantjob import QuantizeJob, prepare
 from sparsekit.stages.quantweights import quantize_block, restore
 from sparsekit.stages.report import NUMERICS, Report, damping_notes, versions
-from sparsekit.tensors.sums import Want
 
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "config", "layout")
@@ -51,7 +49,7 @@ def quantize(
         NumericalError: A weight cannot be solved for.
         StorageError: The output cannot be written.
     """
-    started = time.perf_counter()
+    cost = Cost()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in (*family_notes(job.stream), *(rows.notes if rows else ())):
@@ -66,15 +64,17 @@ def quantize(
         progress.begin(f"{config.method} {job.grid}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
+        cost.begin(job.stream, writer.finished, job.room)
         weights = blockwise.rewrite(
             job.stream,
             writer,
             job.targets,
             lambda block, sums: quantize_block(job, block, sums),
             lambda block: restore(job, writer, block),
-            want=(job.quantizer.needs or Want.NORMS) if rows else None,
+            want=job.want,
             propagate=True,
             progress=progress,
+            done=cost.done,
         )
         progress.end()
         for note in damping_notes(weights, asdict(job.quantizer).get("damping", 0.0)):
@@ -82,8 +82,7 @@ def quantize(
         entry = _entry(job, recipe, rows, weights) | {
             "source": {"path": model, "fingerprint": recipe["source"]},
             "resumed_blocks": resumed,
-            "seconds": round(time.perf_counter() - started, 3),
-            "peak_memory_bytes": peak_memory(),
+            **cost.told(),
         }
         config_json = coded_config(job.stream, job.targets, job.grid) if job.coded else None
         writer.commit(entry, quantize_card(entry, Origin.of(model, job.source.path)), config_json)

@@ -14,10 +14,15 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.quantizers import Quantizer
 from sparsekit.stages.coded import coded_layout, refuse_misfits
 from sparsekit.stages.device import compute_dtype, pick_device
+from sparsekit.stages.forecast import peak_estimate
 from sparsekit.stages.job import select
 from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.tensors.grids import Grid
+from sparsekit.tensors.sums import Want
+
+# Of a Gram matrix while GPTQ factors it, for each entry.
+FACTORING_BYTES = 8 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,16 @@ class QuantizeJob:
     skipped: list[dict[str, str]]
     layout: Layout
     calibration: Calibration | None
+
+    @property
+    def want(self) -> Want | None:
+        """What is summed over the inputs of weights; None: no row runs through the model."""
+        return (self.quantizer.needs or Want.NORMS) if self.calibration else None
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return peak_estimate(self.stream, self.want, self.calibration, FACTORING_BYTES)
 
     @property
     def coded(self) -> bool:

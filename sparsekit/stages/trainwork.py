@@ -12,6 +12,7 @@ import torch
 
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
+from sparsekit.memory import watch_peak
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.rows import TokenRows
@@ -54,6 +55,7 @@ class Work:
     ) -> Work:
         """Check a configuration, and read what it names; arguments and errors as of `recover`."""
         started = time.perf_counter()
+        watch_peak()
         config.check()
         ranks = Ranks.current(pick_device(config.device))
         ranks.parts(config.accumulate)

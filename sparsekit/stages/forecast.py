@@ -1,0 +1,178 @@
+"""The time and the memory that a run over the blocks of a model takes: expected, and measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsekit.memory import peak_memory, watch_peak
+from sparsekit.models.skeleton import KEPT_BYTES
+from sparsekit.stages import blockwise
+from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsekit.models.architecture import Target
+    from sparsekit.models.blocks import Block, BlockStream
+    from sparsekit.models.calibration import Calibration
+    from sparsekit.models.checkpoint import Checkpoint
+    from sparsekit.progress import Progress
+
+
+class Cost:
+    """What a run takes, and what it was expected to take.
+
+    The time is expected from the first block that is computed: the others are taken to last as
+    long, by their sizes.
+
+    Args:
+        clock: Gives the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.started = self._begun = clock()
+        self._resident = watch_peak()
+        self._room = 0
+        self._sizes: dict[str, int] = {}
+        self._expected: float | None = None
+
+    def begin(self, stream: BlockStream, finished: Collection[str], room: int) -> None:
+        """Take note that the first block comes now.
+
+        Args:
+            stream: The blocks.
+            finished: Names of those that an earlier run has computed; then nothing is expected
+                of the time, since what is left of such a run is not like the whole.
+            room: The memory that is expected above that of the process, in bytes.
+        """
+        blocks = [stream.block(index) for index in range(len(stream))]
+        self._sizes = {} if finished else {block.name: size_of(block) for block in blocks}
+        self._room = room
+        self._begun = self._clock()
+
+    def done(self, block: Block) -> None:
+        """Take note that a block is computed and written."""
+        if self._expected is None and self._sizes:
+            first = self._clock() - self._begun
+            blocks = first * sum(self._sizes.values()) / self._sizes[block.name]
+            self._expected = self._begun - self.started + blocks
+
+    def told(self) -> dict[str, Any]:
+        """Seconds and bytes for the entry of the run, until now."""
+        expected = None if self._expected is None else round(self._expected, 3)
+        return {
+            "seconds": round(self._clock() - self.started, 3),
+            "peak_memory_bytes": peak_memory(),
+            "estimated": {"seconds": expected, "peak_memory_bytes": self._resident + self._room},
+        }
+
+
+def forecast(
+    stream: BlockStream,
+    targets: list[Target],
+    transform: blockwise.Rewrite,
+    *,
+    calibration: Calibration | None,
+    want: Want | None,
+    propagate: bool,
+    others: Sequence[Checkpoint] = (),
+    passes: Sequence[Want] = (),
+    progress: Progress,
+) -> float:
+    """Seconds that a run will take on this machine, from its first block, which is not kept.
+
+    The text is read and the first block is observed, rewritten and advanced, as the run would; the
+    other blocks are taken to last as long, by their sizes. What the run writes and reads back at
+    its end is taken to last as long as reading the model, which is done too.
+
+    Args:
+        stream: The blocks.
+        targets: As of `blockwise.rewrite`, as are `transform`, `want` and `propagate`.
+        transform: See there.
+        calibration: The rows that run through the blocks; None: none.
+        want: See there.
+        propagate: See there.
+        others: Models that are read beside it before the first block.
+        passes: What is summed in runs over all blocks that come before and rewrite nothing.
+        progress: Told of the text that is read.
+    """
+    started = time.perf_counter()
+    stream.source.scan(progress)
+    reading = time.perf_counter() - started
+    for other in others:
+        other.scan(progress)
+    rows = calibration.rows(stream.source, progress) if calibration else None
+    began = time.perf_counter()
+    if rows is not None:
+        stream.feed(rows.tokens)
+    feeding = time.perf_counter() - began
+    numbers = sum(size_of(stream.block(index)) for index in range(len(stream)))
+    block = next(iter(stream))
+    more = numbers / size_of(block) - 1
+    before = time.perf_counter()
+    for sums in passes:
+        block.load()
+        block.observe(block.targets, sums, advance=True)
+    blockwise.work(block, targets, transform, _keep_nothing, want=want, propagate=propagate)
+    spent = time.perf_counter() - before
+    block.release()
+    total = time.perf_counter() - started
+    return total + more * spent + reading + len(passes) * feeding
+
+
+def peak_estimate(
+    stream: BlockStream,
+    want: Want | None,
+    calibration: Calibration | None,
+    solver_bytes: int = 8 * 6,
+) -> int:
+    """An estimate of this process's memory above the interpreter with its libraries, in bytes.
+
+    Args:
+        stream: The model, whose blocks are rewritten one by one.
+        want: The sums of inputs that are kept for a block; None: none.
+        calibration: The rows that run through it.
+        solver_bytes: What is made of the largest Gram matrix, for each of its entries. ALPS takes
+            most: eigenvectors in float64, their inverse, and what LAPACK works in.
+    """
+    source = stream.source
+    places = source.places
+    wide = torch.tensor([], dtype=stream.dtype).element_size()
+    blocks = []
+    for index in range(len(stream)):
+        block = stream.block(index)
+        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
+        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
+        # Which weights share an input shows in the forward only: at most one Gram matrix for each.
+        widths = [target.shape[1] for target in block.targets]
+        grams = 0
+        if want and Want.GRAM in want:
+            grams = 4 * sum(w * w for w in widths) + solver_bytes * max(widths) ** 2
+        solving = 2 * max(math.prod(target.shape) for target in block.targets)
+        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
+    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
+    hidden = 0
+    if calibration:
+        samples, length = calibration.shape(source.config)
+        width = source.config.get_text_config().hidden_size
+        hidden = samples * length * width * wide
+        # What one row makes on its way through a block, and the sampled inputs.
+        ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
+        hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
+    return hidden + max(max(blocks), outside) + KEPT_BYTES
+
+
+def size_of(block: Block) -> int:
+    """How many numbers a block has."""
+    places = block.stream.source.places
+    return sum(math.prod(places[name].shape) for name in block.disk_names)
+
+
+def _keep_nothing(name: str, tensors: dict[str, Tensor], rows: object) -> None:
+    """Write nowhere."""

@@ -1,0 +1,125 @@
+"""What a run is expected to take: told before it, and kept beside what it took."""
+
+import json
+
+import pytest
+
+from sparsekit.memory import peak_memory, watch_peak
+from sparsekit.models.blocks import BlockStream
+from sparsekit.models.calibration import Calibration
+from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.forecast import Cost
+from sparsekit.stages.plan import plan
+from sparsekit.stages.prune import prune
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def stream(family) -> BlockStream:
+    """Two blocks of one size."""
+    import torch
+
+    return BlockStream(Checkpoint.open(family("llama")), device="cpu", dtype=torch.float32)
+
+
+def test_the_first_block_tells_the_time_of_all(stream):
+    clock = Clock()
+    cost = Cost(clock)
+    clock.now = 10.0  # reading
+    cost.begin(stream, {}, room=5)
+    clock.now = 13.0
+    cost.done(stream.block(0))
+    clock.now = 20.0
+    cost.done(stream.block(1))
+    told = cost.told()
+    assert told["seconds"] == 20.0
+    assert told["estimated"]["seconds"] == 10.0 + 2 * 3.0
+
+
+def test_a_run_that_goes_on_expects_no_time(stream):
+    cost = Cost(Clock())
+    cost.begin(stream, {stream.names()[0]: None}, room=0)
+    cost.done(stream.block(1))
+    assert cost.told()["estimated"]["seconds"] is None
+
+
+def test_a_peak_of_memory_is_of_one_run():
+    """The peak of a larger run before does not count (Linux)."""
+    held = bytearray(b"x") * 200_000_000
+    high = peak_memory()
+    del held
+    start = watch_peak()
+    assert peak_memory() < high - 100_000_000
+    assert abs(peak_memory() - start) < 50_000_000
+
+
+def test_the_entry_holds_what_was_expected(family, row_file, tmp_path):
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    entry = prune(config, str(family("llama")), tmp_path / "out").entry
+    assert 0 < entry["estimated"]["seconds"] < 10 * entry["seconds"]
+    room = plan(config, str(family("llama")), tmp_path / "other")["peak_memory_estimate_bytes"]
+    assert room < entry["estimated"]["peak_memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune"],
+        ["prune", "--allocate", "owl", "--pattern", "50%"],
+        ["prune", "--method", "sparsegpt", "--then", "int8"],
+        ["prune", "--method", "armor", "-O", "sweeps=1", "-O", "armor.block=16"],
+        ["quantize", "--method", "rtn", "--grid", "int8"],
+        ["quantize", "--grid", "int4-g16"],
+    ],
+    ids=" ".join,
+)
+def test_a_timed_plan_works_on_one_block_and_writes_nothing(cli, family, row_file, tmp_path, words):
+    verb, *flags = words
+    if "rtn" not in words:
+        flags += ["--calibration", row_file]
+    command = (verb, family("llama"), "-o", tmp_path / "out", *flags, "--dry-run")
+    found = cli(*command, "--time", "--json", "-q")
+    assert found.code == 0, found.stderr
+    seconds = json.loads(found.stdout)["seconds_estimate"]
+    assert 0 < seconds < 60
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads(cli(*command, "--json", "-q").stdout)["seconds_estimate"] is None
+    assert "about" in cli(*command, "--time").stderr
+
+
+def test_a_timed_plan_of_a_budget_tells_the_budget(cli, family, row_file, tmp_path):
+    found = cli(
+        *("prune", family("llama"), "-o", tmp_path / "out", "--method", "armor", "--budget", "90s"),
+        *("-O", "armor.block=16", "--calibration", row_file, "--dry-run", "--time"),
+    )
+    assert "about 90 s (1.5 min)" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "least"), [(["--tokens", "9600"], 0.1), (["--max-time", "5m"], 300.0)]
+)
+def test_a_timed_plan_of_training(cli, pruned, row_file, tmp_path, flags, least):
+    found = cli(
+        *("recover", pruned, "-o", tmp_path / "out", "--data", row_file, *flags),
+        *("--batch", "2", "--length", "24", "--dry-run", "--time", "--json", "-q"),
+    )
+    assert found.code == 0, found.stderr
+    assert least <= json.loads(found.stdout)["seconds_estimate"] <= 600
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["prune", "quantize", "recover"])
+def test_time_without_dry_run_is_refused(cli, family, tmp_path, verb):
+    more = {"quantize": ["--grid", "int8"], "recover": ["--tokens", "9600"]}
+    found = cli(verb, family("llama"), "-o", tmp_path / "out", *more.get(verb, []), "--time")
+    assert found.code == 2
+    assert "--time has no effect without --dry-run" in found.stderr
