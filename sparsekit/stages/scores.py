@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import read_json, write_json
 from sparsekit.models.folder import PROVENANCE
+from sparsekit.stages.cardscores import tell_scores
 from sparsekit.stages.config import EvalConfig
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 
 def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Keep a score; it takes the place of one with the same options and the same baseline.
+    """Keep a score, and tell it in the model card, if the folder has one of ours.
+
+    It takes the place of one with the same options and the same baseline.
 
     Args:
         folder: Of the checkpoint, or any other; it is made when it is not there.
@@ -61,7 +64,9 @@ def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_scores(folder) if _run(old) != _run(entry)]
-    write_json(folder / SCORES, {"format": FORMAT, "scores": [*kept, dict(entry)]})
+    scores = [*kept, dict(entry)]
+    write_json(folder / SCORES, {"format": FORMAT, "scores": scores})
+    tell_scores(folder, scores)
 
 
 def save_scores(

@@ -1,11 +1,13 @@
 """Model cards as the hub reads them, of every stage that writes a checkpoint."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from scorings import score, task, windows
 
 from sparsekit.models.calibration import Calibration
 from sparsekit.stages.config import PruneConfig
@@ -16,6 +18,7 @@ from sparsekit.stages.prune import prune
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantize import quantize
 from sparsekit.stages.recover import recover
+from sparsekit.stages.scores import add_score
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.unpack import unpack
 
@@ -200,3 +203,36 @@ def test_name_of_a_folder_cannot_break_the_card(copy_of, tmp_path, row_file):
     assert card.data.license is None
     assert "# a --- license: mit # b|c, pruned to 2:4" in card.text
     assert r"`r\|s.safetensors`" in card.text
+
+
+def test_the_card_tells_the_scores_before_and_after(pruned, copy_of):
+    folder = copy_of(pruned)
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    first = card.read_text()
+    ppl = windows(math.log(50.0), log_stderr=0.02)
+    paired = {"log_perplexity": {"value": math.log(50.0 / 20.0), "stderr": 0.01}}
+    add_score(folder, score(ppl, difference=paired, baseline="/home/me/dense"))
+    text = card.read_text()
+    assert "| perplexity, wikitext2, 16 × 1024 tokens | 20.00 (dense) | 50.00 ± 1.00 |" in text
+    assert "+0.9163 ± 0.0100 in log perplexity" in text
+    add_score(folder, score(ppl, difference=paired, baseline="/home/me/dense"))
+    assert card.read_text() == text  # the table takes the place of the last
+    tasks = [task("arc_easy", 0.5, 0.03), task("piqa", 0.7, 0.04)]
+    own = {f"{t['task']}.acc_norm": {"value": -0.1, "stderr": 0.01} for t in tasks}
+    add_score(folder, score(tasks=tasks, difference=own, baseline="org/dense"))
+    text = card.read_text()
+    assert text.startswith(first.rstrip())
+    assert "50.00 ± 1.00" in text
+    mean = r"\| mean accuracy, .* \| 0.7000 \(org/dense\) \| 0.6000 ± 0.0250 \| -0.1000 ± 0.0071 \|"
+    assert re.search(mean, text)
+    assert "| accuracy, piqa |  | 0.7000 ± 0.0400 |" in text
+    assert text.count("## Scores") == 1
+    assert card_of(folder).data.tags
+
+
+def test_a_card_of_others_is_left_alone(copy_of):
+    folder = copy_of("llama")
+    (folder / "README.md").write_text("Theirs.\n")
+    add_score(folder, score(windows(3.0)))
+    assert (folder / "README.md").read_text() == "Theirs.\n"
