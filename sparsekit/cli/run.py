@@ -7,7 +7,7 @@ import typer
 
 from sparsekit.cli import show, showcompare
 from sparsekit.cli.console import Terminal
-from sparsekit.cli.options import Debug, DryRun, Json, Quiet
+from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, refuse_timed
 from sparsekit.errors import UsageError
 from sparsekit.files import write_atomic
 
@@ -33,6 +33,7 @@ def run(
         typer.Option("--from", help="Make this stage and what follows again, as recover or 1."),
     ] = None,
     dry_run: DryRun = False,
+    timed: Timed = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -43,6 +44,7 @@ def run(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(resumable=True) as progress:
+        refuse_timed(dry_run=dry_run, timed=timed)
         from sparsekit.stages.recipe import read_recipe
         from sparsekit.stages.shipped import recipe_file
 
@@ -51,7 +53,7 @@ def run(
         from sparsekit.stages.run import run as stage
 
         folder = out or Path(file.stem)
-        done = stage(told, folder, start=start, dry=dry_run, progress=progress)
+        done = stage(told, folder, start=start, dry=dry_run, timed=timed, progress=progress)
         if not dry_run and any(one.step.verb == "eval" for one in done):
             from sparsekit.stages.compare import compare
 

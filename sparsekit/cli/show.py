@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import methods as registry
+from sparsekit.cli import showplan
 from sparsekit.cli.console import Terminal
 
 if TYPE_CHECKING:
@@ -26,10 +27,16 @@ def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> 
     """What became of each step of a recipe; stdout gets the models that nothing else is made of."""
     models = [one for one in done if one.step.verb != "eval"]
     rows = [
-        (one.step.name, one.step.verb, one.state, _seconds(one), str(one.folder)) for one in done
+        (
+            *(one.step.name, one.step.verb, one.state, _seconds(one)),
+            *(showplan.costs(one.plan) if dry else ()),
+            str(one.folder),
+        )
+        for one in done
     ]
     title = "plan (nothing was written)" if dry else f"{out}"
-    terminal.table(title, ("step", "verb", "", "seconds", "folder"), rows)
+    costs = ("to write", "memory") if dry else ()
+    terminal.table(title, ("step", "verb", "", "seconds", *costs, "folder"), rows)
     parents = {one.step.parent for one in models}
     last = [str(one.folder) for one in models if one.step.name not in parents]
     if terminal.json or not dry:
@@ -38,6 +45,8 @@ def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> 
 
 
 def _seconds(done: "Done") -> str | None:
+    if done.plan is not None and done.plan["seconds_estimate"] is not None:
+        return f"about {done.plan['seconds_estimate']:.0f}"
     return f"{done.seconds:.0f}" if done.state == "made" else None
 
 

@@ -1,5 +1,6 @@
 """How the plan of a dry run looks, of every command that has one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from sparsekit.cli.console import Terminal
@@ -26,6 +27,15 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
     terminal.table("plan (nothing was written)", ("", ""), rows)
     if terminal.json:
         terminal.result("", plan)
+
+
+def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+    """Of a step of a recipe the bytes to write, and the memory above the libraries."""
+    if plan is None:
+        return None, None
+    memory = plan.get("peak_memory_estimate_bytes")
+    told = _size(memory) if memory else f"{_size(plan['peak_memory_at_least_bytes'])} and more"
+    return _size(plan["bytes_to_write"]), told
 
 
 def _more(plan: dict[str, Any]) -> list[tuple[str, str]]:

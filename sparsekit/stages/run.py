@@ -42,10 +42,14 @@ class Done:
     """`made`, `kept` (it was finished before) or, of a dry run, `to do`."""
     seconds: float = 0.0
     """That this run spent on it."""
+    plan: Mapping[str, Any] | None = None
+    """Of a dry run what the step would do and cost, where its model is there already."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that there is, as JSON."""
+        planned = {} if self.plan is None else {"plan": dict(self.plan)}
         return {
+            **planned,
             "name": self.step.name,
             "verb": self.step.verb,
             "folder": str(self.folder),
@@ -60,6 +64,7 @@ def run(
     *,
     start: str | None = None,
     dry: bool = False,
+    timed: bool = False,
     progress: Progress = SILENT,
 ) -> list[Done]:
     """Carry out a recipe.
@@ -70,6 +75,7 @@ def run(
         start: The stage to begin with, by its place, verb or name; it and what follows is made
             again. None: all that is not finished.
         dry: Whether to look only.
+        timed: Of a dry run: tell how long steps would take, from their first blocks.
         progress: Told of each step.
 
     Returns:
@@ -82,11 +88,16 @@ def run(
     first = [] if start is None else recipe.steps_of(start)
     work = Run.open(recipe, out, progress)
     states = _states(work, first, start)
-    _refuse_misfits(work, states)
+    plans = _plans(work, states, timed=dry and timed)
     if dry:
         kept = {True: "kept", False: "to do"}
         return [
-            Done(step=s, folder=work.folder(s.name), state=kept[states[s.name]])
+            Done(
+                step=s,
+                folder=work.folder(s.name),
+                state=kept[states[s.name]],
+                plan=plans.get(s.name),
+            )
             for s in recipe.steps
             if s.verb != "eval"
         ]
@@ -115,21 +126,26 @@ def _states(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bo
     return states
 
 
-def _refuse_misfits(work: Run, states: Mapping[str, bool]) -> None:
-    """Refuse what can be known to be wrong before the first long step.
+def _plans(work: Run, states: Mapping[str, bool], *, timed: bool) -> dict[str, dict[str, Any]]:
+    """The plans of the steps whose model is there, by name; those that are finished have none.
+
+    What can be known to be wrong is refused before the first long step.
 
     Raises:
         UsageError: A step does not fit the model, or a task is unknown.
         DataError: A model cannot be read.
     """
+    found = {}
     for step in work.recipe.steps:
         if step.verb == "eval":
             work.require_measurable(step)
         elif step.verb in PLANS and step.parent is None and not states[step.name]:
             where = (work.recipe.model, work.folder(step.name))
-            PLANS[step.verb](step.config, *where, overwrite=work.replaces(step))
+            how = {"overwrite": work.replaces(step), "timed": timed, "progress": work.progress}
+            found[step.name] = PLANS[step.verb](step.config, *where, **how)
         elif step.verb == "quantize":
             work.require_grid(step)
+    return found
 
 
 def _carried_out(work: Run, states: Mapping[str, bool], first: Sequence[Step]) -> list[Done]:

@@ -46,7 +46,20 @@ def test_a_dry_run_writes_nothing(cli, recipe, tmp_path):
     found = cli("run", recipe, "-o", tmp_path / "out", "--dry-run")
     assert (found.code, found.stdout) == (0, "")
     assert found.stderr.count("to do") == 4
+    assert "to write" in found.stderr
+    told = json.loads(cli("run", recipe, "-o", tmp_path / "out", "--dry-run", "--json").stdout)
+    plans = {step["name"]: step.get("plan") for step in told["steps"]}
+    assert set(plans) == {"wanda", "ria", "wanda.pack", "ria.pack"}
+    # Of what is packed no plan can be told before it is there.
+    assert plans["wanda.pack"] is None
+    assert plans["wanda"]["bytes_to_write"] > 0
+    assert plans["wanda"]["seconds_estimate"] is None
+    timed = cli("run", recipe, "-o", tmp_path / "out", "--dry-run", "--time", "--json", "-q")
+    steps = json.loads(timed.stdout)["steps"]
+    assert all(step["plan"]["seconds_estimate"] > 0 for step in steps if "plan" in step)
     assert not (tmp_path / "out").exists()
+    alone = cli("run", recipe, "-o", tmp_path / "out", "--time")
+    assert (alone.code, alone.stdout) == (2, "")
 
 
 def test_without_out_the_folder_has_the_recipes_name(cli, recipe, tmp_path, monkeypatch):
