@@ -149,6 +149,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _notes_of(row: Row) -> list[str]:
     """What a reader of one model's figures has to know."""
     notes = []
+    if row.stale:
+        notes.append(
+            f"{row.name}: {row.stale} scores in {SCORES} are of other weights, and left out: "
+            "sparsekit eval --save takes new ones"
+        )
     if not row.scores:
         notes.append(f"{row.name} has no scores: sparsekit eval --save keeps them")
     if row.stored and not row.history:

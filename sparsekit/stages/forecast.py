@@ -113,7 +113,7 @@ def forecast(
         stream.feed(rows.tokens)
     feeding = time.perf_counter() - began
     numbers = sum(size_of(stream.block(index)) for index in range(len(stream)))
-    block = next(iter(stream))
+    block = stream.block(0)
     more = numbers / size_of(block) - 1
     before = time.perf_counter()
     for sums in passes:

@@ -10,7 +10,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import PROVENANCE
 from sparsekit.models.reference import at_hand
 from sparsekit.stages.measured import Measured, Quality, qualities
-from sparsekit.stages.scores import DENSE, read_scores
+from sparsekit.stages.scores import DENSE, is_of, read_scores
 
 # Stages whose pattern is the one that was asked for; packing tells what it found.
 PATTERNING = ("prune", "recover")
@@ -42,6 +42,8 @@ class Row:
     quality: Mapping[Measured, Quality]
     stored: bool
     """Whether the folder holds the model, not only its scores."""
+    stale: int
+    """How many of the folder's scores are of other weights; they are left out."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -58,11 +60,13 @@ def read_row(folder: Path) -> Row:
     Raises:
         DataError: A file in the folder is damaged.
     """
-    scores = read_scores(folder)
+    there = read_scores(folder)
     stored = is_checkpoint(folder)
-    model = folder if stored else _scored_model(scores)
+    model = folder if stored else _scored_model(there)
     source = None if model is None else Checkpoint.open(model)
-    history = [] if source is None else _unfolded(source.provenance()["history"])
+    told = {"history": []} if source is None else source.provenance()
+    history = _unfolded(told["history"])
+    scores = [entry for entry in there if not stored or is_of(entry, told.get("fingerprint"))]
     seconds, tokens, peaks = (
         [entry[key] for entry in history if entry.get(key) is not None]
         for key in ("seconds", "tokens", "peak_memory_bytes")
@@ -81,6 +85,7 @@ def read_row(folder: Path) -> Row:
         scores=scores,
         quality=qualities(scores),
         stored=stored,
+        stale=len(there) - len(scores),
     )
 
 

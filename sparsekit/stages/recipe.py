@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
-from sparsekit.stages.recipeform import TOP, VERBS, VERSION, read_yaml, write_yaml
+from sparsekit.stages.recipeform import (
+    TOP,
+    VERBS,
+    VERSION,
+    defaults,
+    read_yaml,
+    write_yaml,
+)
 from sparsekit.stages.recipesteps import Draft, Step, is_seed, read_stage, refuse_one_place
 
 
@@ -123,6 +130,8 @@ def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft:
         hint = did_you_mean(verb, [*VERBS, "model", "seed"])
         draft.errors.append(f"{override!r}: write it as model=…, seed=… or VERB.WORD=…; {hint}")
         return
+    if isinstance(defaults(verb).get(word), list | tuple) and not isinstance(value, list | dict):
+        value = [value]  # as on the command line, where the flag can be given again
     written: list[dict[str, Any]] = []
     for stage in stages:
         if isinstance(stage, dict) and verb in stage:
@@ -135,6 +144,8 @@ def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft:
     having = [one for one in written if word in one or f"{word}s" in one]
     for one in having or written:
         one.pop(f"{word}s", None)  # which it stands in the place of
+        if word.endswith("s"):
+            one.pop(word.removesuffix("s"), None)
         one[word] = value
 
 

@@ -29,7 +29,8 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     """The scores of a folder, oldest first; none when it has no such file.
 
     An entry is a `Score` as JSON with the options that it was measured with, `config`, and the
-    name of the model that its differences are to, `baseline` (None: it has none).
+    name of the model that its differences are to, `baseline` (None: it has none). Beside a
+    checkpoint of ours it has the fingerprint of the weights that were scored, `weights`.
 
     Raises:
         DataError: The file is damaged, or a newer sparsekit wrote it.
@@ -64,9 +65,21 @@ def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_scores(folder) if _run(old) != _run(entry)]
-    scores = [*kept, dict(entry)]
+    scores = [*kept, dict(entry) | _scored(folder)]
     write_json(folder / SCORES, {"format": FORMAT, "scores": scores})
     tell_scores(folder, scores)
+
+
+def is_of(entry: Mapping[str, Any], weights: str | None) -> bool:
+    """Whether a score is of weights with this fingerprint, as far as it tells."""
+    return entry.get("weights") in (None, weights)
+
+
+def _scored(folder: Path) -> dict[str, str]:
+    """The fingerprint of the weights in a folder, where it has one."""
+    file = folder / PROVENANCE
+    found = read_json(file).get("fingerprint") if file.is_file() else None
+    return {} if found is None else {"weights": found}
 
 
 def save_scores(

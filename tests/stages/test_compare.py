@@ -22,6 +22,7 @@ from scorings import (
 )
 
 from sparsekit.errors import DataError
+from sparsekit.models.folder import PROVENANCE
 from sparsekit.stages.compare import compare, pareto
 from sparsekit.stages.comparetable import captions, columns, to_csv, to_markdown
 from sparsekit.stages.scores import SCORES, add_score, read_scores
@@ -158,6 +159,18 @@ def test_score_takes_the_place_of_the_same_measurement_only(tmp_path):
     add_score(tmp_path / "m", score(windows(6.0)))
     logs = [entry["perplexity"]["log_perplexity"] for entry in read_scores(tmp_path / "m")]
     assert logs == [4.0, 5.0, 6.0]
+
+
+def test_scores_of_other_weights_are_left_out_and_told(tmp_path):
+    folder = checkpoint(tmp_path / "m", pruned_entry())
+    told = json.loads((folder / PROVENANCE).read_text())
+    (folder / PROVENANCE).write_text(json.dumps(told | {"fingerprint": "f" * 64}))
+    add_score(folder, score(windows(3.0)))
+    assert [len(row.quality) for row in compare([folder]).rows] == [1]
+    (folder / PROVENANCE).write_text(json.dumps(told | {"fingerprint": "0" * 64}))
+    found = compare([folder])
+    assert [len(row.quality) for row in found.rows] == [0]
+    assert any("1 scores in" in note and "other weights" in note for note in found.notes)
 
 
 # Columns

@@ -173,8 +173,8 @@ print(json.dumps([peak_memory() - before, estimate["peak_memory_estimate_bytes"]
 @pytest.mark.parametrize("what", ["gptq", "awq", "pack"])
 def test_peak_is_not_above_what_the_plan_says(what, make_llama, row_file, tmp_path):
     """On weights that are large beside what libraries take when they are first used."""
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 1}
-    make_llama(tmp_path / "dense", **shape, num_attention_heads=8)
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 1}
+    make_llama(tmp_path / "dense", **shape, num_attention_heads=6)
     model = tmp_path / "dense"
     if what == "pack":
         model = prune(PruneConfig(method="magnitude"), str(model), tmp_path / "sparse").out

@@ -207,6 +207,17 @@ def test_words_are_replaced_where_they_are_else_in_every_variant():
     assert [step.name for step in parse(many, ["prune.method=nowag"]).steps] == ["nowag"]
 
 
+def test_one_value_stands_for_a_list_of_one():
+    told = parse(HEAD + "- prune: {}\n", ["prune.skip=o_proj", "prune.option=damping=0.1"])
+    assert told.steps[0].words["skip"] == ["o_proj"]
+    assert told.steps[0].words["option"] == ["damping=0.1"]
+
+
+def test_variants_take_the_place_of_one_value():
+    told = parse(HEAD + "- prune: {method: wanda}\n", ["prune.methods=[ria, nowag]"])
+    assert [step.name for step in told.steps] == ["ria", "nowag"]
+
+
 @pytest.mark.parametrize("override", ["samples", "samples=8", "prnue.samples=8", "pack.x=1"])
 def test_a_replacement_that_names_no_word_is_refused(override):
     assert repr(override) in errors(HEAD + "- prune: {}\n", override)[0]
