@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # Held while a run writes; its presence in a folder beside an output shows whose that folder is.
 LOCK = ".sparsekit-lock"
+# So begin the names of all files that only an unfinished run needs.
+OWN = ".sparsekit-"
 # Room for everything that is not a weight: tokenizer, configuration, provenance.
 SPARE_BYTES = 64 << 20
 
@@ -50,6 +53,8 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"the output {out} is a file", "choose another name")
+    if (out / PROVENANCE).is_file():
+        _tidy(out)
     if not overwrite:
         raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
     if any(out.iterdir()) and not (out / PROVENANCE).is_file():
@@ -57,6 +62,19 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
             f"{out} was not written by sparsekit and is not overwritten",
             "delete it yourself or choose another folder",
         )
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a run that was killed after its last rename left in a complete output.
+
+    The files of a run that is not complete lie beside the output, never in it.
+    """
+    for left in out.glob(f"{OWN}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def refuse_foreign(partial: Path) -> None:

@@ -220,6 +220,16 @@ def test_existing_output_needs_overwrite_and_then_is_replaced(cli, family, row_f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_what_a_run_killed_at_its_end_left_is_removed(cli, family, pruned, copy_of):
+    out = copy_of(pruned)
+    kept = {file.name: file.read_bytes() for file in out.iterdir()}
+    (out / ".sparsekit-state-7.saved").write_bytes(b"moments")
+    (out / ".sparsekit-replaced").mkdir()
+    (out / ".sparsekit-replaced" / WEIGHTS).write_bytes(b"the output before")
+    assert_one_line_error(cli("prune", family("llama"), "-o", out), 2, "exists")
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == kept
+
+
 def test_source_or_a_file_as_output_is_refused_without_advice_to_lose_it(cli, copy_of, tmp_path):
     folder = copy_of("llama")
     found = cli("prune", folder, "-o", folder, "--overwrite")
