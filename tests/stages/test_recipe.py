@@ -208,7 +208,8 @@ def test_words_are_replaced_where_they_are_else_in_every_variant():
 
 
 def test_one_value_stands_for_a_list_of_one():
-    told = parse(HEAD + "- prune: {}\n", ["prune.skip=o_proj", "prune.option=damping=0.1"])
+    text = HEAD + "- prune: {method: sparsegpt}\n"
+    told = parse(text, ["prune.skip=o_proj", "prune.option=damping=0.1"])
     assert told.steps[0].words["skip"] == ["o_proj"]
     assert told.steps[0].words["option"] == ["damping=0.1"]
 
@@ -235,6 +236,7 @@ def test_flags_and_recipe_keys_are_the_same_words_with_the_same_defaults(verb):
         "quiet",
         "debug",
         "dry_run",
+        "timed",
         "help",
         "save",
     )
