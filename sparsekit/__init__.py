@@ -57,7 +57,7 @@ def masked(model: nn.Module) -> Masked:
     were merged in between have not filled them.
 
     Raises:
-        UsageError: The model has no zeros.
+        UsageError: The model has no zeros, or is no module.
     """
     from sparsekit.models.keepzeros import Masked
 

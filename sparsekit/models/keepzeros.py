@@ -26,6 +26,11 @@ class Masked:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"masked takes a torch module, not a {type(model).__name__}",
+                "load a folder with sparsekit.load",
+            )
         self._zeros: list[tuple[nn.Parameter, Tensor]] = []
         tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
         for parameter in model.parameters():

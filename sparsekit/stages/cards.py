@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from sparsekit import methods
 from sparsekit.stages.frontmatter import Origin, front_matter
 
 WEIGHTS = "The whole history, with one row for each weight, is in `sparsekit.json`."
@@ -121,7 +122,8 @@ def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
     if plan["share"]:
         loss = f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"
     rows = [
-        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        ("method", f"{recipe['method']} {_own_options(recipe)}".strip()),
+        ("decay", f"{plan['decay']:.3g}" if plan.get("decay") else "-"),
         ("pattern", recipe["pattern"]),
         ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
         (
@@ -134,7 +136,7 @@ def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
         ("loss", loss),
         ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
-        ("entries that changed sides", f"{flipped / summary['size']:.2%}"),
+        ("entries that changed sides", f"{flipped / summary['size']:.4%}"),
         (
             "last hidden states, moved by leaving out what is off the masks",
             "-" if moved is None else f"{moved:.2%}",
@@ -147,11 +149,18 @@ def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
         tags=("pruned",),
         done=f"trained at {recipe['pattern']}",
         text=_what_it_is(recipe["format"], summary["bits_per_weight"]),
-        rows=rows,
+        rows=[(name, value) for name, value in rows if value != "-"],
         end="![Training](sparsekit-training.png)\n\n"
         "The whole history, with one row for each weight, is in `sparsekit.json`; the log of "
         "training is in\n`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.",
     )
+
+
+def _own_options(recipe: Mapping[str, Any]) -> str:
+    """The options that a recoverer has, but for the decay, which is told as it was chosen."""
+    names = [option.name for option in methods.describe("recoverers", recipe["method"]).options]
+    told = [f"{n}={recipe['options'][n]}" for n in names if n in recipe["options"] and n != "decay"]
+    return f"({', '.join(told)})" if told else ""
 
 
 def quantize_card(entry: Mapping[str, Any], origin: Origin) -> str:

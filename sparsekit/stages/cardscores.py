@@ -16,7 +16,7 @@ from sparsekit.stages.measured import Figure, Quality, TaskSet, headings, perple
 BEGIN, END = "<!-- sparsekit: scores -->", "<!-- sparsekit: end of scores -->"
 SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
 HEAD = """\
-| measured on | before | this checkpoint | difference |
+| measured on | baseline | this checkpoint | difference |
 |---|---|---|---|"""
 
 
@@ -42,10 +42,10 @@ def tell_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def scores_table(entries: Iterable[Mapping[str, Any]]) -> str:
-    """A section in Markdown: for each text and set of tasks the model, and what it came from.
+    """A section in Markdown: for each text and set of tasks the model, and its baselines.
 
     A value is told with its standard error, and the paired difference to a baseline with its own;
-    `before` is the baseline's value, which is the value less the difference.
+    the baseline's value is the value less the difference.
     """
     found = qualities(entries)
     rows = []

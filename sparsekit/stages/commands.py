@@ -133,13 +133,13 @@ def _skipped(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 def _options(kind: str, method: str, options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """The options of a method that do not have their default."""
-    known = methods.names(kind)
-    default = (
-        {o.name: o.default for o in methods.describe(kind, method).options}
-        if method in known
-        else {}
-    )
+    is_known = method in methods.names(kind)
+    told = methods.describe(kind, method).options if is_known else ()
+    default = {option.name: option.default for option in told}
     for name, value in options.items():
+        # What methods share without being an option of each is no flag of theirs.
+        if is_known and name not in default:
+            continue
         if _plain(value) != _plain(default.get(name, "")):
             yield from ("-O", f"{prefix}{name}={value}")
 

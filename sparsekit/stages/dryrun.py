@@ -1,6 +1,7 @@
 """What runs of quantize, recover and pack would do and cost, told without doing it."""
 
 import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from sparsekit.stages.job import family_notes
 from sparsekit.stages.plan import begun
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantweights import quantize_block
+from sparsekit.stages.student import PROBED
 from sparsekit.stages.trainchecks import state_bytes, training_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainplan import WRITTEN
 from sparsekit.stages.trainspeed import bench_recover
 
 # Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
@@ -87,7 +90,7 @@ def plan_recover(
         "skipped": job.skipped,
         "notes": job.notes,
         "state_bytes": state_bytes(job.source),
-        "seconds_estimate": _recover_seconds(config, model, progress) if timed else None,
+        "seconds_estimate": _recover_seconds(job, model, progress) if timed else None,
         "peak_memory_at_least_bytes": training_bytes(job.source, taught, job.recoverer),
         "device": str(job.device),
         "dtype": "float32",
@@ -129,12 +132,21 @@ def _quantize_seconds(job: quantjob.QuantizeJob, progress: Progress) -> float:
     )
 
 
-def _recover_seconds(config: RecoverConfig, model: str, progress: Progress) -> float:
-    """How long training would take, without perplexities, saved states and sampled text."""
+def _recover_seconds(job: recovery.Recovery, model: str, progress: Progress) -> float:
+    """How long the run would take, without perplexities on its way and sampled text.
+
+    Loading is measured, and some steps; those that measure gradients before the first one count,
+    and a saved state.
+    """
+    config = job.config
     if config.max_time is not None:
         return config.max_time
+    begun = time.perf_counter()
     speed = bench_recover(config, model, steps=STEPS, progress=progress)["tokens_per_second"]
-    return config.steps() * config.step_tokens / speed
+    step = config.step_tokens / speed
+    loading = max(0.0, time.perf_counter() - begun - (STEPS + 1) * step)
+    steps = config.steps() + (PROBED if job.recoverer.needs_gradient else 0)
+    return loading + steps * step + state_bytes(job.source) / WRITTEN
 
 
 def _name(dtype: Any) -> str:

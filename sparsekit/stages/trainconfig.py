@@ -86,8 +86,8 @@ class RecoverConfig:
             methods.check("recoverers", self.method, self.options)
         elif self.options:
             raise UsageError(
-                f"option {next(iter(self.options))!r} belongs to one method",
-                "name it with --method",
+                f"option {next(iter(self.options))!r} does not go with --method {AUTO}",
+                "name the method that has it",
             )
         if self.schedule not in SCHEDULES:
             raise UsageError(
@@ -118,7 +118,8 @@ class RecoverConfig:
     def _check_numbers(self) -> None:
         if (self.tokens is None) == (self.max_time is None):
             raise UsageError(
-                "recover needs to know how long: either --tokens or --max-time",
+                "recover needs to know how long: either --tokens or --max-time"
+                + (", not both" if self.tokens is not None else ""),
                 "as --tokens 20M, or --max-time 30m",
             )
         if self.data == "self" and self.tokens is None:

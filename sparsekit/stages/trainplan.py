@@ -69,6 +69,7 @@ def make_plan(
         left = config.max_time - (time.perf_counter() - started)
         steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
         if steps < 1:
+            left = max(0.0, left)
             raise UsageError(
                 f"--max-time: one step takes {step:.1f} s, {left:.0f} s are left, and about "
                 f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",

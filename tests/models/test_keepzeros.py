@@ -124,3 +124,5 @@ def test_embeddings_and_matrices_of_zeros_are_left_alone(model):
 def test_a_model_without_zeros_is_refused():
     with pytest.raises(UsageError, match="no zeros to keep"):
         sparsekit.masked(nn.Linear(4, 4))
+    with pytest.raises(UsageError, match="takes a torch module, not a str"):
+        sparsekit.masked("pruned")

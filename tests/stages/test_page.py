@@ -304,6 +304,15 @@ def test_commands_are_a_chain_that_the_command_line_takes(run):
         assert model in (None, row.name)
 
 
+def test_commands_have_only_the_options_of_their_method(tmp_path):
+    entry = recovered_entry("ast", 4096)
+    entry["recipe"]["options"] = {"spans": 0, "refresh": 5, "metric": "magnitude", "decay": 0.0}
+    [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), entry)]).rows
+    _, line = commands(row)
+    assert "-O refresh=5" in line
+    assert "spans" not in line  # of cast
+
+
 def test_commands_name_what_a_recipe_asked_for(tmp_path):
     entry = pruned_entry("dsnot from alps")
     entry["recipe"] |= {

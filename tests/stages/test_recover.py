@@ -990,7 +990,7 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
         ({"schedule": "cosin"}, "no schedule 'cosin'; did you mean 'cosine'"),
         ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit weights"),
         ({"tokens": None}, "either --tokens or --max-time"),
-        ({"max_time": 9.0}, "either --tokens or --max-time"),
+        ({"max_time": 9.0}, "either --tokens or --max-time, not both"),
         ({"tokens": None, "max_time": 9.0, "data": "self"}, "--data self needs to know how much"),
         ({"tokens": 31}, "--tokens 31 is less than one step of 32"),
         ({"batch": 0}, "--batch must be at least 1"),

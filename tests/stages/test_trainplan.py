@@ -115,7 +115,7 @@ def test_auto_is_told_and_recorded_as_the_method_that_ran(pruned, tmp_path):
 
 
 def test_option_of_a_method_that_auto_may_not_take_is_refused():
-    with pytest.raises(UsageError, match="option 'decay' belongs to one method"):
+    with pytest.raises(UsageError, match="option 'decay' does not go with --method auto"):
         replace(SHORT, method="auto", options={"decay": "1"}).check()
 
 
