@@ -208,11 +208,18 @@ def test_recomputing_activations_changes_nothing(family, tmp_path, monkeypatch):
 def test_the_card_shows_the_curve_and_what_was_left_out(family, pruned, tmp_path):
     cast = recover(CAST, str(family("llama")), tmp_path / "cast")
     fixed = recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "fixed")
-    for found, moved in ((cast, f"{cast.entry['finished']['moved']:.2%}"), (fixed, "-")):
-        card = (found.out / "README.md").read_text()
+    cards = [(found.out / "README.md").read_text() for found in (cast, fixed)]
+    for found, card in zip((cast, fixed), cards, strict=True):
         (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card)
         assert (found.out / picture).read_bytes().startswith(b"\x89PNG\r\n")
-        assert f"by leaving out what is off the masks | {moved} |" in card
+    moved = cast.entry["finished"]["moved"]
+    assert f"by leaving out what is off the masks | {moved:.2%} |" in cards[0]
+    assert f"| decay | {cast.entry['plan']['decay']:.3g} |" in cards[0]
+    assert "spans=" in cards[0]
+    # What a method does not do has no row.
+    assert "off the masks" not in cards[1]
+    assert "| - |" not in cards[1]
+    assert "spans" not in cards[1]
 
 
 def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path):
