@@ -23,15 +23,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def watch_peak() -> int:
-    """Let `peak_memory` begin anew, where the system can (Linux); gives the resident bytes now.
+def watch_peak() -> None:
+    """Let `peak_memory` begin anew, where the system can (Linux).
 
     Elsewhere the peak stays that of the whole process, earlier work included.
     """
-    import psutil
-
     with contextlib.suppress(OSError):
         PEAK_RESET.write_text("5")
+
+
+def resident() -> int:
+    """The resident size of this process now, in bytes."""
+    import psutil
+
     return psutil.Process().memory_info().rss
 
 

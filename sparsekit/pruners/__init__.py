@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsekit.tensors.curvature import FACTORING_BYTES
 from sparsekit.tensors.factored import Factored
 from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.patterns import Pattern
@@ -46,6 +47,8 @@ class Pruner(ABC):
     """Whether weights that are kept get other values than they had."""
     propagate: ClassVar[bool] = True
     """Whether a block's inputs come from the pruned blocks before it, or from the dense model."""
+    gram_bytes: ClassVar[int] = FACTORING_BYTES
+    """Of a method that reads Gram matrices: the memory it makes of one, for each entry."""
 
     @abstractmethod
     def prune(

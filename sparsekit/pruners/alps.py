@@ -32,6 +32,7 @@ class Alps(Pruner):
 
     needs: ClassVar[Want | None] = Want.GRAM
     updates: ClassVar[bool] = True
+    gram_bytes: ClassVar[int] = 8 * 6  # eigenvectors, inverse, what LAPACK works in; float64
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     penalty: float = 0.1

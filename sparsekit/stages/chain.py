@@ -20,7 +20,7 @@ from sparsekit.pruners import Pruned, Pruner
 from sparsekit.quantizers.gptq import Gptq
 from sparsekit.refiners import GoOn, Refiner, always
 from sparsekit.stages.config import PruneConfig
-from sparsekit.tensors.curvature import require_finite, solve_on_support, unit_gram
+from sparsekit.tensors.curvature import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
 from sparsekit.tensors.factored import Factored, compensate, stored_shapes
 from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.patterns import Pattern
@@ -92,6 +92,11 @@ class Chain:
             want |= step.needs or Want.NORMS
         whole = self.reconstruct == "cg" or self.grid is not None
         return want | Want.GRAM if whole else want
+
+    @property
+    def gram_bytes(self) -> int:
+        """The memory that is made of the largest Gram matrix, in bytes for each entry."""
+        return self.pruner.gram_bytes if self.pruner else FACTORING_BYTES
 
     @property
     def propagate(self) -> bool:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsekit.memory import peak_memory, watch_peak
+from sparsekit.memory import peak_memory, resident, watch_peak
 from sparsekit.models.skeleton import KEPT_BYTES
 from sparsekit.stages import blockwise
+from sparsekit.tensors.curvature import FACTORING_BYTES
 from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
 
 if TYPE_CHECKING:
@@ -37,23 +38,29 @@ class Cost:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.started = self._begun = clock()
-        self._resident = watch_peak()
+        watch_peak()
         self._room = 0
         self._sizes: dict[str, int] = {}
         self._expected: float | None = None
 
-    def begin(self, stream: BlockStream, finished: Collection[str], room: int) -> None:
+    def prepared(self, room: int) -> None:
+        """Take note that the libraries are loaded and no weight is read yet.
+
+        Args:
+            room: The memory that is expected above that of the process, in bytes.
+        """
+        self._room = resident() + room
+
+    def begin(self, stream: BlockStream, finished: Collection[str]) -> None:
         """Take note that the first block comes now.
 
         Args:
             stream: The blocks.
             finished: Names of those that an earlier run has computed; then nothing is expected
                 of the time, since what is left of such a run is not like the whole.
-            room: The memory that is expected above that of the process, in bytes.
         """
         blocks = [stream.block(index) for index in range(len(stream))]
         self._sizes = {} if finished else {block.name: size_of(block) for block in blocks}
-        self._room = room
         self._begun = self._clock()
 
     def done(self, block: Block) -> None:
@@ -69,7 +76,7 @@ class Cost:
         return {
             "seconds": round(self._clock() - self.started, 3),
             "peak_memory_bytes": peak_memory(),
-            "estimated": {"seconds": expected, "peak_memory_bytes": self._resident + self._room},
+            "estimated": {"seconds": expected, "peak_memory_bytes": self._room},
         }
 
 
@@ -130,7 +137,7 @@ def peak_estimate(
     stream: BlockStream,
     want: Want | None,
     calibration: Calibration | None,
-    solver_bytes: int = 8 * 6,
+    gram_bytes: int = FACTORING_BYTES,
 ) -> int:
     """An estimate of this process's memory above the interpreter with its libraries, in bytes.
 
@@ -138,8 +145,7 @@ def peak_estimate(
         stream: The model, whose blocks are rewritten one by one.
         want: The sums of inputs that are kept for a block; None: none.
         calibration: The rows that run through it.
-        solver_bytes: What is made of the largest Gram matrix, for each of its entries. ALPS takes
-            most: eigenvectors in float64, their inverse, and what LAPACK works in.
+        gram_bytes: What is made of the largest Gram matrix, for each of its entries.
     """
     source = stream.source
     places = source.places
@@ -153,7 +159,7 @@ def peak_estimate(
         widths = [target.shape[1] for target in block.targets]
         grams = 0
         if want and Want.GRAM in want:
-            grams = 4 * sum(w * w for w in widths) + solver_bytes * max(widths) ** 2
+            grams = 4 * sum(w * w for w in widths) + gram_bytes * max(widths) ** 2
         solving = 2 * max(math.prod(target.shape) for target in block.targets)
         blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
     outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())

@@ -50,7 +50,7 @@ class Job:
     @property
     def room(self) -> int:
         """The memory that the run is expected to take above the libraries, in bytes."""
-        return peak_estimate(self.stream, self.want, self.calibration)
+        return peak_estimate(self.stream, self.want, self.calibration, self.chain.gram_bytes)
 
     def notes(self) -> list[str]:
         """What the user should know before the run: what speaks against it, and ARMOR's blocks."""

@@ -65,6 +65,7 @@ def prune(
     """
     cost = Cost()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    cost.prepared(job.room)
     rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
     if job.chain.given:
@@ -84,7 +85,7 @@ def prune(
         progress.begin(" ".join(words), len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        cost.begin(job.stream, writer.finished, job.room)
+        cost.begin(job.stream, writer.finished)
         weights = blockwise.rewrite(
             job.stream,
             writer,

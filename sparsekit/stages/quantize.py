@@ -51,6 +51,7 @@ def quantize(
     """
     cost = Cost()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    cost.prepared(job.room)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in (*family_notes(job.stream), *(rows.notes if rows else ())):
         progress.note(note)
@@ -64,7 +65,7 @@ def quantize(
         progress.begin(f"{config.method} {job.grid}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        cost.begin(job.stream, writer.finished, job.room)
+        cost.begin(job.stream, writer.finished)
         weights = blockwise.rewrite(
             job.stream,
             writer,

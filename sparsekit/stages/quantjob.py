@@ -21,9 +21,6 @@ from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.sums import Want
 
-# Of a Gram matrix while GPTQ factors it, for each entry.
-FACTORING_BYTES = 8 * 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob:
@@ -47,7 +44,7 @@ class QuantizeJob:
     @property
     def room(self) -> int:
         """The memory that the run is expected to take above the libraries, in bytes."""
-        return peak_estimate(self.stream, self.want, self.calibration, FACTORING_BYTES)
+        return peak_estimate(self.stream, self.want, self.calibration)
 
     @property
     def coded(self) -> bool:

@@ -10,6 +10,8 @@ from sparsekit.tensors.sums import InputSums
 
 # A failed factorisation is tried again with ten times the damping, up to this share.
 MOST_DAMPING = 1.0
+# What is made of a Gram matrix while it is factorised, in bytes for each of its entries.
+FACTORING_BYTES = 8 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
