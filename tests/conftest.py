@@ -297,3 +297,15 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "llama_odd": lambda folder: llama(folder, intermediate_size=66),
     "llama_deep": llama_deep,
 }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 100 MB of its own, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "sparsekit-test", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -34,6 +34,13 @@ def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> 
         )
         for one in done
     ]
+    plans = [one.plan for one in done if one.plan is not None]
+    if len(plans) > 1:
+        seconds = [plan["seconds_estimate"] for plan in plans]
+        told = None if None in seconds else f"about {sum(seconds):.0f}"
+        rows.append(
+            (f"these {len(plans)} together", None, None, told, *showplan.together(plans), None)
+        )
     title = "plan (nothing was written)" if dry else f"{out}"
     costs = ("to write", "memory") if dry else ()
     terminal.table(title, ("step", "verb", "", "seconds", *costs, "folder"), rows)

@@ -1,6 +1,6 @@
 """How the plan of a dry run looks, of every command that has one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsekit.cli.console import Terminal
@@ -36,6 +36,13 @@ def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
     memory = plan.get("peak_memory_estimate_bytes")
     told = _size(memory) if memory else f"{_size(plan['peak_memory_at_least_bytes'])} and more"
     return _size(plan["bytes_to_write"]), told
+
+
+def together(plans: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Of several steps the bytes to write, and the most memory that one takes."""
+    keys = ("peak_memory_estimate_bytes", "peak_memory_at_least_bytes")
+    most = max(plan.get(key, 0) for plan in plans for key in keys)
+    return _size(sum(plan["bytes_to_write"] for plan in plans)), f"{_size(most)} at most"
 
 
 def _more(plan: dict[str, Any]) -> list[tuple[str, str]]:

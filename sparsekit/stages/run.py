@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.errors import SparsekitError, UsageError
+from sparsekit.errors import SparsekitError, StorageError, UsageError
 from sparsekit.files import write_atomic
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.dryrun import plan_quantize, plan_recover
@@ -90,20 +90,23 @@ def run(
     states = _states(work, first, start)
     plans = _plans(work, states, timed=dry and timed)
     if dry:
-        kept = {True: "kept", False: "to do"}
-        return [
-            Done(
-                step=s,
-                folder=work.folder(s.name),
-                state=kept[states[s.name]],
-                plan=plans.get(s.name),
-            )
-            for s in recipe.steps
-            if s.verb != "eval"
-        ]
+        return [_looked_at(work, step, states, plans) for step in recipe.steps]
     with work.locked():
         states = _states(work, first, start)  # another run may have ended since
         return _carried_out(work, states, first)
+
+
+def _looked_at(
+    work: Run, step: Step, states: Mapping[str, bool], plans: Mapping[str, Mapping[str, Any]]
+) -> Done:
+    """What a dry run tells of a step."""
+    if step.verb == "eval":
+        folder, plan = _scores_of(work, step.parent), None
+        there = step.parent is None or states[step.parent]
+        kept = there and _is_measured(work, step, _measurement(work, step))
+    else:
+        folder, plan, kept = work.folder(step.name), plans.get(step.name), states[step.name]
+    return Done(step=step, folder=folder, state="kept" if kept else "to do", plan=plan)
 
 
 def _states(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bool]:
@@ -145,7 +148,25 @@ def _plans(work: Run, states: Mapping[str, bool], *, timed: bool) -> dict[str, d
             found[step.name] = PLANS[step.verb](step.config, *where, **how)
         elif step.verb == "quantize":
             work.require_grid(step)
+    _require_room(work, found)
     return found
+
+
+def _require_room(work: Run, plans: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse steps whose outputs the disk has no room for together.
+
+    Raises:
+        StorageError: Says how much is missing.
+    """
+    ways = {name: (name, f"{name}.partial") for name in plans}  # where its room is taken already
+    new = [plans[n] for n, names in ways.items() if not any(work.folder(w).exists() for w in names)]
+    needed = sum(plan["bytes_to_write"] for plan in new)
+    if new and needed > (free := new[0]["bytes_free"]):
+        raise StorageError(
+            f"{len(new)} steps that begin with {work.recipe.model} need {needed / 1e9:.2f} GB, "
+            f"{work.out} has {free / 1e9:.2f} GB free",
+            "make room or choose another disk; nothing was written",
+        )
 
 
 def _carried_out(work: Run, states: Mapping[str, bool], first: Sequence[Step]) -> list[Done]:
@@ -209,18 +230,14 @@ def _scored(work: Run, steps: Sequence[Step], *, again: bool) -> list[Done]:
         steps: Those of one stage that have the same words.
         again: Whether they are measured all the same.
     """
-    config, baseline = steps[0].config, steps[0].words["baseline"]
-    if steps[0].parent is None and baseline == work.recipe.model:
-        baseline = None
-    told = measurement(config, baseline) | {"read": work.read(steps[0])}
+    config, told = steps[0].config, _measurement(work, steps[0])
+    baseline = told["baseline"]
     begun = time.perf_counter()
     left: list[Step] = []
     found: list[Done] = []
     for step in steps:
-        folder = _scores_of(work, step.parent)
-        entries = [] if again else read_scores(folder)
-        if any(_same(entry, told, work.keys[step.parent]) for entry in entries):
-            found.append(Done(step=step, folder=folder, state="kept"))
+        if not again and _is_measured(work, step, told):
+            found.append(Done(step=step, folder=_scores_of(work, step.parent), state="kept"))
         else:
             left.append(step)
     if not left:
@@ -241,9 +258,20 @@ def _scored(work: Run, steps: Sequence[Step], *, again: bool) -> list[Done]:
     return found
 
 
-def _same(entry: Mapping[str, Any], told: Mapping[str, Any], key: str) -> bool:
-    """Whether an entry is of the same model, measured in the same way."""
-    return entry.get("of") == key and all(entry.get(name) == told[name] for name in told)
+def _measurement(work: Run, step: Step) -> dict[str, Any]:
+    """How a step measures, as it is kept beside its scores; no model is its own baseline."""
+    baseline = step.words["baseline"]
+    if step.parent is None and baseline == work.recipe.model:
+        baseline = None
+    return measurement(step.config, baseline) | {"read": work.read(step)}
+
+
+def _is_measured(work: Run, step: Step, told: Mapping[str, Any]) -> bool:
+    """Whether scores of the same model, measured in the same way, are there."""
+    return any(
+        entry.get("of") == work.keys[step.parent] and all(entry.get(k) == told[k] for k in told)
+        for entry in read_scores(_scores_of(work, step.parent))
+    )
 
 
 def _scores_of(work: Run, name: str | None) -> Path:

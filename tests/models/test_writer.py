@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 from collections import namedtuple
 from pathlib import Path
 
@@ -473,18 +472,6 @@ def test_write_error_at_the_end_keeps_all_blocks_for_the_same_command(copy_of, r
     for path in whole.glob("*.safetensors"):
         assert sha256_file(path) == sha256_file(out / path.name)
     assert (out / "vocabulary.txt").read_bytes() == (source / "vocabulary.txt").read_bytes()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 100 MB of its own, where this user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "sparsekit-test", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_disk_that_fills_up_on_the_way_costs_no_finished_block(

@@ -1,7 +1,9 @@
 """Runs of recipes: each step once, resumable, and never the wrong output."""
 
+import contextlib
 import json
 import shutil
+from collections import namedtuple
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -260,11 +262,13 @@ def test_from_needs_what_comes_before(recipe, tmp_path):
 
 def test_a_dry_run_tells_what_is_left_and_writes_nothing(recipe, tmp_path):
     out = tmp_path / "run"
-    assert states(run(recipe, out, dry=True)) == ["to do"] * 6
+    assert states(run(recipe, out, dry=True)) == ["to do"] * 10
     assert not out.exists()
     run(recipe, out)
     shutil.rmtree(out / "ria.fixed")
-    assert states(run(recipe, out, dry=True)) == ["kept"] * 3 + ["to do"] + ["kept"] * 2
+    assert states(run(recipe, out, dry=True)) == (
+        ["kept"] * 5 + ["to do", "kept", "to do"] + ["kept"] * 2
+    )
 
 
 def test_an_output_that_is_gone_is_made_again(recipe, tmp_path):
@@ -336,6 +340,50 @@ def test_a_failing_step_is_named_and_what_was_made_is_kept(recipe, tmp_path, mon
         with pytest.raises(StorageError, match=r"stages\[2\]\.recover, ria\.fixed: cannot write"):
             run(recipe, out)
     assert states(run(recipe, out)) == ["kept"] * 5 + ["made"] * 5
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_matrix_costs_nothing_finished(
+    family, tmp_path, small_disk
+):
+    class Fill(Progress):
+        """Takes all room once the second variant has begun."""
+
+        title = ""
+
+        def begin(self, title: str, total: int, done: int = 0) -> None:
+            self.title = title
+
+        def step(self, label: str) -> None:
+            if "4:8" in self.title:
+                with contextlib.suppress(OSError), (small_disk / "filler").open("wb", 0) as filler:
+                    while filler.write(bytes(1 << 16)):
+                        pass
+
+    text = f"model: {family('llama_deep')}\nstages:\n- prune: {{method: magnitude, patterns: "
+    recipe, out = parse(text + "[2:4, 4:8, 50%]}\n"), small_disk / "run"
+    with pytest.raises(StorageError, match=r"stages\[0\]\.prune, .*cannot write .*No space left"):
+        run(recipe, out, progress=Fill())
+    (small_disk / "filler").unlink()
+    assert states(run(recipe, out)) == ["kept", "made", "made"]
+    run(recipe, tmp_path / "whole")
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_a_disk_without_room_for_all_variants_is_refused_first(family, tmp_path, monkeypatch):
+    """One of them would fit."""
+    from sparsekit.models import output
+
+    usage, size = namedtuple("usage", "total used free"), 200_000_000
+    source = family("llama")
+    bytes_each = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    monkeypatch.setattr(output, "SPARE_BYTES", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size, 0, int(2.5 * bytes_each)))
+    text = f"model: {source}\nstages:\n- prune: {{method: magnitude, patterns: [2:4, 4:8, 50%]}}\n"
+    with pytest.raises(
+        StorageError, match=r"3 steps that begin with .* need .* GB free; make room"
+    ):
+        run(parse(text), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_pruned_is_refused_before_the_first_step(family, row_file, tmp_path):
