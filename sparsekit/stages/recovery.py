@@ -302,6 +302,12 @@ def _layout(
 def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:
     """What the user should know before the run."""
     found = []
+    others = sorted(set(_told(source).values()) - {config.pattern})
+    if config.pattern is not None and others:
+        found.append(
+            f"{source.path} was pruned to {' and '.join(others)}: what is kept is chosen anew, the "
+            f"largest weights, {config.pattern}"
+        )
     if config.slorb is not None:
         found.append(
             "the branches of --slorb cannot be folded into the sparse weights, and a model that "

@@ -870,6 +870,14 @@ def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, 
     assert verify(str(tmp_path / "out"))["zeros"] == 9216
 
 
+def test_another_pattern_than_that_of_the_history_is_told(pruned, tmp_path):
+    """It is a wish that can be granted, but seldom one that is meant."""
+    notes = Notes()
+    recover(replace(SHORT, pattern="1:4"), str(pruned), tmp_path / "out", progress=notes)
+    assert any("was pruned to 2:4: what is kept is chosen anew" in told for told in notes.told)
+    assert verify(str(tmp_path / "out"))["pattern"] == ["1:4"]
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(pruned, copy_of, tmp_path):
     copy = copy_of("llama")
     config = json.loads((copy / "config.json").read_text())
