@@ -27,7 +27,7 @@ from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.report import Report, totals
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.training import Plan, Training
+from sparsekit.stages.training import Plan, Training, memory_told
 from sparsekit.stages.trainlog import PROGRESS, TrainingLog
 from sparsekit.stages.trainloss import measure, sparsity_measure
 from sparsekit.stages.trainplan import closing_seconds, make_plan
@@ -42,6 +42,8 @@ from sparsekit.stages.trainwork import Work
 from sparsekit.stages.trainwrite import finish, write_tensors
 
 PLAN = ".sparsekit-plan.json"
+# What to do where weights, moments or a selection need more memory than there is.
+BESIDE = "train it where there is more: a smaller --batch or --length changes little here"
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
 
@@ -81,10 +83,11 @@ def recover(
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
         try:
-            student = Student.load(job, work.rows, ranks)
-            training = _training(work, student)
-            log = _train(work, training)
-            finished = finish(training, work.progress)
+            with memory_told("beside the passes over rows", BESIDE):
+                student = Student.load(job, work.rows, ranks)
+                training = _training(work, student)
+                log = _train(work, training)
+                finished = finish(training, work.progress)
         except SparsekitError as error:
             if writer is not None:
                 _leave(writer, error)
@@ -217,7 +220,7 @@ def _train(work: Work, training: Training) -> TrainingLog:
             saved, kept = time.perf_counter(), now
         steps = ranks.of_main(deadline.steps(now, training.plan.steps))
         if not training.done and steps < training.plan.steps:
-            _shorten(work, training, steps)
+            _shorten(work, training, steps, saves=now > kept)
             saved, kept = time.perf_counter(), now
         rate = config.step_tokens / row["seconds"]
         progress.step(
@@ -233,11 +236,15 @@ def _title(work: Work) -> str:
     return f"recover {work.job.config.method} {work.job.patterns.base}"
 
 
-def _shorten(work: Work, training: Training, steps: int) -> None:
-    """Plan fewer steps, so that the run ends in time; what was done is saved under the new plan."""
+def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None:
+    """Plan fewer steps, so that the run ends in time; what was done is saved under the new plan.
+
+    A state that is saved already (not `saves`) is not written over.
+    """
     progress, optimizer, plan = work.progress, training.optimizer, training.plan
-    _require_same_masks(training)
-    save_state(work.folder, optimizer, work.ranks)
+    if saves:
+        _require_same_masks(training)
+        save_state(work.folder, optimizer, work.ranks)
     training.plan = replace(plan, steps=steps)
     if work.ranks.main:
         write_json(work.folder / PLAN, asdict(training.plan))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,9 @@ from sparsekit.tensors.maskedadam import MaskedAdam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Tokens of a row: one that has a next one.
+SHORTEST = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,16 +168,9 @@ class Training:
         Raises:
             MemoryShortError: A forward and backward pass does not fit into memory.
         """
-        try:
+        where = f"in a pass over {self.config.batch} rows of {self.config.length} tokens"
+        with memory_told(where, _smaller(self.config)):
             return self._gradients(step)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryShortError(
-                f"out of memory in a pass over {self.config.batch} rows of {self.config.length} "
-                "tokens",
-                _smaller(self.config),
-            ) from error
 
     def _gradients(self, step: int) -> Means:
         """See `gradients`."""
@@ -208,11 +206,28 @@ class Training:
         return Means(loss=loss, divergence=divergence, entropy=entropy, kept_mass=kept)
 
 
+@contextlib.contextmanager
+def memory_told(where: str, way_out: str) -> Iterator[None]:
+    """Tell where there was too little memory, and what to do.
+
+    Raises:
+        MemoryShortError: An allocation failed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortError(f"out of memory {where}", way_out) from error
+
+
 def _smaller(config: RecoverConfig) -> str:
-    """What takes half of the memory of a pass."""
+    """What takes half of the memory of a pass, or as near as it gets."""
+    accumulate = f"--accumulate {2 * config.accumulate}"
     if config.batch > 1:
-        halves = -(-config.batch // 2)
-        return f"--batch {halves} --accumulate {2 * config.accumulate} takes half of it" + (
-            " for the same steps" if config.batch % 2 == 0 else ""
-        )
-    return f"--length {config.length // 2} --accumulate {2 * config.accumulate} takes half of it"
+        half, odd = divmod(config.batch, 2)
+        share = f"{half} of {config.batch} parts of it" if odd else "half of it for the same steps"
+        return f"--batch {half} {accumulate} takes {share}"
+    if config.length // 2 >= SHORTEST:
+        return f"--length {config.length // 2} {accumulate} takes half of it"
+    return "train it where there is more memory: no pass is smaller"

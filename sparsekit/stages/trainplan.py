@@ -7,7 +7,7 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING
 
-from sparsekit.errors import UsageError
+from sparsekit.errors import NumericalError, UsageError
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.rows import TokenRows
 from sparsekit.progress import Progress
@@ -131,7 +131,14 @@ def _probe(
     progress.begin("measuring speed and gradients", PROBED)
     seconds = []
     for _ in range(PROBED):
-        seconds.append(trial.step().seconds)
+        try:
+            seconds.append(trial.step().seconds)
+        except NumericalError as error:
+            raise NumericalError(
+                f"before training: {error.message}",
+                "no learning rate helps, as no weight was changed: look at MODEL, at its teacher "
+                "and at the text",
+            ) from error
         progress.step("")
     progress.end()
     step = median(seconds)

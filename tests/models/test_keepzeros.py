@@ -54,9 +54,16 @@ def test_afterwards_optimizers_are_free_again(model, rows):
 
 
 def test_zeros_survive_the_trainer_of_transformers(model, rows, tmp_path):
-    from transformers import Trainer, TrainingArguments
+    """After every one of its steps."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     before = zeros(model)
+    kept = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            kept.append(all(torch.equal(z, before[n]) for n, z in zeros(model).items()))
+
     data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
@@ -70,7 +77,8 @@ def test_zeros_survive_the_trainer_of_transformers(model, rows, tmp_path):
     weight = model.model.layers[0].mlp.up_proj.weight
     old = weight.detach().clone()
     with sparsekit.masked(model):
-        Trainer(model=model, args=arguments, train_dataset=data).train()
+        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Looks()]).train()
+    assert kept == [True] * 3
     assert not torch.equal(weight, old)
     assert all(torch.equal(z, before[n]) for n, z in zeros(model).items())
 

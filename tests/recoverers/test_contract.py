@@ -27,7 +27,6 @@ SIZES = [10**8, 10**9, 10**10]
 def unsettled(monkeypatch):
     """Twelve steps finish no decay."""
     monkeypatch.setattr(trainwrite, "MOST_MOVED", math.inf)
-    monkeypatch.setattr(trainwrite, "MOST_FLIPS", math.inf)
 
 
 def test_there_are_methods():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -106,8 +107,9 @@ def test_memory_of_a_fresh_process_does_not_grow_with_the_depth(tmp_path, row_fi
     each = Checkpoint.open(folder).n_bytes // 32  # 6 MB
     resident = watched(folder, row_file, tmp_path / "out", "wanda")["resident"]
     assert len(resident) == 32
-    # The first blocks warm up libraries; of the 24 after them, four blocks' size may be left over.
-    assert min(resident[-4:]) - min(resident[4:8]) < 4 * each
+    # The first blocks warm up libraries, and what is given back comes in waves of a few blocks:
+    # between the halves of what follows, 14 blocks, the size of four may be left over.
+    assert median(resident[18:]) - median(resident[4:18]) < 4 * each
 
 
 # ALPS takes long, and most memory: one block shows it.

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import verify
 from sparsekit.stages.prune import prune
+from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
 from sparsekit.stages.recovery import prepare
 from sparsekit.stages.trainconfig import RecoverConfig, rate_at
@@ -48,7 +50,6 @@ CAST = RecoverConfig(
 def unsettled(monkeypatch):
     """Let a model pass whose entries off the mask have not vanished."""
     monkeypatch.setattr(trainwrite, "MOST_MOVED", math.inf)
-    monkeypatch.setattr(trainwrite, "MOST_FLIPS", math.inf)
 
 
 def linear(checkpoint):
@@ -69,9 +70,13 @@ def test_a_method_has_its_own_schedule(pruned, tmp_path, method, asked, taken):
     assert prepare(config, str(pruned), tmp_path / "out").config.schedule == taken
 
 
-@pytest.mark.parametrize("method", ["fixed", "ast"])
-def test_output_has_exactly_the_pattern_and_every_tensor_was_trained(pruned, tmp_path, method):
-    found = recover(replace(SHORT, method=method), str(pruned), tmp_path / "out")
+@pytest.mark.parametrize("method", ["fixed", "ast", "cast"])
+def test_output_has_exactly_the_pattern_and_every_tensor_was_trained(
+    pruned, tmp_path, monkeypatch, method
+):
+    unsettled(monkeypatch)
+    more = {"options": {"decay": "1e-2"}, "lr": 2e-2} if method == "cast" else {}
+    found = recover(replace(SHORT, method=method, **more), str(pruned), tmp_path / "out")
     assert verify(str(found.out))["zeros"] == 9216
     before, after = Checkpoint.open(pruned), Checkpoint.open(found.out)
     old, new = before.read(before.places), after.read(after.places)
@@ -135,6 +140,19 @@ def test_masks_are_compared_at_each_saved_state_and_before_the_output(
     assert len(calls) == 4
 
 
+def test_masks_that_differ_between_whole_models_stop_the_run(monkeypatch):
+    """D3: the comparison itself; of shards each process has its own."""
+    monkeypatch.setattr(Ranks, "of_all", lambda self, value: [value, "another"])
+    optimizer = SimpleNamespace(fingerprint=lambda: "one")
+    two = SimpleNamespace(ranks=Ranks(size=2), optimizer=optimizer)
+    with pytest.raises(NumericalError, match="masks"):
+        stage._require_same_masks(two)
+    stage._require_same_masks(
+        SimpleNamespace(ranks=Ranks(size=2, shards=True), optimizer=optimizer)
+    )
+    stage._require_same_masks(SimpleNamespace(ranks=Ranks(), optimizer=optimizer))
+
+
 def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
     found = recover(replace(SHORT, data="self", tokens=64), str(pruned), tmp_path / "out")
     assert found.entry["text"] == "self"
@@ -191,17 +209,29 @@ def test_to_skip_what_is_sparse_is_refused(pruned, tmp_path):
 
 def test_recomputing_activations_changes_nothing(family, tmp_path, monkeypatch):
     """A9: the same selections and bytes with activation checkpointing."""
-    config, prints, gradients = replace(SHORT, lr=1e-2), [], training.Training.gradients
+    config, prints, passes = replace(SHORT, lr=1e-2), [], []
 
-    def recomputed(self, step):
-        self.student.train()  # transformers recomputes in this mode only
-        self.student.gradient_checkpointing_enable()
-        return gradients(self, step)
+    def counted(recomputes):
+        def run(self, step):
+            if recomputes:
+                self.student.train()  # transformers recomputes in this mode only
+                self.student.gradient_checkpointing_enable()
+            calls, layer = [], self.student.model.layers[0].mlp.up_proj
+            hook = layer.register_forward_hook(lambda *_: calls.append(1))
+            found = gradients(self, step)
+            hook.remove()
+            passes.append(len(calls))
+            return found
 
+        return run
+
+    gradients = training.Training.gradients
     for number in range(2):
+        monkeypatch.setattr(training.Training, "gradients", counted(bool(number)))
         found = recover(config, str(family("llama")), tmp_path / str(number))
         prints.append(Checkpoint.open(found.out).fingerprint)
-        monkeypatch.setattr(training.Training, "gradients", recomputed)
+        assert any(row["flipped"] for row in found.entry["weights"])
+    assert passes == [1] * (len(passes) // 2) + [2] * (len(passes) // 2)
     assert prints[0] == prints[1]
 
 
@@ -325,6 +355,48 @@ def test_the_model_that_was_measured_is_the_one_on_disk(family, row_file, tmp_pa
     assert last["perplexity"] == pytest.approx(score.perplexity.value, rel=1e-5)
 
 
+def test_cast_is_measured_without_what_is_off_its_mask(family, row_file, tmp_path, monkeypatch):
+    """C9: before training it is the model that `fixed` begins with, and not the dense one."""
+    unsettled(monkeypatch)
+    told = []
+    for method, options in (("fixed", {}), ("cast", {"decay": "1e-2"})):
+        config = replace(
+            SHORT, method=method, options=options, lr=4e-2, eval_every=12, eval_text=str(row_file)
+        )
+        found = recover(config, str(family("llama")), tmp_path / method)
+        told.append(found.entry["plan"]["perplexity"])
+    (dense,) = evaluate(EvalConfig(text=str(row_file)), [str(family("llama"))])
+    assert told[1] == pytest.approx(told[0], rel=1e-6)
+    assert abs(told[1] - dense.perplexity.value) > 1e-3 * told[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("fixed", {}), ("ast", {}), ("cast", {"spans": "2"}), ("cast", {"spans": "0"})],
+)
+def test_measuring_changes_no_bit(family, rows, tmp_path, monkeypatch, method, options):
+    """C9: of what is trained and of what the model computes with."""
+    seen, real = [], trainloss.measure
+
+    def spy(student, sparse, rule, windows):
+        def state():
+            own = {f"{n}.{k}": v for n, w in sparse.items() for k, v in (("w", w.weight),)}
+            return {k: v.clone() for k, v in (student.state_dict() | own).items()}
+
+        before = state()
+        found = real(student, sparse, rule, windows)
+        after = state()
+        seen.append(all(torch.equal(before[name], after[name]) for name in before))
+        return found
+
+    unsettled(monkeypatch)
+    monkeypatch.setattr(stage, "measure", spy)
+    more = {"decay": "1e-2"} if method == "cast" else {}
+    config = replace(SHORT, method=method, options=options | more, lr=4e-2, eval_every=4)
+    recover(config, str(family("llama")), tmp_path / "out")
+    assert seen == [True] * 3
+
+
 def test_evaluating_does_not_change_the_outcome(family, tmp_path):
     """C9, for the method that computes with all entries."""
     short = replace(CAST, tokens=6400)
@@ -375,6 +447,27 @@ def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypa
         told(*arguments)
 
     monkeypatch.setattr(trainstate, "write_json", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "again")
+    notes = Notes()
+    again = recover(config, str(pruned), tmp_path / "again", progress=notes).out
+    assert any("going on after 4 steps" in note for note in notes.told)
+    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+
+
+def test_a_kill_while_a_state_is_written_leaves_the_one_before(pruned, tmp_path, monkeypatch):
+    config = replace(SHORT, save_every=4)
+    whole = recover(config, str(pruned), tmp_path / "whole").out
+    save, calls = trainstate.save_file, []
+
+    def second_is_cut(tensors, file, *more):
+        calls.append(file)
+        if len(calls) == 2:
+            file.write_bytes(b"x" * 100)
+            raise KeyboardInterrupt
+        save(tensors, file, *more)
+
+    monkeypatch.setattr(trainstate, "save_file", second_is_cut)
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "again")
     notes = Notes()
@@ -593,7 +686,9 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(pruned, tmp_path, monkeypa
         {"lr": 2e-3},
         {"schedule": "constant"},
         {"seed": 1},
-        {"length": 8, "batch": 4},
+        {"batch": 4},
+        {"length": 8},
+        {"method": "fixed"},
         {"options": {"decay": "1e-3"}},
         {"temperature": 2.0},
         {"share": 0.1},
@@ -648,6 +743,25 @@ def test_accumulated_batches_are_one_large_batch(family, tmp_path):
     for one, four in zip(*logs, strict=True):
         assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
         assert one["norm"] == pytest.approx(four["norm"], rel=1e-4)
+
+
+def test_gradients_of_accumulated_batches_are_those_of_one(family, tmp_path, monkeypatch):
+    """R3, entry by entry, of the first step."""
+    found, gradients = [], training.Training.gradients
+
+    def spy(self, step):
+        means = gradients(self, step)
+        if self.plan.rate and not step:
+            found.append({n: p.grad.clone() for n, p in self.student.named_parameters()})
+        return means
+
+    monkeypatch.setattr(training.Training, "gradients", spy)
+    for batch, accumulate in ((4, 1), (1, 4)):
+        config = replace(SHORT, method="fixed", tokens=64, batch=batch, accumulate=accumulate)
+        recover(config, str(family("llama")), tmp_path / str(batch))
+    one, four = found
+    for name, gradient in one.items():
+        torch.testing.assert_close(four[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_teacher_is_the_dense_parent_and_is_not_touched(pruned, family, tmp_path, monkeypatch):
@@ -724,6 +838,35 @@ def test_a_failed_run_leaves_nothing_that_would_refuse_another_try(pruned, tmp_p
     recover(replace(config, lr=1e-4), str(pruned), tmp_path / "out")
 
 
+def test_a_gradient_that_is_not_finite_is_named_by_its_step(pruned, tmp_path, monkeypatch):
+    norm, calls = MaskedAdam._norm, []
+
+    def broken(self, gradients):
+        calls.append(1)
+        return math.nan if len(calls) == 6 else norm(self, gradients)
+
+    monkeypatch.setattr(MaskedAdam, "_norm", broken)
+    with pytest.raises(NumericalError, match=r"step 6: .*norm is nan;.*saved state is in"):
+        recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "out")
+    notes = Notes()
+    recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "out", progress=notes)
+    assert any("going on after 5 steps" in note for note in notes.told)
+
+
+def test_a_loss_that_is_not_finite_before_training_is_not_put_down_to_the_rate(
+    pruned, tmp_path, monkeypatch
+):
+    losses = training.model_losses
+
+    def broken(*args, **options):
+        found = losses(*args, **options)
+        return replace(found, total=found.total * math.nan)
+
+    monkeypatch.setattr(training, "model_losses", broken)
+    with pytest.raises(NumericalError, match=r"before training: .*nan; no learning rate helps"):
+        recover(SHORT, str(pruned), tmp_path / "out")
+
+
 def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
     config = replace(SHORT, tokens=None, max_time=20.0)
     found = recover(config, str(pruned), tmp_path / "out")
@@ -765,7 +908,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
     ("batch", "length", "hint"),
     [
         (2, 16, "--batch 1 --accumulate 2 takes half of it for the same steps"),
+        (3, 16, "--batch 1 --accumulate 2 takes 1 of 3 parts of it"),
         (1, 32, "--length 16 --accumulate 2 takes half of it"),
+        (1, 3, "where there is more memory: no pass is smaller"),
     ],
 )
 def test_a_pass_that_does_not_fit_says_what_to_halve(
@@ -777,6 +922,26 @@ def test_a_pass_that_does_not_fit_says_what_to_halve(
     monkeypatch.setattr(trainloss, "distil", full)
     config = replace(SHORT, batch=batch, length=length)
     with pytest.raises(MemoryShortError, match=f"a pass over {batch} rows of {length}.*{hint}"):
+        recover(config, str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (MaskedAdam, "step"),
+        (MaskedAdam, "refresh"),
+        (stage, "measure"),
+        (stage, "finish"),
+        (stage.Student, "optimizer"),
+    ],
+)
+def test_too_little_memory_elsewhere_is_told_too(pruned, tmp_path, monkeypatch, where, name):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(where, name, full)
+    config = replace(SHORT, eval_every=4)
+    with pytest.raises(MemoryShortError, match=r"beside the passes over rows.*where there is more"):
         recover(config, str(pruned), tmp_path / "out")
 
 
@@ -808,6 +973,20 @@ def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_pa
     assert not list(tmp_path.iterdir())  # so that another rate can be tried at once
 
 
+def test_spans_that_cut_a_group_are_refused(family, tmp_path):
+    """C8 needs whole groups: 32 inputs in 16 spans are two each."""
+    config = replace(CAST, options={"decay": "1e-2", "spans": "16"})
+    with pytest.raises(UsageError, match=r"do not divide into 16 spans of whole groups of 4"):
+        recover(config, str(family("llama")), tmp_path / "out")
+
+
+def test_cast_without_scales_settles_too(family, tmp_path):
+    config = replace(CAST, options={"decay": "1e-2", "spans": "0"})
+    found = recover(config, str(family("llama")), tmp_path / "out")
+    assert found.entry["finished"]["moved"] < 5e-3
+    assert verify(str(found.out))["pattern"] == ["2:4"]
+
+
 def test_cast_with_a_weak_decay_is_told_which_one_would_do(family, tmp_path):
     config = replace(CAST, options={"decay": "1e-9"})
     with pytest.raises(UsageError, match=r"moves a weight by .*; leave out -O decay: it would be"):
@@ -816,7 +995,7 @@ def test_cast_with_a_weak_decay_is_told_which_one_would_do(family, tmp_path):
 
 def test_cast_that_has_not_settled_is_not_shipped(pruned, tmp_path):
     with pytest.raises(CheckFailedError, match=r"the decay has not finished.*more --tokens"):
-        recover(replace(CAST, tokens=384, lr=1e-2), str(pruned), tmp_path / "out")
+        recover(replace(CAST, tokens=128, lr=1e-2), str(pruned), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -860,7 +1039,12 @@ def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, 
             tensor[..., :4] = 1.0
 
     copy = copy_of(pruned)
+    history = (copy / "sparsekit.json").read_bytes()
     damaged(copy, fill)
+    (copy / "sparsekit.json").write_bytes(history)  # says 2:4 of weights that are not
+    with pytest.raises(UsageError, match=r"is sparse, but not 2:4.*--pattern"):
+        recover(SHORT, str(copy), tmp_path / "out")
+    (copy / "sparsekit.json").unlink()
     with pytest.raises(UsageError, match=r"is sparse, but not 2:4.*--pattern"):
         recover(SHORT, str(copy), tmp_path / "out")
     named = replace(SHORT, pattern="2:4")
@@ -928,8 +1112,16 @@ def test_a_parent_that_is_gone_is_told_with_the_way_out(copy_of, row_file, tmp_p
 
 
 def test_a_missing_teacher_is_named(pruned, tmp_path):
-    with pytest.raises((UsageError, DataError), match="nowhere"):
+    with pytest.raises(DataError, match=r"the teacher cannot be read: .*nowhere.*--teacher"):
         recover(replace(SHORT, teacher="./nowhere"), str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_no_text_at_all_is_refused(pruned, tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"{name}"):
+        recover(replace(SHORT, data=str(tmp_path / name)), str(pruned), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_text_of_fewer_tokens_than_a_row_is_refused(pruned, tmp_path):

@@ -120,6 +120,16 @@ def test_divergence_is_positive_and_a_constant_for_a_position_changes_nothing(ca
     torch.testing.assert_close(shifted, found)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_divergence_is_never_negative(case, temperature):
+    """K1."""
+    head, hidden, _, labels = case
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        teacher = 3 * torch.randn(len(hidden), len(head.weight), generator=draw)
+        assert ours(head, hidden, teacher, labels, 1.0, temperature)[1] > 0
+
+
 def test_positions_without_a_label_count_in_neither_term(case):
     head, hidden, teacher, labels = case
     ignored = labels == IGNORED

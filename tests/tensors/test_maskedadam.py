@@ -6,7 +6,10 @@ from oracles import best_of_group
 from torch import nn
 
 from sparsekit.errors import NumericalError
+from sparsekit.recoverers.ast import Annealed
+from sparsekit.recoverers.cast import Continuous
 from sparsekit.recoverers.fixed import Held
+from sparsekit.tensors import maskedadam
 from sparsekit.tensors.factored import pack_bits, unpack_bits
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.patterns import Pattern
@@ -32,20 +35,59 @@ def optimizer(weight, rule=None, others=None, **settings):
     return MaskedAdam({"w": weight}, others or {}, rule or Held(), Settings(**settings))
 
 
+@pytest.mark.parametrize("rule", [Held(), Annealed(1e-2, 0.25, coupled=False), Continuous(1e-2)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay):
-    """A8: to 1e-7 over ten steps with the same gradients."""
+def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay, rule):
+    """A8: to 1e-7 over ten steps with the same gradients, beside a weight that has the rule."""
     ours, theirs = parameter(6, 8), parameter(6, 8)
     reference = torch.optim.AdamW(
         [theirs], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
     )
-    mine = MaskedAdam({}, {"w": ours}, Held(), Settings(weight_decay=weight_decay, clip=0))
+    sparse = SparseWeight.of(parameter(4, 8, seed=3), TWO_OF_FOUR, rule=rule)
+    settings = Settings(weight_decay=weight_decay, clip=0)
+    mine = MaskedAdam({"s": sparse}, {"w": ours}, rule, settings)
     for step in range(10):
         gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        mine.step(1e-3, 0.0)
+        sparse.parameter.grad = gradient[:4].clone()
+        mine.step(1e-3, 0.5)
         reference.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_scales_follow_adamw_of_torch_without_decay():
+    """A8: of the weight scaling of CAST, whose weights follow another rule."""
+    sparse = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Continuous(1e-2), spans=2)
+    theirs = nn.Parameter(sparse.scale.clone())
+    reference = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
+    mine = optimizer(sparse, Continuous(1e-2), weight_decay=0.1, clip=0)
+    for step in range(10):
+        gradient = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        # By a scale: the sum over its span of the gradient by the product, times the weight.
+        theirs.grad = (gradient * sparse.weight).unflatten(1, (2, 4)).sum(-1)
+        sparse.parameter.grad = gradient
+        mine.step(1e-3, 0.5)
+        reference.step()
+    torch.testing.assert_close(sparse.scale, theirs.data, rtol=0, atol=1e-6)
+    assert not torch.equal(sparse.scale, torch.ones(4, 2))
+
+
+def test_a_large_weight_is_stepped_piece_by_piece_as_a_whole(monkeypatch):
+    """Also where the last piece is smaller."""
+    found = []
+    for entries in (1 << 18, 5 * 8):
+        monkeypatch.setattr(maskedadam, "IN_CACHE", entries)
+        weight = SparseWeight.of(parameter(32, 8), TWO_OF_FOUR, rule=Continuous(1e-2))
+        other = parameter(13, 8, seed=1)
+        mine = optimizer(weight, Continuous(1e-2), {"other": other})
+        for step in range(3):
+            draw = torch.Generator().manual_seed(step)
+            weight.parameter.grad = torch.randn(32, 8, generator=draw)
+            other.grad = torch.randn(13, 8, generator=draw)
+            mine.step(1e-2, step / 3)
+        found.append({name: tensor.clone() for name, tensor in mine.state().items()})
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-6, atol=0)
 
 
 def test_clipping_is_that_of_torch_over_all_parameters():
@@ -132,8 +174,9 @@ def test_mask_of_a_weight_is_that_of_the_scaled_weight():
 def test_values_are_the_kept_entries_times_their_scale_with_positive_zeros():
     """C10: no zero becomes another number, and the product is one product."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Free(), spans=2)
-    weight.scale.mul_(1.25)
-    assert torch.equal(weight.values, weight.weight * 1.25 * weight.mask + 0.0)
+    weight.scale.copy_(torch.rand(4, 2, generator=torch.Generator().manual_seed(2)) + 0.5)
+    scales = weight.scale.repeat_interleave(4, 1)
+    assert torch.equal(weight.values, weight.weight * scales * weight.mask + 0.0)
     assert not (weight.values.signbit() & (weight.values == 0)).any()
 
 
