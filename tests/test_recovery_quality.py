@@ -95,9 +95,10 @@ def test_every_method_from_every_start_is_told_and_pays(recovered, method, first
     assert curve[-1][2] < 0.8 * curve[0][2]
 
 
-def test_other_seeds_say_the_same(recovered):
-    found = [recovered("fixed", "wanda", *SHORT)["curve"][-1][2]]
-    found += [recovered("fixed", "wanda", *SHORT, "--seed", n)["curve"][-1][2] for n in "12"]
+@pytest.mark.parametrize("method", ["fixed", "ast", "cast"])
+def test_other_seeds_say_the_same(recovered, method):
+    found = [recovered(method, "wanda", *SHORT)["curve"][-1][2]]
+    found += [recovered(method, "wanda", *SHORT, "--seed", n)["curve"][-1][2] for n in "12"]
     assert max(found) < 1.05 * min(found)
 
 
@@ -128,3 +129,14 @@ def test_half_an_hour_wins_back_most(recovered, text, limit):
     run = recovered("auto", "alps", *BEST, text=text)
     assert run["seconds"] < 1800
     assert run["curve"][-1][2] < limit
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("fixed", ("--share", "1", "--schedule", "linear", "--lr", "4e-4")), ("cast", ())],
+)
+@pytest.mark.parametrize("text", [TEXT, SAME_DOMAIN])
+def test_half_an_hour_of_the_other_methods_is_told(recovered, method, options, text):
+    run = recovered(method, "alps", *BEST, *options, text=text)
+    assert run["seconds"] < 1800
+    assert run["curve"][-1][2] < 0.8 * run["curve"][0][2]
