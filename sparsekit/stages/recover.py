@@ -101,7 +101,8 @@ def recover(
         log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
         entry = _entry(work, model, training, finished, weights) | {
             "kept_mass": log.kept_mass,
-            "seconds": round(time.perf_counter() - work.started, 3),
+            "resumed_steps": log.earlier_steps,
+            "seconds": round(time.perf_counter() - work.started + log.earlier_seconds, 3),
             "peak_memory_bytes": peak_memory(),
         }
         writer.commit(entry, recover_card(entry, Origin.of(model, job.source.path)))

@@ -29,6 +29,9 @@ class TrainingLog:
         self._file = folder / PROGRESS
         self._writes = writes
         self.rows = [row for row in _read(self._file) if row["step"] <= steps]
+        self.earlier_steps = steps
+        self.earlier_seconds: float = sum(row.get("seconds", 0.0) for row in self.rows)
+        """Of steps that an interrupted run has taken."""
 
     def begin(self) -> None:
         """Put the rows on disk; all processes must have read what was there."""

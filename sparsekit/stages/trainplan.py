@@ -64,7 +64,8 @@ def make_plan(
     rate = config.lr or recoverer.rate_of(scale)
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
-        step, saving, gradient = _probe(job, student, teacher, rows, share, ranks, progress)
+        limit = math.inf if config.max_time is None else started + config.max_time
+        step, saving, gradient = _probe(job, student, teacher, rows, share, limit, ranks, progress)
     if config.max_time is not None:
         left = config.max_time - (time.perf_counter() - started)
         steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
@@ -113,10 +114,11 @@ def _probe(
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
     share: float,
+    limit: float,
     ranks: Ranks,
     progress: Progress,
 ) -> tuple[float, float, float]:
-    """Take some steps that change nothing.
+    """Take some steps that change nothing, fewer when the time of the run (`limit`) ends before.
 
     Returns:
         Seconds of a step, its part of a selection included; seconds of a saved state; and the root
@@ -140,6 +142,8 @@ def _probe(
                 "and at the text",
             ) from error
         progress.step("")
+        if ranks.of_main(time.perf_counter() > limit):
+            break
     progress.end()
     step = median(seconds)
     if job.config.max_time is not None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -625,8 +626,14 @@ def test_a_full_disk_during_a_save_is_told_and_keeps_the_state_before(
         patch.setattr(trainstate, "fsync_path", full)
         with pytest.raises(StorageError, match="No space left"):
             recover(config, str(pruned), tmp_path / "out")
-    recover(config, str(pruned), tmp_path / "out", progress=notes)
+    began = time.perf_counter()
+    entry = recover(config, str(pruned), tmp_path / "out", progress=notes).entry
+    lasted = time.perf_counter() - began
     assert any("going on after 4 steps" in note for note in notes.told)
+    assert entry["resumed_steps"] == 4
+    rows = (tmp_path / "out" / LOG).read_text().splitlines()[:4]
+    earlier = sum(json.loads(row)["seconds"] for row in rows)
+    assert earlier < entry["seconds"] < earlier + lasted
 
 
 def test_a_full_cache_is_told_as_such_and_a_full_disk_between_saves_too(
@@ -874,9 +881,18 @@ def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
     assert found.entry["seconds"] < 20
 
 
-def test_a_time_that_is_too_short_for_a_step_is_refused(pruned, tmp_path):
+def test_a_time_that_is_too_short_for_a_step_is_refused(pruned, tmp_path, monkeypatch):
+    steps, step = [], training.Training.step
+
+    def slow(self):
+        steps.append(1)
+        time.sleep(0.6)
+        return step(self)
+
+    monkeypatch.setattr(training.Training, "step", slow)
     with pytest.raises(UsageError, match="one step takes"):
         recover(replace(SHORT, tokens=None, max_time=0.5), str(pruned), tmp_path / "out")
+    assert steps == [1]  # it is known after the first
 
 
 @pytest.mark.parametrize("save_every", [2, None])
