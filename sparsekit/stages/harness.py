@@ -1,6 +1,7 @@
 """lm-eval's tasks, and a checkpoint as lm-eval runs it, loaded without what it does on the side."""
 
 import contextlib
+import functools
 import logging
 import random
 import sys
@@ -67,7 +68,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
         # group or a tag may have members there.
         if set(names) <= set(local.all_subtasks):
             return local
-    manager = TaskManager(include_path=include_path)
+    manager = _stock() if include_path is None else TaskManager(include_path=include_path)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         raise UsageError(
@@ -75,6 +76,14 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
             "; ".join(did_you_mean(name, manager.all_tasks) for name in unknown),
         )
     return manager
+
+
+@functools.cache
+def _stock() -> "TaskManager":
+    """The index of the tasks that come with lm-eval, which takes 10 s to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load(manager: "TaskManager", name: str) -> "Mapping[str, Task]":
