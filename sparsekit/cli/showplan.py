@@ -76,7 +76,8 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The memory that the run takes; of training, what it takes whatever the batch is."""
     if "peak_memory_at_least_bytes" in plan:
         least = _size(plan["peak_memory_at_least_bytes"])
-        return [("memory", f"{least} above the libraries, and the activations of a batch")]
+        batch = _size(plan["activation_bytes_estimate"])
+        return [("memory", f"{least} above the libraries, and about {batch} for a batch")]
     return [("peak memory", f"{_size(plan['peak_memory_estimate_bytes'])} above the libraries")]
 
 

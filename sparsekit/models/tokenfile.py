@@ -6,8 +6,10 @@ more, and the sha256 of the tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 HEADER_BYTES = 512
 # Tokens that are read at a time, where all of a file are.
 PIECE_TOKENS = 1 << 22
+# When a file that nobody has written to since is one that a killed process has left.
+LEFTOVER_SECONDS = 86_400.0
 # In how many parts writing is told of.
 PARTS = 100
 
@@ -104,7 +108,7 @@ def write_tokens(
     before: Stored | None,
     progress: Progress,
 ) -> None:
-    """Write the tokens of whole documents until there are `limit`.
+    """Write the tokens of whole documents until there are `limit`; an interrupt keeps those so far.
 
     Args:
         path: The file to make or replace.
@@ -119,6 +123,8 @@ def write_tokens(
     """
     with storage_errors(path, CACHED):
         path.parent.mkdir(parents=True, exist_ok=True)
+    _forget_leftovers(path)
+    interrupt = None
     with replacing(path, CACHED) as file:
         added = _Added(file)
         for piece in before.pieces() if before else ():
@@ -126,9 +132,24 @@ def write_tokens(
         if before and added.digest.hexdigest() != before.fingerprint:
             raise _changed(path)
         read = before.documents if before else 0
-        complete = added.take_documents(documents, limit, progress)
+        try:
+            complete = added.take_documents(documents, limit, progress)
+        except KeyboardInterrupt as error:
+            interrupt, complete = error, False
+        count, taken, digest = added.whole
+        file.truncate(HEADER_BYTES + 4 * count)
         file.seek(0)
-        file.write(_header(added.count, read + added.documents, complete, added.digest.hexdigest()))
+        file.write(_header(count, read + taken, complete, digest.hexdigest()))
+    if interrupt is not None:
+        raise interrupt
+
+
+def _forget_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote a file have left, after a day."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > LEFTOVER_SECONDS:
+                part.unlink()
 
 
 class _Added:
@@ -138,7 +159,12 @@ class _Added:
         self._file = file
         self.digest = hashlib.sha256()
         self.count = self.documents = 0
+        self._mark()
         file.write(bytes(HEADER_BYTES))
+
+    def _mark(self) -> None:
+        """Remember what there is, as it is whole."""
+        self.whole = self.count, self.documents, self.digest.copy()
 
     def take(self, tokens: Tensor) -> None:
         """Write some tokens."""
@@ -154,9 +180,11 @@ class _Added:
         import torch
 
         told = 0
+        self._mark()
         for ids in documents:
             self.take(torch.tensor(ids, dtype=torch.int32))
             self.documents += 1
+            self._mark()
             if limit is None:
                 continue
             for _ in range(told, min(PARTS, PARTS * self.count // limit)):

@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 
-# Steps whose pace says how long those that are left will take.
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.trainplan import steps_within
+
+# Steps of which the median says how long those that are left will take.
 WATCHED = 10
 
 
 class Deadline:
-    """Watches the pace of the steps, with all that comes between them.
+    """Watches the pace of the steps; what comes between them is counted by its own length.
 
     Args:
+        config: Says how often is evaluated and saved.
         limit: When the output must stand, in seconds of `time.perf_counter`; None: there is no
             limit.
-        closing: Seconds that the output takes after the last step.
+        saving: Seconds that a saved state is taken to need, until one was written.
     """
 
-    def __init__(self, limit: float | None, closing: float) -> None:
+    def __init__(self, config: RecoverConfig, limit: float | None, saving: float) -> None:
+        self._config = config
         self._limit = limit
-        self._closing = closing
-        self._ends: list[float] = []
+        self._seconds: list[float] = []
+        self._saving = saving
+        self._evaluation = 0.0
+        self._beside = 0.0  # since the last step
+        self._last = time.perf_counter()
+
+    def evaluated(self, seconds: float) -> None:
+        """Take note that a perplexity was measured after the last step."""
+        self._evaluation = seconds
+        self._beside += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Take note that a state was saved after the last step."""
+        self._saving = seconds
+        self._beside += seconds
 
     def steps(self, done: int, planned: int) -> int:
         """How many steps there should be, when `done` of those that are planned are taken.
 
         Fewer than planned only where the pace of the last steps would miss the limit, and always
         one more than are done.
+
+        Args:
+            done: Steps taken.
+            planned: Steps that there are to be.
         """
-        self._ends.append(time.perf_counter())
-        if self._limit is None or len(self._ends) <= WATCHED:
+        now = time.perf_counter()
+        self._seconds = [*self._seconds, now - self._last - self._beside][-WATCHED:]
+        self._last, self._beside = now, 0.0
+        if self._limit is None or len(self._seconds) < WATCHED:
             return planned
-        pace = (self._ends[-1] - self._ends[-1 - WATCHED]) / WATCHED
-        left = int((self._limit - self._closing - self._ends[-1]) / pace)
+        left = steps_within(
+            self._config,
+            self._limit - now,
+            median(self._seconds),
+            self._evaluation,
+            self._saving,
+            planned=1.0,
+        )
         if planned - done <= max(1, left):
             return planned
-        self._ends = self._ends[-1:]
+        self._seconds = []
         return done + max(1, left)

@@ -14,7 +14,7 @@ from sparsekit.stages.plan import begun
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantweights import quantize_block
 from sparsekit.stages.student import PROBED
-from sparsekit.stages.trainchecks import state_bytes, training_bytes
+from sparsekit.stages.trainchecks import pass_bytes, state_bytes, training_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainplan import WRITTEN
 from sparsekit.stages.trainspeed import bench_recover
@@ -92,6 +92,7 @@ def plan_recover(
         "state_bytes": state_bytes(job.source),
         "seconds_estimate": _recover_seconds(job, model, progress) if timed else None,
         "peak_memory_at_least_bytes": training_bytes(job.source, taught, job.recoverer),
+        "activation_bytes_estimate": pass_bytes(job.config, job.linear),
         "device": str(job.device),
         "dtype": "float32",
     }

@@ -30,7 +30,7 @@ from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training, memory_told
 from sparsekit.stages.trainlog import PROGRESS, TrainingLog
 from sparsekit.stages.trainloss import measure, sparsity_measure
-from sparsekit.stages.trainplan import closing_seconds, make_plan
+from sparsekit.stages.trainplan import make_plan, saving_seconds
 from sparsekit.stages.trainstate import (
     POINTER,
     SAVE_SECONDS,
@@ -195,12 +195,12 @@ def _train(work: Work, training: Training) -> TrainingLog:
     selected = ""
     progress.begin(_title(work), training.plan.steps, optimizer.steps)
     limit = None if config.max_time is None else work.started + config.max_time
-    deadline = Deadline(limit, closing_seconds(optimizer))
+    deadline = Deadline(config, limit, saving_seconds(optimizer))
     saved, kept = time.perf_counter(), optimizer.steps
     while not training.done:
         try:
             done = training.step()
-        except NumericalError:  # no weight was changed
+        except (NumericalError, MemoryShortError):  # no weight was changed
             if optimizer.steps > kept:
                 save_state(folder, optimizer, ranks)
             raise
@@ -208,21 +208,26 @@ def _train(work: Work, training: Training) -> TrainingLog:
         if done.sparsity is not None:
             selected = f", {done.flips} flips, sparsity {done.sparsity:.4f}"
         if windows is not None and (now % config.eval_every == 0 or training.done):
-            sparse, rule = optimizer.sparse, optimizer.rule
+            sparse, rule, begun = optimizer.sparse, optimizer.rule, time.perf_counter()
             row["perplexity"] = measure(training.student, sparse, rule, windows.tokens)
+            deadline.evaluated(time.perf_counter() - begun)
             row["evaluated_on"] = windows.title
             row["sparsity"] = sparsity_measure(optimizer)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
         log.add(row)
         late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
         if training.done or (now % config.save_every == 0 if config.save_every else late):
+            begun = time.perf_counter()
             _require_same_masks(training)
             save_state(folder, optimizer, ranks)
             saved, kept = time.perf_counter(), now
+            deadline.saved(saved - begun)
         steps = ranks.of_main(deadline.steps(now, training.plan.steps))
         if not training.done and steps < training.plan.steps:
+            begun = time.perf_counter()
             _shorten(work, training, steps, saves=now > kept)
             saved, kept = time.perf_counter(), now
+            deadline.saved(saved - begun)
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"

@@ -35,6 +35,7 @@ from sparsekit.stages.trainchecks import (
     refuse_silent_teacher,
     refuse_sparse_teacher,
     require_memory,
+    require_pass,
     state_bytes,
     zero_share,
 )
@@ -54,6 +55,8 @@ class Recovery:
     """The dense model; None when nothing needs it."""
     teacher_name: str
     """What the user or the history calls it; empty without one."""
+    linear: list[Target]
+    """All linear weights of the blocks."""
     targets: list[Target]
     patterns: Patterns
     skipped: list[dict[str, str]]
@@ -95,7 +98,8 @@ def prepare(
     device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
-    targets, left = _targets(config, source, stream)
+    linear = stream.targets()
+    targets, left = _targets(config, source, linear)
     patterns = _patterns(config, source, targets)
     refuse_misfits(targets, patterns, recoverer, config)
     if ranks.shards:
@@ -108,13 +112,17 @@ def prepare(
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
         refuse_silent_teacher(config, recoverer, source, teacher)
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
-    require_memory(source, teacher if taught else None, recoverer, device, shards=ranks.shards)
+    loaded = teacher if taught else None
+    require_memory(source, loaded, recoverer, device, shards=ranks.shards)
+    if not ranks.shards:
+        require_pass(config, source, loaded, linear, recoverer, device)
     return Recovery(
         config=config,
         recoverer=recoverer,
         source=source,
         teacher=teacher,
         teacher_name=teacher_name,
+        linear=linear,
         targets=targets,
         patterns=patterns,
         skipped=left,
@@ -140,7 +148,7 @@ def _completed(
 
 
 def _targets(
-    config: RecoverConfig, source: Checkpoint, stream: BlockStream
+    config: RecoverConfig, source: Checkpoint, linear: Sequence[Target]
 ) -> tuple[list[Target], list[dict[str, str]]]:
     """The weights that are sparse or are to be, and those that stay dense with the reason.
 
@@ -148,7 +156,7 @@ def _targets(
         UsageError: A weight that is to stay dense is sparse.
         DataError: There are none.
     """
-    told, linear = _told(source), stream.targets()
+    told = _told(source)
     reasons = skipped([target.name for target in linear], config.skip)
     if sparse := [name for name in reasons if name in told]:
         raise UsageError(

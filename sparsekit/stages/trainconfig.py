@@ -21,6 +21,8 @@ AUTO = "auto"
 WARM_UP, TAIL = 0.04, 0.1
 # What `cosine` ends at, as a share of the largest rate.
 COSINE_END = 0.1
+# Tokens of a row: one that has a next one.
+SHORTEST = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,12 @@ from sparsekit.memory import is_out_of_memory
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.teacher import TopTeacher
-from sparsekit.stages.trainconfig import RecoverConfig, rate_at
+from sparsekit.stages.trainconfig import SHORTEST, RecoverConfig, rate_at
 from sparsekit.stages.trainloss import model_losses, sparsity_measure
 from sparsekit.tensors.maskedadam import MaskedAdam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Tokens of a row: one that has a next one.
-SHORTEST = 2
 
 
 @dataclass(frozen=True, kw_only=True)

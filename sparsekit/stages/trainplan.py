@@ -156,11 +156,6 @@ def saving_seconds(optimizer: MaskedAdam) -> float:
     return sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
 
 
-def closing_seconds(optimizer: MaskedAdam) -> float:
-    """How long what follows the last step is taken to need: a state, and as much again at most."""
-    return CLOSING + 2 * saving_seconds(optimizer)
-
-
 def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:
     """The part of a step in the selections of the largest entries; makes one, if there are such."""
     if not refresh:
@@ -172,7 +167,12 @@ def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:
 
 
 def steps_within(
-    config: RecoverConfig, left: float, step: float, evaluation: float, saving: float
+    config: RecoverConfig,
+    left: float,
+    step: float,
+    evaluation: float,
+    saving: float,
+    planned: float = PLANNED,
 ) -> int:
     """How many steps fit into a time, with their evaluations and saved states.
 
@@ -182,6 +182,7 @@ def steps_within(
         step: Seconds of a step.
         evaluation: Seconds of an evaluation.
         saving: Seconds of a saved state, one of which comes last, and of the output at most.
+        planned: Share of the time that is planned for.
     """
     left -= CLOSING + 2 * saving + evaluation  # the last ones, and the output
     step += evaluation / config.eval_every if config.eval_every else 0.0
@@ -189,7 +190,7 @@ def steps_within(
         step += saving / config.save_every
     else:
         left *= SAVE_SECONDS / (SAVE_SECONDS + saving)
-    return math.floor(PLANNED * left / step)
+    return math.floor(planned * left / step)
 
 
 def _require_budget(

@@ -146,17 +146,23 @@ class _Chunked(torch.autograd.Function):
         parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if wanted else None
         by_head = [torch.zeros_like(p) for p in trained] if wanted else []
+        linear = type(head) is torch.nn.Linear and len(trained) == len(list(head.parameters()))
         start, step = 0, chunk_positions(_vocabulary(head, hidden))
         while start < len(hidden):
             rows = slice(start, min(start + step, len(hidden)))
-            with torch.set_grad_enabled(wanted):
-                part = hidden[rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted and not linear):
+                part = hidden[rows].detach().requires_grad_(wanted and not linear)
                 logits = head(part)
             other = teacher(rows) if teacher is not None and share else None
             # A linear head needs its output no more: the gradient takes its place.
             gradient = logits.detach()
             parts += _replace(gradient, other, labels[rows], share, temperature, count)
-            if by_hidden is not None:
+            if by_hidden is not None and linear:
+                torch.mm(gradient, head.weight, out=by_hidden[rows])
+                by_head[0].addmm_(gradient.T, part)
+                for bias in by_head[1:]:
+                    bias += gradient.sum(0)
+            elif by_hidden is not None:
                 found = torch.autograd.grad(logits, [part, *trained], gradient)
                 by_hidden[rows] = found[0]
                 for whole, piece in zip(by_head, found[1:], strict=True):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -102,6 +103,44 @@ def test_more_tokens_of_a_text_are_added_to_those_that_are_there(llama, document
     assert first == 0 < second < third < len(found)
     Corpus(source=str(path), length=16, tokens=10**6).rows(llama, llama)
     assert len(skipped) == 3  # the text is known to have no more
+
+
+def test_an_interrupt_keeps_what_was_tokenised(llama, documents, monkeypatch):
+    """The same command goes on with the document that it was in, to the same tokens."""
+    path, _ = documents
+    whole = Corpus(source=str(path), length=16).rows(llama, llama)
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(path.parent / "own"))
+    skipped, ids = [], corpus.token_ids
+
+    def stops(source, checkpoint, count):
+        skipped.append(count)
+        for number, found in enumerate(ids(source, checkpoint, count)):
+            if len(skipped) == 1 and number == 50:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(corpus, "token_ids", stops)
+    with pytest.raises(KeyboardInterrupt):
+        Corpus(source=str(path), length=16).rows(llama, llama)
+    rows = Corpus(source=str(path), length=16).rows(llama, llama)
+    assert skipped == [0, 50]
+    assert torch.equal(stream_of(rows), stream_of(whole))
+    assert rows.fingerprint == whole.fingerprint
+
+
+def test_what_a_killed_process_has_left_of_a_text_is_removed_after_a_day(
+    llama, documents, monkeypatch
+):
+    path, _ = documents
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(path.parent / "own"))
+    Corpus(source=str(path), length=16, tokens=1000).rows(llama, llama)
+    (file,) = (path.parent / "own" / "corpora").glob("*.safetensors")
+    parts = [file.with_name(f".{file.name}.{number}.part") for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"x")
+    os.utime(parts[0], (0, 0))
+    Corpus(source=str(path), length=16, tokens=6000).rows(llama, llama)
+    assert [part.exists() for part in parts] == [False, True]
 
 
 def test_a_cache_whose_tokens_were_changed_is_named(llama, documents, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_plans_see_a_full_disk(quantized, trained, pruned, tmp_path, monkeypatch
         ),
         (
             ["recover", "--tokens", "96", "--batch", "2", "--length", "24", "--data"],
-            ["ast, 2:4", "teacher", "2, of 48 tokens", "activations of a batch", "saved states"],
+            ["ast, 2:4", "teacher", "2, of 48 tokens", "for a batch", "saved states"],
         ),
         (["pack"], ["14 of 2:4", "in the place of", "peak memory"]),
     ],

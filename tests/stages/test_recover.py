@@ -24,6 +24,7 @@ from sparsekit.errors import (
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.whole import hidden_states
+from sparsekit.recoverers.ast import Ast
 from sparsekit.recoverers.fixed import Fixed
 from sparsekit.stages import recover as stage
 from sparsekit.stages import trainchecks, training, trainloss, trainstate, trainwrite
@@ -980,6 +981,28 @@ def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_p
     monkeypatch.setattr(trainchecks, "available_memory", lambda: 100_000)
     with pytest.raises(DataError, match=r"needs 0\.0 GB .*and the teacher.*--share 0"):
         recover(SHORT, str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("left", "hint"),
+    [
+        (2.5, "--batch 2 --accumulate 2 at most"),
+        (0.5, "--batch 1 --length 8 --accumulate 6 at most"),
+    ],
+)
+def test_a_batch_that_cannot_fit_is_refused_first_with_one_that_may(
+    pruned, tmp_path, monkeypatch, left, hint
+):
+    """What is left beside the weights is told in rows."""
+    source, dense = Checkpoint.open(pruned), Checkpoint.open(pruned)
+    held = trainchecks.training_bytes(source, dense, Ast())
+    row = 4 * 16 * sum(sum(place.shape) for place in linear(source).values())
+    monkeypatch.setattr(trainchecks, "available_memory", lambda: int(held + left * row))
+    with pytest.raises(DataError, match=f"3 rows of 16 tokens keeps about .*{hint}"):
+        recover(replace(SHORT, batch=3), str(pruned), tmp_path / "out")
+    fits = replace(SHORT, batch=2)
+    if left > 2:
+        prepare(fits, str(pruned), tmp_path / "out")
 
 
 def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_path):

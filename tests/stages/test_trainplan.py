@@ -1,6 +1,5 @@
 """What is chosen and refused before the first step of training."""
 
-import itertools
 import json
 import re
 import shutil
@@ -256,25 +255,81 @@ def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
     again = Notes()
     found = recover(config, str(pruned), tmp_path / "out", progress=again)
     assert found.entry["plan"]["steps"] == steps
-    assert any("going on after 11 steps" in note for note in again.told)
+    assert any("going on after 10 steps" in note for note in again.told)
+
+
+class Ticks:
+    """A clock that moves when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def watched(monkeypatch, limit, *, saving=0.0, config=SHORT):
+    clock = Ticks()
+    monkeypatch.setattr(deadline, "time", clock)
+    return deadline.Deadline(config, limit, saving), clock
+
+
+def walk(watch, clock, steps, planned, seconds):
+    """Takes steps of so many seconds; what the deadline says after each."""
+    found = []
+    for done in steps:
+        clock.now += seconds
+        found.append(watch.steps(done, planned))
+    return found
 
 
 def test_a_deadline_asks_for_one_more_step_at_least(monkeypatch):
-    """Steps of two seconds, watched for ten of them; the limit is 40 and the end takes 5."""
-    now = itertools.count(0.0, 2.0)
-    monkeypatch.setattr(deadline.time, "perf_counter", lambda: next(now))
-    watch = deadline.Deadline(40.0, 5.0)
-    assert [watch.steps(done, 100) for done in range(1, 11)] == [100] * 10
-    assert watch.steps(11, 100) == 11 + 7  # at 20 seconds
-    assert [watch.steps(done, 18) for done in range(12, 18)] == [18] * 6
-    times = iter([*range(0, 22, 2), 28.0])  # what was saved with the new plan took 6 s
-    monkeypatch.setattr(deadline.time, "perf_counter", lambda: next(times))
-    watch = deadline.Deadline(40.0, 5.0)
-    assert [watch.steps(done, 100) for done in range(1, 12)][-1] == 18
-    assert watch.steps(12, 18) == 18  # only the pace after it says more
-    now = itertools.count(0.0, 2.0)
-    monkeypatch.setattr(deadline.time, "perf_counter", lambda: next(now))
-    watch = deadline.Deadline(20.0, 5.0)
-    assert [watch.steps(done, 100) for done in range(1, 12)] == [100] * 10 + [12]
-    unlimited = deadline.Deadline(None, 5.0)
-    assert {unlimited.steps(done, 100) for done in range(1, 99)} == {100}
+    """Steps of two seconds, watched for ten of them; the end takes 5 seconds."""
+    watch, clock = watched(monkeypatch, 40.0)
+    assert walk(watch, clock, range(1, 10), 100, 2.0) == [100] * 9
+    assert walk(watch, clock, [10], 100, 2.0) == [10 + 7]  # at 20 seconds, of 35
+    assert walk(watch, clock, range(11, 17), 17, 2.0) == [17] * 6
+    watch, clock = watched(monkeypatch, 20.0)
+    assert walk(watch, clock, range(1, 11), 100, 2.0) == [100] * 9 + [11]
+    watch, clock = watched(monkeypatch, None)
+    assert set(walk(watch, clock, range(1, 99), 100, 2.0)) == {100}
+
+
+@pytest.mark.parametrize(
+    ("step", "saving", "evaluation", "every"),
+    [(1, 8, 0, None), (1, 8, 10, 100), (4, 8, 10, 50), (12, 8, 60, 50)],
+)
+def test_what_comes_between_the_steps_takes_none_of_those_that_were_planned(
+    monkeypatch, step, saving, evaluation, every
+):
+    """A run of half an hour that keeps its pace, with states every ten minutes."""
+    config = replace(SHORT, tokens=None, max_time=1800.0, eval_every=every)
+    planned = trainplan.steps_within(config, 1800.0, step, evaluation, saving)
+    watch, clock = watched(monkeypatch, 1800.0, saving=saving, config=config)
+    saved, done = 0.0, 0
+    while done < planned:
+        clock.now, done = clock.now + step, done + 1
+        if every and done % every == 0:
+            clock.now += evaluation
+            watch.evaluated(evaluation)
+        if clock.now - saved > 600:
+            clock.now += saving
+            watch.saved(saving)
+            saved = clock.now
+        assert watch.steps(done, planned) == planned
+    assert clock.now + evaluation + 2 * saving + 5 < 1800
+
+
+def test_a_slower_run_leaves_time_for_its_last_evaluation(monkeypatch):
+    """Steps become twice as slow half-way."""
+    config = replace(SHORT, tokens=None, max_time=600.0, eval_every=50)
+    planned = trainplan.steps_within(config, 600.0, 1.0, 30.0, 2.0)
+    watch, clock = watched(monkeypatch, 600.0, saving=2.0, config=config)
+    done, steps = 0, planned
+    while done < steps:
+        clock.now, done = clock.now + (1.0 if done < planned // 2 else 2.0), done + 1
+        if done % 50 == 0 or done == steps:
+            clock.now += 30.0
+            watch.evaluated(30.0)
+        steps = watch.steps(done, steps)
+    assert planned // 2 < done < planned
+    assert 570 < clock.now + 2 * 2.0 + 5.0 <= 602
