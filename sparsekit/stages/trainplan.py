@@ -30,6 +30,8 @@ PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
 # Of the way that gradients may take a weight from zero, what a pull must be able to take it back
 # that is weaker than the one that would be chosen.
 BACK = 0.25
+# Of the 99th percentile of what is off the mask, the way that a pull should have (section 4.3).
+SAFE = 3
 
 
 def make_plan(
@@ -67,15 +69,8 @@ def make_plan(
         limit = math.inf if config.max_time is None else started + config.max_time
         step, saving, gradient = _probe(job, student, teacher, rows, share, limit, ranks, progress)
     if config.max_time is not None:
-        left = config.max_time - (time.perf_counter() - started)
-        steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
-        if steps < 1:
-            left = max(0.0, left)
-            raise UsageError(
-                f"--max-time: one step takes {step:.1f} s, {left:.0f} s are left, and about "
-                f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",
-                "give it more time, or a smaller --batch, --length or --accumulate",
-            )
+        left = limit - time.perf_counter()
+        steps = ranks.of_main(_steps_in_time(config, left, step, evaluation, saving))
         progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
     decay = recoverer.decay_of(student.scale(gradient))
     plan = Plan(
@@ -94,6 +89,24 @@ def make_plan(
     if recoverer.settles:
         _require_budget(config, student, plan, progress)
     return plan
+
+
+def _steps_in_time(
+    config: RecoverConfig, left: float, step: float, evaluation: float, saving: float
+) -> int:
+    """See `steps_within`.
+
+    Raises:
+        UsageError: There is no time for one.
+    """
+    steps = steps_within(config, left, step, evaluation, saving)
+    if steps < 1:
+        raise UsageError(
+            f"--max-time: one step takes {step:.1f} s, {max(0.0, left):.0f} s are left, and about "
+            f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",
+            "give it more time, or a smaller --batch, --length or --accumulate",
+        )
+    return steps
 
 
 def _first(
@@ -206,6 +219,7 @@ def _require_budget(
     progress.note(
         f"decay budget: a weight off the mask can travel {distance:.4g}; they measure {mean:.4g} "
         f"on average, the largest 99th percentile of a weight is {high:.4g}"
+        + ("; three times that would be safe" if distance < SAFE * high else "")
     )
     if distance < 1.5 * mean:
         length = "--tokens" if config.tokens is not None else "--max-time"

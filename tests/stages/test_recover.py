@@ -1019,6 +1019,27 @@ def test_spans_that_cut_a_group_are_refused(family, tmp_path):
         recover(config, str(family("llama")), tmp_path / "out")
 
 
+def test_a_budget_below_what_is_safe_is_told(family, tmp_path, monkeypatch):
+    """Three times the 99th percentile of what is off the mask, by section 4.3."""
+    unsettled(monkeypatch)
+    told = {}
+    for lr in (1e-3, 1e-2):
+        notes = Notes()
+        recover(
+            replace(CAST, lr=lr, tokens=6400),
+            str(family("llama")),
+            tmp_path / str(lr),
+            progress=notes,
+        )
+        (text,) = (note for note in notes.told if note.startswith("decay budget"))
+        distance, _, high = (
+            float(x) for x in re.findall(r"(?:travel|measure|is) ([\d.e-]+)", text)
+        )
+        told[lr] = "three times" in text
+        assert told[lr] == (distance < 3 * high)
+    assert told == {1e-3: True, 1e-2: False}
+
+
 def test_cast_without_scales_settles_too(family, tmp_path):
     config = replace(CAST, options={"decay": "1e-2", "spans": "0"})
     found = recover(config, str(family("llama")), tmp_path / "out")
