@@ -39,6 +39,8 @@ class Form:
     kind: Kind
     pattern: str
     """The strictest pattern that all weights share; `unstructured` or `dense`."""
+    composed: bool = False
+    """Whether plain weights are products of sparse factors beside them: those are not sparse."""
     grid: str | None
     fits_kernels: bool
     """Whether every weight has a shape that torch's 2:4 kernels take."""
@@ -143,9 +145,12 @@ def _form(model: str, progress: Progress) -> Form:
         kind = "packed" if is_packed(quantization(source.path)) else "factored"
     total = inspect(model, progress).total
     grid = next((form.grid for form in source.factor_codes.values()), source.grid)
+    composed = bool(source.factor_patterns) and not source.factored
+    sparse = not composed and total["sparsity"] > FEW  # `inspect` counts the factors' cores
     return Form(
         kind=kind,
-        pattern=total["pattern"] if total["sparsity"] > FEW else "dense",
+        pattern=total["pattern"] if sparse else "dense",
+        composed=composed,
         grid=str(grid) if grid else None,
         fits_kernels=all(
             side % SEMI_STRUCTURED == 0 and not t.transposed for t in targets for side in t.shape
@@ -231,6 +236,11 @@ def _sparsekit(form: Form) -> Verdict:
         return Verdict("yes", "yes", "no", reason)
     if form.kind == "quantized":
         return Verdict("yes", "part", "no", "eval expands a block at a time")
+    if form.composed:
+        reason = (
+            "its weights are products; sparsekit pack keeps the factors alone, which are sparse"
+        )
+        return Verdict("yes", "no", "no", reason)
     if form.pattern == "dense":
         return Verdict("yes", "no", "no", "nothing is sparse")
     return Verdict("yes", "no", "no", "sparsekit pack makes it smaller, on disk and loaded")

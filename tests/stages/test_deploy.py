@@ -34,11 +34,11 @@ def forms(family, pruned, row_file, tmp_path):
             ).out
         if form == "packed":
             return pack(str(pruned), out).out
-        if form == "factored":
+        if form in ("composed", "factored"):
             config = PruneConfig(
                 method="magnitude",
                 compensate="lowrank",
-                format="factored",
+                format="dense" if form == "composed" else "factored",
                 calibration=Calibration(source=str(row_file)),
             )
             return prune(config, str(family("llama")), out).out
@@ -53,6 +53,14 @@ def forms(family, pruned, row_file, tmp_path):
         ("dense", {"transformers": "yes no no", "vLLM": "yes no no", "sparsekit": "yes no no"}),
         ("2:4", {"transformers": "yes no no", "vLLM": "yes no no", "llama.cpp": "yes no no"}),
         ("50%", {"TensorRT core (by ONNX)": "yes no no", "vLLM": "yes no no"}),
+        (
+            "composed",
+            {
+                "torch semi-structured (CUDA)": "no no no",
+                "TensorRT core (by ONNX)": "yes no no",
+                "sparsekit": "yes no no",
+            },
+        ),
         ("packed", {"transformers": "yes yes no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
         ("factored", {"transformers": "no no no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
         ("int8", {"transformers": "yes part no", "vLLM": "yes yes yes", "llama.cpp": "no no no"}),
@@ -64,6 +72,13 @@ def test_answers_follow_from_the_form(forms, form, answers):
     assert all(seen and verdict.reason for _, seen, verdict in report.runtimes)
     found = {name: f"{v.loads} {v.smaller} {v.faster}" for name, _, v in report.runtimes}
     assert answers.items() <= found.items()
+
+
+def test_products_of_sparse_factors_are_not_sparse(forms):
+    report = deploy(str(forms("composed")))
+    assert (report.form.kind, report.form.pattern, report.form.composed) == ("plain", "dense", True)
+    reasons = {name: verdict.reason for name, _, verdict in report.runtimes}
+    assert "pack keeps the factors alone" in reasons["sparsekit"]
 
 
 def test_shapes_that_kernels_do_not_take_are_told(forms):
