@@ -55,7 +55,10 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        core = self._core().to(x.dtype) if self.weight is None else self.weight
+        if self.weight is None:
+            core = self._core().to(x.dtype)
+        else:
+            core = self.weight.T if self.transposed else self.weight
         if self.form is not None and self.form.grid.activations:
             x = self.form.grid.round_inputs(x)
         if not self.composed:  # as nn.Linear, to the same bits
@@ -71,13 +74,15 @@ class FactoredLinear(nn.Module):
     def expand(self) -> None:
         """Hold the product in the place of what it is made of: it takes the memory of a dense one.
 
-        A weight without factors beside the core computes the same bits as before.
+        A weight without factors beside the core computes the same bits as before. It has the shape
+        that the layer has in a plain model, so that it can be saved as that of one.
         """
         core = self._core()
         if self.composed:
             sides = {p: f.float() for p in PARTS[2:] if (f := getattr(self, p)) is not None}
             core = Factored(core=core.float(), mask=core != 0, **sides).dense()
-        self.weight = nn.Parameter(core.to(self.dtype), requires_grad=False)
+        core = core.to(self.dtype)
+        self.weight = nn.Parameter(core.T if self.transposed else core, requires_grad=False)
         for part in (*PARTS, SCALE):
             setattr(self, part, None)
 

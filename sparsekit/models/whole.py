@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import available_memory
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import expand
+from sparsekit.models.folder import is_packed
 from sparsekit.models.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -103,7 +105,23 @@ def load(path: str | Path, dtype: str, resident: Resident) -> PreTrainedModel:
     model = load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")
     if resident == "expand":
         expand(model)
+        if source.factored and is_packed(getattr(model.config, "quantization_config", None)):
+            del model.config.quantization_config  # its weights are plain now, and are saved so
+    elif source.factored:
+        model.save_pretrained = partial(_refuse_to_save, source.path)
     return model
+
+
+def _refuse_to_save(path: Path, *_: Any, **__: Any) -> NoReturn:
+    """Of a model with packed weights: stock loaders would fill what is written with random numbers.
+
+    Raises:
+        DataError: Always.
+    """
+    raise DataError(
+        f"the weights of {path} are loaded as they are packed, which save_pretrained cannot write",
+        "sparsekit unpack writes plain ones, and so does a model loaded with resident='expand'",
+    )
 
 
 def new_cache(model: PreTrainedModel) -> dict[str, Any]:

@@ -104,6 +104,32 @@ def test_what_is_packed_runs_and_is_checked_as_it_is(sparse, row_file, tmp_path)
         assert kinds.count(FactoredLinear) == 14
 
 
+@pytest.mark.parametrize("form", ["packed", "factored"])
+def test_packed_weights_that_are_loaded_are_never_saved(sparse, composed, tmp_path, form):
+    """Under the names of their parts a stock loader finds no weight, and draws random numbers."""
+    if form == "packed":
+        source = pack(str(sparse()), tmp_path / "packed").out
+    else:
+        source = composed(method="magnitude", compensate="lowrank", format="factored")
+    model, out = sparsekit.load(source), tmp_path / "saved"
+    with pytest.raises(DataError, match=r"packed, which save_pretrained .*; sparsekit unpack"):
+        model.save_pretrained(out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_expanded_weights_are_saved_as_those_of_a_plain_model(sparse, tmp_path, name):
+    source, out = sparse(name=name), tmp_path / "saved"
+    packed = pack(str(source), tmp_path / "packed").out
+    sparsekit.load(packed, resident="expand").save_pretrained(out)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(told.values())
+    wanted = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("order", ["first", "after", "never"])
 def test_importing_sparsekit_is_what_lets_transformers_load_it(sparse, tmp_path, order):
     packed = pack(str(sparse()), tmp_path / "packed").out
