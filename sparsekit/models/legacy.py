@@ -25,11 +25,15 @@ PARTS = {
 TILE = 16
 
 
+def compression(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of how its weights are stored, under its present or its old name."""
+    told = config.get("quantization_config") or config.get("compression_config")
+    return told if isinstance(told, Mapping) else {}
+
+
 def legacy_format(config: Mapping[str, Any]) -> str | None:
     """Which of the dropped forms a config.json names; None when it is another."""
-    told = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(told, Mapping):
-        return None
+    told = compression(config)
     sparsity = told.get("sparsity_config")
     inner = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     return next((form for form in (inner, told.get("format")) if form in PARTS), None)
@@ -37,9 +41,9 @@ def legacy_format(config: Mapping[str, Any]) -> str | None:
 
 def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json without the dropped form; with what still is said of quantization."""
-    kept = dict(config)
-    told = dict(kept.pop("quantization_config", None) or kept.pop("compression_config", None) or {})
-    kept.pop("compression_config", None)
+    kept, told = dict(config), dict(compression(config))
+    for name in ("quantization_config", "compression_config"):
+        kept.pop(name, None)
     told.pop("sparsity_config", None)
     if told.get("config_groups") and told.get("format") not in (None, "dense", MARLIN):
         kept["quantization_config"] = told
@@ -100,8 +104,8 @@ def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Te
     codes = codes.reshape(half // TILE, rows // TILE, TILE, TILE).permute(0, 2, 1, 3)
     codes = codes.reshape(half, rows).T - (1 << bits - 1)
     columns = 2 * half
-    several = group is not None and group < half
-    groups = columns // group if several and group else 1
+    several = bool(group) and group < half  # in the order of the scales, of what is kept
+    groups = max(1, columns // group) if group else 1
     if scale.shape != (groups, rows):
         raise DataError(f"scales {tuple(scale.shape)} are not those of {groups} groups")
     places = torch.tensor(grouped if several else single)

@@ -17,6 +17,7 @@ from sparsekit.models.legacy import (
     BITMASKS,
     MARLIN,
     PARTS,
+    compression,
     converted_config,
     from_bitmask,
     from_marlin,
@@ -163,8 +164,9 @@ def _weight(
     try:
         if form in BITMASKS:
             return from_bitmask(parts, halves=form == "sparse-24-bitmask")
-        scheme = next(iter(config["quantization_config"]["config_groups"].values()))["weights"]
-        return from_marlin(parts, scheme["num_bits"], scheme.get("group_size"))
+        scheme = next(iter(compression(config)["config_groups"].values()))["weights"]
+        grouped = scheme.get("strategy", "group") == "group"
+        return from_marlin(parts, scheme["num_bits"], scheme.get("group_size") if grouped else None)
     except DataError as error:
         raise DataError(f"{source.path}: {prefix}: {error.message}", error.hint) from error
     except (KeyError, StopIteration, TypeError) as error:

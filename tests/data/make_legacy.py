@@ -97,17 +97,20 @@ for bits in (4, 8):
     )
     write(f"marlin-24-int{bits}", packed, json.loads(config.model_dump_json()))
 
-# With groups of inputs: one weight, and what the release itself makes of its codes.
-weight = pruned(torch.randn(64, 512).half())
-args = QuantizationArgs(num_bits=4, strategy="group", group_size=128, symmetric=True)
-scheme = QuantizationScheme(targets=["Linear"], weights=args)
-scale = (weight.float().unflatten(1, (-1, 128)).abs().amax(-1) / 7.5).half()
-codes = quantize(x=weight, scale=scale, zero_point=None, args=args)
-dense = dequantize(x_q=codes, scale=scale, zero_point=None, args=args).half().contiguous()
-dense += 0.0  # no -0.0
-packed = Marlin24Compressor().compress({"x.weight": weight, "x.weight_scale": scale}, {"x": scheme})
-save_file(
-    {name: tensor.contiguous() for name, tensor in packed.items()},
-    OUT / "marlin-24-grouped.safetensors",
-    {"sha256": hashlib.sha256(dense.view(torch.uint8).numpy()).hexdigest()},
-)
+# With groups of inputs: one weight, and what the release itself makes of its codes. In the order of
+# the scales, 256 inputs count as one group: half of them are kept.
+for inputs in (512, 256):
+    weight = pruned(torch.randn(64, inputs).half())
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=128, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    scale = (weight.float().unflatten(1, (-1, 128)).abs().amax(-1) / 7.5).half()
+    codes = quantize(x=weight, scale=scale, zero_point=None, args=args)
+    dense = dequantize(x_q=codes, scale=scale, zero_point=None, args=args).half().contiguous()
+    dense += 0.0  # no -0.0
+    tensors = {"x.weight": weight, "x.weight_scale": scale}
+    packed = Marlin24Compressor().compress(tensors, {"x": scheme})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in packed.items()},
+        OUT / f"marlin-24-grouped-{inputs}.safetensors",
+        {"sha256": hashlib.sha256(dense.view(torch.uint8).numpy()).hexdigest()},
+    )

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import DataError, UsageError
-from sparsekit.models.legacy import from_marlin
 from sparsekit.progress import Progress
 from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.inspect import inspect, verify
@@ -70,14 +69,34 @@ def test_nothing_is_converted_for_a_packed_one_that_has_no_place(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_scales_of_groups_come_back():
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("inputs", [512, 256])  # of 256, half are kept: as many as a group has
+def test_scales_of_groups_come_back(tmp_path, inputs, key):
     """Against the sha256 of what compressed-tensors 0.14.0 itself makes of the codes."""
-    file = LEGACY / "marlin-24-grouped.safetensors"
+    source, file = tmp_path / "grouped", LEGACY / f"marlin-24-grouped-{inputs}.safetensors"
     with safe_open(file, "pt") as opened:
         digest = opened.metadata()["sha256"]
-    parts = {name.removeprefix("x."): tensor for name, tensor in load_file(file).items()}
-    weight = from_marlin(parts, 4, 128)
-    assert hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest() == digest
+    shutil.copytree(LEGACY / "marlin-24-int4", source)
+    shutil.copyfile(file, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    told = config.pop("quantization_config")
+    told["config_groups"]["group_0"]["weights"] |= {"strategy": "group", "group_size": 128}
+    (source / "config.json").write_text(json.dumps(config | {key: told}))
+    out = convert(str(source), tmp_path / "plain").out
+    weight = load_file(out / "model.safetensors")["x.weight"]
+    assert hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest() == digest
+    assert not json.loads((out / "config.json").read_text()).keys() & {key}
+
+
+@pytest.mark.parametrize("size", [32, -1])
+def test_a_size_of_groups_means_nothing_where_a_row_has_one_scale(tmp_path, size):
+    source = tmp_path / "rows"
+    shutil.copytree(LEGACY / "marlin-24-int8", source)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = size
+    (source / "config.json").write_text(json.dumps(config))
+    found = load_file(convert(str(source), tmp_path / "plain").out / "model.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted("marlin-24-int8").items())
 
 
 def test_what_else_is_said_of_quantization_stays(tmp_path):
