@@ -50,6 +50,35 @@ def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def bitmask_shape(part: Tensor, mask: tuple[int, ...]) -> tuple[int, int]:
+    """The shape `[out, in]` of a weight, as its part of that name holds it.
+
+    Args:
+        part: Two integers.
+        mask: The shape of its bit mask.
+
+    Raises:
+        DataError: They are none, or not those of the mask.
+    """
+    shape = part.flatten().tolist()
+    if part.dtype not in (torch.int64, torch.int32) or len(shape) != 2 or min(shape) < 1:
+        raise DataError(f"a shape {shape} is none of a weight")
+    if mask != (shape[0], -(-shape[1] // 8)):
+        raise DataError(f"a bit mask {mask} is none of a weight {shape}")
+    return shape[0], shape[1]
+
+
+def marlin_shape(meta: tuple[int, ...]) -> tuple[int, int]:
+    """The shape `[out, in]` of a weight whose `meta` has a shape.
+
+    Raises:
+        DataError: No `meta` has it.
+    """
+    if len(meta) != 2 or meta[1] % (2 * TILE) or not all(meta):
+        raise DataError(f"meta of the shape {meta} is none of a weight")
+    return meta[1] // 2, meta[0] * 2 * TILE
+
+
 def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
     """The weight `[out, in]` of values and a bit for each entry that says whether it has one.
 
@@ -60,10 +89,9 @@ def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
     Raises:
         DataError: The parts do not fit together.
     """
-    shape = parts["shape"].flatten().tolist()
-    if len(shape) != 2 or parts["bitmask"].shape != (shape[0], -(-shape[1] // 8)):
-        raise DataError(f"a bit mask {tuple(parts['bitmask'].shape)} is none of a weight {shape}")
-    rows, columns = shape
+    rows, columns = bitmask_shape(parts["shape"], tuple(parts["bitmask"].shape))
+    if parts["bitmask"].dtype != torch.uint8:
+        raise DataError(f"a bit mask is {parts['bitmask'].dtype}, not {torch.uint8}")
     mask = unpack_bits(parts["bitmask"], columns).bool()
     values = parts["compressed"].flatten()
     if int(mask.sum()) != len(values):
@@ -94,21 +122,26 @@ def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Te
     )
 
     packed, meta, scale = parts["weight_packed"], parts["meta"], parts["scale_packed"]
-    rows, half = meta.shape[1] // 2, meta.shape[0] * 16
+    rows, columns = marlin_shape(tuple(meta.shape))
+    half = columns // 2
+    for part, dtype in (("meta", torch.int16), ("weight_packed", torch.int32)):
+        if parts[part].dtype != dtype:
+            raise DataError(f"{part} is {parts[part].dtype}, not {dtype}")
     if bits not in (4, 8) or packed.shape != (half // TILE, rows * TILE * bits // 32):
         raise DataError(f"{bits}-bit codes {tuple(packed.shape)} do not fit {tuple(meta.shape)}")
+    several = bool(group) and group < half  # in the order of the scales, of what is kept
+    groups = max(1, columns // group) if group else 1
+    if scale.shape != (groups, rows):
+        raise DataError(f"scales {tuple(scale.shape)} are not those of {groups} groups")
     order, grouped, single = get_permutations_24(bits)
+    places = torch.tensor(grouped if several else single)
+    if half * rows % len(order) or groups * rows % len(places):
+        raise DataError(f"a weight {rows} x {columns} does not divide into tiles of the kernel")
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (packed[..., None] >> shifts & (1 << bits) - 1).flatten(1).reshape(-1, len(order))
     codes = torch.empty_like(codes).index_copy_(1, order, codes)
     codes = codes.reshape(half // TILE, rows // TILE, TILE, TILE).permute(0, 2, 1, 3)
     codes = codes.reshape(half, rows).T - (1 << bits - 1)
-    columns = 2 * half
-    several = bool(group) and group < half  # in the order of the scales, of what is kept
-    groups = max(1, columns // group) if group else 1
-    if scale.shape != (groups, rows):
-        raise DataError(f"scales {tuple(scale.shape)} are not those of {groups} groups")
-    places = torch.tensor(grouped if several else single)
     scale = scale.reshape(-1, len(places))
     scale = torch.empty_like(scale).index_copy_(1, places, scale).reshape(groups, rows).T
     kept = codes.to(torch.float16).contiguous()

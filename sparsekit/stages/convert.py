@@ -17,11 +17,13 @@ from sparsekit.models.legacy import (
     BITMASKS,
     MARLIN,
     PARTS,
+    bitmask_shape,
     compression,
     converted_config,
     from_bitmask,
     from_marlin,
     legacy_format,
+    marlin_shape,
 )
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
@@ -153,15 +155,17 @@ def _weight(
     """
     names = {part: f"{prefix}.{part}" for part in PARTS[form]}
     places = {part: source.places[name] for part, name in names.items()}
-    if shape_only and form == MARLIN:
-        shape = places["meta"].shape
-        return torch.empty(shape[1] // 2, shape[0] * 32, dtype=torch.float16, device="meta")
-    if shape_only:
-        shape = source.read([names["shape"]])[names["shape"]].flatten().tolist()
-        return torch.empty(shape, dtype=places["compressed"].dtype, device="meta")
-    read = source.read(names.values())
-    parts = {part: read[name] for part, name in names.items()}
     try:
+        if shape_only and form == MARLIN:
+            shape = marlin_shape(places["meta"].shape)
+            return torch.empty(shape, dtype=torch.float16, device="meta")
+        if shape_only:
+            shape = bitmask_shape(
+                source.read([names["shape"]])[names["shape"]], places["bitmask"].shape
+            )
+            return torch.empty(shape, dtype=places["compressed"].dtype, device="meta")
+        read = source.read(names.values())
+        parts = {part: read[name] for part, name in names.items()}
         if form in BITMASKS:
             return from_bitmask(parts, halves=form == "sparse-24-bitmask")
         scheme = next(iter(compression(config)["config_groups"].values()))["weights"]
@@ -169,5 +173,5 @@ def _weight(
         return from_marlin(parts, scheme["num_bits"], scheme.get("group_size") if grouped else None)
     except DataError as error:
         raise DataError(f"{source.path}: {prefix}: {error.message}", error.hint) from error
-    except (KeyError, StopIteration, TypeError) as error:
+    except (KeyError, StopIteration, TypeError, AttributeError) as error:
         raise DataError(f"{source.path}: config.json does not say how {form} was made") from error

@@ -166,6 +166,40 @@ def test_parts_that_do_not_fit_are_refused_by_name(tmp_path, name, part, words):
     assert not (tmp_path / "plain").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "tensor"),
+    [
+        ("sparse-bitmask", "shape", torch.tensor([-64, 64])),
+        ("sparse-bitmask", "shape", torch.tensor([2**40, 2**40])),
+        ("sparse-bitmask", "shape", torch.tensor([64.0, 64.0])),
+        ("sparse-bitmask", "bitmask", torch.zeros(64, 8)),
+        ("marlin-24-int4", "meta", torch.zeros(256, dtype=torch.int16)),
+        ("marlin-24-int4", "meta", torch.zeros(2, 0, dtype=torch.int16)),
+        ("marlin-24-int4", "meta", torch.zeros(2, 128)),
+        ("marlin-24-int4", "weight_packed", torch.zeros(2, 128)),
+    ],
+    ids=str,
+)
+def test_parts_that_no_release_wrote_are_refused_and_crash_nothing(tmp_path, name, part, tensor):
+    full = f"model.layers.0.self_attn.q_proj.{part}"
+    source = broken(tmp_path, name, lambda tensors: tensors.update({full: tensor}))
+    with pytest.raises(DataError, match=r"broken: model\.layers\.0\.self_attn\.q_proj: "):
+        convert(str(source), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_weight_that_no_tile_of_the_kernel_divides_is_refused(tmp_path):
+    small = {
+        "meta": torch.zeros(1, 32, dtype=torch.int16),
+        "weight_packed": torch.zeros(1, 32, dtype=torch.int32),
+        "scale_packed": torch.zeros(1, 16, dtype=torch.float16),
+    }
+    named = {f"model.layers.0.mlp.up_proj.{part}": tensor for part, tensor in small.items()}
+    source = broken(tmp_path, "marlin-24-int4", lambda tensors: tensors.update(named))
+    with pytest.raises(DataError, match=r"up_proj: a weight 16 x 32 does not divide into tiles"):
+        convert(str(source), tmp_path / "plain")
+
+
 def test_a_mask_of_2_4_with_three_values_in_a_group_is_refused(tmp_path):
     def change(tensors):
         mask = tensors["model.layers.0.mlp.up_proj.bitmask"]
