@@ -59,6 +59,8 @@ def unpack(
         layers = {layer.weight_name: layer for layer in _layers(source)}
     except FactorsError as error:
         raise CheckFailedError(error.message, AGAIN) from error
+    if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
+        raise CheckFailedError(f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN)
     layout = _layout(source, layers)
     require_room(out, layout)
     with _damage(model):
@@ -69,7 +71,7 @@ def unpack(
             writer,
             "unpack",
             layers,
-            lambda name: (_unpacked(source, layers[name], sums.get(name)), None),
+            lambda name: (_unpacked(source, layers[name], sums and sums[name]), None),
             progress,
         )
         entry = {
@@ -107,8 +109,10 @@ def _damage(model: str) -> Iterator[None]:
 
 def _origin(
     source: Checkpoint,
-) -> tuple[dict[str, Any], list[dict[str, Any]], Mapping[str, str]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]], Mapping[str, str] | None]:
     """The configuration and history without the packing, and the checksum of each packed weight.
+
+    Of factors that `prune` wrote alone there are no checksums.
 
     Raises:
         DataError: It is no packed checkpoint, or nothing tells how it was packed.
@@ -119,7 +123,7 @@ def _origin(
     if not source.factored:
         raise DataError(f"{source.path} is not packed", "name a folder that pack wrote")
     if not is_packed(told):
-        return config, history, {}
+        return config, history, None
     if not history or history[-1].get("stage") != "pack":
         raise DataError(
             f"{source.path} has no history of its packing, which holds the checksums", AGAIN
@@ -127,7 +131,9 @@ def _origin(
     del config["quantization_config"]
     if told.get("packed"):
         config["quantization_config"] = told["packed"]
-    return config, history[:-1], {row["name"]: row["sha256"] for row in history[-1]["weights"]}
+    rows = [row for row in history[-1]["weights"] if isinstance(row, dict)]
+    sums = {str(row.get("name")): row["sha256"] for row in rows if row.get("sha256")}
+    return config, history[:-1], sums
 
 
 def _layers(source: Checkpoint) -> Iterator[FactoredLinear]:

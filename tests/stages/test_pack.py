@@ -204,6 +204,24 @@ def test_a_changed_byte_is_found_and_named(sparse, tmp_path):
     assert not (tmp_path / "plain").exists()
 
 
+@pytest.mark.parametrize("without", ["row", "name", "sha256", "content"])
+def test_a_weight_that_the_history_has_no_checksum_of_is_not_unpacked(sparse, tmp_path, without):
+    packed = pack(str(sparse()), tmp_path / "packed").out
+    told = json.loads((packed / PROVENANCE).read_text())
+    rows = told["history"][-1]["weights"]
+    name = rows[3]["name"]
+    if without == "row":
+        del rows[3]
+    elif without == "content":
+        rows[3] = None
+    else:
+        del rows[3][without]
+    (packed / PROVENANCE).write_text(json.dumps(told))
+    with pytest.raises(CheckFailedError, match=f"the history has no checksum of {name}; copy"):
+        unpack(str(packed), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
 @pytest.mark.parametrize("part", ["values", "indices"])
 def test_a_missing_part_is_named(sparse, tmp_path, part):
     packed = pack(str(sparse()), tmp_path / "packed").out
