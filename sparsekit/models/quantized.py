@@ -89,8 +89,10 @@ def grid_of(told: Any) -> Grid | None:
     sparsity = told.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         return None  # a dropped form, which convert takes
+    if told.get("kv_cache_scheme") or told.get("transform_config"):
+        return None  # such as rotations of the inputs while the model runs
     groups = told.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1 or told.get("kv_cache_scheme"):
+    if not isinstance(groups, Mapping) or len(groups) != 1:
         return None
     scheme = next(iter(groups.values()))
     if not isinstance(scheme, Mapping) or scheme.get("output_activations"):

@@ -252,6 +252,7 @@ def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
         {"config_groups": {}},
         {"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "group"}}}},
         {"kv_cache_scheme": {"num_bits": 8}},
+        {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
     ],
     ids=str,
 )
