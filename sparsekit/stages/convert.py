@@ -102,7 +102,11 @@ def convert_packed(
     open_source(model, out, overwrite=overwrite, progress=progress)  # before anything is written
     plain = out.with_name(f".{out.name}.plain")
     convert(model, plain, overwrite=True, progress=progress)
-    report = pack(str(plain), out, overwrite=overwrite, progress=progress)
+    try:
+        report = pack(str(plain), out, overwrite=overwrite, progress=progress)
+    except DataError:
+        shutil.rmtree(plain)
+        raise
     shutil.rmtree(plain)
     return report
 

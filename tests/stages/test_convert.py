@@ -69,6 +69,21 @@ def test_nothing_is_converted_for_a_packed_one_that_has_no_place(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_plain_one_that_cannot_be_packed_is_not_left_behind(tmp_path):
+    """Nothing is sparse in it: a bit mask that says so of every entry."""
+
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith(".bitmask")]:
+            mask, prefix = tensors[name], name.removesuffix(".bitmask")
+            tensors[name] = torch.full_like(mask, 255)
+            tensors[f"{prefix}.compressed"] = torch.ones(8 * mask.numel(), dtype=torch.float16)
+
+    source = broken(tmp_path, "sparse-bitmask", change)
+    with pytest.raises(DataError, match="is not sparse"):
+        convert_packed(str(source), tmp_path / "packed")
+    assert [file.name for file in tmp_path.iterdir()] == ["broken"]
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("inputs", [512, 256])  # of 256, half are kept: as many as a group has
 def test_scales_of_groups_come_back(tmp_path, inputs, key):
