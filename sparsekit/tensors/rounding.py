@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekit.errors import NumericalError
 from sparsekit.tensors.grids import Codes, Grid
 
 
@@ -43,6 +44,14 @@ class Rounding:
         lost.addcmul_(column, scale, value=-1)
 
     def codes(self, columns: Tensor) -> Codes:
-        """The weight `[out, in]` of which all columns `[in, out]` were settled."""
+        """The weight `[out, in]` of which all columns `[in, out]` were settled.
+
+        Raises:
+            NumericalError: What they had to make up for was not finite.
+        """
+        if not columns.isfinite().all():
+            raise NumericalError(
+                "a column that makes up for others is not finite", "raise damping, or use rtn"
+            )
         scales = self.scales.T.contiguous()
         return Codes.of(self.grid, columns.T.contiguous(), scales, self.dtype)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sparsekit import methods
+from sparsekit.errors import NumericalError
 from sparsekit.pruners.magnitude import Magnitude
 from sparsekit.pruners.sparsegpt import Sparsegpt
 from sparsekit.quantizers.awq import Awq
@@ -92,6 +93,16 @@ def test_gptq_leaves_less_error_than_rounding(pattern, share):
         )
         ratios.append(ours / theirs)
     assert sum(ratios) / 10 < share
+
+
+@pytest.mark.parametrize("text", ["int4", "int8", "fp8"])
+def test_columns_that_overflow_are_told_and_never_become_codes(text):
+    """A second half of the inputs that is about a 10^4th of the first has to make up for it."""
+    x = inputs()
+    x[:, IN // 2 :] = (x[:, : IN // 2] + x[:, IN // 2 :] / 4) / 10**4
+    weight = weight_of(None).clamp(-1, 1) * 3e38
+    with pytest.raises(NumericalError, match="not finite; raise damping, or use rtn"):
+        Gptq(damping=1e-10).quantize(weight, sums_of(x), Grid.parse(text), torch.float32)
 
 
 def test_rtn_takes_the_nearest_number_of_the_grid():
