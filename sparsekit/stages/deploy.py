@@ -22,6 +22,7 @@ from sparsekit.stages.config import DEVICES, one_of
 from sparsekit.stages.device import pick_device
 from sparsekit.stages.inspect import inspect
 from sparsekit.stages.sparsespeed import Speed, measure_kernels
+from sparsekit.tensors.grids import Grid
 
 Kind = Literal["plain", "quantized", "packed", "factored"]
 Answer = Literal["yes", "no", "part", "unknown"]
@@ -29,6 +30,8 @@ Answer = Literal["yes", "no", "part", "unknown"]
 SEMI_STRUCTURED = 64
 # Zeros of 16-bit weights of which a mask would take more than they save.
 FEW = 1 / 16
+# Inputs that share a scale, of weights that vLLM's kernels take; 0: a row does.
+MARLIN_GROUPS = (0, 32, 64, 128)
 NOT_TRIED = "not tried: take the plain model there, and quantize it there"
 
 
@@ -70,7 +73,8 @@ class DeployReport:
     model: str
     form: Form
     runtimes: Sequence[tuple[str, str, Verdict]]
-    """Name, version (the installed one, or the one that was looked at), and what becomes there."""
+    """Name, version (the installed one, or the one or the month that was looked at), and what
+    becomes there."""
     speeds: Sequence[Speed] = ()
     """Of torch's 2:4 kernels on this machine's GPU, where there is one and the form fits."""
     unmeasured: str = ""
@@ -109,9 +113,9 @@ def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> Dep
         ("transformers", version("transformers"), _transformers, ("packed",)),
         ("vLLM", "0.32", _vllm, ()),
         ("torch semi-structured (CUDA)", version("torch"), _torch, ()),
-        ("llama.cpp", "2026-11", _llama_cpp, ()),
+        ("llama.cpp", "looked at 2026-11", _llama_cpp, ()),
         ("OpenVINO (CPU)", "2026.4", _openvino, ()),
-        ("TensorRT core (by ONNX)", "2026-09", _tensorrt, ()),
+        ("TensorRT core (by ONNX)", "looked at 2026-09", _tensorrt, ()),
         ("sparsekit", version("sparsekit"), _sparsekit, ("packed", "factored")),
     ]
     found = []
@@ -176,8 +180,16 @@ def _transformers(form: Form) -> Verdict:
 
 
 def _vllm(form: Form) -> Verdict:
-    if form.kind == "quantized":
-        reason = "it has kernels for this grid; the zeros add nothing, its 2:4 kernels are gone"
+    if form.kind == "quantized" and form.grid:
+        grid = Grid.parse(form.grid)
+        if grid.group not in MARLIN_GROUPS:
+            reason = (
+                f"its Marlin kernels take groups of 32, 64 and 128 and whole rows, not of "
+                f"{grid.group}: whether another kernel does depends on the device"
+            )
+            return Verdict("part", "part", "part", reason)
+        device = " (of CPUs, on those with AMX)" if grid.floating else ""
+        reason = f"it has kernels for this grid{device}; the zeros add nothing, 2:4 ones are gone"
         return Verdict("yes", "yes", "yes", reason)
     return Verdict("yes", "no", "no", "its 2:4 kernels were removed in March 2026 (#36799)")
 

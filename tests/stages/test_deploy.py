@@ -42,7 +42,7 @@ def forms(family, pruned, row_file, tmp_path):
                 calibration=Calibration(source=str(row_file)),
             )
             return prune(config, str(family("llama")), out).out
-        return quantize(QuantizeConfig(method="rtn", grid="int8"), str(pruned), out).out
+        return quantize(QuantizeConfig(method="rtn", grid=form), str(pruned), out).out
 
     return folder
 
@@ -64,6 +64,8 @@ def forms(family, pruned, row_file, tmp_path):
         ("packed", {"transformers": "yes yes no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
         ("factored", {"transformers": "no no no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
         ("int8", {"transformers": "yes part no", "vLLM": "yes yes yes", "llama.cpp": "no no no"}),
+        ("int4-g32", {"vLLM": "yes yes yes"}),
+        ("int4-g16", {"transformers": "yes part no", "vLLM": "part part part"}),
     ],
 )
 def test_answers_follow_from_the_form(forms, form, answers):
@@ -79,6 +81,18 @@ def test_products_of_sparse_factors_are_not_sparse(forms):
     assert (report.form.kind, report.form.pattern, report.form.composed) == ("plain", "dense", True)
     reasons = {name: verdict.reason for name, _, verdict in report.runtimes}
     assert "pack keeps the factors alone" in reasons["sparsekit"]
+
+
+@pytest.mark.parametrize(
+    ("form", "words"), [("int4-g8", "128 and whole rows, not of 8"), ("fp8", "those with AMX")]
+)
+def test_what_vllm_has_no_kernels_for_everywhere_is_told(forms, form, words):
+    assert words in {n: v.reason for n, _, v in deploy(str(forms(form))).runtimes}["vLLM"]
+
+
+def test_a_date_is_not_told_as_a_version(family):
+    for _, seen, _ in deploy(str(family("llama"))).runtimes:
+        assert seen.startswith("looked at ") == ("2026-" in seen)
 
 
 def test_shapes_that_kernels_do_not_take_are_told(forms):
