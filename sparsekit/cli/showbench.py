@@ -7,13 +7,15 @@ from sparsekit.cli.console import Terminal
 
 def inferred(terminal: Terminal, result: dict[str, Any]) -> None:
     """What loading and running took; stdout has a line for each model, with tokens a second."""
+    memory = {"resident_bytes": "MB resident", "peak_bytes": "MB peak"}
+    if result["device"] == "cuda":
+        memory |= {"device_bytes": "MB on the GPU", "device_peak_bytes": "MB peak there"}
     rows = [
         (
             row["model"],
             f"{row['disk_bytes'] / 1e6:.1f}",
             f"{row['load_seconds']:.1f}",
-            f"{row['resident_bytes'] / 1e6:.0f}",
-            f"{row['peak_bytes'] / 1e6:.0f}",
+            *(f"{row[name] / 1e6:.0f}" for name in memory),
             f"{row['prefill']:.1f}",
             f"{row['decode']:.1f}",
         )
@@ -23,7 +25,7 @@ def inferred(terminal: Terminal, result: dict[str, Any]) -> None:
     terminal.table(
         f"prompt of {result['prompt']}, {result['new']} generated ({same} tokens), "
         f"{result['threads']} threads, {result['device']}",
-        ("model", "MB on disk", "load s", "MB resident", "MB peak", "prefill/s", "decode/s"),
+        ("model", "MB on disk", "load s", *memory.values(), "prefill/s", "decode/s"),
         rows,
     )
     lines = (f"{row['model']}\t{row['decode']:.2f}" for row in result["models"])

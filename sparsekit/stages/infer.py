@@ -55,9 +55,16 @@ class Inferred:
     disk_bytes: int
     load_seconds: float
     resident_bytes: int
-    """What the process has taken more after loading, and a first forward pass, than before."""
+    """What the process has taken more after loading, and a first forward pass, than before.
+
+    Of the host's memory, which on a GPU is not where the weights are.
+    """
     peak_bytes: int
     """The most that it took more than before loading."""
+    device_bytes: int
+    """What torch has allocated on the GPU after loading and a first forward pass; 0 without one."""
+    device_peak_bytes: int
+    """The most that it had allocated there."""
     prefill: float
     """Tokens of the prompt a second."""
     decode: float
@@ -110,6 +117,7 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     """Load one checkpoint and run it."""
     torch.set_num_threads(threads)
     device, process = pick_device(config.device), psutil.Process()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     source = Checkpoint.open(resolve(path))
     vocabulary = source.config.get_text_config().vocab_size
     prompt = torch.arange(config.batch * config.prompt).view(config.batch, -1) % vocabulary
@@ -119,9 +127,9 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     if config.resident == "expand":
         expand(model)
     model(input_ids=prompt[:, :1], use_cache=False)
-    load_seconds, resident = time.perf_counter() - started, process.memory_info().rss - before
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
+    load_seconds, resident = time.perf_counter() - started, process.memory_info().rss - before
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
     cache = new_cache(model)
     started = time.perf_counter()
     token = model(input_ids=prompt, **cache, use_cache=True).logits[:, -1:].argmax(-1)
@@ -140,6 +148,8 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
         load_seconds=load_seconds,
         resident_bytes=resident,
         peak_bytes=peak_memory() - before,
+        device_bytes=held,
+        device_peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else 0,
         prefill=prefill,
         decode=decode,
         tokens=torch.cat(tokens, 1)[0].tolist(),

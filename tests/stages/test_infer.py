@@ -1,6 +1,7 @@
 """`bench infer` on tiny models: what is counted, and that packed ones give the same tokens."""
 
 import pytest
+import torch
 
 import sparsekit
 from sparsekit.errors import DataError, UsageError
@@ -21,6 +22,29 @@ def test_a_packed_model_generates_the_same_tokens(pruned, tmp_path):
         assert row["prefill"] > 0
         assert row["decode"] > 0
         assert row["peak_bytes"] >= row["resident_bytes"]
+        assert (row["device_bytes"], row["device_peak_bytes"]) == (0, 0)
+
+
+def test_on_a_gpu_its_memory_is_told_and_waited_for(pruned, monkeypatch):
+    """With the CPU in the place of one: what is asked for, and when."""
+    calls, clock, to = [], infer.time.perf_counter, torch.Tensor.to
+
+    def stay(tensor, *args, **options):
+        return to(
+            tensor,
+            *("cpu" if arg in ("cuda", torch.device("cuda")) else arg for arg in args),
+            **options,
+        )
+
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    monkeypatch.setattr(infer, "pick_device", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: calls.append("clock") or clock())
+    row = infer._measure(InferConfig(prompt=8, new=2), "name", str(pruned), 1)
+    assert (row.device_bytes, row.device_peak_bytes) == (5, 7)
+    assert calls == ["clock", "wait", "clock"] * 3
 
 
 @pytest.mark.parametrize("change", [{"prompt": 0}, {"new": 1}, {"batch": 0}])
