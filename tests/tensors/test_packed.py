@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from sparsekit.tensors.grids import Codes, Grid
 from sparsekit.tensors.packed import (
+    CodeForm,
     exact_pattern,
+    pack_grid,
     pack_weight,
     packed_bytes,
     packing,
+    unpack_grid,
     unpack_weight,
 )
 from sparsekit.tensors.patterns import Pattern
@@ -62,6 +66,34 @@ def test_bytes_are_those_of_theory(pattern, dtype, share):
     assert found is not None
     values, indices = pack_weight(weight, found)
     assert (values.nbytes + indices.nbytes) / weight.nbytes == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize("grid", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("shape", [(7, 33), (1, 13)])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_every_bit_of_codes_comes_back_too(shape, grid, odd):
+    """For even and odd counts of values, of which 4-bit ones lie two in a byte."""
+    form = CodeForm(Grid.parse(grid), torch.bfloat16)
+    weight = sparse("50%/tensor", shape, torch.float32)
+    if int((weight != 0).sum()) % 2 != odd:
+        weight[tuple(weight.nonzero()[0])] = 0.0
+    codes = Codes.nearest(form.grid, weight, form.dtype)
+    stored = codes.codes.view(torch.int8)
+    if form.grid.floating:
+        stored[tuple((stored == 0).nonzero()[0])] = -128  # -0.0, which is a value
+    else:  # the lowest code, and one with all bits set
+        stored[tuple(stored.nonzero()[0])] = int(form.grid.range[0])
+        stored[tuple(stored.nonzero()[-1])] = -1
+    pattern = exact_pattern(int((stored == 0).sum()), stored.numel())
+    parts = pack_grid(codes, pattern, form.grid)
+    values = int((stored != 0).sum())
+    assert values % 2 == (odd + form.grid.floating) % 2
+    assert parts["values"].nbytes == -(-values * form.grid.bits // 8)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == form.shapes(shape, pattern)
+    found = unpack_grid(parts, pattern, shape[1], form)
+    assert found.codes.dtype == codes.codes.dtype
+    assert torch.equal(found.codes.view(torch.int8), stored)
+    assert torch.equal(bits(found.scale), bits(codes.scale))
 
 
 def test_a_negative_zero_is_a_value():
