@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -422,7 +423,7 @@ def test_codes_outside_the_blocks_are_refused_by_name(coded, tmp_path):
 def composed(family, row_file, tmp_path):
     """Gives a folder whose weights are products of the factors beside them."""
 
-    def folder(name: str = "llama", **options: str):
+    def folder(name: str = "llama", **options: Any):
         calibration = Calibration(source=str(row_file))
         options = options or {"method": "magnitude", "compensate": "lowrank"}
         config = PruneConfig(calibration=calibration, **options)
@@ -443,9 +444,30 @@ def far(one, two) -> float:
     return ((found[0] - found[1]).norm() / found[1].norm()).item()
 
 
+@pytest.fixture
+def with_branches(family, row_file, tmp_path):
+    """Gives a folder whose weights were trained with low-rank branches, the factors beside them."""
+
+    def folder(name: str):
+        config = RecoverConfig(
+            method="ast", data=str(row_file), tokens=96, batch=2, length=16, lr=1e-3, slorb=16
+        )
+        return recover(config, str(family(name)), tmp_path / "branches").out
+
+    return folder
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_factors_are_kept_alone_and_multiplied_out(composed, row_file, tmp_path, name):
-    source = composed(name)
+@pytest.mark.parametrize("made_by", ["lowrank", "armor", "slorb"])
+def test_factors_are_kept_alone_and_multiplied_out(
+    composed, with_branches, tmp_path, made_by, name
+):
+    if made_by == "slorb":
+        source = with_branches(name)
+    elif made_by == "armor":
+        source = composed(name, method="armor", options={"block": "8", "sweeps": "4"})
+    else:
+        source = composed(name)
     packed = pack(str(source), tmp_path / "packed").out
     assert Checkpoint.open(packed).n_bytes < 0.9 * Checkpoint.open(source).n_bytes
     assert verify(str(packed))["pattern"] == ["2:4"]
