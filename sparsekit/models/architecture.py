@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from sparsekit.errors import DataError
+from sparsekit.files import read_json
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import FactoredLinear, use_factors
 from sparsekit.models.folder import is_packed
+from sparsekit.models.legacy import compression, not_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,7 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = source.config
-    told = getattr(config, "quantization_config", None)
-    ours = source.grid is not None or (source.factored and is_packed(told))
-    if told and not ours:
-        raise DataError(f"{source.path} is quantized", "prune the model it was quantized from")
+    refuse_foreign(source)
     try:
         # Buffers are made for real: rotary tables are computed, not stored.
         with init_empty_weights(include_buffers=False):
@@ -52,6 +51,19 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     if source.factored:
         use_factors(model, source)
     return model.eval().requires_grad_(False)
+
+
+def refuse_foreign(source: Checkpoint) -> None:
+    """Refuse a checkpoint that is quantized, or stored, in another way than ours.
+
+    Raises:
+        DataError: Names the way.
+    """
+    told = getattr(source.config, "quantization_config", None)
+    told = told or compression(read_json(source.path / "config.json"))
+    ours = source.grid is not None or (source.factored and is_packed(told))
+    if told and not ours:
+        raise not_read(source.path, told)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -58,8 +58,10 @@ def _small_files(repo: str) -> Path:
         raise DataError(f"{repo} has no config.json on the hub", "is it a language model?")
     try:
         config = load_config(folder)
-        if getattr(config, "quantization_config", None):
-            raise DataError(f"{repo} is quantized", "prune the model it was quantized from")
+        if told := getattr(config, "quantization_config", None):
+            from sparsekit.models.legacy import not_read
+
+            raise not_read(repo, told)
     except DataError as error:
         raise DataError(error.message.replace(str(folder), repo), error.hint) from error
     return folder

@@ -39,6 +39,25 @@ def legacy_format(config: Mapping[str, Any]) -> str | None:
     return next((form for form in (inner, told.get("format")) if form in PARTS), None)
 
 
+def not_read(name: object, told: Any) -> DataError:
+    """What to raise of a checkpoint that is stored in another way than ours.
+
+    Args:
+        name: Its folder or hub id.
+        told: What its config.json says of that.
+    """
+    told = told if isinstance(told, Mapping) else {}
+    form = legacy_format({"quantization_config": told})
+    words = [str(word) for word in (told.get("quant_method"), form or told.get("format")) if word]
+    how = f" ({' '.join(', '.join(words).split())})" if words else ""
+    return DataError(
+        f"{name} is quantized{how} in a way that sparsekit does not read",
+        "sparsekit convert makes a plain one of its folder"
+        if form
+        else "take the model it was quantized from",
+    )
+
+
 def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json without the dropped form; with what still is said of quantization."""
     kept, told = dict(config), dict(compression(config))

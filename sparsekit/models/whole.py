@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import available_memory
+from sparsekit.models.architecture import refuse_foreign
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import expand
 from sparsekit.models.folder import is_packed
@@ -56,11 +57,13 @@ def load_whole(
     """The model as transformers loads it, on the CPU; arguments as of `require_memory`.
 
     Raises:
-        DataError: It does not fit into the available memory, cannot be read, or lacks weights.
+        DataError: It does not fit into the available memory, is quantized in another way than
+            ours, cannot be read, or lacks weights.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    refuse_foreign(source)  # transformers would look for what its configuration names
     require_memory(source, dtype, purpose=purpose, way_out=way_out)
     if source.factored:
         model = Skeleton(source, torch.device("cpu"), dtype).fill()

@@ -393,10 +393,28 @@ def test_history_of_another_hand_is_refused(copy_of, history):
         Checkpoint.open(folder).provenance()
 
 
-def test_quantized_checkpoint_is_refused(copy_of):
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128},
+            r"\(gptq\) in a way .*; take the model it was quantized from$",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack\nquantized"},
+            r"\(compressed-tensors, pack quantized\) in a way .*; take",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
+            r"\(compressed-tensors, sparse-bitmask\) .*; sparsekit convert makes a plain one",
+        ),
+    ],
+)
+def test_quantized_checkpoint_is_refused_with_the_way(copy_of, key, told, words):
     folder = copy_of("llama")
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
-    with pytest.raises(DataError, match=r"is quantized; prune the model it was quantized from"):
+    edit_config(folder, **{key: told})
+    with pytest.raises(DataError, match=f"is quantized {words}"):
         build_without_weights(Checkpoint.open(folder), torch.float32)
 
 

@@ -226,7 +226,7 @@ def quantize(folder: Path) -> None:
     ("damage", "told"),
     [
         (lambda f: (f / "config.json").unlink(), "org/name has no config.json on the hub"),
-        (quantize, "org/name is quantized; prune the model it was quantized from"),
+        (quantize, "org/name is quantized (gptq) in a way that"),
         (lambda f: change_index(f, "../x.safetensors"), "outside the folder: '../x.safetensors'"),
         (lambda f: change_index(f, "x.safetensors"), "names x.safetensors, which the hub does not"),
         (lambda f: (f / SINGLE).write_bytes(b"x"), f"org/name has both {SINGLE} and"),

@@ -10,6 +10,7 @@ from listeners import Notes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import sparsekit
 from sparsekit.errors import DataError, UsageError
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.calibration import Calibration
@@ -17,7 +18,9 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.quantized import grid_of
 from sparsekit.progress import Progress
 from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.convert import convert
 from sparsekit.stages.evaluate import evaluate
+from sparsekit.stages.infer import InferConfig, _measure
 from sparsekit.stages.inspect import inspect, verify
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantconfig import QuantizeConfig
@@ -248,6 +251,8 @@ def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
     [
         {"quant_method": "gptq"},
         {"format": "os.system"},
+        {"format": "module.py:X"},
+        {"quant_method": "module.py:X"},
         {"format": "sparse-24-bitmask"},
         {"config_groups": {}},
         {"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "group"}}}},
@@ -256,13 +261,27 @@ def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
     ],
     ids=str,
 )
-def test_a_format_that_is_not_ours_is_refused_and_never_run(run, sparse, change):
-    out = run(sparse("2:4"), grid="int4-g16")
+def test_a_format_that_is_not_ours_is_refused_and_never_run(
+    run, sparse, tmp_path, monkeypatch, change
+):
+    """A file that is named is there, and would leave a mark if it were run."""
+    out, mark = run(sparse("2:4"), grid="int4-g16"), tmp_path / "mark"
+    (out / "module.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass X: pass\n")
+    monkeypatch.chdir(out)
+    monkeypatch.syspath_prepend(str(out))
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"] |= change
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="out is quantized"):
-        inspect(str(out))
+    for read in (
+        lambda: inspect(str(out)),
+        lambda: sparsekit.load(out),
+        lambda: _measure(InferConfig(prompt=8, new=2), "out", str(out), 1),  # of `bench infer`
+    ):
+        with pytest.raises(DataError, match="out is quantized"):
+            read()
+    with pytest.raises(DataError, match=r"in none of the forms|has no weight in it"):
+        convert(str(out), tmp_path / "plain")
+    assert not mark.exists()
 
 
 def test_tensors_that_do_not_fit_together_are_refused(run, sparse):
