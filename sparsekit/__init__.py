@@ -39,10 +39,12 @@ def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -
         dtype: `float32`, `bfloat16`, `float16`; auto: the type on disk.
         resident: `packed` keeps packed weights and factors as they are, and each layer unpacks its
             own when it is called; `expand` holds dense ones, which is faster and takes more memory.
+            Only those can be saved with `save_pretrained`.
 
     Raises:
         UsageError: Another word for `dtype` or `resident`.
-        DataError: It cannot be read, lacks weights, or does not fit into memory.
+        DataError: It cannot be read, is quantized in another way than ours, lacks weights, or does
+            not fit into memory.
     """
     from sparsekit.models.whole import load
 
