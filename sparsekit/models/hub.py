@@ -1,11 +1,12 @@
 """A model of the Hugging Face hub, in the hub's own cache: weights last, shard by shard."""
 
 from pathlib import Path
+from typing import Any
 
 from sparsekit.errors import DataError, StorageError
 from sparsekit.files import FULL
 from sparsekit.models.configuration import load_config
-from sparsekit.models.folder import INDEX, SINGLE, indexed_files, refuse_two_forms
+from sparsekit.models.folder import INDEX, SINGLE, indexed_files, is_packed, refuse_two_forms
 from sparsekit.progress import SILENT, Progress
 
 # Everything of a model but its weights.
@@ -58,13 +59,31 @@ def _small_files(repo: str) -> Path:
         raise DataError(f"{repo} has no config.json on the hub", "is it a language model?")
     try:
         config = load_config(folder)
-        if told := getattr(config, "quantization_config", None):
-            from sparsekit.models.legacy import not_read
-
-            raise not_read(repo, told)
+        _refuse_other_forms(repo, getattr(config, "quantization_config", None))
     except DataError as error:
         raise DataError(error.message.replace(str(folder), repo), error.hint) from error
     return folder
+
+
+def _refuse_other_forms(repo: str, told: Any) -> None:
+    """Refuse weights in a form that is not read straight from the hub.
+
+    Args:
+        repo: Where they are.
+        told: What its config.json says of quantization.
+
+    Raises:
+        DataError: Says what to do.
+    """
+    from sparsekit.models.legacy import not_read
+    from sparsekit.models.quantized import grid_of
+
+    if is_packed(told):
+        raise DataError(
+            f"{repo} is packed", f"fetch it with hf download {repo}, and name the folder"
+        )
+    if told and grid_of(told) is None:
+        raise not_read(repo, told)
 
 
 def _shards(repo: str, folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ def convert(
     """Write a plain checkpoint from one in a dropped form.
 
     Args:
-        model: Its folder, or hub id.
+        model: Its folder.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
         progress: Told of each weight.

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -216,9 +217,9 @@ def change_index(folder: Path, shard: str) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def quantize(folder: Path) -> None:
+def quantize(folder: Path, method: str = "gptq") -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -227,11 +228,12 @@ def quantize(folder: Path) -> None:
     [
         (lambda f: (f / "config.json").unlink(), "org/name has no config.json on the hub"),
         (quantize, "org/name is quantized (gptq) in a way that"),
+        (lambda f: quantize(f, "sparsekit"), "org/name is packed; fetch it with hf download org"),
         (lambda f: change_index(f, "../x.safetensors"), "outside the folder: '../x.safetensors'"),
         (lambda f: change_index(f, "x.safetensors"), "names x.safetensors, which the hub does not"),
         (lambda f: (f / SINGLE).write_bytes(b"x"), f"org/name has both {SINGLE} and"),
     ],
-    ids=["no config", "quantized", "outside", "missing shard", "two forms"],
+    ids=["no config", "quantized", "packed", "outside", "missing shard", "two forms"],
 )
 def test_repository_that_is_no_checkpoint_is_refused_by_its_name(hub, refused, damage, told):
     served = hub("llama_sharded")
@@ -239,3 +241,16 @@ def test_repository_that_is_no_checkpoint_is_refused_by_its_name(hub, refused, d
     found = refused(served)
     assert told in found.stderr
     assert "snapshots" not in found.stderr  # where the hub's cache puts it helps nobody
+
+
+def test_a_model_on_a_grid_of_ours_is_fetched_as_any_other(hub, spawn, tmp_path):
+    served = hub("llama")
+    words = ("--method", "rtn", "--grid", "int8", "-q")
+    made = spawn("quantize", served.folder, "-o", tmp_path / "small", *words)
+    assert made.code == 0, made.stderr
+    shutil.rmtree(served.folder)
+    shutil.copytree(tmp_path / "small", served.folder)
+    environment = served.environment(tmp_path / "home")
+    found = spawn("inspect", "org/name", "--json", "-q", env=environment)
+    assert found.code == 0, found.stderr
+    assert "int8" in found.stdout
