@@ -1,5 +1,7 @@
-"""The README says what is there: its tree, its commands and their options."""
+"""The README says what is there: its tree, its commands and their options, and its code."""
 
+import ast
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +9,10 @@ from pathlib import Path
 import pytest
 import typer
 
+import sparsekit
 from sparsekit.cli.app import app
+from sparsekit.stages import api
+from sparsekit.stages.recipe import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,19 +30,78 @@ def test_tree_lists_every_source_file_once():
     assert sorted(listed) == sorted(there)
 
 
+def blocks(kind: str) -> list[str]:
+    """The fenced blocks of a kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", README, flags=re.DOTALL)
+
+
 def lines() -> list[str]:
-    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
-    commands = re.split(r"[\n|]|&&", shell)
-    return [c.strip() for c in commands if c.strip().startswith("sparsekit ")]
+    """Every command in a block or between backticks, from the word after `sparsekit`."""
+    shell = "\n".join(blocks("sh")).replace("\\\n", " ")
+    found = re.findall(r"(?<![\w/.])sparsekit (\S.*)", "\n".join(re.split(r"[\n|]|&&", shell)))
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for code in re.findall(r"`([^`]+)`", prose):
+        first, *rest = code.split()
+        if rest and (first == "sparsekit" or first in typer.main.get_command(app).commands):
+            found.append(" ".join(code.split()).removeprefix("sparsekit "))
+    return list(dict.fromkeys(found))
+
+
+def unknown(line: str) -> list[str]:
+    """The words of a command that there are not: verbs of a group, and options."""
+    command, words = typer.main.get_command(app), shlex.split(line)
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        verb = words.pop(0)
+        if verb not in command.commands:
+            return [verb]
+        command = command.commands[verb]
+    options = {word.partition("=")[0] for word in words if word.startswith("-") and word != "-"}
+    return sorted(options - {name for p in command.params for name in (*p.opts, *p.secondary_opts)})
 
 
 def test_there_are_commands_to_check():
-    assert len(lines()) >= 8
+    assert len(lines()) >= 30
+    assert {"recipe ls", "bench infer pruned packed", "eval --save"} <= set(lines())
 
 
 @pytest.mark.parametrize("line", lines())
 def test_command_and_its_options_exist(line):
-    group = typer.main.get_command(app)
-    verb, *rest = shlex.split(line)[1:]
-    known = {name for parameter in group.commands[verb].params for name in parameter.opts}
-    assert {word for word in rest if word.startswith("-") and word != "-"} <= known
+    assert unknown(line) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("recipe foo", "foo"),
+        ("bench infr a b", "infr"),
+        ("bench recover demo --bach 8", "--bach"),
+        ("eval --sav", "--sav"),
+        ("--instal-completion", "--instal-completion"),
+        ("prun demo", "prun"),
+    ],
+)
+def test_what_there_is_not_is_found(line, wrong):
+    assert unknown(line) == [wrong]
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_recipe_of_the_readme_is_one(text):
+    assert [s.name for s in parse(text).steps if s.verb == "recover"] == [
+        "pruned-wanda.ast",
+        "pruned-sparsegpt.ast",
+    ]
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_compiles_and_uses_what_sparsekit_has(text):
+    compile(text, "README.md", "exec")
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    ours = [call for call in calls if ast.unparse(call.func).startswith("sparsekit.")]
+    assert ours
+    for call in ours:
+        function = getattr(sparsekit, ast.unparse(call.func).removeprefix("sparsekit."))
+        words = {word.arg: word.value for word in call.keywords}
+        inspect.signature(function).bind(*call.args, **words)
+        if given := inspect.get_annotations(function).get("given"):  # as Unpack[PruneWords]
+            known = getattr(api, re.findall(r"\w+", given)[-1]).__annotations__
+            assert set(words) - set(inspect.signature(function).parameters) <= set(known)

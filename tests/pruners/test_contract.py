@@ -2,11 +2,16 @@
 
 import ast
 import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import exact_count, inputs_of, sums_of, weight_of
 
+import sparsekit.pruners
 from sparsekit import methods
 from sparsekit.errors import UsageError
 from sparsekit.pruners import Pruned, Pruner
@@ -178,3 +183,32 @@ def test_options_arrive_as_text_and_are_checked(name: str) -> None:
             methods.load("pruners", name, {option.name: "many"})
     with pytest.raises(UsageError, match=f"{name} has no option 'colour'"):
         methods.load("pruners", name, {"colour": "3"})
+
+
+# -------------------------------------------------------------------------- a new pruning method
+
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The method that CONTRIBUTING.md shows, as the one file of a folder of pruners."""
+    [text] = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text("utf-8"), flags=re.DOTALL)
+    (tmp_path / "pruners").mkdir()
+    (tmp_path / "pruners" / "name.py").write_text(text, "utf-8")
+    monkeypatch.setattr(methods, "__file__", str(tmp_path / "methods.py"))
+    monkeypatch.setattr(sparsekit.pruners, "__path__", [str(tmp_path / "pruners")])
+    yield "name"
+    sys.modules.pop("sparsekit.pruners.name", None)
+
+
+def test_sample_of_contributing_is_a_method_as_it_is_copied(sample: str) -> None:
+    assert methods.names("pruners") == [sample]
+    for text in PATTERNS:
+        test_mask_has_exactly_the_pattern(sample, text)
+        test_dead_inputs_give_finite_weights(sample, text)
+    test_same_input_gives_the_same_bits(sample, "2:4")
+    test_method_that_updates_weights_says_so(sample)
+    test_description_matches_the_class(sample)
+    test_method_and_options_are_explained(sample)
+    test_options_arrive_as_text_and_are_checked(sample)
