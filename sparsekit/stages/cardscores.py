@@ -44,8 +44,8 @@ def tell_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 def scores_table(entries: Iterable[Mapping[str, Any]]) -> str:
     """A section in Markdown: for each text and set of tasks the model, and its baselines.
 
-    A value is told with its standard error, and the paired difference to a baseline with its own;
-    the baseline's value is the value less the difference.
+    A value is told with its standard error, and so are the paired difference to a baseline and the
+    baseline's own value; where that was not kept, it is the value less the difference.
     """
     found = qualities(entries)
     rows = []
@@ -65,7 +65,7 @@ def _text_rows(heading: str, quality: Quality) -> list[tuple[str, str, str, str]
     here = _of_log(figure)
     rows = []
     for name, difference in quality.differences.items():
-        before = f"{perplexity_of(figure.value - difference.value):.2f} ({_name(name)})"
+        before = f"{_of_log(_before(quality, name))} ({_name(name)})"
         told = f"{_figure(difference, signed=True)} in log perplexity"
         rows.append((f"perplexity, {heading}", before, here, told))
     return rows or [(f"perplexity, {heading}", "-", here, "-")]
@@ -76,12 +76,18 @@ def _task_rows(heading: str, quality: Quality) -> list[tuple[str, str, str, str]
     figure = quality.figure
     rows = []
     for name, difference in quality.differences.items():
-        before = f"{figure.value - difference.value:.4f} ({_name(name)})"
+        before = f"{_figure(_before(quality, name))} ({_name(name)})"
         told = _figure(difference, signed=True)
         rows.append((f"mean accuracy, {heading}", before, _figure(figure), told))
     rows = rows or [(f"mean accuracy, {heading}", "-", _figure(figure), "-")]
     tasks = quality.tasks if len(quality.tasks) > 1 else {}
     return rows + [(f"accuracy, {name}", "", _figure(task), "") for name, task in tasks.items()]
+
+
+def _before(quality: Quality, name: str) -> Figure:
+    """What a baseline has itself; without a standard error where that was not kept."""
+    value = quality.figure.value - quality.differences[name].value
+    return quality.baselines.get(name, Figure(value=value, stderr=None))
 
 
 def _of_log(figure: Figure) -> str:

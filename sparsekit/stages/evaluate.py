@@ -79,7 +79,8 @@ class Score:
     perplexity: Perplexity | None
     tasks: Sequence[TaskScore]
     difference: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Ours minus the baseline's, by `log_perplexity` and `TASK.METRIC`."""
+    """Ours minus the baseline's, by `log_perplexity` and `TASK.METRIC`; with each the figure of the
+    baseline itself."""
 
     def __str__(self) -> str:
         figures = [f"perplexity {self.perplexity.value:.3f}"] if self.perplexity else []
@@ -287,15 +288,22 @@ def _tasks(
 
 def _compared(score: Score, baseline: Score) -> Score:
     """The score with its sample-by-sample difference to the baseline."""
-    difference: dict[str, PairedDifference] = {}
+    difference: dict[str, dict[str, Any]] = {}
     ours, theirs = score.perplexity, baseline.perplexity
     if ours and theirs:
-        difference["log_perplexity"] = paired_difference(ours.losses, theirs.losses)
+        paired = paired_difference(ours.losses, theirs.losses)
+        difference["log_perplexity"] = _told(paired, theirs.log, mean_stderr(theirs.losses))
     for mine, other in zip(score.tasks, baseline.tasks, strict=True):
-        for metric, value in compare_tasks(mine, other).items():
-            difference[f"{mine.task}.{metric}"] = value
-    plain = {key: {**asdict(d), "stderr": _number(d.stderr)} for key, d in difference.items()}
-    return Score(model=score.model, perplexity=ours, tasks=score.tasks, difference=plain)
+        for metric, paired in compare_tasks(mine, other).items():
+            own = other.metrics[metric]
+            difference[f"{mine.task}.{metric}"] = _told(paired, own.value, own.stderr)
+    return Score(model=score.model, perplexity=ours, tasks=score.tasks, difference=difference)
+
+
+def _told(paired: PairedDifference, value: float, stderr: float | None) -> dict[str, Any]:
+    """A difference as JSON, with the value and standard error of the baseline itself."""
+    own = {"value": value, "stderr": stderr}
+    return {**asdict(paired), "stderr": _number(paired.stderr), "baseline": own}
 
 
 def _number(value: float) -> float | None:

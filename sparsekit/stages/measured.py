@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ class Quality:
     """The logarithm of the perplexity, or the mean accuracy."""
     differences: Mapping[str, Figure]
     """To other models by their names, over the same windows or samples."""
+    baselines: Mapping[str, Figure] = field(default_factory=dict)
+    """What those models have themselves, where that was kept."""
     tasks: Mapping[str, Figure] = field(default_factory=dict)
     """The accuracy in each task."""
     dtype: str = ""
@@ -99,15 +101,13 @@ def qualities(entries: Iterable[Mapping[str, Any]]) -> dict[Measured, Quality]:
     for entry in entries:
         for key, quality in _of_entry(entry):
             before = found.get(key)
-            differences = dict(quality.differences)
             if before is not None and before.figure == quality.figure:
-                differences = {**before.differences, **differences}
-            found[key] = Quality(
-                figure=quality.figure,
-                differences=differences,
-                tasks=quality.tasks,
-                dtype=quality.dtype,
-            )
+                quality = replace(
+                    quality,
+                    differences={**before.differences, **quality.differences},
+                    baselines={**before.baselines, **quality.baselines},
+                )
+            found[key] = quality
     return found
 
 
@@ -115,27 +115,41 @@ def _of_entry(entry: Mapping[str, Any]) -> Iterable[tuple[Measured, Quality]]:
     """The perplexity and the mean of one score."""
     baseline = entry.get("baseline") or "the baseline"
     difference = {key: _figure(value) for key, value in entry["difference"].items()}
+    told_of = {key: value.get("baseline") for key, value in entry["difference"].items()}
+    before = {key: _figure(value) for key, value in told_of.items() if value is not None}
     if told := entry["perplexity"]:
         windows = Windows(**{k: told[k] for k in ("text", "windows", "length", "fingerprint")})
         log = Figure(value=told["log_perplexity"], stderr=told.get("log_stderr"))
-        own = difference.get("log_perplexity")
-        own_differences = {} if own is None else {baseline: own}
-        yield windows, Quality(figure=log, differences=own_differences, dtype=told["dtype"])
+        own, of_baseline = difference.get("log_perplexity"), before.get("log_perplexity")
+        yield (
+            windows,
+            Quality(
+                figure=log,
+                differences={} if own is None else {baseline: own},
+                baselines={} if of_baseline is None else {baseline: of_baseline},
+                dtype=told["dtype"],
+            ),
+        )
     tasks = {_samples(task): task for task in entry["tasks"] if metric_of(task) is not None}
     ordered = sorted(tasks, key=lambda samples: samples.task)
     if not ordered:
         return
     figures = {s.task: _figure(tasks[s]["metrics"][s.metric]) for s in ordered}
-    paired = [difference.get(f"{s.task}.{s.metric}") for s in ordered]
-    there = [figure for figure in paired if figure is not None]
+    names = [f"{s.task}.{s.metric}" for s in ordered]
     yield (
         TaskSet(tasks=tuple(ordered)),
         Quality(
             figure=mean(list(figures.values())),
-            differences={baseline: mean(there)} if len(there) == len(ordered) else {},
+            differences=_mean_of(baseline, names, difference),
+            baselines=_mean_of(baseline, names, before),
             tasks=figures,
         ),
     )
+
+
+def _mean_of(name: str, keys: Sequence[str], told: Mapping[str, Figure]) -> dict[str, Figure]:
+    """The mean of what is told of all keys, by a model's name; nothing where one is not told."""
+    return {name: mean([told[key] for key in keys])} if set(keys) <= set(told) else {}
 
 
 def mean(figures: Sequence[Figure]) -> Figure:

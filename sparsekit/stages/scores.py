@@ -132,7 +132,7 @@ def _wrong(entry: Any) -> str:
         "perplexity": lambda value: value is None or _is_perplexity(value),
         "tasks": lambda value: isinstance(value, list) and all(map(_is_task, value)),
         "difference": lambda value: (
-            isinstance(value, dict) and all(map(_is_figure, value.values()))
+            isinstance(value, dict) and all(map(_is_difference, value.values()))
         ),
     }
     return next((key for key, holds in checks.items() if not holds(entry.get(key))), "")
@@ -167,6 +167,11 @@ def _is_figure(value: Any) -> bool:
         and _is_number(value.get("value"))
         and (value.get("stderr") is None or _is_number(value["stderr"]))
     )
+
+
+def _is_difference(value: Any) -> bool:
+    """Whether a value is a figure, beside which that of the baseline may be told."""
+    return _is_figure(value) and (value.get("baseline") is None or _is_figure(value["baseline"]))
 
 
 def _is_number(value: Any) -> bool:

@@ -523,8 +523,10 @@ def test_eval_of_an_own_task_has_both_accuracies_with_errors(
     assert set(score["difference"]) == {"tiny_choice.acc", "tiny_choice.acc_norm"}
     difference = score["difference"]["tiny_choice.acc"]
     (other,) = base["tasks"]
-    expected = task["metrics"]["acc"]["value"] - other["metrics"]["acc"]["value"]
+    own = other["metrics"]["acc"]
+    expected = task["metrics"]["acc"]["value"] - own["value"]
     assert difference["value"] == pytest.approx(expected)
+    assert difference["baseline"] == {key: own[key] for key in ("value", "stderr")}
     table = cli(*command, "--limit", 4)
     assert table.code == 0
     assert "acc_norm" in table.stderr

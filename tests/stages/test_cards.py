@@ -1,7 +1,9 @@
 """Model cards as the hub reads them, of every stage that writes a checkpoint."""
 
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,42 @@ def test_the_card_tells_the_scores_before_and_after(pruned, copy_of):
     assert "| accuracy, piqa |  | 0.7000 ± 0.0400 |" in text
     assert text.count("## Scores") == 1
     assert card_of(folder).data.tags
+
+
+def test_before_and_after_both_have_their_standard_errors(copy_of, row_file, tmp_path):
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    folder = prune(config, str(copy_of("llama")), tmp_path / "a").out
+    own = {"value": math.log(20.0), "stderr": 0.03}
+    paired = {"value": math.log(50.0 / 20.0), "stderr": 0.01, "baseline": own}
+    ppl = windows(math.log(50.0), log_stderr=0.02)
+    add_score(folder, score(ppl, difference={"log_perplexity": paired}, baseline="org/dense"))
+    text = (folder / "README.md").read_text()
+    assert "| 20.00 ± 0.60 (org/dense) | 50.00 ± 1.00 | +0.9163 ± 0.0100 in log" in text
+    tasks = [task("arc_easy", 0.5, 0.03), task("piqa", 0.7, 0.04)]
+    values = {"arc_easy": (0.6, 0.06), "piqa": (0.8, 0.08)}
+    differences = {
+        f"{name}.acc_norm": {
+            **{"value": -0.1, "stderr": 0.01},
+            "baseline": {"value": value, "stderr": stderr},
+        }
+        for name, (value, stderr) in values.items()
+    }
+    add_score(folder, score(tasks=tasks, difference=differences, baseline="org/dense"))
+    # A mean of two independent figures: √(0.06² + 0.08²) / 2.
+    text = (folder / "README.md").read_text()
+    assert "| 0.7000 ± 0.0500 (org/dense) | 0.6000 ± 0.0250 | -0.1000 ± 0.0071 |" in text
+
+
+def test_card_of_a_model_that_was_measured_tells_the_baseline_with_its_error(
+    cli, family, pruned, row_file, tmp_path
+):
+    folder = shutil.copytree(pruned, tmp_path / "m")
+    words = ("eval", folder, "--baseline", family("llama"), "--text", row_file, "--save")
+    found = cli(*words, "--json", "-q")
+    assert found.code == 0, found.stderr
+    base = json.loads(found.stdout)["models"][0]["perplexity"]
+    told = f"{base['perplexity']:.2f} ± {base['perplexity'] * base['log_stderr']:.2f} ("
+    assert told in (folder / "README.md").read_text()
 
 
 def test_a_card_of_others_is_left_alone(copy_of):

@@ -142,6 +142,7 @@ def test_folder_without_checkpoints_is_named(tmp_path):
         json.dumps({"format": 1, "scores": [{**score(), "perplexity": {"text": "x"}}]}),
         json.dumps({"format": 1, "scores": [{**score(), "tasks": [{"task": "piqa"}]}]}),
         json.dumps({"format": 1, "scores": [{**score(), "difference": {"x": 1}}]}),
+        json.dumps({"format": 1, "scores": [score(difference={"x": {"value": 1, "baseline": 2}})]}),
         json.dumps({"format": 1, "scores": [score(windows(math.nan))]}),
     ],
 )

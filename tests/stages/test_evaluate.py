@@ -90,6 +90,11 @@ def test_baseline_comes_first_and_differences_are_paired(family, pruned, row_fil
         assert found["value"] == pytest.approx(statistics.mean(differences))
         assert found["stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(5))
         assert found["n"] == 5
+        own = base.perplexity.to_json()
+        assert found["baseline"] == {
+            "value": own["log_perplexity"],
+            "stderr": own["log_stderr"],
+        }
     assert one.difference != two.difference
 
 
@@ -105,7 +110,8 @@ class Recorder(Progress):
 
 def test_model_differs_from_itself_by_exactly_nothing(family, row_file):
     _, score = scores(EvalConfig(text=str(row_file)), family("llama"), baseline=family("llama"))
-    assert score.difference["log_perplexity"] == {"value": 0.0, "stderr": 0.0, "n": 5}
+    found = score.difference["log_perplexity"]
+    assert (found["value"], found["stderr"], found["n"]) == (0.0, 0.0, 5)
 
 
 def test_models_whose_tokenizers_cut_another_text_are_not_compared(copy_of, family):
