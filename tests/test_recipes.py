@@ -1,15 +1,19 @@
 """Every recipe that is shipped: well-formed, what it says, and run in shrunken form."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sparsekit.errors import UsageError
+from sparsekit import methods
+from sparsekit.errors import SparsekitError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.stages import demo
+from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
 from sparsekit.stages.recipe import parse, read_recipe
-from sparsekit.stages.recipeform import VERBS, read_yaml, schema
+from sparsekit.stages.recipeform import read_yaml, schema
 from sparsekit.stages.run import run
 from sparsekit.stages.scores import read_scores
 from sparsekit.stages.shipped import shipped
@@ -20,6 +24,10 @@ WANTED = {
     *("wanda-dsnot-60", "sparsegpt-ast", "sparsegpt-cast-int4", "armor-2x4"),
     *("compare-oneshot-2x4", "llama-7b-2x4", "ast-paper", "cast-paper"),
 }
+
+
+# Options of a training that its recipe names.
+OPTIONS = {"ast-paper": {"decay", "ramp"}, "cast-paper": {"decay", "spans"}}
 
 
 def test_the_recipes_that_were_promised_are_there():
@@ -36,19 +44,79 @@ def test_it_is_well_formed_and_opens_with_what_it_is_for(name):
     assert read_recipe(file).steps
 
 
+TYPES = {
+    **{"object": dict, "array": list, "string": str, "integer": int, "number": int | float},
+    **{"boolean": bool, "null": type(None)},
+}
+NOTES = {"$schema", "title", "default", "format"}  # which check nothing
+
+
+def fits(value: object, asked: dict) -> bool:
+    """Whether a value is what a JSON schema asks for; a keyword that this does not know fails."""
+    listed = value if isinstance(value, list) else []
+    mapped = value if isinstance(value, dict) else {}
+    known = asked.get("properties", {})
+    checks = {
+        "type": lambda name: (
+            isinstance(value, TYPES[name]) and isinstance(value, bool) == (name == "boolean")
+        ),
+        "const": lambda wanted: value == wanted,
+        "enum": lambda choices: value in choices,
+        "minimum": lambda least: not isinstance(value, int | float) or value >= least,
+        "minItems": lambda least: not isinstance(value, list) or len(value) >= least,
+        "items": lambda each: all(fits(one, each) for one in listed),
+        "anyOf": lambda choices: any(fits(value, choice) for choice in choices),
+        "required": lambda keys: not isinstance(value, dict) or set(keys) <= set(value),
+        "properties": lambda _: all(fits(mapped[key], known[key]) for key in {*mapped} & {*known}),
+        "additionalProperties": lambda more: more is True or set(mapped) <= set(known),
+    }
+    return all(checks[key](told) for key, told in asked.items() if key not in NOTES)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_it_has_only_words_of_the_schema(name):
-    """The schema is what editors go by; the words are checked against it by hand."""
-    told = read_yaml(shipped()[name].read_text())
-    known = {}
-    for one in schema()["properties"]["stages"]["items"]["anyOf"]:
-        if "properties" in one:
-            verb = next(key for key in one["properties"] if key in VERBS)
-            known[verb] = one["properties"][verb]["anyOf"][0]["properties"]
-    for stage in told["stages"]:
-        for verb, words in ({stage: {}} if isinstance(stage, str) else stage).items():
-            for given in words if isinstance(words, list) else [words or {}]:
-                assert set(given) <= set(known[verb])
+def test_it_is_what_the_schema_asks_for(name):
+    assert fits(read_yaml(shipped()[name].read_text()), schema())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{model: demo, stages: [{prune: {metod: wanda}}]}",
+        "{model: demo, stages: [{prune: [{method: wanda}, {metod: x}]}]}",
+        "{model: demo, stages: [{prune: {samples: many}}]}",
+        "{model: demo, stages: [{prune: {methods: []}}]}",
+        "{model: demo, stages: [{prune: {methods: wanda}}]}",
+        "{model: demo, stages: [{prun: {method: wanda}}]}",
+        "{model: demo, stages: [{prune: {method: wanda}, eval: {}}]}",
+        "{model: demo, stages: [prun]}",
+        "{model: demo, stages: [{pack: {format: dense}}]}",
+        "{model: demo, stages: []}",
+        "{model: demo, seed: -1, stages: [pack]}",
+        "{model: demo, version: 2, stages: [pack]}",
+        "{stages: [pack]}",
+    ],
+)
+def test_what_is_wrong_is_so_by_the_schema_as_by_us(text):
+    assert not fits(read_yaml(text), schema())
+    with pytest.raises(SparsekitError):
+        parse(text)
+
+
+def test_quickstart_is_what_the_demo_runs():
+    steps = read_recipe(shipped()["quickstart"]).steps
+    made = [step.config for step in steps if step.verb == "prune"]
+    assert [config.method for config in made] == list(demo.METHODS)
+    assert {config.pattern for config in made} == {demo.PATTERN}
+    for config in made:
+        data_free = methods.describe("pruners", config.method).data_free
+        rows = None if data_free else demo.CALIBRATION
+        same = PruneConfig(method=config.method, pattern=demo.PATTERN, calibration=rows)
+        assert replace(config, skip=()) == same
+    measured = [step for step in steps if step.verb == "eval"]
+    assert [step.parent for step in measured] == list(demo.METHODS)
+    for step in measured:
+        assert replace(step.config, tasks=()) == demo.SCORING
+        assert step.words["baseline"] == "demo"
 
 
 def shrunken(name: str, model: Path, rows: Path) -> str:
@@ -76,9 +144,9 @@ def shrink(verb: str, given: dict, rows: str) -> None:
             "accumulate": 1,
             "lr": 1e-3,
         }
-        given.pop("option", None)
-        if given["method"] == "cast":  # settles in a few hundred steps
-            given |= {"tokens": 9600, "lr": 4e-3, "option": {"decay": 1e-2}}
+        if given["method"] == "cast":  # settles in a few hundred steps, with a larger decay
+            option = given.get("option", {}) | {"decay": 1e-2}
+            given |= {"tokens": 9600, "lr": 4e-3, "option": option}
     elif "samples" in given:  # else it reads none
         given |= {"samples": 4, "length": 16, "calibration": rows}
         given.pop("budget", None)
@@ -95,6 +163,11 @@ def test_it_runs_on_a_tiny_model(family, row_file, tmp_path, name):
     for one in made:
         assert Checkpoint.open(one.folder).provenance()["history"][-1]["stage"] == one.step.verb
         verify(str(one.folder))
+        if one.step.verb == "recover":
+            used = Checkpoint.open(one.folder).provenance()["history"][-1]["recipe"]["options"]
+            asked = dict(one.step.words["option"])
+            assert used.items() >= asked.items()
+            assert set(asked) >= OPTIONS.get(name, set())
     measured = [one for one in done if one.step.verb == "eval"]
     assert measured
     for one in measured:
