@@ -51,7 +51,12 @@ def _stage(entry: Mapping[str, Any], model: str) -> list[str]:
     stage, recipe = entry.get("stage"), entry.get("recipe", {})
     source = model or entry["source"]["path"]
     if stage == "prune":
-        return ["sparsekit", "prune", source, *_prune(entry, recipe)]
+        words = [source]
+        if mask := entry.get("mask"):
+            # The stage before is the last of the mask's own; where it has none, the dense model's.
+            own = [model, "--dense", entry["source"]["path"]]
+            words = own if mask.get("history") else [mask["path"], "--dense", source]
+        return ["sparsekit", "prune", *words, *_prune(entry, recipe)]
     if stage == "recover":
         return ["sparsekit", "recover", source, *_recover(entry, recipe)]
     if stage == "quantize":
@@ -68,7 +73,7 @@ def _prune(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]
     """The flags of a pruning."""
     last, _, first = recipe["method"].partition(" from ")
     if entry.get("mask"):
-        yield from ("--dense", entry["source"]["path"], "--refine", last)
+        yield from ("--refine", last)
     else:
         yield from ("--method", last, *(["--initial", first] if first else []))
     yield from ("--pattern", recipe["pattern"])

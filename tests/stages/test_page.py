@@ -27,12 +27,15 @@ from scorings import (
 
 from sparsekit.cli.app import app
 from sparsekit.errors import DataError, UsageError
+from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.commands import commands
 from sparsekit.stages.compare import compare
+from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.measured import Figure
 from sparsekit.stages.page import page, report
 from sparsekit.stages.pictures import bars, styles
+from sparsekit.stages.prune import prune
 from sparsekit.stages.traces import errors_by_block, sparsity_by_block, trainings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -287,6 +290,36 @@ def test_commands_make_the_same_bytes_again(cli, pruned, tmp_path, monkeypatch):
     assert found.code == 0, found.stderr
     again = Checkpoint.open(tmp_path / words[words.index("-o") + 1])
     assert again.fingerprint == Checkpoint.open(pruned).fingerprint
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["made by us", "made by others"])
+def test_commands_of_a_given_mask_make_the_same_bytes_again(
+    cli, family, pruned, row_file, tmp_path, monkeypatch, told
+):
+    given, dense = shutil.copytree(pruned, tmp_path / "given"), str(family("llama"))
+    if not told:
+        (given / "sparsekit.json").unlink()
+    rows = Calibration(source=str(row_file))
+    config = PruneConfig(refine="dsnot", dense=dense, pattern="2:4", calibration=rows)
+    made = prune(config, str(given), tmp_path / "refined").out
+    lines = [shlex.split(line) for line in commands(compare([made]).rows[0])]
+    assert len(lines) == 1 + told
+    sparse = "refined-1" if told else str(given)
+    assert lines[-1][:5] == ["sparsekit", "prune", sparse, "--dense", dense]
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    for words in lines:
+        found = cli(*words[1:])
+        assert found.code == 0, found.stderr
+    assert Checkpoint.open(Path("refined")).fingerprint == Checkpoint.open(made).fingerprint
+
+
+def test_commands_of_a_given_mask_take_the_dense_model_that_was_made_before(tmp_path):
+    mask = {"path": "sparse", "fingerprint": "e" * 64, "history": []}
+    first, entry = recovered_entry(), pruned_entry("dsnot from the given mask", mask=mask)
+    [row] = compare([checkpoint(tmp_path / "m", first, entry)]).rows
+    _, line = commands(row)
+    assert line.startswith("sparsekit prune sparse --dense m-1 --refine dsnot --pattern 2:4 ")
 
 
 def test_commands_are_a_chain_that_the_command_line_takes(run):
