@@ -3,6 +3,8 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from decimal import ROUND_DOWN, Context, Decimal
+from fractions import Fraction
 from typing import Any
 
 from sparsekit import methods
@@ -33,7 +35,9 @@ def commands(row: Row) -> list[str]:
             lines.append(f"# {entry.get('stage')!r}: what it was asked for is not all recorded")
         model = out
     for entry in row.scores:
-        lines.append(_line(_score(entry, model or str(entry.get("model") or name))))
+        words = _score(entry, model or str(entry.get("model") or name))
+        # Only beside a model that sparsekit wrote does `eval` keep scores.
+        lines.append(_line([*words, *(["--save"] if row.history else [])]))
     return lines
 
 
@@ -87,9 +91,7 @@ def _prune(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]
         if recipe.get(flag) not in (None, "none"):
             yield from (f"--{flag}", recipe[flag])
     if recipe.get("compensate") not in (None, "0"):
-        numerator, _, denominator = recipe["compensate"].partition("/")
-        share = 100 * int(numerator) / int(denominator or 1)
-        yield from ("--compensate", "lowrank", "--rank", f"{share:g}%")
+        yield from ("--compensate", "lowrank", "--rank", _percent(Fraction(recipe["compensate"])))
     if recipe.get("format") == "factored":
         yield from ("--format", "factored")
     if recipe.get("budget"):
@@ -100,6 +102,16 @@ def _prune(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]
     if recipe.get("propagate") is not None:
         yield "--propagate" if recipe["propagate"] else "--no-propagate"
     yield from _where(recipe)
+
+
+def _percent(share: Fraction) -> str:
+    """A share as `--rank` takes it: exact, where it came from there.
+
+    One without an end is cut off so late that every rank, which is rounded up, stays the same.
+    """
+    numerator, denominator = (100 * share).as_integer_ratio()
+    digits = Context(prec=max(40, denominator.bit_length() + 3), rounding=ROUND_DOWN)
+    return f"{digits.divide(Decimal(numerator), Decimal(denominator)):f}%"
 
 
 def _recover(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -3,10 +3,12 @@
 That a browser shows it is tried in Chromium, where there is one.
 """
 
+import math
 import re
 import shlex
 import shutil
 import subprocess
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from sparsekit.stages.measured import Figure
 from sparsekit.stages.page import page, report
 from sparsekit.stages.pictures import bars, styles
 from sparsekit.stages.prune import prune
+from sparsekit.stages.scores import read_scores
 from sparsekit.stages.traces import errors_by_block, sparsity_by_block, trainings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -320,6 +323,52 @@ def test_commands_of_a_given_mask_take_the_dense_model_that_was_made_before(tmp_
     [row] = compare([checkpoint(tmp_path / "m", first, entry)]).rows
     _, line = commands(row)
     assert line.startswith("sparsekit prune sparse --dense m-1 --refine dsnot --pattern 2:4 ")
+
+
+@pytest.mark.parametrize(
+    "rank", ["5%", "100%", "12.5%", "3.3333333%", "0.00001%", f"7.{'123456789' * 6}%"]
+)
+def test_rank_of_a_command_is_the_share_that_was_asked_for(tmp_path, rank):
+    share = PruneConfig(compensate="lowrank", rank=rank).share
+    entry = pruned_entry()
+    entry["recipe"]["compensate"] = str(share)
+    [line] = commands(compare([checkpoint(tmp_path / "m", entry)]).rows[0])
+    words = shlex.split(line)
+    again = words[words.index("--rank") + 1]
+    assert PruneConfig(compensate="lowrank", rank=again).share == share
+
+
+def test_rank_without_an_end_gives_every_weight_the_same_rank(tmp_path):
+    for share in (Fraction(1, 3), Fraction(2, 3), Fraction(5, 7)):  # no `--rank` writes these
+        entry = pruned_entry()
+        entry["recipe"]["compensate"] = str(share)
+        [line] = commands(compare([checkpoint(tmp_path / str(share.numerator), entry)]).rows[0])
+        words = shlex.split(line)
+        told = words[words.index("--rank") + 1]
+        again = PruneConfig(compensate="lowrank", rank=told).share
+        for side in (576, 21_000, 131_072):
+            assert math.ceil(again * side) == math.ceil(share * side)
+
+
+def test_commands_that_score_keep_the_scores_where_they_were(
+    cli, family, pruned, row_file, tmp_path, monkeypatch
+):
+    made = shutil.copytree(pruned, tmp_path / "made")
+    words = ("eval", made, "--baseline", family("llama"), "--text", row_file, "--save")
+    assert cli(*words).code == 0
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    for line in commands(compare([made]).rows[0]):
+        assert cli(*shlex.split(line)[1:]).code == 0
+    [score], [again] = (read_scores(folder) for folder in (made, Path("made")))
+    assert again["perplexity"] == score["perplexity"]
+    assert again["difference"] == score["difference"]
+
+
+def test_command_that_scores_a_model_of_others_keeps_nothing_beside_it(run):
+    [line] = commands(next(row for row in compare([run]).rows if row.name == "dense"))
+    assert line.startswith("sparsekit eval ")
+    assert "--save" not in line
 
 
 def test_commands_are_a_chain_that_the_command_line_takes(run):
