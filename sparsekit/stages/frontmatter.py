@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from sparsekit.models.reference import hub_id, title
+from sparsekit.models.demo import SMOLLM2
+from sparsekit.models.reference import DEMO, hub_id, title
 
 OWN_TAG = "sparsekit"
 LICENSE = ("license", "license_name", "license_link")
@@ -24,7 +25,8 @@ class Origin:
     base_model: str | list[str] | None = None
     """Its id on the hub, or that of the model which sparsekit made it from."""
     license: Mapping[str, str | list[str]] = field(default_factory=dict)
-    """What its own card says of its license, by the hub's keys."""
+    """What its own card says of its license, by the hub's keys; of `demo`, which has no card, what
+    its file says."""
 
     @classmethod
     def of(cls, model: str, folder: Path) -> "Origin":
@@ -35,6 +37,8 @@ class Origin:
         if base is None and OWN_TAG in known.get("tags", ()):
             base = known.get("base_model")
         named = {key: known[key] for key in LICENSE if key in known}
+        if model == DEMO:
+            named = {"license": SMOLLM2.license}
         return cls(title=title(model), base_model=base, license=named)
 
 

@@ -149,8 +149,21 @@ def test_base_model_is_the_hub_id_and_stays_so_for_what_is_made_from_it(
     assert card_of(second).data.base_model == "org/name"
 
 
-@pytest.mark.parametrize("reference", ["demo", "./here", "folder", "/a/b", "here/it"])
-def test_folder_and_demo_have_no_hub_id(tmp_path, monkeypatch, reference):
+def test_demo_is_named_by_its_id_and_license_in_all_that_is_made_from_it(
+    copy_of, row_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sparsekit.models.reference.demo_model", lambda *_: copy_of("llama"))
+    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    first = prune(config, "demo", tmp_path / "a").out
+    second = pack(str(first), tmp_path / "b").out
+    for folder in (first, second):
+        told = card_of(folder).data
+        assert told.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert told.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("reference", ["./here", "folder", "/a/b", "here/it"])
+def test_folder_has_no_hub_id(tmp_path, monkeypatch, reference):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "it").mkdir(parents=True)
     assert Origin.of(reference, tmp_path).base_model is None
