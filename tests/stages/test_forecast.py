@@ -1,13 +1,15 @@
 """What a run is expected to take: told before it, and kept beside what it took."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from sparsekit.memory import peak_memory, resident, watch_peak
-from sparsekit.models.blocks import BlockStream
+from sparsekit.models.blocks import Block, BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.stages import blockwise
 from sparsekit.stages.chain import Chain
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.forecast import Cost, peak_estimate
@@ -44,6 +46,51 @@ def test_the_first_block_tells_the_time_of_all(stream):
     told = cost.told()
     assert told["seconds"] == 20.0
     assert told["estimated"]["seconds"] == 10.0 + 2 * 3.0
+
+
+@pytest.fixture
+def slow(monkeypatch) -> Clock:
+    """A clock that only the long parts of a run move, each by another time."""
+    clock = Clock()
+    monkeypatch.setattr("sparsekit.stages.forecast.time", SimpleNamespace(perf_counter=clock))
+    for owner, name, seconds in (
+        (Checkpoint, "scan", 3.0),
+        (BlockStream, "feed", 1.0),
+        (Block, "observe", 0.5),
+        (blockwise, "work", 5.0),
+    ):
+
+        def slowed(*words, part=getattr(owner, name), seconds=seconds, **more):
+            clock.now += seconds
+            return part(*words, **more)
+
+        monkeypatch.setattr(owner, name, slowed)
+    return clock
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "--method", "magnitude"],
+        ["prune", "--method", "wanda"],
+        ["prune", "--allocate", "owl", "--pattern", "50%"],
+        ["quantize", "--grid", "int4-g16"],
+        ["quantize", "--grid", "int8", "--method", "rtn"],
+    ],
+    ids=" ".join,
+)
+def test_a_timed_plan_tells_what_the_run_then_takes(cli, family, row_file, tmp_path, slow, words):
+    verb, *flags = words
+    if not {"rtn", "magnitude"} & set(words):
+        flags += ["--calibration", row_file]
+    command = (verb, family("llama"), "-o", tmp_path / "out", *flags)
+    planned = cli(*command, "--dry-run", "--time", "--json", "-q")
+    assert planned.code == 0, planned.stderr
+    begun = slow.now
+    assert cli(*command).code == 0
+    taken = slow.now - begun
+    assert taken >= 2 * 5.0 + 2 * 3.0  # both blocks; reading before them and after
+    assert json.loads(planned.stdout)["seconds_estimate"] == pytest.approx(taken, rel=0.05)
 
 
 def test_a_run_that_goes_on_expects_no_time(stream):
