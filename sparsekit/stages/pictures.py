@@ -14,8 +14,9 @@ from sparsekit.stages.traces import Trace
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without those too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colours that stand out from a white page and from a dark one, and two more that
+# do, which the colour-blind can tell from them and from each other.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6B38", "#9B61F2")
 MARKERS = "os^DvPX"
 # The same in a box of 28 by 12.
 SHAPES = (

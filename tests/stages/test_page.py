@@ -36,7 +36,8 @@ from sparsekit.stages.compare import compare
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.measured import Figure
 from sparsekit.stages.page import page, report
-from sparsekit.stages.pictures import bars, styles
+from sparsekit.stages.pagestyle import CSS
+from sparsekit.stages.pictures import COLOURS, bars, styles
 from sparsekit.stages.prune import prune
 from sparsekit.stages.scores import read_scores
 from sparsekit.stages.traces import errors_by_block, sparsity_by_block, trainings
@@ -212,6 +213,37 @@ def test_styles_of_many_models_all_differ():
     drawn = styles(42)
     assert len({(s.colour, s.marker) for s in drawn}) == 42
     assert len({(s.colour, s.dash) for s in drawn[:24]}) == 24
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours, by the formulas of WCAG 2.2 ("relative luminance")."""
+
+    def luminance(colour: str) -> float:
+        digits = colour.lstrip("#") if len(colour) == 7 else "".join(c + c for c in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast("#000", "#ffffff") == pytest.approx(21.0)
+    assert contrast("#777777", "#fff") == pytest.approx(4.48, abs=0.005)  # WebAIM's checker
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["light", "dark"])
+def test_colours_stand_out_from_the_page(which):
+    """What WCAG 2.2 asks of level AA: 3 for graphics (1.4.11), 4.5 for text (1.4.3)."""
+    schemes = [dict(re.findall(r"--(\w+): (#\w+)", s)) for s in CSS.split("@media")[:2]]
+    assert schemes[0] != schemes[1]
+    colours = schemes[which]
+    for drawn in COLOURS:
+        assert contrast(drawn, colours["paper"]) >= 3, drawn
+    for behind in (colours["paper"], colours["soft"]):
+        assert contrast(colours["best"], behind) >= 3
+        assert min(contrast(colours[text], behind) for text in ("ink", "faint")) >= 4.5
 
 
 # What it needs
