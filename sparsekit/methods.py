@@ -40,6 +40,8 @@ class Method:
     """Named sets of options, of a refiner."""
     rounds: Mapping[str, Any] = field(default_factory=dict)
     """Options of a refiner with which only a time limit ends it."""
+    factors: bool = False
+    """Of a refiner: it keeps weights as factors, whose sides it tells by `block_of`."""
 
 
 def names(kind: str) -> list[str]:
@@ -72,6 +74,7 @@ def describe(kind: str, name: str) -> Method:
         initial=_constant(body, "initial") or "",
         presets=_constant(body, "presets") or {},
         rounds=_constant(body, "rounds") or {},
+        factors=any(getattr(node, "name", "") == "block_of" for node in body),
     )
 
 

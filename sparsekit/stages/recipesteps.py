@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsekit.errors import SparsekitError, did_you_mean
+from sparsekit.methods import describe
 from sparsekit.stages.recipeform import BESIDE, VERBS, defaults, form, problems, variants
 from sparsekit.stages.scores import DENSE
 
@@ -17,13 +18,15 @@ MODEL = "model"
 RESERVED = (MODEL, DENSE)
 # A letter somewhere, so that it is no place of a stage; no dot first, as hidden files have.
 NAME = r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,99}(?<!\.partial)"
+# The form of a model whose weights are not sparse themselves: their factors lie beside them.
+PRODUCTS = "products of factors"
 # What a stage takes, of the forms that a model has on its way.
 TAKES = {
-    "prune": ("plain",),
+    "prune": ("plain", PRODUCTS),
     "recover": ("plain",),
     "quantize": ("plain",),
-    "pack": ("plain", "quantized"),
-    "eval": ("plain", "quantized", "packed", "factored"),
+    "pack": ("plain", PRODUCTS, "quantized"),
+    "eval": ("plain", PRODUCTS, "quantized", "packed", "factored"),
 }
 
 
@@ -210,7 +213,19 @@ def _form_after(verb: str, config: Any) -> str:
     if getattr(config, "format", None) == "factored":
         return "factored"
     coded = verb == "quantize" and config.format != "dense"
-    return "quantized" if coded or getattr(config, "then", None) else "plain"
+    if coded or getattr(config, "then", None):
+        return "quantized"
+    return PRODUCTS if _keeps_factors(verb, config) else "plain"
+
+
+def _keeps_factors(verb: str, config: Any) -> bool:
+    """Whether a stage keeps weights as factors."""
+    if verb == "recover":
+        return config.slorb is not None
+    if verb != "prune":
+        return False
+    refiner = config.refiner and describe("refiners", config.refiner)
+    return config.compensate != "none" or bool(refiner and refiner.factors)
 
 
 def _label(verb: str, words: Mapping[str, Any], given: Mapping[str, Any], name: str | None) -> str:

@@ -128,6 +128,22 @@ def test_all_errors_are_told_at_once_with_their_places():
         ("- prune: [7]\n", "stages[0].prune[0]: words are written as {key: value}, not 7"),
         ("- recover: {method: ast}\n", "stages[0].recover: recover needs to know how long"),
         (
+            "- prune: {method: armor}\n- recover: {tokens: 4096}\n",
+            "stages[1].recover: armor is products of factors by then, which recover does not take",
+        ),
+        (
+            "- prune: {refine: armor}\n- quantize: {}\n",
+            "is products of factors by then, which quantize does not take",
+        ),
+        (
+            "- prune: {compensate: lowrank}\n- quantize: {}\n",
+            "stages[1].quantize: wanda is products of factors by then, which quantize does not",
+        ),
+        (
+            "- recover: {slorb: 16, tokens: 4096}\n- recover: {tokens: 4096}\n",
+            "is products of factors by then, which recover does not take",
+        ),
+        (
             "- prune: [{method: wanda, samples: 4}, {method: wanda, samples: 8}]\n",
             "stages[0].prune[1] and stages[0].prune[0] both write to wanda: give one of the",
         ),
@@ -141,6 +157,20 @@ def test_what_cannot_be_is_refused(text, told):
 def test_the_order_is_seen_whatever_stands_between():
     text = "- prune: {}\n- quantize: {format: dense}\n- eval\n- recover: {tokens: 4096}\n- pack\n"
     assert [verb for _, verb, _ in names(text)] == ["prune", "quantize", "eval", "recover", "pack"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "prune: {method: armor}",
+        "prune: {compensate: lowrank}",
+        "recover: {slorb: 16, tokens: 4096}",
+    ],
+)
+def test_products_of_factors_are_packed_measured_and_pruned_anew(first):
+    text = f"- {first}\n- eval\n- pack\n- prune: {{}}\n  name: anew\n  from: first\n"
+    text = text.replace("\n- eval", "\n  name: first\n- eval") + "- quantize: {}\n"
+    assert [verb for _, verb, _ in names(text)][2:] == ["pack", "prune", "quantize"]
 
 
 def test_a_recipe_of_a_newer_version_is_refused_for_that_alone():
