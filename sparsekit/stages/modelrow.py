@@ -58,7 +58,8 @@ def read_row(folder: Path) -> Row:
     on this machine.
 
     Raises:
-        DataError: A file in the folder is damaged.
+        DataError: A file in the folder is damaged, or it has scores and its weights are not those
+            that its history tells of.
     """
     there = read_scores(folder)
     stored = is_checkpoint(folder)
@@ -66,7 +67,10 @@ def read_row(folder: Path) -> Row:
     source = None if model is None else Checkpoint.open(model)
     told = {"history": []} if source is None else source.provenance()
     history = _unfolded(told["history"])
-    scores = [entry for entry in there if not stored or is_of(entry, told.get("fingerprint"))]
+    weights = None
+    if source is not None and stored and there:
+        weights = source.scan()  # of what lies there, whatever the history says
+    scores = [entry for entry in there if not stored or is_of(entry, weights)]
     seconds, tokens, peaks = (
         [entry[key] for entry in history if entry.get(key) is not None]
         for key in ("seconds", "tokens", "peak_memory_bytes")

@@ -63,10 +63,7 @@ class Run:
         source = Checkpoint.open(resolve(recipe.model, progress))
         refuse_source(out, source.path)
         found = cls(recipe=recipe, out=out, progress=progress, source=source)
-        # What a model computes hangs on more than its weights.
-        config = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
-        told = json.dumps(config, sort_keys=True, default=str)
-        found.keys[None] = sha256_json([source.scan(progress), told, tokenizer_key(source)])
+        found.keys[None] = _print_of_all(source, progress)
         for step in recipe.steps:
             if step.verb != "eval":
                 found.keys[step.name] = sha256_json(found.depends(step))
@@ -146,7 +143,7 @@ class Run:
             raise DataError(
                 f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
                 f"{told['fingerprint'][:12]}…)",
-                f"put it back, or {way_out}",
+                f"put its weights, config.json and tokenizer back, or {way_out}",
             )
         return self._fingerprint(step.parent) in (None, told["parent"])
 
@@ -216,7 +213,7 @@ class Run:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         state = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
         if state not in self.prints:  # every byte is read, once
-            self.prints[state] = Checkpoint.open(folder).scan(self.progress)
+            self.prints[state] = _print_of_all(Checkpoint.open(folder), self.progress)
         return self.prints[state]
 
     def _sha256(self, path: Path) -> str:
@@ -234,6 +231,17 @@ class Run:
         if model not in self.prints:
             self.prints[model] = Checkpoint.open(resolve(model, self.progress)).scan(self.progress)
         return self.prints[model]
+
+
+def _print_of_all(source: Checkpoint, progress: Progress) -> str:
+    """The sha256 over all that decides what a model computes: weights, configuration, tokenizer.
+
+    Raises:
+        DataError: The model cannot be read.
+    """
+    config = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
+    told = json.dumps(config, sort_keys=True, default=str)
+    return sha256_json([source.scan(progress), told, tokenizer_key(source)])
 
 
 def _record(file: Path) -> dict[str, Any]:

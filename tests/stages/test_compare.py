@@ -6,9 +6,11 @@ import json
 import math
 import random
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scorings import (
     checkpoint,
     pruned_entry,
@@ -22,6 +24,7 @@ from scorings import (
 )
 
 from sparsekit.errors import DataError
+from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import PROVENANCE
 from sparsekit.stages.compare import compare, pareto
 from sparsekit.stages.comparetable import captions, columns, to_csv, to_markdown
@@ -162,16 +165,37 @@ def test_score_takes_the_place_of_the_same_measurement_only(tmp_path):
     assert logs == [4.0, 5.0, 6.0]
 
 
+def weighed(folder, value: float | None = None):
+    """A folder whose history has the fingerprint of its weights, which become others before."""
+    if value is not None:
+        file = folder / "model.safetensors"
+        save_file({k: torch.full_like(v, value) for k, v in load_file(file).items()}, file)
+    told = json.loads((folder / PROVENANCE).read_text()) | {"fingerprint": None}
+    (folder / PROVENANCE).write_text(json.dumps(told))
+    found = Checkpoint.open(folder).scan()
+    (folder / PROVENANCE).write_text(json.dumps(told | {"fingerprint": found}))
+    return folder
+
+
 def test_scores_of_other_weights_are_left_out_and_told(tmp_path):
-    folder = checkpoint(tmp_path / "m", pruned_entry())
-    told = json.loads((folder / PROVENANCE).read_text())
-    (folder / PROVENANCE).write_text(json.dumps(told | {"fingerprint": "f" * 64}))
+    folder = weighed(checkpoint(tmp_path / "m", pruned_entry()))
     add_score(folder, score(windows(3.0)))
     assert [len(row.quality) for row in compare([folder]).rows] == [1]
-    (folder / PROVENANCE).write_text(json.dumps(told | {"fingerprint": "0" * 64}))
-    found = compare([folder])
+    found = compare([weighed(folder, value=2.0)])
     assert [len(row.quality) for row in found.rows] == [0]
     assert any("1 scores in" in note and "other weights" in note for note in found.notes)
+
+
+def test_scores_beside_weights_that_were_swapped_are_not_shown(tmp_path):
+    folder = weighed(checkpoint(tmp_path / "m", pruned_entry()))
+    add_score(folder, score(windows(3.0)))
+    other = weighed(checkpoint(tmp_path / "other", pruned_entry()), value=2.0)
+    shutil.copy(other / "model.safetensors", folder)
+    with pytest.raises(DataError, match=rf"the weights in {re.escape(str(folder))} are not those"):
+        compare([folder])
+    (folder / PROVENANCE).unlink()  # as the error says for what was changed on purpose
+    [row] = compare([folder]).rows
+    assert (len(row.quality), row.stale) == (0, 1)
 
 
 # Columns

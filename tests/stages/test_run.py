@@ -296,6 +296,27 @@ def test_an_output_that_was_changed_by_hand_is_named(recipe, tmp_path):
         run(recipe, out)
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_what_an_output_computes_hangs_on_is_not_changed_unseen(recipe, tmp_path, file):
+    out = tmp_path / "run"
+    run(recipe, out)
+    told = json.loads((out / "wanda" / file).read_text())
+    more = {"rms_norm_eps": 0.5} if file == "config.json" else {"add_bos_token": True}
+    (out / "wanda" / file).write_text(json.dumps(told | more))
+    with pytest.raises(DataError, match=r"run/wanda is not what the run wrote") as error:
+        run(recipe, out)
+    assert "config.json and tokenizer back, or make it again with --from wanda" in error.value.hint
+    found = {one.folder.name: one.state for one in run(recipe, out, start="wanda")}
+    assert (found["wanda"], found["wanda.fixed"]) == ("made", "made")
+    assert set(states(run(recipe, out))) == {"kept"}
+
+
+def test_a_run_that_was_moved_is_kept(recipe, tmp_path):
+    run(recipe, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert states(run(recipe, tmp_path / "moved")) == ["kept"] * 10
+
+
 def test_an_output_of_another_recipe_is_not_taken(recipe, family, row_file, tmp_path):
     out = tmp_path / "run"
     run(recipe, out)
