@@ -1,5 +1,6 @@
 """The verbs from Python do what the commands do."""
 
+import importlib.resources
 import inspect
 import json
 import typing
@@ -59,7 +60,7 @@ def test_evaluate_gives_the_figures_of_the_command(cli, family, pruned, row_file
     assert ours == [one["perplexity"] for one in json.loads(found.stdout)["models"]]
 
 
-def test_run_takes_a_file_or_what_one_would_hold(family, row_file, tmp_path):
+def test_run_takes_a_file_or_what_one_would_hold(cli, family, row_file, tmp_path):
     told = {
         "model": str(family("llama")),
         "stages": [{"prune": {"pattern": "2:4", "calibration": str(row_file)}}, "pack"],
@@ -70,10 +71,30 @@ def test_run_takes_a_file_or_what_one_would_hold(family, row_file, tmp_path):
     )
     sparsekit.run(told, tmp_path / "one")
     sparsekit.run(tmp_path / "r.yaml", tmp_path / "two")
-    both = [
-        prints(tmp_path / run / "wanda", tmp_path / run / "wanda.pack") for run in ("one", "two")
+    assert cli("run", tmp_path / "r.yaml", "-o", tmp_path / "three").code == 0
+    found = [
+        prints(tmp_path / run / "wanda", tmp_path / run / "wanda.pack")
+        for run in ("one", "two", "three")
     ]
-    assert both[0] == both[1]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_dry_run_tells_the_time_where_it_is_asked_to(family, row_file, tmp_path):
+    told = {
+        "model": str(family("llama")),
+        "stages": [{"prune": {"calibration": str(row_file)}}],
+    }
+    (plain,) = sparsekit.run(told, tmp_path / "out", dry=True)
+    (timed,) = sparsekit.run(told, tmp_path / "out", dry=True, timed=True)
+    assert plain.plan["seconds_estimate"] is None
+    assert timed.plan["seconds_estimate"] > 0
+    with pytest.raises(UsageError, match="timed has no effect without dry"):
+        sparsekit.run(told, tmp_path / "out", timed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_package_says_that_it_is_typed():
+    assert importlib.resources.files("sparsekit").joinpath("py.typed").is_file()
 
 
 def test_a_wrong_word_is_an_error_with_its_reason(family, tmp_path):

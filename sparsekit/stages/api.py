@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from sparsekit.errors import UsageError
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import words
 
@@ -202,6 +203,7 @@ def run(
     overrides: Sequence[str] = (),
     start: str | None = None,
     dry: bool = False,
+    timed: bool = False,
     progress: Progress = SILENT,
 ) -> list[Done]:
     """Carry out a recipe, as `sparsekit run RECIPE -o OUT` does.
@@ -212,6 +214,7 @@ def run(
         overrides: Words to replace, as `prune.samples=8`.
         start: The stage to make again, with what follows.
         dry: Whether to look only.
+        timed: Of a dry run: tell how long steps would take, from their first blocks.
         progress: Told of each step.
 
     Returns:
@@ -220,6 +223,8 @@ def run(
     Raises:
         SparsekitError: As the command.
     """
+    if timed and not dry:
+        raise UsageError("timed has no effect without dry", "add it, or leave timed out")
     from sparsekit.stages.recipe import parse, read_recipe
     from sparsekit.stages.recipeform import write_yaml
     from sparsekit.stages.shipped import recipe_file
@@ -232,4 +237,4 @@ def run(
         told, name = read_recipe(file, overrides), file.stem
     from sparsekit.stages.run import run as stage
 
-    return stage(told, Path(out or name), start=start, dry=dry, progress=progress)
+    return stage(told, Path(out or name), start=start, dry=dry, timed=timed, progress=progress)
