@@ -6,6 +6,7 @@ from sparsekit import methods
 from sparsekit.models.texts import EVALUATION_FILES, SOURCES
 from sparsekit.stages.config import DEVICES, DTYPES
 from sparsekit.stages.quantconfig import STORAGES
+from sparsekit.stages.shipped import shipped, summary
 from sparsekit.stages.trainconfig import SCHEDULES
 from sparsekit.tensors.grids import GRIDS
 
@@ -35,6 +36,11 @@ def presets() -> list[tuple[str, str]]:
         for preset in method.presets:
             found.setdefault(preset, []).append(method.name)
     return [(preset, f"of {', '.join(having)}") for preset, having in found.items()]
+
+
+def recipes() -> list[tuple[str, str]]:
+    """Offers the recipes that come with sparsekit, with what they do."""
+    return [(name, summary(file)) for name, file in shipped().items()]
 
 
 patterns = words("2:4", "4:8", "1:4", "2:8", "8:16", "50%", "60%", "70%", "50%/tensor")

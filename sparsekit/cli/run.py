@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import show, showcompare
+from sparsekit.cli import complete, show, showcompare
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, refuse_timed
 from sparsekit.errors import UsageError
 from sparsekit.files import write_atomic
 
-Recipe = Annotated[str, typer.Argument(help="A YAML file, or a name of 'sparsekit recipe ls'.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or a name of 'sparsekit recipe ls'.", autocompletion=complete.recipes
+    ),
+]
 
 app = typer.Typer(
     help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode=None
@@ -56,8 +61,9 @@ def run(
         done = stage(told, folder, start=start, dry=dry_run, timed=timed, progress=progress)
         if not dry_run and any(one.step.verb == "eval" for one in done):
             from sparsekit.stages.compare import compare
+            from sparsekit.stages.run import places
 
-            showcompare.table(terminal, compare([folder]))
+            showcompare.table(terminal, compare(places(told, folder, done)))
         show.ran(terminal, folder, done, dry=dry_run)
 
 
@@ -118,7 +124,10 @@ def copy_recipe(
 
 @app.command("validate")
 def validate(
-    recipes: Annotated[list[str], typer.Argument(help="YAML files, or names of recipe ls.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(help="YAML files, or names of recipe ls.", autocompletion=complete.recipes),
+    ],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

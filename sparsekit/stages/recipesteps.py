@@ -14,8 +14,10 @@ from sparsekit.stages.scores import DENSE
 
 # What `from` calls the model that a recipe begins with, and a baseline too.
 MODEL = "model"
+# The file of a run that keeps its recipe, beside the folders of its steps.
+RECIPE = "recipe.yaml"
 # Names that stand for something else.
-RESERVED = (MODEL, DENSE)
+RESERVED = (MODEL, DENSE, RECIPE)
 # A letter somewhere, so that it is no place of a stage; no dot first, as hidden files have.
 NAME = r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,99}(?<!\.partial)"
 # The form of a model whose weights are not sparse themselves: their factors lie beside them.

@@ -6,6 +6,7 @@ fingerprint that it had.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -157,7 +158,7 @@ class Run:
         told = {
             "depends": self.depends(step),
             "fingerprint": None,
-            "before": self._fingerprint(step.name),
+            "before": self._before(step.name),
             "parent": self._fingerprint(step.parent),
         }
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +205,15 @@ class Run:
         for target in targets:
             if target.name not in left and (reason := grid.misfit(target.shape[1])):
                 raise UsageError(f"{step.path}: {target.name}: {reason}", "choose another grid")
+
+    def _before(self, name: str) -> str | None:
+        """The fingerprint of what is to be replaced; None also where that is too damaged for one.
+
+        It is damaged still after a kill, and named as such then.
+        """
+        with contextlib.suppress(DataError):
+            return self._fingerprint(name)
+        return None
 
     def _fingerprint(self, name: str | None) -> str | None:
         """That of what a step has made; None where nothing is made, and of the recipe's model."""

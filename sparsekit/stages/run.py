@@ -22,12 +22,11 @@ from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantize import quantize
 from sparsekit.stages.recipe import Recipe
-from sparsekit.stages.recipesteps import Step
+from sparsekit.stages.recipesteps import RECIPE, Step
 from sparsekit.stages.records import Run
 from sparsekit.stages.recover import recover
 from sparsekit.stages.scores import DENSE, add_score, measurement, read_scores
 
-RECIPE = "recipe.yaml"
 PLANS = {"prune": plan, "recover": plan_recover, "quantize": plan_quantize}
 WRITERS = {"prune": prune, "recover": recover, "quantize": quantize}
 
@@ -90,19 +89,31 @@ def run(
     states = _states(work, first, start)
     plans = _plans(work, states, timed=dry and timed)
     if dry:
-        return [_looked_at(work, step, states, plans) for step in recipe.steps]
+        return [_looked_at(work, step, states, plans, first) for step in recipe.steps]
     with work.locked():
         states = _states(work, first, start)  # another run may have ended since
         return _carried_out(work, states, first)
 
 
+def places(recipe: Recipe, out: Path, done: Sequence[Done]) -> list[Path]:
+    """The folders of a run that this recipe has filled, that of its own model first."""
+    found = {one.folder for one in done}
+    if any(step.words.get("baseline") == recipe.model for step in recipe.steps):
+        found.add(out / DENSE)
+    return sorted(found, key=lambda place: (place.name != DENSE, place.name))
+
+
 def _looked_at(
-    work: Run, step: Step, states: Mapping[str, bool], plans: Mapping[str, Mapping[str, Any]]
+    work: Run,
+    step: Step,
+    states: Mapping[str, bool],
+    plans: Mapping[str, Mapping[str, Any]],
+    first: Sequence[Step],
 ) -> Done:
-    """What a dry run tells of a step."""
+    """What a dry run tells of a step; the measurements among the `first` are made again."""
     if step.verb == "eval":
         folder, plan = _scores_of(work, step.parent), None
-        there = step.parent is None or states[step.parent]
+        there = step not in first and (step.parent is None or states[step.parent])
         kept = there and _is_measured(work, step, _measurement(work, step))
     else:
         folder, plan, kept = work.folder(step.name), plans.get(step.name), states[step.name]

@@ -10,6 +10,7 @@ from sparsekit import methods
 from sparsekit.errors import SparsekitError
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.quantconfig import QuantizeConfig
+from sparsekit.stages.shipped import recipe_file
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.tensors.grids import Grid
 from sparsekit.tensors.patterns import Pattern
@@ -60,6 +61,10 @@ def completed(line: str) -> list[str]:
         ("sparsekit eval m --text ", ["builtin", "c4", "wikitext2"]),
         ("sparsekit convert m --format ", ["plain", "packed"]),
         ("sparsekit bench recover --method f", ["fixed"]),
+        ("sparsekit run sparsegpt-", ["sparsegpt-ast", "sparsegpt-cast-int4"]),
+        ("sparsekit recipe show quic", ["quickstart"]),
+        ("sparsekit recipe cp quic", ["quickstart"]),
+        ("sparsekit recipe validate quickstart wanda-", ["wanda-dsnot-60"]),
     ],
 )
 def test_word_is_completed_without_importing_torch(line, offered):
@@ -102,6 +107,8 @@ def refused(command: str, flag: str, word: str) -> bool:
     checks = {
         "pattern": lambda: Pattern.parse(word),
         "then": lambda: Grid.parse(word),
+        "recipe": lambda: recipe_file(word),
+        "recipes": lambda: recipe_file(word),
         "grid": lambda: Grid.parse(word),
         "text": lambda: EvalConfig(text=word).check(),
         "preset": lambda: PruneConfig(method="dsnot", preset=word).check(),

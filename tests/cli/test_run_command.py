@@ -14,6 +14,7 @@ stages:
 - eval: {{text: {rows}}}
 - pack
 """
+NAMES = ("dense", "wanda", "ria", "nowag")
 
 
 @pytest.fixture
@@ -40,6 +41,25 @@ def test_words_are_replaced_on_the_command_line(cli, recipe, tmp_path):
     found = cli("run", recipe, "prune.method=nowag", "-o", tmp_path / "out", "-q")
     assert found.stdout == f"{tmp_path / 'out' / 'nowag.pack'}\n"
     assert found.stderr == ""
+
+
+def test_the_closing_table_has_the_models_of_this_recipe_only(cli, recipe, tmp_path):
+    text = recipe.read_text().replace("eval: {", "eval: {baseline: model, ").replace("- pack\n", "")
+    recipe.write_text(text)
+    first = cli("run", recipe, "-o", tmp_path / "out").stderr
+    assert "3 models" in first
+    recipe.write_text(text.replace("[wanda, ria]", "[wanda, nowag]"))
+    second = cli("run", recipe, "-o", tmp_path / "out")
+    assert second.code == 0
+    assert (tmp_path / "out" / "ria").is_dir()
+    assert "3 models" in second.stderr
+    lines = [line.split() for line in second.stderr.partition("3 models")[2].splitlines()]
+    assert [line[0] for line in lines if line and line[0] in NAMES][:3] == [
+        "dense",
+        "nowag",
+        "wanda",
+    ]
+    assert not any(line and line[0] == "ria" for line in lines)
 
 
 def test_a_dry_run_writes_nothing(cli, recipe, tmp_path):

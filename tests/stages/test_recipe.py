@@ -119,6 +119,7 @@ def test_all_errors_are_told_at_once_with_their_places():
         ("- prune: {method: ria, methods: [wanda]}\n", "'method' and 'methods' are both there"),
         ("- prune: {methods: [wanda, wanda]}\n", "stages[0].prune.methods: a value is there twice"),
         ("- prune: {}\n  name: dense\n", "stages[0].name: 'dense' is taken"),
+        ("- prune: {}\n  name: recipe.yaml\n", "stages[0].name: 'recipe.yaml' is taken"),
         ("- prune: {}\n  name: .hidden\n", "stages[0].name: letters, digits"),
         ("- prune: {}\n  from: [a]\n", "stages[0].from: the name of a stage is wanted, not ['a']"),
         ("- prune: []\n", "stages[0].prune: the list of variants is empty"),

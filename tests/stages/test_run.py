@@ -185,6 +185,8 @@ def test_each_variant_of_a_measurement_is_made(family, row_file, tmp_path):
 def test_from_a_measurement_measures_again(recipe, tmp_path):
     small = parse(recipe.text.partition("- recover")[0])
     run(small, tmp_path / "run")
+    looked = run(small, tmp_path / "run", start="eval", dry=True)
+    assert states(looked) == ["kept"] * 2 + ["to do"] * 2
     assert states(run(small, tmp_path / "run", start="eval")) == ["kept"] * 2 + ["made"] * 2
 
 
@@ -292,8 +294,9 @@ def test_an_output_that_was_changed_by_hand_is_named(recipe, tmp_path):
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     shutil.rmtree(out / "wanda")
-    with pytest.raises(DataError, match="ria"):
+    with pytest.raises(DataError, match=r"ria.*make it again with --from ria"):
         run(recipe, out)
+    assert states(run(recipe, out, start="ria"))[:2] == ["made", "made"]
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
