@@ -4,6 +4,7 @@ Slow: `pytest -m slow tests/test_real_recipes.py -s` (half an hour to an hour on
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -63,6 +64,18 @@ def written(out: Path) -> dict[str, int]:
     }
 
 
+def scored(out: Path) -> set[str]:
+    """The models of steps that have scores."""
+    return {file.parent.name for file in out.glob("*/sparsekit-scores.json")} - {"dense"}
+
+
+def compared(out: Path) -> dict[str, list[dict]]:
+    """The perplexities of a run's models by name, as `compare` tells them."""
+    done = shell(f"sparsekit compare {out} --json")
+    assert done.returncode == 0, done.stderr
+    return {row["name"]: row["perplexity"] for row in json.loads(done.stdout)["models"]}
+
+
 @pytest.mark.parametrize(
     ("recipe", "first", "second"),
     [
@@ -79,13 +92,24 @@ def test_a_study_that_is_killed_twice_gives_the_same_bytes(tmp_path, recipe, fir
     made = written(again)
     assert made
     killed(f"{line} {again}", again / second)
-    made |= written(again)
+    later = written(again)
+    assert made.items() <= later.items()
+    made = later
+    measured = scored(again)
     done = shell(f"{line} {again} --json")
     assert done.returncode == 0, done.stderr
     assert weights(again) == weights(tmp_path / "whole")
-    steps = [step for step in json.loads(done.stdout)["steps"] if step["verb"] == "prune"]
-    assert {step["name"] for step in steps if step["state"] == "kept"} >= made.keys()
+    steps = json.loads(done.stdout)["steps"]
+    kept = {(step["verb"], step["name"]) for step in steps if step["state"] == "kept"}
+    assert kept >= {("prune", name) for name in made} | {("eval", name) for name in measured}
     assert made.items() <= written(again).items()  # no finished stage ran again
+    found, other = compared(again), compared(tmp_path / "whole")
+    assert found == other
+    assert found.keys() == {"dense", *(step["name"] for step in steps if step["verb"] == "prune")}
+    for name, perplexities in found.items():
+        assert perplexities, name
+        assert all(math.isfinite(one["log_perplexity"]) for one in perplexities), name
+        assert all(one["perplexity"] is not None for one in perplexities), name  # None: no float
     print(shell(f"sparsekit compare {tmp_path / 'whole'} --markdown").stdout, flush=True)
 
 
