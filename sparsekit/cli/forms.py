@@ -38,6 +38,7 @@ def unpack(
     model: Model,
     out: Out,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -47,7 +48,10 @@ def unpack(
     Example: sparsekit unpack packed -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    _write(terminal, "unpack", "unpack", showforms.unpacked, model, out, overwrite=overwrite)
+    module, stage, shown = "unpack", "unpack", showforms.unpacked
+    if dry_run:
+        module, stage, shown = "dryrun", "plan_unpack", showplan.plan
+    _write(terminal, module, stage, shown, model, out, overwrite=overwrite)
 
 
 def convert(
@@ -57,6 +61,7 @@ def convert(
         Literal["plain", "packed"], typer.Option("--format", help="Form of the output.")
     ] = "plain",
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -66,10 +71,13 @@ def convert(
     Example: sparsekit convert old -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    stage, shown = "convert", showforms.converted
-    if form == "packed":
+    module, stage, shown = "convert", "convert", showforms.converted
+    if dry_run:
+        module, stage, shown = "dryrun", "plan_convert", showplan.plan
+    elif form == "packed":
         stage, shown = "convert_packed", showforms.packed
-    _write(terminal, "convert", stage, shown, model, out, overwrite=overwrite)
+    how = {"packs": form == "packed"} if dry_run else {}
+    _write(terminal, module, stage, shown, model, out, overwrite=overwrite, **how)
 
 
 def _write(
@@ -79,12 +87,11 @@ def _write(
     shown: Callable[[Terminal, Any], None],
     model: str,
     out: Path,
-    *,
-    overwrite: bool,
+    **how: bool,
 ) -> None:
     """Call a stage, whose module is imported only now, and show its report."""
     with terminal.working(resumable=True) as progress:
         name = named(model)
-        refuse_early(name, out, overwrite=overwrite)
+        refuse_early(name, out, overwrite=how["overwrite"])
         run = getattr(importlib.import_module(f"sparsekit.stages.{module}"), stage)
-        shown(terminal, run(name, out, overwrite=overwrite, progress=progress))
+        shown(terminal, run(name, out, **how, progress=progress))

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,49 @@ def convert(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
+    job = prepare(model, out, overwrite=overwrite, progress=progress)
+    source, config, form = job.source, job.config, job.form
+    fingerprint = source.scan(progress)
+    recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
+    with CheckpointWriter(out, source, recipe, layout=job.layout, overwrite=overwrite) as writer:
+        rows = weightwise.rewrite(
+            writer,
+            f"convert {form}",
+            job.weights,
+            lambda prefix: _converted(prefix, _weight(source, prefix, form, config)),
+            progress,
+        )
+        zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
+        entry = {
+            "stage": "convert",
+            "recipe": {"method": "convert", "form": form},
+            "versions": recipe["versions"],
+            "source": {"path": model, "fingerprint": fingerprint},
+            "totals": {"weights": len(job.weights), "zeros": zeros, "size": size},
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        writer.commit(
+            entry, convert_card(entry, Origin.of(model, source.path)), converted_config(config)
+        )
+    return Report(out=out, entry=entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to be converted, checked."""
+
+    source: Checkpoint
+    config: Mapping[str, Any]
+    form: str
+    weights: Mapping[str, Tensor]
+    """By the names of their layers, on the meta device."""
+    layout: Layout
+
+
+def prepare(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Conversion:
+    """Check everything that needs no weights; arguments and errors as of `convert`."""
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     config = read_json(source.path / "config.json")
     form = legacy_format(config)
@@ -64,29 +108,7 @@ def convert(
     weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}
     layout = Layout.plain(_tensors(source, form, weights), SHARD_BYTES)
     require_room(out, layout)
-    fingerprint = source.scan(progress)
-    recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
-    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        rows = weightwise.rewrite(
-            writer,
-            f"convert {form}",
-            prefixes,
-            lambda prefix: _converted(prefix, _weight(source, prefix, form, config)),
-            progress,
-        )
-        zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
-        entry = {
-            "stage": "convert",
-            "recipe": {"method": "convert", "form": form},
-            "versions": recipe["versions"],
-            "source": {"path": model, "fingerprint": fingerprint},
-            "totals": {"weights": len(prefixes), "zeros": zeros, "size": size},
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        writer.commit(
-            entry, convert_card(entry, Origin.of(model, source.path)), converted_config(config)
-        )
-    return Report(out=out, entry=entry)
+    return Conversion(source=source, config=config, form=form, weights=weights, layout=layout)
 
 
 def convert_packed(

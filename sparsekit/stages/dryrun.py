@@ -1,4 +1,4 @@
-"""What runs of quantize, recover and pack would do and cost, told without doing it."""
+"""What the verbs that write, but for prune, would do and cost, told without doing it."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages import packplan, quantjob, recovery
+from sparsekit.stages import convert, packplan, quantjob, recovery, unpack
 from sparsekit.stages.forecast import forecast
 from sparsekit.stages.job import family_notes
 from sparsekit.stages.plan import begun
@@ -22,6 +22,8 @@ from sparsekit.stages.trainspeed import bench_recover
 # Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
 # integers, sorted, and the masks of the patterns that are tried.
 PACKING_BYTES = 32
+# The same while it is unpacked: its places, and the dense weight.
+UNPACKING_BYTES = 24
 # Of training that are timed; the median counts.
 STEPS = 3
 
@@ -117,6 +119,49 @@ def plan_pack(
         "notes": [],
         "bytes_before": job.source.n_bytes,
         "peak_memory_estimate_bytes": PACKING_BYTES * largest,
+    }
+
+
+def plan_unpack(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """What `unpack` would do, after the same checks; arguments and errors as of `unpack`."""
+    job = unpack.prepare(model, out, overwrite=overwrite, progress=progress)
+    sizes = [layer.out_features * layer.in_features for layer in job.layers.values()]
+    return {
+        **begun(job.source, out, "unpack", job.layout),
+        "patterns": dict(Counter(str(layer.pattern) for layer in job.layers.values())),
+        "weights": len(sizes),
+        "size": sum(sizes),
+        "skipped": [],
+        "notes": [],
+        "bytes_before": job.source.n_bytes,
+        "peak_memory_estimate_bytes": UNPACKING_BYTES * max(sizes, default=0),
+    }
+
+
+def plan_convert(
+    model: str,
+    out: Path,
+    *,
+    packs: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `convert` would do, after the same checks; arguments and errors as of `convert`.
+
+    Where it also `packs`, what that saves shows in the plain form only: the plan is of this one.
+    """
+    job = convert.prepare(model, out, overwrite=overwrite, progress=progress)
+    sizes = [weight.numel() for weight in job.weights.values()]
+    return {
+        **begun(job.source, out, f"convert {job.form}", job.layout),
+        "weights": len(sizes),
+        "size": sum(sizes),
+        "skipped": [],
+        "notes": ["the plan is of the plain form, which is packed when it is there"] * packs,
+        "bytes_before": job.source.n_bytes,
+        "peak_memory_estimate_bytes": UNPACKING_BYTES * max(sizes),
     }
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,8 @@ def unpack(
         StorageError: The output cannot be written.
     """
     started = time.perf_counter()
-    with _damage(model):
-        source = open_source(model, out, overwrite=overwrite, progress=progress)
-    config, before, sums = _origin(source)
-    try:
-        layers = {layer.weight_name: layer for layer in _layers(source)}
-    except FactorsError as error:
-        raise CheckFailedError(error.message, AGAIN) from error
-    if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
-        raise CheckFailedError(f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN)
-    layout = _layout(source, layers)
-    require_room(out, layout)
+    job = prepare(model, out, overwrite=overwrite, progress=progress)
+    source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
     with _damage(model):
         fingerprint = source.scan(progress)
     recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
@@ -87,9 +79,45 @@ def unpack(
             "seconds": round(time.perf_counter() - started, 3),
         }
         writer.commit(
-            entry, unpack_card(entry, Origin.of(model, source.path)), config, history=before
+            *(entry, unpack_card(entry, Origin.of(model, source.path)), job.config),
+            history=job.history,
         )
     return Report(out=out, entry=entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpacking:
+    """What is to be unpacked, checked."""
+
+    source: Checkpoint
+    config: dict[str, Any]
+    """Without the packing, as is the history."""
+    history: list[dict[str, Any]]
+    sums: Mapping[str, str] | None
+    """The checksum of each packed weight; None of factors that `prune` wrote alone."""
+    layers: Mapping[str, FactoredLinear]
+    """By the names of their weights."""
+    layout: Layout
+
+
+def prepare(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Unpacking:
+    """Check everything that needs no weights; arguments and errors as of `unpack`."""
+    with _damage(model):
+        source = open_source(model, out, overwrite=overwrite, progress=progress)
+    config, history, sums = _origin(source)
+    try:
+        layers = {layer.weight_name: layer for layer in _layers(source)}
+    except FactorsError as error:
+        raise CheckFailedError(error.message, AGAIN) from error
+    if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
+        raise CheckFailedError(f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN)
+    layout = _layout(source, layers)
+    require_room(out, layout)
+    return Unpacking(
+        source=source, config=config, history=history, sums=sums, layers=layers, layout=layout
+    )
 
 
 @contextmanager

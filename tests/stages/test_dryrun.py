@@ -13,13 +13,23 @@ from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.dryrun import plan_pack, plan_quantize, plan_recover
+from sparsekit.stages.convert import convert
+from sparsekit.stages.dryrun import (
+    plan_convert,
+    plan_pack,
+    plan_quantize,
+    plan_recover,
+    plan_unpack,
+)
 from sparsekit.stages.pack import pack
 from sparsekit.stages.prune import prune
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantize import quantize
 from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.unpack import unpack
+
+LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 
 
 @pytest.fixture
@@ -77,6 +87,42 @@ def test_plan_of_pack_tells_the_bytes_that_are_then_written(pruned, tmp_path):
     assert found["bytes_to_write"] == totals["bytes"] == weights_of(tmp_path / "out")
     assert found["bytes_before"] == totals["bytes_before"]
     assert (found["weights"], found["size"]) == (totals["weights"], totals["size"])
+
+
+def test_plans_of_unpack_and_convert_tell_the_bytes_that_are_then_written(pruned, tmp_path):
+    packed = pack(str(pruned), tmp_path / "packed").out
+    out = tmp_path / "out"
+    found = plan_unpack(str(packed), out)
+    assert not out.exists()
+    assert found["patterns"] == {"2:4": 14}
+    assert found["bytes_before"] == weights_of(packed)
+    totals = unpack(str(packed), out).entry["totals"]
+    assert found["bytes_to_write"] == totals["bytes"] == weights_of(out)
+    assert found["weights"] == totals["weights"]
+    old, new = str(LEGACY / "sparse-24-bitmask"), tmp_path / "new"
+    found = plan_convert(old, new)
+    assert not new.exists()
+    totals = convert(old, new).entry["totals"]
+    assert found["bytes_to_write"] == weights_of(new)
+    assert (found["weights"], found["size"]) == (totals["weights"], totals["size"])
+    with pytest.raises(DataError, match="is not packed"):
+        plan_unpack(str(pruned), tmp_path / "other")
+    with pytest.raises(DataError, match="is in none of the forms"):
+        plan_convert(str(pruned), tmp_path / "other")
+
+
+def test_dry_runs_of_unpack_and_convert_write_nothing(cli, pruned, tmp_path):
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    pack(str(pruned), packed)
+    for command, words in (
+        (("unpack", packed), ("14 of 2:4", "in the place of", "peak memory")),
+        (("convert", LEGACY / "marlin-24-int4"), ("convert marlin-24", "to write", "peak memory")),
+        (("convert", LEGACY / "marlin-24-int4", "--format", "packed"), ("plain form",)),
+    ):
+        found = cli(*command, "-o", out, "--dry-run")
+        assert (found.code, found.stdout) == (0, ""), found.stderr
+        assert all(word in found.stderr for word in ("nothing was written", *words)), found.stderr
+        assert not out.exists()
 
 
 def weights_of(folder: Path) -> int:
