@@ -1,10 +1,15 @@
 """Every recipe that is shipped: well-formed, what it says, and run in shrunken form."""
 
+import json
+import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from sparsekit import methods
 from sparsekit.errors import SparsekitError, UsageError
@@ -12,6 +17,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages import demo
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
+from sparsekit.stages.plan import plan
 from sparsekit.stages.recipe import parse, read_recipe
 from sparsekit.stages.recipeform import read_yaml, schema
 from sparsekit.stages.run import run
@@ -186,3 +192,43 @@ def test_a_recipe_says_each_trap_of_yaml_as_it_is_meant():
     }
     with pytest.raises(UsageError, match="line 2: 'a' is there twice"):
         read_yaml("a: 1\na: 2")
+
+
+def hollow(folder: Path) -> Path:
+    """A checkpoint with the shapes of LLaMA-2-7B, whose weights take no room on the disk."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def test_the_recipe_for_7b_fits_into_the_memory_that_it_names(tmp_path, monkeypatch):
+    """24 GB, by the estimate that `test_real_forecast.py` compares with real runs; libraries and
+    what else runs there come on top.
+    """
+    usage = namedtuple("usage", "total used free")(10**12, 0, 10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    recipe = read_recipe(shipped()["llama-7b-2x4"])
+    model = hollow(tmp_path / "model")
+    steps = [step for step in recipe.steps if step.verb == "prune"]
+    assert [step.config.method for step in steps] == ["sparsegpt", "armor"]
+    rows = tmp_path / "rows.safetensors"
+    save_file({"tokens": torch.zeros(128, 2048, dtype=torch.int32)}, rows)
+    for step in steps:
+        calibration = replace(step.config.calibration, source=str(rows))
+        config = replace(step.config, calibration=calibration)
+        found = plan(config, str(model), tmp_path / "out")
+        assert found["bytes_to_write"] > 13e9
+        assert 5e9 < found["peak_memory_estimate_bytes"] < 20e9
