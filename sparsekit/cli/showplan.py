@@ -40,9 +40,11 @@ def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
 
 def together(plans: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Of several steps the bytes to write, and the most memory that one takes."""
-    keys = ("peak_memory_estimate_bytes", "peak_memory_at_least_bytes")
-    most = max(plan.get(key, 0) for plan in plans for key in keys)
-    return _size(sum(plan["bytes_to_write"] for plan in plans)), f"{_size(most)} at most"
+    least = "peak_memory_at_least_bytes"
+    most = max(plan.get("peak_memory_estimate_bytes", plan.get(least, 0)) for plan in plans)
+    open_ended = any(least in plan for plan in plans)
+    told = f"{_size(most)} {'and more' if open_ended else 'at most'}"
+    return _size(sum(plan["bytes_to_write"] for plan in plans)), told
 
 
 def _more(plan: dict[str, Any]) -> list[tuple[str, str]]:

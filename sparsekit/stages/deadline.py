@@ -20,14 +20,17 @@ class Deadline:
         limit: When the output must stand, in seconds of `time.perf_counter`; None: there is no
             limit.
         saving: Seconds that a saved state is taken to need, until one was written.
+        evaluation: The same of measuring a perplexity.
     """
 
-    def __init__(self, config: RecoverConfig, limit: float | None, saving: float) -> None:
+    def __init__(
+        self, config: RecoverConfig, limit: float | None, saving: float, evaluation: float = 0.0
+    ) -> None:
         self._config = config
         self._limit = limit
         self._seconds: list[float] = []
         self._saving = saving
-        self._evaluation = 0.0
+        self._evaluation = evaluation
         self._beside = 0.0  # since the last step
         self._last = time.perf_counter()
 
@@ -56,15 +59,10 @@ class Deadline:
         self._last, self._beside = now, 0.0
         if self._limit is None or len(self._seconds) < WATCHED:
             return planned
-        left = steps_within(
-            self._config,
-            self._limit - now,
-            median(self._seconds),
-            self._evaluation,
-            self._saving,
-            planned=1.0,
-        )
-        if planned - done <= max(1, left):
+        pace, left = median(self._seconds), self._limit - now
+        beside = self._evaluation, self._saving
+        if planned - done <= max(1, steps_within(self._config, left, pace, *beside, planned=1.0)):
             return planned
         self._seconds = []
-        return done + max(1, left)
+        # With the room that every plan has, after a state under the new one.
+        return done + max(1, steps_within(self._config, left - self._saving, pace, *beside))

@@ -83,7 +83,7 @@ def recover(
     with writing or contextlib.nullcontext() as writer:
         ranks.wait()
         try:
-            with memory_told("beside the passes over rows", BESIDE):
+            with memory_told("outside the training passes", BESIDE):
                 student = Student.load(job, work.rows, ranks)
                 training = _training(work, student)
                 log = _train(work, training)
@@ -195,13 +195,15 @@ def _train(work: Work, training: Training) -> TrainingLog:
     selected = ""
     progress.begin(_title(work), training.plan.steps, optimizer.steps)
     limit = None if config.max_time is None else work.started + config.max_time
-    deadline = Deadline(config, limit, saving_seconds(optimizer))
+    measured = training.plan.evaluation_seconds
+    deadline = Deadline(config, limit, saving_seconds(optimizer), measured)
     saved, kept = time.perf_counter(), optimizer.steps
     while not training.done:
         try:
             done = training.step()
-        except (NumericalError, MemoryShortError):  # no weight was changed
-            if optimizer.steps > kept:
+        except (NumericalError, MemoryShortError) as error:  # no weight was changed
+            alone = ranks.size == 1 or isinstance(error, NumericalError)  # else others go on
+            if optimizer.steps > kept and alone:
                 save_state(folder, optimizer, ranks)
             raise
         row, now = done.to_json(), optimizer.steps
@@ -224,10 +226,11 @@ def _train(work: Work, training: Training) -> TrainingLog:
             deadline.saved(saved - begun)
         steps = ranks.of_main(deadline.steps(now, training.plan.steps))
         if not training.done and steps < training.plan.steps:
-            begun = time.perf_counter()
-            _shorten(work, training, steps, saves=now > kept)
-            saved, kept = time.perf_counter(), now
-            deadline.saved(saved - begun)
+            begun, saves = time.perf_counter(), now > kept
+            _shorten(work, training, steps, saves=saves)
+            if saves:
+                saved, kept = time.perf_counter(), now
+                deadline.saved(saved - begun)
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"

@@ -327,11 +327,13 @@ def _layout(
 def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:
     """What the user should know before the run."""
     found = []
-    others = sorted(set(_told(source).values()) - {config.pattern})
-    if config.pattern is not None and others:
+    asked = None if config.pattern is None else str(Pattern.parse(config.pattern))
+    others = sorted(set(_told(source).values()) - {asked})
+    if asked is not None and others:
+        told = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
         found.append(
-            f"{source.path} was pruned to {' and '.join(others)}: what is kept is chosen anew, the "
-            f"largest weights, {config.pattern}"
+            f"{source.path} was pruned to {told}: what is kept is chosen anew, the largest "
+            f"weights, {asked}"
         )
     if config.slorb is not None:
         found.append(

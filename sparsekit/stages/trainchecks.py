@@ -22,6 +22,8 @@ from sparsekit.stages.trainconfig import SHORTEST, RecoverConfig
 PLAIN_HEAD = {"final_logit_softcapping": 0.0, "logit_scale": 1.0, "logits_scaling": 1.0}
 # A model with a larger share of zeros than this is no dense one.
 DENSE_ZEROS = 0.05
+# Of what a pass is expected to keep, what it surely does: layers that share an input keep one.
+SURE = 2 / 3
 
 
 def refuse_other_heads(source: Checkpoint) -> None:
@@ -231,12 +233,14 @@ def require_pass(
         DataError: Says which batch or length may fit.
     """
     row = pass_bytes(config, linear) // config.batch
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     held = training_bytes(source, teacher, recoverer)
-    left = _free(device) // _sharing(device) - held
-    if config.batch * row <= left:
+    if config.accumulate == processes:  # gradients come while what was kept goes
+        held -= _float32_bytes(source)
+    left = max(0, _free(device) // _sharing(device) - held)
+    if SURE * config.batch * row <= left:
         return
     rows, tokens = int(left // row), int(left * config.length // row)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     parts = config.batch * config.accumulate / processes  # rows of a step, for each of them
     if rows:
         hint = f"--batch {rows} --accumulate {math.ceil(parts / rows) * processes} at most"
@@ -247,8 +251,8 @@ def require_pass(
         hint = "train it where there is more memory"
     raise DataError(
         f"a pass over {config.batch} rows of {config.length} tokens keeps "
-        f"about {config.batch * row / 1e9:.1f} GB, {max(0, left) / 1e9:.1f} GB are left beside "
-        f"the {held / 1e9:.1f} GB of weights, gradients, moments and teacher",
+        f"about {config.batch * row / 1e9:.1f} GB, {left / 1e9:.1f} GB are left beside the "
+        f"{held / 1e9:.1f} GB of weights, moments, teacher and gradients",
         hint,
     )
 

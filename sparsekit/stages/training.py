@@ -64,6 +64,8 @@ class Plan:
     masked_gradient: float
     perplexity: float | None = None
     """Of the sparse model before training, where perplexities are asked for."""
+    evaluation_seconds: float = 0.0
+    """That measuring it took."""
 
 
 @dataclass(frozen=True, kw_only=True)

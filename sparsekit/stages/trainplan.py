@@ -70,7 +70,9 @@ def make_plan(
         step, saving, gradient = _probe(job, student, teacher, rows, share, limit, ranks, progress)
     if config.max_time is not None:
         left = limit - time.perf_counter()
-        steps = ranks.of_main(_steps_in_time(config, left, step, evaluation, saving))
+        steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
+        if steps < 1:
+            raise _no_time(left, step, CLOSING + 2 * saving + evaluation)
         progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
     decay = recoverer.decay_of(student.scale(gradient))
     plan = Plan(
@@ -80,6 +82,7 @@ def make_plan(
         decay=decay,
         masked_gradient=gradient,
         perplexity=perplexity,
+        evaluation_seconds=evaluation,
     )
     progress.note(
         f"{steps} steps of {config.step_tokens} tokens, learning rate {rate:g} ({config.schedule})"
@@ -91,22 +94,13 @@ def make_plan(
     return plan
 
 
-def _steps_in_time(
-    config: RecoverConfig, left: float, step: float, evaluation: float, saving: float
-) -> int:
-    """See `steps_within`.
-
-    Raises:
-        UsageError: There is no time for one.
-    """
-    steps = steps_within(config, left, step, evaluation, saving)
-    if steps < 1:
-        raise UsageError(
-            f"--max-time: one step takes {step:.1f} s, {max(0.0, left):.0f} s are left, and about "
-            f"{CLOSING + 2 * saving + evaluation:.0f} s of them are for the end",
-            "give it more time, or a smaller --batch, --length or --accumulate",
-        )
-    return steps
+def _no_time(left: float, step: float, end: float) -> UsageError:
+    """What to raise where the time that is left does for no step, in seconds."""
+    return UsageError(
+        f"--max-time: one step takes {step:.1f} s, {max(0.0, left):.0f} s are left, and about "
+        f"{end:.0f} s of them are for the end",
+        "give it more time, or a smaller --batch, --length or --accumulate",
+    )
 
 
 def _first(

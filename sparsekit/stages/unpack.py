@@ -159,7 +159,10 @@ def _origin(
     del config["quantization_config"]
     if told.get("packed"):
         config["quantization_config"] = told["packed"]
-    rows = [row for row in history[-1]["weights"] if isinstance(row, dict)]
+    rows = history[-1].get("weights")
+    if not isinstance(rows, list):
+        raise CheckFailedError(f"{source.path}: the history of its packing is damaged", AGAIN)
+    rows = [row for row in rows if isinstance(row, dict)]
     sums = {str(row.get("name")): row["sha256"] for row in rows if row.get("sha256")}
     return config, history[:-1], sums
 

@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -267,45 +267,28 @@ class MaskedAdam:
         mask: Tensor | None = None,
         done: float = 0.0,
     ) -> None:
-        """One step of one tensor."""
-        mean, square = self._moments[name]
-        for piece in _pieces(weight):
-            part = None if mask is None else mask[piece]
-            self._adam_piece(
-                *(weight[piece], gradient[piece], mean[piece], square[piece], part),
-                *(factor, rate, decay, done),
-            )
-
-    def _adam_piece(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        mask: Tensor | None,
-        factor: float,
-        rate: float,
-        decay: float,
-        done: float,
-    ) -> None:
-        """One step of a part of a tensor, in place."""
+        """One step of one tensor, on a CPU a piece after the other."""
         beta1, beta2, rule = self.settings.beta1, self.settings.beta2, self.rule
-        if factor < 1:
-            gradient.mul_(factor)
-        if mask is not None:
-            gradient = rule.on_gradient(gradient, weight, mask, done)
-        if decay:
-            weight.mul_(1 - rate * decay)
-        mean.lerp_(gradient, 1 - beta1)
-        mixed = mean if mask is None else rule.mix(mean, weight, mask, done)
-        squared = mixed if mask is not None and rule.squares_mix else gradient
-        square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
-        size = (square / (1 - beta2**self.steps)).add_(NEXT_TO_NOTHING).sqrt_()
-        size += self.settings.epsilon
-        weight.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
+        for piece in _pieces(weight):
+            mean, square = (moment[piece] for moment in self._moments[name])
+            w, g = weight[piece], gradient[piece]
+            kept = None if mask is None else mask[piece]
+            if factor < 1:
+                g.mul_(factor)
+            if kept is not None:
+                g = rule.on_gradient(g, w, kept, done)
+            if decay:
+                w.mul_(1 - rate * decay)
+            mean.lerp_(g, 1 - beta1)
+            mixed = mean if kept is None else rule.mix(mean, w, kept, done)
+            squared = mixed if kept is not None and rule.squares_mix else g
+            square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
+            size = (square / (1 - beta2**self.steps)).add_(NEXT_TO_NOTHING).sqrt_()
+            size += self.settings.epsilon
+            w.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
 
 
-def _pieces(tensor: Tensor) -> list[Any]:
+def _pieces(tensor: Tensor) -> list[slice | EllipsisType]:
     """What indexes the pieces of a tensor that are worked on one after the other."""
     if tensor.is_cuda or tensor.numel() <= IN_CACHE:
         return [...]

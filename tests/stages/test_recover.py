@@ -958,7 +958,7 @@ def test_too_little_memory_elsewhere_is_told_too(pruned, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(where, name, full)
     config = replace(SHORT, eval_every=4)
-    with pytest.raises(MemoryShortError, match=r"beside the passes over rows.*where there is more"):
+    with pytest.raises(MemoryShortError, match=r"outside the training passes.*where there is more"):
         recover(config, str(pruned), tmp_path / "out")
 
 
@@ -986,23 +986,23 @@ def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_p
 @pytest.mark.parametrize(
     ("left", "hint"),
     [
-        (2.5, "--batch 2 --accumulate 2 at most"),
-        (0.5, "--batch 1 --length 8 --accumulate 6 at most"),
+        (1.5, "--batch 1 --accumulate 6 at most"),
+        (0.5, "--batch 1 --length 8 --accumulate 12 at most"),
     ],
 )
 def test_a_batch_that_cannot_fit_is_refused_first_with_one_that_may(
     pruned, tmp_path, monkeypatch, left, hint
 ):
-    """What is left beside the weights is told in rows."""
+    """What is left beside the weights is told in rows; two thirds of what is expected are sure."""
     source, dense = Checkpoint.open(pruned), Checkpoint.open(pruned)
     held = trainchecks.training_bytes(source, dense, Ast())
     row = 4 * 16 * sum(sum(place.shape) for place in linear(source).values())
     monkeypatch.setattr(trainchecks, "available_memory", lambda: int(held + left * row))
+    config = replace(SHORT, batch=3, accumulate=2)
     with pytest.raises(DataError, match=f"3 rows of 16 tokens keeps about .*{hint}"):
-        recover(replace(SHORT, batch=3), str(pruned), tmp_path / "out")
-    fits = replace(SHORT, batch=2)
-    if left > 2:
-        prepare(fits, str(pruned), tmp_path / "out")
+        recover(config, str(pruned), tmp_path / "out")
+    monkeypatch.setattr(trainchecks, "available_memory", lambda: int(held + 2.1 * row))
+    prepare(config, str(pruned), tmp_path / "out")
 
 
 def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_path):
@@ -1112,6 +1112,14 @@ def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, 
         recover(named, str(copy), tmp_path / "out")
     recover(replace(named, share=0.0), str(copy), tmp_path / "out")
     assert verify(str(tmp_path / "out"))["zeros"] == 9216
+
+
+@pytest.mark.parametrize("written", ["50%", "50.0%", "50%/row"])
+def test_the_pattern_of_the_history_may_be_named_in_any_way(family, row_file, tmp_path, written):
+    config = PruneConfig(pattern="50%", calibration=Calibration(source=str(row_file)))
+    sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
+    notes = prepare(replace(SHORT, pattern=written), str(sparse), tmp_path / "out").notes
+    assert not any("was pruned to" in note for note in notes)
 
 
 def test_another_pattern_than_that_of_the_history_is_told(pruned, tmp_path):
