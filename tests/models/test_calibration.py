@@ -30,7 +30,7 @@ class Folder:
         self.path = path
         self.config = config
         self.fingerprint = "weights-1"
-        self.factored = False
+        self.factored, self.grid = False, None
         self.loads = 0
 
     @property
