@@ -1,7 +1,8 @@
 """Which method of recovery `auto` stands for, and how much text a run may need.
 
-`ast` was better than `fixed` wherever both were measured: on SmolLM2-135M at 2:4 from Wanda,
-SparseGPT and ALPS after 39 thousand tokens and from ALPS after half an hour
+`ast` was at least as good as `fixed` wherever both were measured: on SmolLM2-135M at 2:4 from Wanda
+(there within the spread of seeds), SparseGPT and ALPS after 39 thousand tokens and from ALPS after
+half an hour
 (`tests/test_recovery_quality.py`), and on the tiny model of `tests/test_recovery.py` after 1.2
 tokens for each parameter. `cast` may be better still, but may fail to settle, which `ast` cannot.
 """
