@@ -1,5 +1,6 @@
 """The verb `recover`: its flags, and the configuration that they spell."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -176,11 +177,8 @@ def recover(
             dtype=dtype,
         )
         refuse_timed(dry_run=dry_run, timed=timed)
-        name, how = named(model), {"overwrite": overwrite, "progress": progress}
-        if dry_run:
-            _plan(terminal, config, name, out, timed=timed, **how)
-        else:
-            _run(terminal, config, name, out, **how)
+        does = partial(_plan, timed=timed) if dry_run else _run
+        does(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
 
 
 def _run(

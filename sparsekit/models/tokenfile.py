@@ -132,6 +132,7 @@ def write_tokens(
         if before and added.digest.hexdigest() != before.fingerprint:
             raise _changed(path)
         read = before.documents if before else 0
+        added.mark()  # before an interrupt may be taken for the end
         try:
             complete = added.take_documents(documents, limit, progress)
         except KeyboardInterrupt as error:
@@ -159,10 +160,9 @@ class _Added:
         self._file = file
         self.digest = hashlib.sha256()
         self.count = self.documents = 0
-        self._mark()
         file.write(bytes(HEADER_BYTES))
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
         """Remember what there is, as it is whole."""
         self.whole = self.count, self.documents, self.digest.copy()
 
@@ -180,11 +180,10 @@ class _Added:
         import torch
 
         told = 0
-        self._mark()
         for ids in documents:
             self.take(torch.tensor(ids, dtype=torch.int32))
             self.documents += 1
-            self._mark()
+            self.mark()
             if limit is None:
                 continue
             for _ in range(told, min(PARTS, PARTS * self.count // limit)):

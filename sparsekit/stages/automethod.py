@@ -2,9 +2,9 @@
 
 `ast` was at least as good as `fixed` wherever both were measured: on SmolLM2-135M at 2:4 from Wanda
 (there within the spread of seeds), SparseGPT and ALPS after 39 thousand tokens and from ALPS after
-half an hour
-(`tests/test_recovery_quality.py`), and on the tiny model of `tests/test_recovery.py` after 1.2
-tokens for each parameter. `cast` may be better still, but may fail to settle, which `ast` cannot.
+half an hour (`tests/test_recovery_quality.py`), and on the tiny model of `tests/test_recovery.py`
+after 1.2 tokens for each parameter. `cast` may be better still, but may fail to settle, which `ast`
+cannot.
 """
 
 from __future__ import annotations

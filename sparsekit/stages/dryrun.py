@@ -3,9 +3,11 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import convert, packplan, quantjob, recovery, unpack
 from sparsekit.stages.forecast import forecast
@@ -109,17 +111,9 @@ def plan_pack(
     """
     job = packplan.prepare(model, out, overwrite=overwrite, progress=progress)
     plans = job.plans.values()
-    largest = max(math.prod(plan.target.shape) for plan in plans)
-    return {
-        **begun(job.source, out, "pack", job.layout),
-        "patterns": dict(Counter(plan.told for plan in plans)),
-        "weights": len(plans),
-        "size": sum(math.prod(plan.target.shape) for plan in plans),
-        "skipped": [],
-        "notes": [],
-        "bytes_before": job.source.n_bytes,
-        "peak_memory_estimate_bytes": PACKING_BYTES * largest,
-    }
+    sizes = [math.prod(plan.target.shape) for plan in plans]
+    found = begun(job.source, out, "pack", job.layout) | _weights(job.source, sizes, PACKING_BYTES)
+    return found | {"patterns": dict(Counter(plan.told for plan in plans))}
 
 
 def plan_unpack(
@@ -128,16 +122,9 @@ def plan_unpack(
     """What `unpack` would do, after the same checks; arguments and errors as of `unpack`."""
     job = unpack.prepare(model, out, overwrite=overwrite, progress=progress)
     sizes = [layer.out_features * layer.in_features for layer in job.layers.values()]
-    return {
-        **begun(job.source, out, "unpack", job.layout),
-        "patterns": dict(Counter(str(layer.pattern) for layer in job.layers.values())),
-        "weights": len(sizes),
-        "size": sum(sizes),
-        "skipped": [],
-        "notes": [],
-        "bytes_before": job.source.n_bytes,
-        "peak_memory_estimate_bytes": UNPACKING_BYTES * max(sizes, default=0),
-    }
+    patterns = dict(Counter(str(layer.pattern) for layer in job.layers.values()))
+    found = _weights(job.source, sizes, UNPACKING_BYTES) | {"patterns": patterns}
+    return begun(job.source, out, "unpack", job.layout) | found
 
 
 def plan_convert(
@@ -154,14 +141,26 @@ def plan_convert(
     """
     job = convert.prepare(model, out, overwrite=overwrite, progress=progress)
     sizes = [weight.numel() for weight in job.weights.values()]
+    notes = ["the plan is of the plain form, which is packed when it is there"] * packs
+    found = _weights(job.source, sizes, UNPACKING_BYTES) | {"notes": notes}
+    return begun(job.source, out, f"convert {job.form}", job.layout) | found
+
+
+def _weights(source: Checkpoint, sizes: Sequence[int], each: int) -> dict[str, Any]:
+    """What the plans of other forms tell: one weight is in memory at a time.
+
+    Args:
+        source: The model.
+        sizes: Numbers of each weight.
+        each: Bytes of memory for each of them.
+    """
     return {
-        **begun(job.source, out, f"convert {job.form}", job.layout),
         "weights": len(sizes),
         "size": sum(sizes),
         "skipped": [],
-        "notes": ["the plan is of the plain form, which is packed when it is there"] * packs,
-        "bytes_before": job.source.n_bytes,
-        "peak_memory_estimate_bytes": UNPACKING_BYTES * max(sizes),
+        "notes": [],
+        "bytes_before": source.n_bytes,
+        "peak_memory_estimate_bytes": each * max(sizes, default=0),
     }
 
 

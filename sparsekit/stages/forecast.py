@@ -16,8 +16,6 @@ from sparsekit.tensors.curvature import FACTORING_BYTES
 from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sparsekit.models.architecture import Target
     from sparsekit.models.blocks import Block, BlockStream
     from sparsekit.models.calibration import Calibration
@@ -126,7 +124,7 @@ def forecast(
     for sums in passes:
         block.load()
         block.observe(block.targets, sums, advance=True)
-    blockwise.work(block, targets, transform, _keep_nothing, want=want, propagate=propagate)
+    blockwise.work(block, targets, transform, lambda *_: None, want=want, propagate=propagate)
     spent = time.perf_counter() - before
     block.release()
     total = time.perf_counter() - started
@@ -178,7 +176,3 @@ def size_of(block: Block) -> int:
     """How many numbers a block has."""
     places = block.stream.source.places
     return sum(math.prod(places[name].shape) for name in block.disk_names)
-
-
-def _keep_nothing(name: str, tensors: dict[str, Tensor], rows: object) -> None:
-    """Write nowhere."""

@@ -111,8 +111,7 @@ def prepare(
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
         refuse_silent_teacher(config, recoverer, source, teacher)
-    _require_memory(config, source, teacher, linear, recoverer, device, ranks)
-    return Recovery(
+    job = Recovery(
         config=config,
         recoverer=recoverer,
         source=source,
@@ -126,27 +125,22 @@ def prepare(
         device=device,
         notes=notes + _notes(config, source, stream),
     )
+    _require_memory(job, ranks)
+    return job
 
 
-def _require_memory(
-    config: RecoverConfig,
-    source: Checkpoint,
-    teacher: Checkpoint | None,
-    linear: Sequence[Target],
-    recoverer: Recoverer,
-    device: torch.device,
-    ranks: Ranks,
-) -> None:
+def _require_memory(job: Recovery, ranks: Ranks) -> None:
     """Refuse what cannot fit into memory.
 
     Raises:
         DataError: Says what is needed, and what there is.
     """
+    config = job.config
     taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
-    loaded = teacher if taught else None
-    require_memory(source, loaded, recoverer, device, shards=ranks.shards)
+    loaded = job.teacher if taught else None
+    require_memory(job.source, loaded, job.recoverer, job.device, shards=ranks.shards)
     if not ranks.shards:
-        require_pass(config, source, loaded, linear, recoverer, device)
+        require_pass(config, job.source, loaded, job.linear, job.recoverer, job.device)
 
 
 def _completed(

@@ -234,9 +234,11 @@ def require_pass(
     """
     row = pass_bytes(config, linear) // config.batch
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    held = training_bytes(source, teacher, recoverer)
+    held, told = training_bytes(source, teacher, recoverer), "weights, moments"
     if config.accumulate == processes:  # gradients come while what was kept goes
         held -= _float32_bytes(source)
+    else:
+        told = "weights, gradients, moments"
     left = max(0, _free(device) // _sharing(device) - held)
     if SURE * config.batch * row <= left:
         return
@@ -252,7 +254,7 @@ def require_pass(
     raise DataError(
         f"a pass over {config.batch} rows of {config.length} tokens keeps "
         f"about {config.batch * row / 1e9:.1f} GB, {left / 1e9:.1f} GB are left beside the "
-        f"{held / 1e9:.1f} GB of weights, moments, teacher and gradients",
+        f"{held / 1e9:.1f} GB of {told}" + (" and the teacher" if teacher else ""),
         hint,
     )
 

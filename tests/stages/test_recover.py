@@ -437,9 +437,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(family, tmp_path, method, 
     assert logs[0] == logs[1]
 
 
-def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypatch):
-    config = replace(SHORT, save_every=4)
+def dies_and_goes_on_after_4_steps(pruned, tmp_path):
+    """A run whose second save is killed, and the same command again, to the whole run's bytes."""
+    config, notes = replace(SHORT, save_every=4), Notes()
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, str(pruned), tmp_path / "again")
+    again = recover(config, str(pruned), tmp_path / "again", progress=notes).out
+    assert any("going on after 4 steps" in note for note in notes.told)
     whole = recover(config, str(pruned), tmp_path / "whole").out
+    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+
+
+def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypatch):
     told, calls = trainstate.write_json, []
 
     def second_fails(*arguments):
@@ -449,17 +458,10 @@ def test_a_kill_during_a_save_leaves_the_state_before(pruned, tmp_path, monkeypa
         told(*arguments)
 
     monkeypatch.setattr(trainstate, "write_json", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        recover(config, str(pruned), tmp_path / "again")
-    notes = Notes()
-    again = recover(config, str(pruned), tmp_path / "again", progress=notes).out
-    assert any("going on after 4 steps" in note for note in notes.told)
-    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+    dies_and_goes_on_after_4_steps(pruned, tmp_path)
 
 
 def test_a_kill_while_a_state_is_written_leaves_the_one_before(pruned, tmp_path, monkeypatch):
-    config = replace(SHORT, save_every=4)
-    whole = recover(config, str(pruned), tmp_path / "whole").out
     save, calls = trainstate.save_file, []
 
     def second_is_cut(tensors, file, *more):
@@ -470,12 +472,7 @@ def test_a_kill_while_a_state_is_written_leaves_the_one_before(pruned, tmp_path,
         save(tensors, file, *more)
 
     monkeypatch.setattr(trainstate, "save_file", second_is_cut)
-    with pytest.raises(KeyboardInterrupt):
-        recover(config, str(pruned), tmp_path / "again")
-    notes = Notes()
-    again = recover(config, str(pruned), tmp_path / "again", progress=notes).out
-    assert any("going on after 4 steps" in note for note in notes.told)
-    assert Checkpoint.open(whole).fingerprint == Checkpoint.open(again).fingerprint
+    dies_and_goes_on_after_4_steps(pruned, tmp_path)
 
 
 def test_a_kill_while_the_output_is_published_costs_no_training(pruned, tmp_path, monkeypatch):
