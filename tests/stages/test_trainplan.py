@@ -296,7 +296,7 @@ def test_a_deadline_asks_for_one_more_step_at_least(monkeypatch):
 
 @pytest.mark.parametrize(
     ("step", "saving", "evaluation", "every"),
-    [(1, 8, 0, None), (1, 8, 10, 100), (4, 8, 10, 50), (12, 8, 60, 50)],
+    [(1, 8, 0, None), (1, 8, 10, 100), (4, 8, 10, 50), (12, 8, 60, 50), (4, 8, 2, 1)],
 )
 def test_what_comes_between_the_steps_takes_none_of_those_that_were_planned(
     monkeypatch, step, saving, evaluation, every
