@@ -109,7 +109,7 @@ def test_text_sampled_from_the_teacher_serves_too(recovered):
 
 
 def test_selection_by_activations_is_told(recovered):
-    curve = recovered("ast", "wanda", *SHORT, "-O", "metric=activation")["curve"]
+    curve = recovered("ast", "wanda", *SHORT, "--metric", "activation")["curve"]
     assert curve[-1][2] < 0.8 * curve[0][2]
 
 

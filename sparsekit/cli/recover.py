@@ -62,6 +62,13 @@ PatternText = Annotated[
         autocompletion=complete.patterns,
     ),
 ]
+Metric = Annotated[
+    str,
+    typer.Option(
+        help="What is kept: the largest by magnitude, or by activation (|w| times its input).",
+        autocompletion=complete.words("magnitude", "activation"),
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Rows in one forward pass.")]
 Length = Annotated[int, typer.Option(help="Tokens in a row.")]
 Accumulate = Annotated[int, typer.Option(help="Forward passes in one step.")]
@@ -121,6 +128,7 @@ def recover(
     pattern: PatternText = None,
     option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
     skip: Skip = [],  # noqa: B006  (the same)
+    metric: Metric = "magnitude",
     batch: Batch = 2,
     length: Length = 512,
     accumulate: Accumulate = 1,
@@ -159,6 +167,7 @@ def recover(
             pattern=pattern,
             option=option,
             skip=skip,
+            metric=metric,
             batch=batch,
             length=length,
             accumulate=accumulate,

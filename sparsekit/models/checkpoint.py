@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import DataError, FactorsError, UsageError
+from sparsekit.errors import CheckFailedError, DataError, FactorsError, UsageError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.models.configuration import load_config
 from sparsekit.models.folder import (
     FACTORS,
     INDEX,
     PROVENANCE,
+    SINGLE,
     UNFACTORED,
     weight_files,
 )
@@ -42,6 +43,8 @@ from sparsekit.tensors.patterns import Pattern
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# What to do about a damaged one.
+AGAIN = "copy the folder again"
 # A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
 SOON_READ = 1 << 30
 # Stages after which each weight has a pattern that the history tells.
@@ -76,7 +79,14 @@ class Checkpoint:
 
         Raises:
             DataError: The folder is missing, incomplete, or not in the safetensors format.
+            CheckFailedError: The same of a packed one that sparsekit wrote.
         """
+        with _damage(path):
+            return cls._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
+        """See `open`."""
         files = weight_files(path)
         places: dict[str, TensorPlace] = {}
         headers: dict[str, int] = {}
@@ -224,9 +234,15 @@ class Checkpoint:
         Raises:
             DataError: A tensor holds NaN or Inf, or the bytes are not those that
                 `sparsekit.json` recorded.
+            CheckFailedError: The same of a packed checkpoint that sparsekit wrote.
         """
-        if self._fingerprint:
-            return self._fingerprint
+        if not self._fingerprint:
+            with _damage(self.path):
+                self._fingerprint = self._scan(progress)
+        return self._fingerprint
+
+    def _scan(self, progress: Progress) -> str:
+        """See `scan`."""
         if self.n_bytes < SOON_READ:
             progress = SILENT
         places = {**self.places, **self.factors}
@@ -251,12 +267,10 @@ class Checkpoint:
         fingerprint = digest.hexdigest()
         recorded = self.provenance().get("fingerprint")
         if recorded not in (None, fingerprint):
-            hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
-                "the files are damaged: copy the folder again" if self.packed else hint,
+                f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}",
             )
-        self._fingerprint = fingerprint
         return fingerprint
 
     @contextlib.contextmanager
@@ -266,6 +280,23 @@ class Checkpoint:
             yield handle
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Fail as a check does where weights that only sparsekit packs can no longer be read.
+
+    Raises:
+        CheckFailedError: They were whole once, as `sparsekit.json` lies beside them.
+    """
+    try:
+        yield
+    except DataError as error:
+        plain = (path / SINGLE).is_file() or (path / INDEX).is_file()
+        ours = (path / FACTORS).is_file() or (path / UNFACTORED).is_file()
+        if ours and not plain and (path / PROVENANCE).is_file():
+            raise CheckFailedError(error.message, AGAIN) from error
+        raise
 
 
 def _is_entry(entry: Any) -> bool:

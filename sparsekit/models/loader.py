@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -37,7 +38,10 @@ class PackedLoader(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        use_factors(model, Checkpoint.open(Path(model.config.name_or_path)))
+        source = Checkpoint.open(Path(model.config.name_or_path))
+        use_factors(model, source)
+        with torch.device("cpu"):  # transformers is building on meta
+            source.scan()
         for module in model.modules():
             # GPT-2's would be initialised by the `weight` of layers that have none any more.
             if any(isinstance(child, FactoredLinear) for child in module.children()):

@@ -59,6 +59,7 @@ def load_whole(
     Raises:
         DataError: It does not fit into the available memory, is quantized in another way than
             ours, cannot be read, or lacks weights.
+        CheckFailedError: Packed weights or factors are not those that were written.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -66,7 +67,9 @@ def load_whole(
     refuse_foreign(source)  # transformers would look for what its configuration names
     require_memory(source, dtype, purpose=purpose, way_out=way_out)
     if source.factored:
-        model = Skeleton(source, torch.device("cpu"), dtype).fill()
+        skeleton = Skeleton(source, torch.device("cpu"), dtype)
+        source.scan()  # only now: what does not fit together is named before
+        model = skeleton.fill()
         if (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(str(source.path))
         return model

@@ -38,8 +38,6 @@ class Recoverer(ABC):
     """Spans of a row that have a trained scale each; 0: none."""
     refresh: int = 0
     """Steps between two selections of the largest entries; 0: the mask stays."""
-    metric: Literal["magnitude", "activation"] = "magnitude"
-    """What makes an entry large: |w|, or |w| times the norm of its input in the first batches."""
 
     @abstractmethod
     def rule(self, decay: float) -> Rule:

@@ -34,8 +34,6 @@ class Ast(Recoverer):
     """Steps between two selections of the largest entries."""
     decay: float = 0.0
     """λ: strength of the decay at its plateau; 0: by the size of gradients and weights."""
-    metric: Literal["magnitude", "activation"] = "magnitude"
-    """What makes an entry large: |w|, or |w| times the norm of its input in the first batches."""
     ramp: float = 0.25
     """Share of the steps in which the decay rises from 0 to its plateau."""
     coupled: Literal["no", "yes"] = "no"

@@ -54,6 +54,7 @@ class RecoverWords(TypedDict, total=False):
     pattern: str | None
     option: words.MethodOptions
     skip: Sequence[str]
+    metric: str
     batch: int
     length: int
     accumulate: int

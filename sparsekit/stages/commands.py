@@ -15,7 +15,7 @@ from sparsekit.stages.trainconfig import RecoverConfig
 # Of the recipe of a recovery what is a flag of the same name; the rest of it follows or is told
 # beside the recipe.
 RECOVER_FLAGS = (
-    *("batch", "length", "accumulate", "schedule", "temperature", "teacher_top", "slorb"),
+    *("metric", "batch", "length", "accumulate", "schedule", "temperature", "teacher_top", "slorb"),
     *("format", "seed", "device"),
 )
 

@@ -6,7 +6,7 @@ import time
 from statistics import median
 
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.trainplan import steps_within
+from sparsekit.stages.trainplan import CLOSING, steps_within
 
 # Steps of which the median says how long those that are left will take.
 WATCHED = 10
@@ -43,6 +43,14 @@ class Deadline:
         """Take note that a state was saved after the last step."""
         self._saving = seconds
         self._beside += seconds
+
+    def expected(self, done: int, planned: int, pace: float) -> float:
+        """Seconds from now until the output stands, with steps of `pace` seconds each."""
+        every, states = self._config.eval_every, self._config.save_every
+        left = range(done + 1, planned + 1)
+        evaluations = sum(step % every == 0 or step == planned for step in left) if every else 0
+        saves = 1 + (sum(step % states == 0 for step in left if step < planned) if states else 0)
+        return len(left) * pace + evaluations * self._evaluation + saves * self._saving + CLOSING
 
     def steps(self, done: int, planned: int) -> int:
         """How many steps there should be, when `done` of those that are planned are taken.

@@ -16,7 +16,7 @@ from sparsekit.stages.plan import begun
 from sparsekit.stages.quantconfig import QuantizeConfig
 from sparsekit.stages.quantweights import quantize_block
 from sparsekit.stages.student import PROBED
-from sparsekit.stages.trainchecks import pass_bytes, state_bytes, training_bytes
+from sparsekit.stages.trainchecks import pass_bytes, state_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainplan import WRITTEN
 from sparsekit.stages.trainspeed import bench_recover
@@ -77,7 +77,6 @@ def plan_recover(
     """
     job = recovery.prepare(config, model, out, overwrite=overwrite, progress=progress)
     config = job.config
-    taught = job.teacher if config.share != 0 and config.teacher_top is None else None
     size = sum(math.prod(target.shape) for target in job.targets)
     zeros = sum(job.patterns.of(target).zeros(*target.shape) for target in job.targets)
     return {
@@ -95,7 +94,7 @@ def plan_recover(
         "notes": job.notes,
         "state_bytes": state_bytes(job.source),
         "seconds_estimate": _recover_seconds(job, model, progress) if timed else None,
-        "peak_memory_at_least_bytes": training_bytes(job.source, taught, job.recoverer),
+        "peak_memory_at_least_bytes": job.held,
         "activation_bytes_estimate": pass_bytes(job.config, job.linear),
         "device": str(job.device),
         "dtype": "float32",

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Cost:
     """What a run takes, and what it was expected to take.
 
-    The time is expected from the first block that is computed: the others are taken to last as
-    long, by their sizes.
+    The time is expected from the first block that is computed, as the others are taken to last as
+    long, by their sizes; or from what `expect` is told.
 
     Args:
         clock: Gives the time in seconds.
@@ -65,8 +65,11 @@ class Cost:
         """Take note that a block is computed and written."""
         if self._expected is None and self._sizes:
             first = self._clock() - self._begun
-            blocks = first * sum(self._sizes.values()) / self._sizes[block.name]
-            self._expected = self._begun - self.started + blocks
+            self.expect(first * (sum(self._sizes.values()) / self._sizes[block.name] - 1))
+
+    def expect(self, left: float) -> None:
+        """Take note that the run is expected to take so many more seconds from now on."""
+        self._expected = self._clock() - self.started + left
 
     def told(self) -> dict[str, Any]:
         """Seconds and bytes for the entry of the run, until now."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sparsekit.errors import (
@@ -17,7 +18,6 @@ from sparsekit.errors import (
     StorageError,
 )
 from sparsekit.files import KEPT, read_json, write_json
-from sparsekit.memory import peak_memory
 from sparsekit.models.reference import title
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
@@ -42,6 +42,8 @@ from sparsekit.stages.trainwork import Work
 from sparsekit.stages.trainwrite import finish, write_tensors
 
 PLAN = ".sparsekit-plan.json"
+# Steps after which is told how long the others are expected to take.
+PACED = 3
 # What to do where weights, moments or a selection need more memory than there is.
 BESIDE = "train it where there is more: a smaller --batch or --length changes little here"
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
@@ -102,9 +104,9 @@ def recover(
         entry = _entry(work, model, training, finished, weights) | {
             "kept_mass": log.kept_mass,
             "resumed_steps": log.earlier_steps,
-            "seconds": round(time.perf_counter() - work.started + log.earlier_seconds, 3),
-            "peak_memory_bytes": peak_memory(),
         }
+        told = work.cost.told()
+        entry |= told | {"seconds": round(told["seconds"] + log.earlier_seconds, 3)}
         writer.commit(entry, recover_card(entry, Origin.of(model, job.source.path)))
         _forget(out)  # only now: until the output stands, all must be found again
     ranks.leave()
@@ -167,7 +169,8 @@ def _training(work: Work, student: Student) -> Training:
     if ranks.of_main((folder / PLAN).is_file()):
         plan = Plan(**read_json(folder / PLAN))
     else:
-        plan = make_plan(job, student, teacher, rows, work.windows, ranks, work.started, progress)
+        begun = work.cost.started
+        plan = make_plan(job, student, teacher, rows, work.windows, ranks, begun, progress)
         if ranks.main:
             write_json(folder / PLAN, asdict(plan))
     if top is not None and config.tokens is None:  # else it was told before
@@ -194,10 +197,11 @@ def _train(work: Work, training: Training) -> TrainingLog:
     log.begin()
     selected = ""
     progress.begin(_title(work), training.plan.steps, optimizer.steps)
-    limit = None if config.max_time is None else work.started + config.max_time
+    limit = None if config.max_time is None else work.cost.started + config.max_time
     measured = training.plan.evaluation_seconds
     deadline = Deadline(config, limit, saving_seconds(optimizer), measured)
     saved, kept = time.perf_counter(), optimizer.steps
+    paced = 0 if kept else min(PACED, training.plan.steps)
     while not training.done:
         try:
             done = training.step()
@@ -231,6 +235,9 @@ def _train(work: Work, training: Training) -> TrainingLog:
             if saves:
                 saved, kept = time.perf_counter(), now
                 deadline.saved(saved - begun)
+        if now == paced:
+            pace = median(row["seconds"] for row in log.rows[-paced:])
+            work.cost.expect(deadline.expected(now, training.plan.steps, pace))
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"

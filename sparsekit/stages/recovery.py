@@ -37,6 +37,7 @@ from sparsekit.stages.trainchecks import (
     require_memory,
     require_pass,
     state_bytes,
+    training_bytes,
     zero_share,
 )
 from sparsekit.stages.trainconfig import AUTO, RecoverConfig
@@ -63,6 +64,17 @@ class Recovery:
     layout: Layout
     device: torch.device
     notes: list[str]
+
+    @property
+    def loaded(self) -> Checkpoint | None:
+        """The teacher that is in memory all the time; None: it may do without the model."""
+        needed = self.config.share != 0 and self.config.teacher_top is None
+        return self.teacher if needed else None
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, gradients, moments and teacher in float32, without activations."""
+        return training_bytes(self.source, self.loaded, self.recoverer)
 
 
 def prepare(
@@ -135,12 +147,9 @@ def _require_memory(job: Recovery, ranks: Ranks) -> None:
     Raises:
         DataError: Says what is needed, and what there is.
     """
-    config = job.config
-    taught = config.share != 0 and config.teacher_top is None  # else it may do without the model
-    loaded = job.teacher if taught else None
-    require_memory(job.source, loaded, job.recoverer, job.device, shards=ranks.shards)
+    require_memory(job.source, job.loaded, job.recoverer, job.device, shards=ranks.shards)
     if not ranks.shards:
-        require_pass(config, job.source, loaded, job.linear, job.recoverer, job.device)
+        require_pass(job.config, job.source, job.loaded, job.linear, job.recoverer, job.device)
 
 
 def _completed(
@@ -153,6 +162,11 @@ def _completed(
         config, why = chosen(config)
         told.append(why)
     recoverer = methods.load("recoverers", config.method, config.options)
+    if config.metric != "magnitude" and not recoverer.refresh:
+        raise UsageError(
+            f"--metric {config.metric} has no effect with --method {config.method}: its mask stays",
+            "leave it out, or prune with --method wanda first",
+        )
     if config.schedule == AUTO:
         config = replace(config, schedule=recoverer.schedule)
     return config, recoverer, told

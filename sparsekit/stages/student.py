@@ -60,7 +60,7 @@ class Student:
         parameters = dict(model.named_parameters())
         by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
         norms: dict[str, Tensor] = {}
-        if job.recoverer.metric == "activation":
+        if job.config.metric == "activation":
             modules = {t.name: by_disk[t.name].removesuffix(".weight") for t in job.targets}
             layers = {name: model.get_submodule(path) for name, path in modules.items()}
             batches = (rows.take(n * job.config.batch, job.config.batch) for n in range(PROBED))

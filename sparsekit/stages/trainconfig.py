@@ -12,6 +12,7 @@ from sparsekit.models.texts import check_source
 from sparsekit.stages.config import DEVICES, one_of
 from sparsekit.tensors.patterns import Pattern
 
+Metric = Literal["magnitude", "activation"]
 Schedule = Literal["auto", "flat", "cosine", "linear", "constant"]
 SCHEDULES = get_args(Schedule)
 # In the place of a method: which one follows from the model and how much it is trained on. In that
@@ -44,6 +45,8 @@ class RecoverConfig:
     """None: that of the model's history, `2:4` for a dense model."""
     skip: Sequence[str] = ()
     """Globs of weights that stay dense."""
+    metric: Metric = "magnitude"
+    """What makes an entry large: |w|, or |w| times the norm of its input in the first batches."""
     batch: int = 2
     """Rows in one forward pass."""
     length: int = 512
@@ -97,6 +100,7 @@ class RecoverConfig:
             )
         if self.pattern is not None:
             Pattern.parse(self.pattern)
+        one_of("--metric", self.metric, get_args(Metric))
         self.corpus(0).check()
         if self.eval_text is not None:
             check_source(self.eval_text)

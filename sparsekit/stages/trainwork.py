@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +11,19 @@ import torch
 
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
-from sparsekit.memory import watch_peak
 from sparsekit.models.calibration import evaluation_rows
 from sparsekit.models.corpus import TrainingRows
 from sparsekit.models.rows import TokenRows
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.automethod import tokens_to_read
 from sparsekit.stages.device import pick_device
+from sparsekit.stages.forecast import Cost
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, versions
 from sparsekit.stages.student import top_teacher
 from sparsekit.stages.teacher import TopTeacher
+from sparsekit.stages.trainchecks import pass_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
 
 # Windows of an evaluation during training.
@@ -45,8 +45,8 @@ class Work:
     ranks: Ranks
     folder: Path
     """Where the output grows."""
-    started: float
-    """When the run began, in seconds of `time.perf_counter`."""
+    cost: Cost
+    """Since the run began."""
     progress: Progress
 
     @classmethod
@@ -54,13 +54,13 @@ class Work:
         cls, config: RecoverConfig, model: str, out: Path, *, overwrite: bool, progress: Progress
     ) -> Work:
         """Check a configuration, and read what it names; arguments and errors as of `recover`."""
-        started = time.perf_counter()
-        watch_peak()
+        cost = Cost()
         config.check()
         ranks = Ranks.current(pick_device(config.device))
         ranks.parts(config.accumulate)
         progress = progress if ranks.main else SILENT
         job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
+        cost.prepared(job.held + pass_bytes(job.config, job.linear))
         windows = _windows(job)  # before the text, which may be long
         rows = _rows(job, ranks, progress)
         prints = {"source": job.source.scan(progress), "teacher": None}
@@ -77,7 +77,7 @@ class Work:
             recipe=_recipe(job, rows, ranks) | prints,
             ranks=ranks,
             folder=out.with_name(out.name + ".partial"),
-            started=started,
+            cost=cost,
             progress=progress,
         )
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from torch import Tensor
 from sparsekit.errors import CheckFailedError, DataError, FactorsError
 from sparsekit.files import read_json
 from sparsekit.models.blocks import BlockStream
-from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.models.checkpoint import AGAIN, Checkpoint
 from sparsekit.models.factored import FactoredLinear
 from sparsekit.models.factorfile import factor_parts, factors_of, packed_codes, packed_weight
-from sparsekit.models.folder import FACTORS, PROVENANCE, factor_name, is_packed
+from sparsekit.models.folder import FACTORS, factor_name, is_packed
 from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
 from sparsekit.models.writer import CheckpointWriter
@@ -27,9 +26,6 @@ from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.packplan import digest
 from sparsekit.stages.report import Report, versions
-
-# What to do about a damaged one.
-AGAIN = "copy the folder again"
 
 
 def unpack(
@@ -55,8 +51,7 @@ def unpack(
     started = time.perf_counter()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
     source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
-    with _damage(model):
-        fingerprint = source.scan(progress)
+    fingerprint = source.scan(progress)
     recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
         weightwise.rewrite(
@@ -104,8 +99,7 @@ def prepare(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Unpacking:
     """Check everything that needs no weights; arguments and errors as of `unpack`."""
-    with _damage(model):
-        source = open_source(model, out, overwrite=overwrite, progress=progress)
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
     config, history, sums = _origin(source)
     try:
         layers = {layer.weight_name: layer for layer in _layers(source)}
@@ -118,21 +112,6 @@ def prepare(
     return Unpacking(
         source=source, config=config, history=history, sums=sums, layers=layers, layout=layout
     )
-
-
-@contextmanager
-def _damage(model: str) -> Iterator[None]:
-    """Fail as a check does where a folder that sparsekit wrote can no longer be read.
-
-    Raises:
-        CheckFailedError: It was whole once.
-    """
-    try:
-        yield
-    except DataError as error:
-        if (Path(model) / PROVENANCE).is_file():
-            raise CheckFailedError(error.message, AGAIN) from error
-        raise
 
 
 def _origin(

@@ -89,6 +89,7 @@ def recover_config(
     pattern: str | None = None,
     option: MethodOptions = (),
     skip: Sequence[str] = (),
+    metric: str = "magnitude",
     batch: int = 2,
     length: int = 512,
     accumulate: int = 1,
@@ -121,11 +122,12 @@ def recover_config(
         max_time=None if max_time is None else seconds(max_time, "--max-time"),
         pattern=pattern,
         skip=skip,
+        metric=metric,  # type: ignore[arg-type]  (check() refuses other words)
         batch=batch,
         length=length,
         accumulate=accumulate,
         lr=lr,
-        schedule=schedule,  # type: ignore[arg-type]  (check() refuses other words)
+        schedule=schedule,  # type: ignore[arg-type]  (the same)
         share=share,
         temperature=temperature,
         teacher_top=teacher_top,

@@ -1,6 +1,7 @@
 """What a run is expected to take: told before it, and kept beside what it took."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,15 @@ from sparsekit.memory import peak_memory, resident, watch_peak
 from sparsekit.models.blocks import Block, BlockStream
 from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.stages import blockwise
+from sparsekit.stages import blockwise, trainplan, trainwork
+from sparsekit.stages import recover as stage
 from sparsekit.stages.chain import Chain
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.forecast import Cost, peak_estimate
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
+from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.stages.training import Training
 
 
 class Clock:
@@ -91,6 +95,32 @@ def test_a_timed_plan_tells_what_the_run_then_takes(cli, family, row_file, tmp_p
     taken = slow.now - begun
     assert taken >= 2 * 5.0 + 2 * 3.0  # both blocks; reading before them and after
     assert json.loads(planned.stdout)["seconds_estimate"] == pytest.approx(taken, rel=0.05)
+
+
+def test_training_keeps_what_it_was_expected_to_take(family, tmp_path, monkeypatch):
+    """Of 8 steps that each take 10 s, with three evaluations of 5 s and a state of 3 s."""
+    clock = Clock()
+    monkeypatch.setattr(trainwork, "Cost", partial(Cost, clock))
+    for module in ("recover", "training", "trainplan", "deadline"):
+        fake = SimpleNamespace(perf_counter=clock)
+        monkeypatch.setattr(f"sparsekit.stages.{module}.time", fake)
+
+    def slowed(function, seconds):
+        def slow(*words, **more):
+            clock.now += seconds
+            return function(*words, **more)
+
+        return slow
+
+    monkeypatch.setattr(Training, "gradients", slowed(Training.gradients, 10.0))
+    monkeypatch.setattr(stage, "measure", slowed(stage.measure, 5.0))
+    monkeypatch.setattr(trainplan, "measure", slowed(trainplan.measure, 5.0))
+    monkeypatch.setattr(stage, "saving_seconds", lambda _: 3.0)
+    config = RecoverConfig(method="fixed", tokens=8 * 64, batch=2, length=32, eval_every=5)
+    entry = stage.recover(config, str(family("llama")), tmp_path / "out").entry
+    assert entry["seconds"] == 8 * 10.0 + 3 * 5.0  # saving stands still here
+    assert entry["estimated"]["seconds"] == entry["seconds"] + 3.0 + trainplan.CLOSING
+    assert 0 < entry["estimated"]["peak_memory_bytes"] < 2 * entry["peak_memory_bytes"]
 
 
 def test_a_run_that_goes_on_expects_no_time(stream):

@@ -183,17 +183,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(sparse, tmp_path, stage):
         assert file.read_bytes() == (out / file.name).read_bytes()
 
 
-def test_a_changed_byte_is_found_and_named(sparse, tmp_path):
+def test_a_changed_byte_is_found_and_named(sparse, row_file, tmp_path):
     packed = pack(str(sparse()), tmp_path / "packed").out
     file = packed / FACTORS
     whole = file.read_bytes()
+    checks = (
+        verify,
+        lambda path: unpack(path, tmp_path / "plain"),
+        lambda path: evaluate(EvalConfig(text=str(row_file)), [path]),
+        sparsekit.load,
+        AutoModelForCausalLM.from_pretrained,
+    )
     file.write_bytes(whole[:-3])
-    for check in (verify, lambda path: unpack(path, tmp_path / "plain")):
+    for check in checks:
         with pytest.raises(CheckFailedError, match="is not a whole safetensors file"):
             check(str(packed))
     middle = len(whole) // 2
     file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    for check in (verify, lambda path: unpack(path, tmp_path / "plain")):
+    for check in checks:
         with pytest.raises(CheckFailedError, match=r"are not those that .*copy the folder again"):
             check(str(packed))
     # With a fingerprint that somebody fitted to it, the weight's own is still another.
@@ -399,6 +406,9 @@ def test_a_place_outside_its_group_is_named(coded, tmp_path):
     told = {n: f"{p} {checkpoint.factor_codes[n]}" for n, p in checkpoint.factor_patterns.items()}
     tensors["model.layers.0.mlp.up_proj.indices"][0] = 0
     save_file(tensors, packed / FACTORS, told)
+    with pytest.raises(CheckFailedError, match="are not those that"):
+        sparsekit.load(packed)
+    (packed / PROVENANCE).unlink()  # and where nobody has recorded the bytes
     model = sparsekit.load(packed)
     with pytest.raises(DataError, match=r"layers\.0\.mlp\.up_proj\.weight: the places of a 4:8"):
         model(torch.arange(4)[None])

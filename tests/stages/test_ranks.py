@@ -39,7 +39,7 @@ STEP = {"batch": 2, "length": 16, "accumulate": 2, "lr": 1e-3}
 RUNS = {
     "fixed": {"method": "fixed", "tokens": 640},
     "ast": {"method": "ast", "tokens": 1280},
-    "activation": {"method": "ast", "options": {"metric": "activation"}, "tokens": 1280},
+    "activation": {"method": "ast", "metric": "activation", "tokens": 1280},
     "slorb": {"method": "ast", "slorb": 16, "tokens": 640},
     "cast": {"method": "cast", "options": {"decay": "1e-2"}, "tokens": 2560},
 }

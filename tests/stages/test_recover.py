@@ -106,14 +106,18 @@ def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("ast", {}), ("ast", {"metric": "activation"}), ("cast", {"decay": "1e-2"})],
+    "chosen",
+    [
+        {"method": "ast"},
+        {"method": "ast", "metric": "activation"},
+        {"method": "cast", "options": {"decay": "1e-2"}},
+        {"method": "cast", "options": {"decay": "1e-2"}, "metric": "activation"},
+    ],
 )
-def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, method, options):
+def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, chosen):
     """Selections happen, but with a rate of next to nothing the zeros stay the smallest."""
     monkeypatch.setattr(MaskedAdam, "masked_mean", lambda _: 1e-2)
-    config = replace(SHORT, method=method, options=options, lr=1e-12)
-    found = recover(config, str(pruned), tmp_path / "out")
+    found = recover(replace(SHORT, **chosen, lr=1e-12), str(pruned), tmp_path / "out")
     assert sum(row["flipped"] for row in found.entry["weights"]) == 0
     source, out = Checkpoint.open(pruned), Checkpoint.open(found.out)
     for name in linear(source):
@@ -256,7 +260,7 @@ def test_the_card_shows_the_curve_and_what_was_left_out(family, pruned, tmp_path
 
 def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path):
     """With a rate of next to nothing nothing flips: the mask is that of |w| times input norm."""
-    config = replace(SHORT, options={"metric": "activation"}, lr=1e-12, tokens=256, save_every=3)
+    config = replace(SHORT, metric="activation", lr=1e-12, tokens=256, save_every=3)
     model = str(family("llama"))
     found = recover(config, model, tmp_path / "out")
     assert sum(row["flipped"] for row in found.entry["weights"]) == 0
@@ -1268,6 +1272,7 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
         ({"batch": 0}, "--batch must be at least 1"),
         ({"lr": -1.0}, "--lr must be between 0 and 1"),
         ({"share": 1.5}, "--share must be between 0 and 1"),
+        ({"metric": "activations"}, "--metric 'activations' is not known; one of: magnitude"),
         ({"temperature": 0.0}, "--temperature must be between 0 and 100"),
         ({"options": {"decai": "1"}}, "did you mean 'decay'"),
         ({"eval_text": "builtin"}, "--eval-text has no effect without --eval-every"),
@@ -1278,6 +1283,12 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
 def test_wrong_words_are_refused_at_once(change, message):
     with pytest.raises((UsageError, DataError), match=message):
         replace(SHORT, **change).check()
+
+
+def test_a_metric_has_no_effect_on_a_mask_that_stays(pruned, tmp_path):
+    config = replace(SHORT, method="fixed", metric="activation")
+    with pytest.raises(UsageError, match="--metric activation has no effect with --method fixed"):
+        recover(config, str(pruned), tmp_path / "out")
 
 
 def test_rates_rise_stay_and_fall():
