@@ -9,11 +9,13 @@ import shlex
 import shutil
 import subprocess
 from fractions import Fraction
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import typer
+from matplotlib.image import imread
 from scorings import (
     UP,
     checkpoint,
@@ -482,7 +484,48 @@ def test_chromium_would_tell_of_a_load(run, tmp_path):
     assert "CONSOLE" in chromium(tmp_path / "bad.html", tmp_path / "profile").stderr
 
 
-def chromium(file: Path, profile: Path) -> subprocess.CompletedProcess:
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("which", ["run", "hostile"])
+def test_a_phone_shows_the_page_without_scrolling_sideways(which, request, tmp_path):
+    """390 px wide; with something wider in the page it would be told."""
+    text = page(compare([request.getfixturevalue(which)]))
+    wide = text.replace("<main>", '<main><div style="width: 500px">')
+    assert width_on_a_phone(text, tmp_path) <= 390
+    assert width_on_a_phone(wide, tmp_path) > 390
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_screenshots_of_both_themes(run, tmp_path):
+    """To look at: `pytest tests/stages/test_page.py -k screenshots --basetemp shots`."""
+    out = tmp_path / "report.html"
+    report([run], out)
+    for theme, (number, background) in {"light": (1, 0xFF), "dark": (0, 0x16)}.items():
+        shot = tmp_path / f"{theme}.png"
+        flags = (f"--screenshot={shot}", "--window-size=1280,5000", "--hide-scrollbars")
+        chromium(
+            out, tmp_path / "profile", *flags, f"--blink-settings=preferredColorScheme={number}"
+        )
+        pixels = imread(shot)
+        assert pixels.shape[:2] == (5000, 1280)
+        assert pixels[2, 2, :3] * 255 == pytest.approx([background] * 3, abs=1)
+        assert len({tuple(pixel) for pixel in pixels[::7, ::7, :3].reshape(-1, 3)}) > 20
+
+
+def width_on_a_phone(text: str, folder: Path) -> int:
+    """How wide a page is in a window of 390 px, which no browser itself makes as narrow."""
+    file = folder / "phone.html"
+    file.write_text(
+        f'<iframe id="phone" width="390" height="800" srcdoc="{escape(text)}"></iframe>'
+        "<output></output><script>onload = () => { document.querySelector('output').textContent ="
+        " phone.contentDocument.documentElement.scrollWidth }</script>"
+    )
+    found = re.search(r"<output>(\d+)</output>", chromium(file, folder / "profile").stdout)
+    assert found is not None
+    return int(found[1])
+
+
+def chromium(file: Path, profile: Path, *more: str) -> subprocess.CompletedProcess:
     """What the browser makes of a page: its elements on stdout, messages on stderr."""
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", file.as_uri()]
+    flags = (*FLAGS, f"--user-data-dir={profile}", *(more or ("--dump-dom",)))
+    words = [CHROMIUM, *flags, file.as_uri()]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
