@@ -22,6 +22,8 @@ GRIDS = ("int8", "int4-g64", "w8a8", "fp8")
 METHODS = ("rtn", "gptq", "awq")
 SCORED = [(method, grid) for grid in ("int8", "int4-g64") for method in METHODS]
 FEW = ("--samples", "8", "--length", "256")
+# Its own environment, as its versions of torch and compressed-tensors are not ours.
+VLLM = os.environ.get("SPARSEKIT_VLLM")
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,6 +50,24 @@ for name in Checkpoint.open(Path(out)).coded:
         broken += 1
     count += 1
 print(json.dumps([count, revived, broken]))
+"""
+# Sixteen tokens after a prompt, in bfloat16, as transformers and as vLLM give them.
+PROMPT = "The capital of France is"
+GENERATES = f"""
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+prompt = AutoTokenizer.from_pretrained(sys.argv[1])({PROMPT!r}, return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16")
+told = dict(do_sample=False, min_new_tokens=16, max_new_tokens=16)
+print(json.dumps(model.generate(**prompt, **told)[0, prompt.input_ids.shape[1]:].tolist()))
+"""
+SERVES = f"""
+import json, sys
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    model = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=256)
+    wanted = SamplingParams(temperature=0, max_tokens=16, min_tokens=16)
+    print(json.dumps(list(model.generate({PROMPT!r}, wanted)[0].outputs[0].token_ids)))
 """
 
 
@@ -125,6 +145,28 @@ def test_packed_models_give_the_same_tokens_and_are_as_small_as_theory(made, tmp
         speeds = sparsekit("bench", "infer", folder, packed, "--prompt", 64, "--new", 16)
         print({m["model"]: {k: v for k, v in m.items() if k != "tokens"} for m in speeds["models"]})
         assert speeds["same_tokens"]
+
+
+@pytest.mark.skipif(VLLM is None, reason="SPARSEKIT_VLLM names no Python that has vLLM")
+@pytest.mark.parametrize("grid", ["int4-g64", "w8a8"])
+def test_vllm_loads_it_and_gives_the_tokens_of_transformers(made, grid, tmp_path):
+    """Greedily, each in a process of its own; what is packed it refuses by name."""
+    folder = made("2:4", "gptq", grid)
+    wanted = run("-c", GENERATES, folder)
+    assert len(wanted) == 16
+    found = vllm(folder)
+    assert json.loads(found.stdout.splitlines()[-1]) == wanted, found.stderr
+    sparsekit("pack", folder, "-o", tmp_path / "packed")
+    refused = vllm(tmp_path / "packed")
+    assert refused.returncode != 0
+    assert "quantization method: sparsekit" in refused.stderr
+
+
+def vllm(folder: Path) -> subprocess.CompletedProcess:
+    """What vLLM generates, the tokens on the last line of stdout."""
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    words = [str(VLLM), "-c", SERVES, str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
 
 
 def _tensors(file: Path) -> dict[str, bytes]:

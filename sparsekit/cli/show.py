@@ -212,8 +212,10 @@ def verified(terminal: Terminal, result: dict[str, Any]) -> None:
     terminal.result(result["model"], result)
 
 
-def _begins_with(method: registry.Method) -> str:
+def _needs(method: registry.Method) -> str:
     """What a method needs besides the weight."""
+    if method.kind == "recoverers":
+        return "text, the dense model"
     if method.initial:
         return f"calibration, {method.initial} (--initial)"
     return "nothing" if method.data_free else "calibration"
@@ -229,8 +231,8 @@ def methods(terminal: Terminal) -> None:
         + ") and of quantize ("
         + ", ".join(registry.names("quantizers"))
         + ")",
-        ("method", "what it does", "begins with", "source"),
-        [(m.name, m.summary, _begins_with(m), m.source) for m in found],
+        ("method", "what it does", "needs", "source"),
+        [(m.name, m.summary, _needs(m), m.source) for m in found],
     )
     options = [(m.name, o.name, o.type, o.default, o.help) for m in found for o in m.options]
     terminal.table(
