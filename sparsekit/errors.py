@@ -47,6 +47,12 @@ class CheckFailedError(SparsekitError):
     """A check that was asked for found an offender."""
 
 
+class DamagedError(CheckFailedError, DataError):
+    """Files that only sparsekit writes are no longer what was written."""
+
+    exit_code = 1
+
+
 class NumericalError(SparsekitError):
     """A computation gave NaN or Inf, or a matrix could not be factorised."""
 

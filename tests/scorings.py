@@ -88,6 +88,7 @@ def recovered_entry(method: str = "ast", tokens: int = 4096) -> dict:
         "method": method,
         "pattern": "2:4",
         "options": {},
+        "metric": "magnitude",
         "batch": 4,
         "length": 256,
         "accumulate": 1,

@@ -6,6 +6,7 @@ Slow: `pytest -m slow tests/test_real_recipes.py -s` (half an hour to an hour on
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,13 +115,21 @@ def test_a_study_that_is_killed_twice_gives_the_same_bytes(tmp_path, recipe, fir
 
 
 def test_the_pipeline_of_the_readme_runs_from_one_line(tmp_path):
-    rows = "--samples 8 --length 256"
-    done = shell(
-        f"sparsekit prune demo --method wanda --pattern 2:4 -o {tmp_path / 'a'} {rows} "
-        f"| sparsekit recover - --method ast -o {tmp_path / 'b'} --tokens 4096 "
-        f"| sparsekit quantize - --grid int4-g64 -o {tmp_path / 'c'} {rows} "
-        f"| sparsekit eval - --length 256 --limit 8 --json > {tmp_path / 'scores.json'}"
+    """As it stands there, with fewer rows and tokens, and in another folder."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(
+        r"^sparsekit prune .*\n  \| sparsekit recover - [^`]*", readme, re.MULTILINE
     )
+    for old, new in (
+        ("--samples 32 --length 512", "--samples 8 --length 256"),
+        ("100K", "4096"),
+        ("eval -", "eval - --length 256 --limit 8"),
+        *((f"-o {name} ", f"-o {tmp_path / name} ") for name in "abc"),
+        ("scores.json", str(tmp_path / "scores.json")),
+    ):
+        assert old in line
+        line = line.replace(old, new)
+    done = shell(line)
     assert done.returncode == 0, done.stderr
     (score,) = json.loads((tmp_path / "scores.json").read_text())["models"]
     assert score["model"] == str(tmp_path / "c")

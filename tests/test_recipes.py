@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sparsekit import methods
 from sparsekit.errors import SparsekitError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
+from sparsekit.recoverers import Scale
 from sparsekit.stages import demo
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.inspect import verify
@@ -106,6 +107,14 @@ def test_what_is_wrong_is_so_by_the_schema_as_by_us(text):
     assert not fits(read_yaml(text), schema())
     with pytest.raises(SparsekitError):
         parse(text)
+
+
+@pytest.mark.parametrize("name", ["ast", "cast"])
+def test_recipes_of_papers_have_the_share_of_the_specification(name):
+    """Published for LLaMA: a third of the loss is KL (section 1.4), as is ours for such models."""
+    [step] = [s for s in read_recipe(shipped()[f"{name}-paper"]).steps if s.verb == "recover"]
+    own = methods.load("recoverers", name, {}).share_of(Scale(parameters=7_000_000_000))
+    assert step.config.share == pytest.approx(1 / 3, abs=1e-3) == pytest.approx(own, abs=1e-3)
 
 
 def test_quickstart_is_what_the_demo_runs():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckFailedError, DataError, FactorsError, UsageError
+from sparsekit.errors import DamagedError, DataError, FactorsError, UsageError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.models.configuration import load_config
 from sparsekit.models.folder import (
@@ -79,7 +79,7 @@ class Checkpoint:
 
         Raises:
             DataError: The folder is missing, incomplete, or not in the safetensors format.
-            CheckFailedError: The same of a packed one that sparsekit wrote.
+            DamagedError: The same of a packed one that sparsekit wrote.
         """
         with _damage(path):
             return cls._open(path)
@@ -234,7 +234,7 @@ class Checkpoint:
         Raises:
             DataError: A tensor holds NaN or Inf, or the bytes are not those that
                 `sparsekit.json` recorded.
-            CheckFailedError: The same of a packed checkpoint that sparsekit wrote.
+            DamagedError: The same of a packed checkpoint that sparsekit wrote.
         """
         if not self._fingerprint:
             with _damage(self.path):
@@ -267,9 +267,10 @@ class Checkpoint:
         fingerprint = digest.hexdigest()
         recorded = self.provenance().get("fingerprint")
         if recorded not in (None, fingerprint):
+            hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
-                f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}",
+                AGAIN if self.packed else hint,
             )
         return fingerprint
 
@@ -287,7 +288,7 @@ def _damage(path: Path) -> Iterator[None]:
     """Fail as a check does where weights that only sparsekit packs can no longer be read.
 
     Raises:
-        CheckFailedError: They were whole once, as `sparsekit.json` lies beside them.
+        DamagedError: They were whole once, as `sparsekit.json` lies beside them.
     """
     try:
         yield
@@ -295,7 +296,7 @@ def _damage(path: Path) -> Iterator[None]:
         plain = (path / SINGLE).is_file() or (path / INDEX).is_file()
         ours = (path / FACTORS).is_file() or (path / UNFACTORED).is_file()
         if ours and not plain and (path / PROVENANCE).is_file():
-            raise CheckFailedError(error.message, AGAIN) from error
+            raise DamagedError(error.message, error.hint or AGAIN) from error
         raise
 
 

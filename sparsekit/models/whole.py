@@ -59,7 +59,7 @@ def load_whole(
     Raises:
         DataError: It does not fit into the available memory, is quantized in another way than
             ours, cannot be read, or lacks weights.
-        CheckFailedError: Packed weights or factors are not those that were written.
+        DamagedError: Packed weights or factors are not those that were written.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig

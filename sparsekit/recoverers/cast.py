@@ -8,7 +8,11 @@ the schedule (warm-up, constant, to 0 in the last tenth); spans of a row are con
 all other parameters take AdamW without decay; a model of which leaving out what is off the mask
 moves the last hidden states by more than half a percent, as hundreds of steps and fewer may do, is
 written with a note, and refused from five percent on; the strength λ, when not given, is the root
-mean square of the averaged gradient off the mask before training (the paper: of its order).
+mean square of the averaged gradient off the mask over eight batches before training (the paper: of
+its order; a factor of 1 to 2 after 200 steps is what its figures agree with). The share of KL is
+published for LLaMA alone (1/3); smaller models take AST's. Gradients are clipped to a norm of 1, as
+AST's are. How the run ends is not told: the largest entries are selected once more, and the others
+left out.
 """
 
 from dataclasses import dataclass

@@ -125,6 +125,7 @@ def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("method", f"{recipe['method']} {_own_options(recipe)}".strip()),
         ("decay", f"{plan['decay']:.3g}" if plan.get("decay") else "-"),
         ("pattern", recipe["pattern"]),
+        ("kept by", "-" if recipe["metric"] == "magnitude" else "|w| times the norm of its input"),
         ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
         (
             "trained on",

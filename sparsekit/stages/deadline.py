@@ -7,6 +7,7 @@ from statistics import median
 
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainplan import CLOSING, steps_within
+from sparsekit.stages.trainstate import SAVE_SECONDS
 
 # Steps of which the median says how long those that are left will take.
 WATCHED = 10
@@ -49,7 +50,10 @@ class Deadline:
         every, states = self._config.eval_every, self._config.save_every
         left = range(done + 1, planned + 1)
         evaluations = sum(step % every == 0 or step == planned for step in left) if every else 0
-        saves = 1 + (sum(step % states == 0 for step in left if step < planned) if states else 0)
+        if states:
+            saves = 1 + sum(step % states == 0 for step in left if step < planned)
+        else:
+            saves = 1 + int(len(left) * pace / SAVE_SECONDS)
         return len(left) * pace + evaluations * self._evaluation + saves * self._saving + CLOSING
 
     def steps(self, done: int, planned: int) -> int:

@@ -1,7 +1,6 @@
 """What the verbs that write, but for prune, would do and cost, told without doing it."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,18 +176,16 @@ def _quantize_seconds(job: quantjob.QuantizeJob, progress: Progress) -> float:
 
 
 def _recover_seconds(job: recovery.Recovery, model: str, progress: Progress) -> float:
-    """How long the run would take, without perplexities on its way and sampled text.
+    """How long the run would take, without perplexities on its way and without sampling its text.
 
-    Loading is measured, and some steps; those that measure gradients before the first one count,
-    and a saved state.
+    Loading is measured, and some steps, each with the teacher; those that measure gradients before
+    the first one count, and a saved state.
     """
     config = job.config
     if config.max_time is not None:
         return config.max_time
-    begun = time.perf_counter()
-    speed = bench_recover(config, model, steps=STEPS, progress=progress)["tokens_per_second"]
-    step = config.step_tokens / speed
-    loading = max(0.0, time.perf_counter() - begun - (STEPS + 1) * step)
+    told = bench_recover(config, model, steps=STEPS, progress=progress)
+    step, loading = config.step_tokens / told["tokens_per_second"], told["loading_seconds"]
     steps = config.steps() + (PROBED if job.recoverer.needs_gradient else 0)
     return loading + steps * step + state_bytes(job.source) / WRITTEN
 

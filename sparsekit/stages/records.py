@@ -137,7 +137,7 @@ class Run:
         try:
             found = self._fingerprint(step.name)
         except DataError as error:
-            raise DataError(error.message, way_out) from error
+            raise type(error)(error.message, way_out) from error
         if told["fingerprint"] is None:  # killed before the record was complete
             return found != told["before"]
         if found != told["fingerprint"]:

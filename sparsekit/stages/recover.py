@@ -30,7 +30,7 @@ from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training, memory_told
 from sparsekit.stages.trainlog import PROGRESS, TrainingLog
 from sparsekit.stages.trainloss import measure, sparsity_measure
-from sparsekit.stages.trainplan import make_plan, saving_seconds
+from sparsekit.stages.trainplan import decay_budget, make_plan, saving_seconds
 from sparsekit.stages.trainstate import (
     POINTER,
     SAVE_SECONDS,
@@ -90,12 +90,12 @@ def recover(
                 training = _training(work, student)
                 log = _train(work, training)
                 finished = finish(training, work.progress)
+                _require_same_masks(training)
+                weights = write_tensors(job, writer, student, training.optimizer)
         except SparsekitError as error:
             if writer is not None:
                 _leave(writer, error)
             raise
-        _require_same_masks(training)
-        weights = write_tensors(job, writer, student, training.optimizer)
         if writer is None:
             ranks.leave()
             return None
@@ -268,6 +268,9 @@ def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None
         f"steps take longer than was measured: {steps} in the place of {plan.steps}, so that "
         "--max-time is kept"
     )
+    if work.job.recoverer.settles:
+        before, now = (decay_budget(work.job.config.schedule, p) for p in (plan, training.plan))
+        progress.note(f"decay budget: {now:.4g} in the place of {before:.4g}")
     progress.begin(_title(work), steps, optimizer.steps)
 
 

@@ -162,9 +162,10 @@ def _completed(
         config, why = chosen(config)
         told.append(why)
     recoverer = methods.load("recoverers", config.method, config.options)
-    if config.metric != "magnitude" and not recoverer.refresh:
+    moves = recoverer.refresh or config.pattern is not None or not _told(source)
+    if config.metric != "magnitude" and not moves:
         raise UsageError(
-            f"--metric {config.metric} has no effect with --method {config.method}: its mask stays",
+            f"--metric {config.metric} has no effect: the mask that {source.path} has stays",
             "leave it out, or prune with --method wanda first",
         )
     if config.schedule == AUTO:

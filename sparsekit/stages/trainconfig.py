@@ -15,8 +15,7 @@ from sparsekit.tensors.patterns import Pattern
 Metric = Literal["magnitude", "activation"]
 Schedule = Literal["auto", "flat", "cosine", "linear", "constant"]
 SCHEDULES = get_args(Schedule)
-# In the place of a method: which one follows from the model and how much it is trained on. In that
-# of a schedule: the method's.
+# In the place of a method: the one that was found best. In that of a schedule: the method's.
 AUTO = "auto"
 # Shares of the steps in which the learning rate rises, and in which `flat` falls to 0.
 WARM_UP, TAIL = 0.04, 0.1

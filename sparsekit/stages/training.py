@@ -42,6 +42,8 @@ class StepRow:
     """Of all gradients, before clipping."""
     flips: int
     """Mask entries that changed sides in this step's selection."""
+    flipped: int | None = None
+    """Those on another side than before the first step; None without a selection."""
     seconds: float
     sparsity: float | None = None
     """Σ|m W| / Σ|W| after this step's selection; None without one."""
@@ -145,6 +147,7 @@ class Training:
         if selects and hides:
             flips = optimizer.refresh()
         sparsity = sparsity_measure(optimizer) if selects else None
+        flipped = sum(map(optimizer.flipped, optimizer.sparse)) if selects else None
         return StepRow(
             step=optimizer.steps,
             tokens=optimizer.steps * self.config.step_tokens,
@@ -154,6 +157,7 @@ class Training:
             rate=rate,
             norm=norm,
             flips=flips,
+            flipped=flipped,
             seconds=time.perf_counter() - started,
             sparsity=sparsity,
             kept_mass=means.kept_mass if isinstance(self.teacher, TopTeacher) else None,

@@ -46,6 +46,7 @@ def bench_recover(
     """
     if steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(config, model, Path(folder) / "out", saves=False, progress=progress)
     config = job.config
@@ -63,6 +64,7 @@ def bench_recover(
     )
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Ranks())
+    loading = time.perf_counter() - begun
     progress.begin("training steps", steps + 1)
     seconds = []
     for _ in range(steps + 1):
@@ -72,7 +74,7 @@ def bench_recover(
     step = median(seconds[1:]) + selection_seconds(optimizer, job.recoverer.refresh)
     peak = peak_memory()
     head = student.model.get_output_embeddings().weight
-    shapes = [weight.weight.shape for weight in student.sparse.values()] + [head.shape]
+    shapes = [torch.Size(target.shape) for target in job.linear] + [head.shape]
     active = sum(rows * columns for rows, columns in shapes)
     rate = matrix_rate(shapes, config.batch * config.length, job.device)
     speed = config.step_tokens / step
@@ -81,6 +83,7 @@ def bench_recover(
         "model": model,
         "method": config.method,
         "batch": [config.batch, config.length],
+        "loading_seconds": round(loading, 3),
         "tokens_per_second": speed,
         "active_parameters": active,
         "flop_per_token": work * active,

@@ -23,7 +23,7 @@ from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, versions
 from sparsekit.stages.student import top_teacher
 from sparsekit.stages.teacher import TopTeacher
-from sparsekit.stages.trainchecks import pass_bytes
+from sparsekit.stages.trainchecks import pass_bytes, training_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
 
 # Windows of an evaluation during training.
@@ -60,7 +60,6 @@ class Work:
         ranks.parts(config.accumulate)
         progress = progress if ranks.main else SILENT
         job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
-        cost.prepared(job.held + pass_bytes(job.config, job.linear))
         windows = _windows(job)  # before the text, which may be long
         rows = _rows(job, ranks, progress)
         prints = {"source": job.source.scan(progress), "teacher": None}
@@ -68,6 +67,9 @@ class Work:
             prints["teacher"] = job.teacher.scan(progress)
             require_parent(job, prints["teacher"])
         top = top_teacher(job, rows, ranks, progress)
+        taught = job.teacher if top is not None and top.missing(None) else job.loaded
+        held = training_bytes(job.source, taught, job.recoverer)
+        cost.prepared(held + pass_bytes(job.config, job.linear))
         ranks.wait()
         return cls(
             job=job,

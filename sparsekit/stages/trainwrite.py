@@ -56,7 +56,7 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
                 "the decay has not finished: leaving out what is off the mask moves the last "
                 f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
                 f"selection changed {flips} of {size:.0f} entries",
-                "train on more --tokens, with a higher --lr or a stronger decay (-O decay=…)",
+                "train for longer, with a higher --lr or a stronger decay (-O decay=…)",
             )
         if found["moved"] > SETTLED:
             progress.note(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckFailedError, DataError, FactorsError
+from sparsekit.errors import CheckFailedError, DamagedError, DataError, FactorsError
 from sparsekit.files import read_json
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import AGAIN, Checkpoint
@@ -51,7 +51,12 @@ def unpack(
     started = time.perf_counter()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
     source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
-    fingerprint = source.scan(progress)
+    try:
+        fingerprint = source.scan(progress)
+    except DamagedError:
+        for name, layer in layers.items():  # to name the weight, if it is one of these
+            _unpacked(source, layer, sums and sums[name])
+        raise
     recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
         weightwise.rewrite(

@@ -59,6 +59,22 @@ def test_its_choices_are_possible_and_no_higher_for_larger_models(name):
     assert (decays[0] > 0) == method.needs_gradient
 
 
+@pytest.mark.parametrize(
+    ("name", "rates", "shares"),
+    [
+        ("ast", (1e-4, 5e-5, 2e-5), (2 / 3, 1 / 2, 1 / 3)),
+        ("cast", (1e-4, 2e-5, 2e-5), (2 / 3, 1 / 2, 1 / 3)),
+        ("fixed", (4e-4, 5e-5, 2e-5), (2 / 3, 1 / 2, 1 / 3)),
+    ],
+)
+def test_rates_and_shares_are_those_of_the_specification(name, rates, shares):
+    """Its section 5, but for small models: half of AST's rate there, and four times for `fixed`."""
+    method = methods.load("recoverers", name, {})
+    scales = [Scale(parameters=size, weight=0.05, masked_gradient=1e-3) for size in SIZES]
+    assert tuple(method.rate_of(scale) for scale in scales) == rates
+    assert tuple(method.share_of(scale) for scale in scales) == shares
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_output_has_the_pattern_and_the_same_bytes_again(pruned, tmp_path, name):
     config, prints = replace(SHORT, method=name), []

@@ -189,13 +189,12 @@ def test_a_changed_byte_is_found_and_named(sparse, row_file, tmp_path):
     whole = file.read_bytes()
     checks = (
         verify,
-        lambda path: unpack(path, tmp_path / "plain"),
         lambda path: evaluate(EvalConfig(text=str(row_file)), [path]),
         sparsekit.load,
         AutoModelForCausalLM.from_pretrained,
     )
     file.write_bytes(whole[:-3])
-    for check in checks:
+    for check in (*checks, lambda path: unpack(path, tmp_path / "plain")):
         with pytest.raises(CheckFailedError, match="is not a whole safetensors file"):
             check(str(packed))
     middle = len(whole) // 2
@@ -203,11 +202,14 @@ def test_a_changed_byte_is_found_and_named(sparse, row_file, tmp_path):
     for check in checks:
         with pytest.raises(CheckFailedError, match=r"are not those that .*copy the folder again"):
             check(str(packed))
+    named = r"packed: model\.layers\S*\.weight is not what was packed; copy"
+    with pytest.raises(CheckFailedError, match=named):
+        unpack(str(packed), tmp_path / "plain")
     # With a fingerprint that somebody fitted to it, the weight's own is still another.
     told = json.loads((packed / PROVENANCE).read_text())
     del told["fingerprint"]
     (packed / PROVENANCE).write_text(json.dumps(told))
-    with pytest.raises(CheckFailedError, match=r"packed: model\.layers\S*\.weight"):
+    with pytest.raises(CheckFailedError, match=named):
         unpack(str(packed), tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 

@@ -422,10 +422,12 @@ def test_commands_are_a_chain_that_the_command_line_takes(run):
 
 def test_commands_have_only_the_options_of_their_method(tmp_path):
     entry = recovered_entry("ast", 4096)
-    entry["recipe"]["options"] = {"spans": 0, "refresh": 5, "metric": "magnitude", "decay": 0.0}
+    entry["recipe"]["options"] = {"spans": 0, "refresh": 5, "decay": 0.0}
+    entry["recipe"]["metric"] = "activation"
     [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), entry)]).rows
     _, line = commands(row)
     assert "-O refresh=5" in line
+    assert "--metric activation" in line
     assert "spans" not in line  # of cast
 
 

@@ -131,6 +131,8 @@ def test_flips_are_the_difference_of_the_masks(pruned, tmp_path):
     for row in found.entry["weights"]:
         before, after = (c.read([row["name"]])[row["name"]] != 0 for c in (source, out))
         assert row["flipped"] == int((before ^ after).sum())
+    last = json.loads((found.out / LOG).read_text().splitlines()[-1])
+    assert last["flipped"] == sum(row["flipped"] for row in found.entry["weights"]) > 0
 
 
 def test_masks_are_compared_at_each_saved_state_and_before_the_output(
@@ -258,9 +260,10 @@ def test_the_card_shows_the_curve_and_what_was_left_out(family, pruned, tmp_path
     assert "spans" not in cards[1]
 
 
-def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path):
+@pytest.mark.parametrize("method", ["fixed", "ast"])
+def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_path, method):
     """With a rate of next to nothing nothing flips: the mask is that of |w| times input norm."""
-    config = replace(SHORT, metric="activation", lr=1e-12, tokens=256, save_every=3)
+    config = replace(SHORT, method=method, metric="activation", lr=1e-12, tokens=256, save_every=3)
     model = str(family("llama"))
     found = recover(config, model, tmp_path / "out")
     assert sum(row["flipped"] for row in found.entry["weights"]) == 0
@@ -439,6 +442,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(family, tmp_path, method, 
         for path in (whole, again)
     ]
     assert logs[0] == logs[1]
+
+
+def test_without_a_number_a_state_is_saved_after_some_time(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)  # ten minutes have gone by
+    with pytest.raises(KeyboardInterrupt):
+        recover(SHORT, str(pruned), tmp_path / "out", progress=StopsAt(4))
+    notes = Notes()
+    recover(SHORT, str(pruned), tmp_path / "out", progress=notes)
+    assert any("going on after 4 steps" in note for note in notes.told)
 
 
 def dies_and_goes_on_after_4_steps(pruned, tmp_path):
@@ -1287,7 +1299,7 @@ def test_wrong_words_are_refused_at_once(change, message):
 
 def test_a_metric_has_no_effect_on_a_mask_that_stays(pruned, tmp_path):
     config = replace(SHORT, method="fixed", metric="activation")
-    with pytest.raises(UsageError, match="--metric activation has no effect with --method fixed"):
+    with pytest.raises(UsageError, match="--metric activation has no effect: the mask"):
         recover(config, str(pruned), tmp_path / "out")
 
 

@@ -8,8 +8,9 @@ from collections import namedtuple
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sparsekit.errors import DataError, StorageError, UsageError
+from sparsekit.errors import DamagedError, DataError, StorageError, UsageError
 from sparsekit.files import sha256_file
+from sparsekit.models.folder import FACTORS
 from sparsekit.progress import Progress
 from sparsekit.stages import records
 from sparsekit.stages import run as stage
@@ -297,6 +298,19 @@ def test_an_output_that_was_changed_by_hand_is_named(recipe, tmp_path):
     with pytest.raises(DataError, match=r"ria.*make it again with --from ria"):
         run(recipe, out)
     assert states(run(recipe, out, start="ria"))[:2] == ["made", "made"]
+
+
+def test_a_damaged_packed_output_is_named_and_made_again(recipe, tmp_path):
+    out = tmp_path / "run"
+    run(recipe, out)
+    file = out / "ria.fixed.pack" / FACTORS
+    whole = file.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-3]):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedError, match=r"make it again with --from ria\.fixed\.pack"):
+            run(recipe, out)
+        run(recipe, out, start="ria.fixed.pack")
+        assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

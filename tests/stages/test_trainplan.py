@@ -1,6 +1,7 @@
 """What is chosen and refused before the first step of training."""
 
 import json
+import math
 import re
 import shutil
 import time
@@ -12,8 +13,12 @@ from listeners import Notes
 
 from sparsekit.errors import StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.stages import automethod, deadline, trainplan
+from sparsekit.recoverers.cast import Continuous
+from sparsekit.stages import automethod, deadline, trainplan, trainwrite
+from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.curve import draw
+from sparsekit.stages.inspect import verify
+from sparsekit.stages.prune import prune
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
@@ -155,6 +160,13 @@ def test_bench_counts_the_tokens_that_were_computed_and_tells_what_memory_holds(
     assert held["masks"] == 18432 == 8 * at_rest  # entries of the sparse weights
 
 
+def test_bench_counts_linear_layers_that_stay_dense_too(pruned, family, tmp_path):
+    config = PruneConfig(method="magnitude", skip=("down_proj",))
+    partly = prune(config, str(family("llama")), tmp_path / "partly").out
+    found = [bench_recover(SHORT, str(path), steps=1) for path in (pruned, partly)]
+    assert found[0]["active_parameters"] == found[1]["active_parameters"]
+
+
 @pytest.mark.parametrize("tokens", [33, 64])
 def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
     """A last step that the tokens fill in part takes the rows that follow."""
@@ -240,6 +252,26 @@ def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_pat
     assert log[-1]["rate"] < 0.1 * SHORT.lr  # the schedule ran to its end
 
 
+def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp_path, monkeypatch):
+    """The last step's share of the pull is (n - 1) / n of the steps that were taken."""
+    monkeypatch.setattr(trainwrite, "MOST_MOVED", math.inf)
+    shares, mix = [], Continuous.mix
+
+    def mixed(self, mean, weight, mask, done):
+        shares.append(done)
+        return mix(self, mean, weight, mask, done)
+
+    monkeypatch.setattr(Continuous, "mix", mixed)
+    config = replace(SHORT, method="cast", options={"decay": "1e-2"}, tokens=None, max_time=20.0)
+    notes = Slows()
+    found = recover(config, str(pruned), tmp_path / "out", progress=notes)
+    assert verify(str(found.out))["pattern"] == ["2:4"]
+    steps = found.entry["plan"]["steps"]
+    assert any(f": {steps} in the place of" in note for note in notes.told)
+    assert any(re.match(r"decay budget: \S+ in the place of", note) for note in notes.told)
+    assert shares[-1] == (steps - 1) / steps
+
+
 def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
     class Stops(Slows):
         def note(self, text):
@@ -280,6 +312,21 @@ def walk(watch, clock, steps, planned, seconds):
         clock.now += seconds
         found.append(watch.steps(done, planned))
     return found
+
+
+def test_what_is_expected_counts_evaluations_and_states(monkeypatch):
+    """Steps of 10 s, evaluations of 5 s and states of 3 s, and what the end takes."""
+
+    def expected(done, planned, **more):
+        watch, _ = watched(monkeypatch, None, saving=3.0, config=replace(SHORT, **more))
+        watch.evaluated(5.0)
+        return watch.expected(done, planned, 10.0) - CLOSING
+
+    assert expected(3, 8) == 5 * 10 + 3
+    assert expected(3, 8, eval_every=5) == 5 * 10 + 2 * 5 + 3
+    assert expected(3, 8, eval_every=4) == 5 * 10 + 2 * 5 + 3
+    assert expected(3, 8, save_every=2) == 5 * 10 + 3 * 3
+    assert expected(0, 300) == 300 * 10 + 5 * 3 + 3  # a state every ten minutes
 
 
 def test_a_deadline_asks_for_one_more_step_at_least(monkeypatch):

@@ -35,6 +35,19 @@ def optimizer(weight, rule=None, others=None, **settings):
     return MaskedAdam({"w": weight}, others or {}, rule or Held(), Settings(**settings))
 
 
+def test_the_masked_mean_is_that_of_the_averaged_gradient_off_the_masks():
+    """Section 3.8: over three steps that change nothing, with the correction of the average."""
+    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Free())
+    ours, average = optimizer(weight, Free(), clip=0.0), torch.zeros(4, 8)
+    for step in range(3):
+        gradient = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        weight.parameter.grad = gradient.clone()
+        ours.step(0.0, 0.0)
+        average = 0.9 * average + 0.1 * gradient
+    wanted = average[~weight.mask].square().mean().sqrt() / (1 - 0.9**3)
+    assert ours.masked_mean() == pytest.approx(wanted.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("rule", [Held(), Annealed(1e-2, 0.25, coupled=False), Continuous(1e-2)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay, rule):
