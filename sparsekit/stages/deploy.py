@@ -213,8 +213,18 @@ def _torch(form: Form) -> Verdict:
 
 
 def _llama_cpp(form: Form) -> Verdict:
-    if form.kind == "quantized":
-        reason = "its converter wants plain weights: quantize --format dense, then Q4_0 or Q8_0"
+    if form.kind == "quantized" and form.grid:
+        grid = Grid.parse(form.grid)
+        if grid.activations or grid.group:
+            reason = (
+                "its converter makes plain numbers of the codes (#17069) and writes types of its "
+                "own: Q4_0 and Q8_0 keep zeros"
+            )
+            return Verdict("yes", "no", "no", reason)
+        reason = (
+            f"its converter takes packed codes with groups only: quantize to int{grid.bits}-g32, "
+            "or with --format dense"
+        )
         return Verdict("no", "no", "no", reason)
     reason = "GGUF has no sparse form (#3594); Q4_0 and Q8_0 keep zeros, K-quants need not"
     return Verdict("yes", "no", "no", reason)

@@ -64,7 +64,9 @@ def forms(family, pruned, row_file, tmp_path):
         ("packed", {"transformers": "yes yes no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
         ("factored", {"transformers": "no no no", "vLLM": "no no no", "sparsekit": "yes yes no"}),
         ("int8", {"transformers": "yes part no", "vLLM": "yes yes yes", "llama.cpp": "no no no"}),
-        ("int4-g32", {"vLLM": "yes yes yes"}),
+        ("int4-g32", {"vLLM": "yes yes yes", "llama.cpp": "yes no no"}),
+        ("w8a8", {"llama.cpp": "yes no no"}),
+        ("fp8", {"llama.cpp": "yes no no"}),
         ("int4-g16", {"transformers": "yes part no", "vLLM": "part part part"}),
     ],
 )
@@ -88,6 +90,12 @@ def test_products_of_sparse_factors_are_not_sparse(forms):
 )
 def test_what_vllm_has_no_kernels_for_everywhere_is_told(forms, form, words):
     assert words in {n: v.reason for n, _, v in deploy(str(forms(form))).runtimes}["vLLM"]
+
+
+def test_codes_that_the_converter_of_llama_cpp_refuses_are_told_with_what_it_takes(forms):
+    """What its `dequant_model` asserts of pack-quantized, which int8 by rows is stored as."""
+    reasons = {n: v.reason for n, _, v in deploy(str(forms("int8"))).runtimes}
+    assert "with groups only: quantize to int8-g32" in reasons["llama.cpp"]
 
 
 def test_a_date_is_not_told_as_a_version(family):
