@@ -23,12 +23,15 @@ RECOVER_FLAGS = (
 def commands(row: Row) -> list[str]:
     """A line for each stage of a model, and for each time that it was scored.
 
-    Options that have their default are left out. Stages before the last write to numbered folders,
-    whatever they wrote to at the time.
+    One more packs what a stage unpacks. Options that have their default are left out. Stages before
+    the last write to numbered folders, whatever they wrote to at the time.
     """
     name, lines, model = row.path.resolve().name, [], ""
     for index, entry in enumerate(row.history):
         out = name if index == len(row.history) - 1 else f"{name}-{index + 1}"
+        if model and _packed_before(entry, row.history[index - 1]):
+            lines.append(_line(["sparsekit", "pack", model, "-o", f"{model}-packed"]))
+            model = f"{model}-packed"
         try:
             lines.append(_line([*_stage(entry, model), "-o", out]))
         except (KeyError, TypeError, ValueError):
@@ -39,6 +42,16 @@ def commands(row: Row) -> list[str]:
         # Only beside a model that sparsekit wrote does `eval` keep scores.
         lines.append(_line([*words, *(["--save"] if row.history else [])]))
     return lines
+
+
+def _packed_before(entry: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Whether a stage unpacks what `pack` wrote: `unpack` takes that out of the history.
+
+    Args:
+        entry: Of the stage.
+        last: Of the one before; what it wrote as factors alone was unpacked as it is.
+    """
+    return entry.get("stage") == "unpack" and last.get("recipe", {}).get("format") != "factored"
 
 
 def _stage(entry: Mapping[str, Any], model: str) -> list[str]:

@@ -36,14 +36,18 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.commands import commands
 from sparsekit.stages.compare import compare
 from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.measured import Figure
+from sparsekit.stages.pack import pack
 from sparsekit.stages.page import page, report
 from sparsekit.stages.pagestyle import CSS
 from sparsekit.stages.pictures import COLOURS, bars, styles
 from sparsekit.stages.prune import prune
 from sparsekit.stages.scores import read_scores
 from sparsekit.stages.traces import errors_by_block, sparsity_by_block, trainings
+from sparsekit.stages.unpack import unpack
 
+LEGACY = Path(__file__).parents[1] / "data" / "legacy" / "sparse-24-bitmask"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>alert(1)<"
 QUOTED = "\"><img src=x onerror='alert(2)'>"
@@ -327,6 +331,63 @@ def test_commands_make_the_same_bytes_again(cli, pruned, tmp_path, monkeypatch):
     assert found.code == 0, found.stderr
     again = Checkpoint.open(tmp_path / words[words.index("-o") + 1])
     assert again.fingerprint == Checkpoint.open(pruned).fingerprint
+
+
+@pytest.fixture
+def rewritten(family, pruned, row_file, tmp_path):
+    """Gives the folder of a tiny model that went through stages that write another form."""
+
+    def folder(*stages: str) -> Path:
+        made = pruned
+        for index, stage in enumerate(stages):
+            out = tmp_path / "made" / f"{index}-{stage}"
+            out.parent.mkdir(exist_ok=True)
+            if stage in ("products", "factored"):
+                form = "dense" if stage == "products" else stage
+                rows = Calibration(source=str(row_file))
+                config = PruneConfig(compensate="lowrank", format=form, calibration=rows)
+                made = prune(config, str(family("llama")), out).out
+            elif stage == "convert":
+                made = convert(str(LEGACY), out).out
+            elif stage == "convert_packed":
+                made = convert_packed(str(LEGACY), out).out
+            else:
+                made = {"pack": pack, "unpack": unpack}[stage](str(made), out).out
+        return made
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stages", "verbs"),
+    [
+        (["pack"], "prune pack"),
+        (["pack", "unpack"], "prune pack unpack"),
+        (["pack", "unpack", "pack"], "prune pack unpack pack"),
+        (["pack", "unpack", "pack", "unpack"], "prune pack unpack pack unpack"),
+        (["factored", "unpack"], "prune unpack"),
+        (["factored", "unpack", "pack", "unpack"], "prune unpack pack unpack"),
+        (["products", "pack", "unpack"], "prune pack unpack"),
+        (["convert"], "convert"),
+        (["convert", "pack", "unpack"], "convert pack unpack"),
+        (["convert_packed"], "convert pack"),
+        (["convert_packed", "unpack"], "convert pack unpack"),
+    ],
+    ids=str,
+)
+def test_commands_of_other_forms_make_the_same_bytes_again(
+    cli, rewritten, tmp_path, monkeypatch, stages, verbs
+):
+    """`unpack` takes the packing out of the history; without it, it would have nothing to do."""
+    made = rewritten(*stages)
+    lines = [shlex.split(line) for line in commands(compare([made]).rows[0])]
+    assert [words[1] for words in lines] == verbs.split()
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    for words in lines:
+        found = cli(*words[1:])
+        assert found.code == 0, found.stderr
+    assert Checkpoint.open(Path(made.name)).fingerprint == Checkpoint.open(made).fingerprint
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["made by us", "made by others"])
