@@ -125,7 +125,7 @@ def convert_packed(
     plain = out.with_name(f".{out.name}.plain")
     convert(model, plain, overwrite=True, progress=progress)
     try:
-        report = pack(str(plain), out, overwrite=overwrite, progress=progress)
+        report = pack(str(plain), out, called=model, overwrite=overwrite, progress=progress)
     except DataError:
         shutil.rmtree(plain)
         raise

@@ -26,7 +26,14 @@ from sparsekit.tensors.factored import first_off
 from sparsekit.tensors.packed import pack_grid, pack_weight, theory
 
 
-def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Report:
+def pack(
+    model: str,
+    out: Path,
+    *,
+    called: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Report:
     """Write a copy of a model whose sparse weights are values and places.
 
     Of weights on a grid the codes are packed; of weights with factors beside them the factors are
@@ -35,6 +42,7 @@ def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress =
     Args:
         model: A folder, hub id or `demo`.
         out: The folder to make; it appears when it is complete.
+        called: What card and history call the model; None: its name.
         overwrite: Replace an earlier output of sparsekit.
         progress: Told of each weight.
 
@@ -57,10 +65,11 @@ def pack(model: str, out: Path, *, overwrite: bool = False, progress: Progress =
                 "last bits here than in the model: unpack gives those"
             )
         entry = _entry(source, recipe, rows, layout) | {
-            "source": {"path": model, "fingerprint": fingerprint},
+            "source": {"path": called or model, "fingerprint": fingerprint},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(entry, pack_card(entry, Origin.of(model, source.path)), _config_json(source))
+        origin = Origin.of(called or model, source.path)
+        writer.commit(entry, pack_card(entry, origin), _config_json(source))
     return Report(out=out, entry=entry)
 
 

@@ -62,6 +62,14 @@ def test_a_packed_one_unpacks_to_the_plain_one(tmp_path, name):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_packed_one_is_called_as_the_model_it_was_made_from(tmp_path):
+    """Not as the plain one in between, which is gone."""
+    packed = convert_packed(str(LEGACY / FORMS[0]), tmp_path / "packed").out
+    paths = [entry["source"]["path"] for entry in inspect(str(packed)).history]
+    assert paths == [str(LEGACY / FORMS[0])] * 2
+    assert f"# {FORMS[0]}, packed" in (packed / "README.md").read_text().splitlines()
+
+
 def test_nothing_is_converted_for_a_packed_one_that_has_no_place(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists"):
