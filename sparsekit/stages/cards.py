@@ -224,7 +224,14 @@ def convert_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("converted weights", str(summary["weights"])),
         ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
     ]
-    return _card(entry, origin, tags=(), done="converted", text=CONVERTED, rows=rows)
+    return _card(
+        entry,
+        origin,
+        tags=("quantized", "compressed-tensors") if entry["quantized"] else (),
+        done="converted",
+        text=CODED if entry["quantized"] else CONVERTED,
+        rows=rows,
+    )
 
 
 def _card(

@@ -1,4 +1,4 @@
-"""A checkpoint in a form that every library has dropped, as a plain one."""
+"""A checkpoint in a form that every library has dropped, as one of today."""
 
 import shutil
 import time
@@ -66,17 +66,17 @@ def convert(
             progress,
         )
         zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
+        told = converted_config(config)
         entry = {
             "stage": "convert",
             "recipe": {"method": "convert", "form": form},
+            "quantized": "quantization_config" in told,
             "versions": recipe["versions"],
             "source": {"path": model, "fingerprint": fingerprint},
             "totals": {"weights": len(job.weights), "zeros": zeros, "size": size},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(
-            entry, convert_card(entry, Origin.of(model, source.path)), converted_config(config)
-        )
+        writer.commit(entry, convert_card(entry, Origin.of(model, source.path)), told)
     return Report(out=out, entry=entry)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -153,6 +154,10 @@ def test_what_else_is_said_of_quantization_stays(tmp_path):
     assert "sparsity_config" not in told
     assert told["format"] == "float-quantized"
     assert verify(str(out), "2:4")["weights"] == 7
+    card = ModelCard.load(out / "README.md")
+    assert card.data.tags == ["sparsekit", "quantized", "compressed-tensors"]
+    assert "in the format of compressed-tensors" in card.text
+    assert "dense weights" not in card.text
     _, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
 
