@@ -189,9 +189,14 @@ class Checkpoint:
             )
         return found
 
-    def pruned(self) -> list[dict[str, Any]]:
-        """The entries of the history that gave this checkpoint its pattern, or trained it."""
-        return [e for e in self.provenance()["history"] if e.get("stage") in PATTERNED]
+    def pruned(self, *, converted: bool = False) -> list[dict[str, Any]]:
+        """The entries of the history that gave this checkpoint its pattern, or trained it.
+
+        Args:
+            converted: Whether conversions count that found one; they name no dense model.
+        """
+        history = self.provenance()["history"]
+        return [e for e in history if e.get("stage") in PATTERNED or (converted and _found(e))]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in their dtype on disk, in memory of their own."""
@@ -300,9 +305,16 @@ def _damage(path: Path) -> Iterator[None]:
         raise
 
 
+def _found(entry: Mapping[str, Any]) -> bool:
+    """Whether a history entry is one of `convert` that tells a pattern of each weight."""
+    recipe = entry.get("recipe")
+    return entry.get("stage") == "convert" and isinstance(recipe, dict) and "pattern" in recipe
+
+
 def _is_entry(entry: Any) -> bool:
-    """Whether a history entry has what `prune` and `recover` write, if it is one of theirs."""
+    """Whether a history entry has what stages write that tell of each weight, if it is theirs."""
     if not isinstance(entry, dict):
         return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
-    return entry.get("stage") not in PATTERNED or all(isinstance(entry.get(k), t) for k, t in parts)
+    told = entry.get("stage") in PATTERNED or _found(entry)
+    return not told or all(isinstance(entry.get(k), t) for k, t in parts)

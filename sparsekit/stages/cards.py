@@ -221,6 +221,7 @@ def convert_card(entry: Mapping[str, Any], origin: Origin) -> str:
     summary = entry["totals"]
     rows = [
         ("form before", entry["recipe"]["form"]),
+        ("pattern", entry["recipe"].get("pattern", "none that all weights have")),
         ("converted weights", str(summary["weights"])),
         ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
     ]

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import convert_card
 from sparsekit.stages.frontmatter import Origin
+from sparsekit.stages.inspect import SOUGHT, patterns_of
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.pack import pack
 from sparsekit.stages.report import Report, versions
@@ -62,18 +63,19 @@ def convert(
             writer,
             f"convert {form}",
             job.weights,
-            lambda prefix: _converted(prefix, _weight(source, prefix, form, config)),
+            lambda prefix: _converted(prefix, _weight(source, prefix, form, config), form),
             progress,
         )
         zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
         told = converted_config(config)
         entry = {
             "stage": "convert",
-            "recipe": {"method": "convert", "form": form},
+            "recipe": {"method": "convert", "form": form, **_shared(rows)},
             "quantized": "quantization_config" in told,
             "versions": recipe["versions"],
             "source": {"path": model, "fingerprint": fingerprint},
             "totals": {"weights": len(job.weights), "zeros": zeros, "size": size},
+            "weights": [_row(row) for row in rows],
             "seconds": round(time.perf_counter() - started, 3),
         }
         writer.commit(entry, convert_card(entry, Origin.of(model, source.path)), told)
@@ -133,10 +135,30 @@ def convert_packed(
     return report
 
 
-def _converted(prefix: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A weight under its name, and what is counted of it."""
-    told = {"zeros": int((weight.float() == 0).sum()), "size": weight.numel()}
-    return {f"{prefix}.weight": weight}, told
+def _converted(prefix: str, weight: Tensor, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A weight under its name, and what is noted of it."""
+    numbers = weight.float()  # 8-bit ones do not compare
+    told = {
+        "name": f"{prefix}.weight",
+        "shape": list(weight.shape),
+        "patterns": patterns_of(numbers, SOUGHT if form == "sparse-bitmask" else ("2:4",)),
+        "zeros": int((numbers == 0).sum()),
+        "size": weight.numel(),
+    }
+    return {told["name"]: weight}, told
+
+
+def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The strictest pattern of all weights, as a recipe has it; empty where they share none."""
+    first, *others = (row["patterns"] for row in rows)
+    shared = [text for text in first if all(text in found for found in others)]
+    return {"pattern": shared[0]} if shared else {}
+
+
+def _row(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """What the history tells of a weight: of its patterns the strictest, where it has one."""
+    row = {key: value for key, value in noted.items() if key != "patterns"}
+    return row | ({"pattern": noted["patterns"][0]} if noted["patterns"] else {})
 
 
 def _prefixes(source: Checkpoint, form: str) -> list[str]:

@@ -142,7 +142,7 @@ def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
     """The pattern that was asked for, or those that a sparse model was pruned to."""
     if config.pattern is not None or config.dense is None:
         return Patterns(base=Pattern.parse(config.pattern or "2:4"))
-    told = given.pruned()
+    told = given.pruned(converted=True)
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
     base = Pattern.parse(told[-1]["recipe"]["pattern"])

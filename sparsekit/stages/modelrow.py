@@ -12,7 +12,7 @@ from sparsekit.models.reference import at_hand
 from sparsekit.stages.measured import Measured, Quality, qualities
 from sparsekit.stages.scores import DENSE, is_of, read_scores
 
-# Stages whose pattern is the one that was asked for; packing tells what it found.
+# Stages whose pattern is the one that was asked for; the others tell what they found.
 PATTERNING = ("prune", "recover")
 
 
@@ -128,10 +128,10 @@ def _words(entry: Mapping[str, Any]) -> str:
 
 
 def _pattern(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """The pattern that was asked for last; of what was only packed the one that was found."""
-    for stages in (PATTERNING, ("pack",)):
-        told = [e["recipe"].get("pattern") for e in history if e.get("stage") in stages]
-        if told:
+    """The pattern that was asked for last; where none was, the one that was found."""
+    for stages in (PATTERNING, ("convert",), ("pack",)):
+        told = [e.get("recipe", {}).get("pattern") for e in history if e.get("stage") in stages]
+        if told and told[-1]:
             return told[-1]
     return None
 

@@ -12,10 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import DataError, PatternError, UsageError
+from sparsekit.models.calibration import Calibration
 from sparsekit.progress import Progress
+from sparsekit.stages.compare import compare
+from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.inspect import inspect, verify
+from sparsekit.stages.prune import prune
+from sparsekit.stages.traces import sparsity_by_block
 from sparsekit.stages.unpack import unpack
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
@@ -48,6 +53,92 @@ def test_every_tensor_comes_back(tmp_path, name):
     model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(told.values())
     assert torch.isfinite(model(torch.arange(4)[None]).logits).all()
+
+
+@pytest.mark.parametrize("form", ["plain", "packed", "unpacked"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_was_found_of_the_weights_is_in_the_history(tmp_path, name, form):
+    out = {"plain": convert}.get(form, convert_packed)(str(LEGACY / name), tmp_path / "out").out
+    out = unpack(str(out), tmp_path / "back").out if form == "unpacked" else out
+    entry = inspect(str(out)).history[0]
+    plain = {key: tensor for key, tensor in wanted(name).items() if "proj" in key}
+    assert [row["name"] for row in entry["weights"]] == sorted(plain)
+    for row in entry["weights"]:
+        weight = plain[row["name"]]
+        assert (row["shape"], row["size"]) == (list(weight.shape), weight.numel())
+        assert (row["pattern"], row["zeros"]) == ("2:4", int((weight == 0).sum()))
+    told = verify(str(out))
+    assert (told["pattern"], told["weights"]) == (["2:4"], 7)
+    [row] = compare([out]).rows
+    assert row.pattern == "2:4"
+    [trace] = sparsity_by_block([row])
+    assert trace.up[0] >= 0.5
+
+
+def irregular(tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the first four inputs of a row of the query's weight."""
+    mask = tensors["model.layers.0.self_attn.q_proj.bitmask"]
+    values = tensors["model.layers.0.self_attn.q_proj.compressed"]
+    mask[0, 0] |= 0b1111
+    tensors["model.layers.0.self_attn.q_proj.compressed"] = torch.cat([values[:2], values])
+
+
+def test_weights_without_a_common_pattern_have_rows_and_no_pattern(tmp_path):
+    source = broken(tmp_path, "sparse-bitmask", irregular)
+    out = convert(str(source), tmp_path / "out").out
+    [entry] = inspect(str(out)).history
+    assert "pattern" not in entry["recipe"]
+    told = {row["name"].split(".")[-2]: row.get("pattern") for row in entry["weights"]}
+    assert told["q_proj"] is None
+    assert set(told.values()) == {None, "2:4"}
+    with pytest.raises(UsageError, match="no history that names a pattern; pass --pattern"):
+        verify(str(out))
+    [row] = compare([out]).rows
+    assert row.pattern is None
+    assert sparsity_by_block([row])
+
+
+def test_what_was_converted_before_there_were_rows_opens(tmp_path):
+    out = convert(str(LEGACY / FORMS[0]), tmp_path / "out").out
+    told = json.loads((out / "sparsekit.json").read_text())
+    del told["history"][0]["weights"], told["history"][0]["recipe"]["pattern"]
+    (out / "sparsekit.json").write_text(json.dumps(told))
+    assert compare([out]).rows[0].pattern is None
+    assert verify(str(out), "2:4")["weights"] == 7
+    with pytest.raises(UsageError, match="no history that names a pattern"):
+        verify(str(out))
+
+
+def test_a_converted_output_head_is_verified_too(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(LEGACY / "sparse-24-bitmask", source)
+    tensors = load_file(source / "model.safetensors")
+    for part in ("bitmask", "compressed"):  # 32 rows of 64, as the half of q_proj
+        tensors[f"lm_head.{part}"] = tensors[f"model.layers.0.self_attn.q_proj.{part}"][:32].clone()
+    tensors["lm_head.shape"] = torch.tensor([32, 64])
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    out = convert(str(source), tmp_path / "out").out
+    assert verify(str(out))["weights"] == 8
+    told = json.loads((out / "sparsekit.json").read_text())
+    found = load_file(out / "model.safetensors")
+    found["lm_head.weight"][3] = 1.0
+    save_file(found, out / "model.safetensors", {"format": "pt"})
+    del told["fingerprint"]
+    (out / "sparsekit.json").write_text(json.dumps(told))
+    with pytest.raises(PatternError, match=r"lm_head\.weight: row 3"):
+        verify(str(out))
+
+
+def test_a_converted_mask_is_refined_at_its_own_pattern(tmp_path):
+    """What it was converted from is not taken for the dense model that it was made from."""
+    save_file({"tokens": torch.arange(64).view(2, 32) % 29}, tmp_path / "rows.safetensors")
+    rows = Calibration(source=str(tmp_path / "rows.safetensors"))
+    given = convert(str(LEGACY / FORMS[0]), tmp_path / "given").out
+    config = PruneConfig(refine="dsnot", dense=str(LEGACY / "dense"), calibration=rows)
+    out = prune(config, str(given), tmp_path / "out").out
+    assert verify(str(out))["pattern"] == ["2:4"]
 
 
 @pytest.mark.parametrize("name", FORMS)
