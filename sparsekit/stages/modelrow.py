@@ -1,16 +1,18 @@
 """One model of a comparison: what its folder tells of how it was made, its size and its worth."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.models.folder import PROVENANCE
+from sparsekit.models.folder import PROVENANCE, factor_name
 from sparsekit.models.reference import at_hand
+from sparsekit.models.tensorfile import TensorPlace
 from sparsekit.stages.measured import Measured, Quality, qualities
 from sparsekit.stages.scores import DENSE, is_of, read_scores
+from sparsekit.tensors.factored import PARTS
 
 # Stages whose pattern is the one that was asked for; the others tell what they found.
 PATTERNING = ("prune", "recover")
@@ -139,17 +141,25 @@ def _pattern(history: Sequence[Mapping[str, Any]]) -> str | None:
 def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | None:
     """Bits of a prunable weight on disk, as the last stage that chose its form tells them.
 
-    Where that tells none they are counted.
+    Where that tells none they are counted, and also where it tells those of factors which lie
+    beside their products: both are there then.
     """
     told = [entry["totals"] for entry in history if "bits_per_weight" in entry.get("totals", {})]
-    if told and told[-1]["bits_per_weight"] is not None:
+    beside = bool(source.factors) and not source.factored
+    if told and told[-1]["bits_per_weight"] is not None and not beside:
         return float(told[-1]["bits_per_weight"])
     changed = {row["name"] for entry in history for row in entry.get("weights", ())}
     names = [name for name in changed if name in source.places]
     names = names or [name for name, place in source.places.items() if len(place.shape) == 2]
-    sizes = [math.prod(source.places[name].shape) for name in names]
-    if not sum(sizes):
+    size = sum(math.prod(source.places[name].shape) for name in names)
+    if not size:
         return None
-    stored = (source.coded[n].values() if n in source.coded else [source.places[n]] for n in names)
-    n_bytes = sum(place.stop - place.start for places in stored for place in places)
-    return 8 * n_bytes / sum(sizes)
+    places = [place for name in names for place in _places(source, name)]
+    return 8 * sum(place.stop - place.start for place in places) / size
+
+
+def _places(source: Checkpoint, name: str) -> Iterator[TensorPlace]:
+    """Where a weight lies, or what it is stored as, and the factors that lie beside it."""
+    yield from source.coded[name].values() if name in source.coded else [source.places[name]]
+    factors = [factor_name(name, part) for part in PARTS]
+    yield from (source.factors[factor] for factor in factors if factor in source.factors)

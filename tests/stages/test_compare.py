@@ -24,11 +24,16 @@ from scorings import (
 )
 
 from sparsekit.errors import DataError
+from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.folder import PROVENANCE
 from sparsekit.stages.compare import compare, pareto
 from sparsekit.stages.comparetable import captions, columns, to_csv, to_markdown
+from sparsekit.stages.config import PruneConfig
+from sparsekit.stages.pack import pack
+from sparsekit.stages.prune import prune
 from sparsekit.stages.scores import SCORES, add_score, read_scores
+from sparsekit.stages.unpack import unpack
 
 
 def texts(comparison) -> dict[str, list[str]]:
@@ -81,6 +86,30 @@ def test_last_stage_that_chose_the_form_tells_the_bits(tmp_path):
     packed["totals"] = {"bits_per_weight": 3.25, "bytes": 1}
     [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), quantized_entry(), packed)]).rows
     assert (row.bits, row.pattern) == (3.25, "2:4")
+
+
+def test_bits_of_factors_beside_their_products_count_both(family, row_file, tmp_path):
+    """As the sizes of the files tell: the dense model takes 16 bits of each weight."""
+    rows, dense = Calibration(source=str(row_file)), family("llama")
+
+    def made(form: str):
+        config = PruneConfig(compensate="lowrank", format=form, calibration=rows)
+        return prune(config, str(dense), tmp_path / form).out
+
+    beside, alone = made("dense"), made("factored")
+    packed = pack(str(beside), tmp_path / "packed").out
+    unpacked = unpack(str(alone), tmp_path / "unpacked").out
+    found = [row.bits for row in compare([beside, unpacked, alone, packed]).rows]
+    assert found[0] == found[1] == 16 + found[2]
+    assert found[2] == found[3] == prune_entry(beside)["totals"]["bits_per_weight"]
+    places = Checkpoint.open(beside).factors.values()
+    size = sum(row["size"] for row in prune_entry(beside)["weights"])
+    assert found[2] == 8 * sum(place.stop - place.start for place in places) / size
+
+
+def prune_entry(folder) -> dict:
+    """The first entry of a folder's history."""
+    return json.loads((folder / PROVENANCE).read_text())["history"][0]
 
 
 def test_real_checkpoint_is_a_row(pruned):
