@@ -2,13 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from sparsekit import methods
+from sparsekit.stages.cardhistory import (
+    base_name,
+    calibration_text,
+    stages_before,
+    tags,
+    training_text,
+)
 from sparsekit.stages.frontmatter import Origin, front_matter
 
 WEIGHTS = "The whole history, with one row for each weight, is in `sparsekit.json`."
+Entry = Mapping[str, Any]
 # How each form is loaded, from its folder.
 STOCK = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +54,9 @@ finds no weights and says so. It saves space and costs time: each layer unpacks 
 whenever it is called."""
 UNPACKED = """\
 A Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`, unpacked from a
-smaller form of it. It takes the space and time that it took before it was packed."""
+smaller form of it. It takes the space and time that it took before it was packed. No common server
+runs faster because of zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit
+deploy` tells where)."""
 CONVERTED = """\
 A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.
 It takes the space and time of dense weights: no common server runs faster because of zeros."""
@@ -80,12 +89,12 @@ def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in told.items() if value and value != "none"]
 
 
-def model_card(entry: Mapping[str, Any], origin: Origin) -> str:
+def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     """The README of a pruned checkpoint."""
     recipe, summary = entry["recipe"], entry["totals"]
     error, bits = summary["mean_error"], summary["bits_per_weight"]
     calibration = entry["calibration"]
-    text = _calibration_text(calibration) if calibration else "none (the method needs no data)"
+    text = calibration_text(calibration) if calibration else "none (the method needs no data)"
     counted = "them" if bits is None else "their cores"
     rows = [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
@@ -101,9 +110,8 @@ def model_card(entry: Mapping[str, Any], origin: Origin) -> str:
     ]
     skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
     return _card(
-        entry,
+        [*history, entry],
         origin,
-        tags=("pruned", *(("quantized", "compressed-tensors") if recipe["then"] else ())),
         done=f"pruned to {recipe['pattern']}",
         text=_what_it_is(recipe["format"], bits, recipe["then"]),
         rows=rows,
@@ -112,7 +120,7 @@ def model_card(entry: Mapping[str, Any], origin: Origin) -> str:
     )
 
 
-def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
+def recover_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     """The README of a trained checkpoint."""
     recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
     kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
@@ -127,11 +135,7 @@ def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("pattern", recipe["pattern"]),
         ("kept by", "-" if recipe["metric"] == "magnitude" else "|w| times the norm of its input"),
         ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
-        (
-            "trained on",
-            f"{entry['tokens']} tokens of `{base_name(entry['text'])}` "
-            f"(sha256 `{recipe['data'][:16]}…`)",
-        ),
+        ("trained on", training_text(entry)),
         ("evaluated on the way on", entry["evaluated_on"] or "-"),
         ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
@@ -145,9 +149,8 @@ def recover_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
     ]
     return _card(
-        entry,
+        [*history, entry],
         origin,
-        tags=("pruned",),
         done=f"trained at {recipe['pattern']}",
         text=_what_it_is(recipe["format"], summary["bits_per_weight"]),
         rows=[(name, value) for name, value in rows if value != "-"],
@@ -164,7 +167,7 @@ def _own_options(recipe: Mapping[str, Any]) -> str:
     return f"({', '.join(told)})" if told else ""
 
 
-def quantize_card(entry: Mapping[str, Any], origin: Origin) -> str:
+def quantize_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     """The README of a quantized checkpoint."""
     recipe, summary, calibration = entry["recipe"], entry["totals"], entry["calibration"]
     error = summary["mean_error"]
@@ -179,14 +182,13 @@ def quantize_card(entry: Mapping[str, Any], origin: Origin) -> str:
             f"{summary['zeros'] / summary['size']:.2%}, "
             f"{summary['zeros_before'] / summary['size']:.2%} before; none was given a value",
         ),
-        ("calibration", _calibration_text(calibration) if calibration else "none"),
+        ("calibration", calibration_text(calibration) if calibration else "none"),
         ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
     ]
     skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
     return _card(
-        entry,
+        [*history, entry],
         origin,
-        tags=("quantized",) if dense else ("quantized", "compressed-tensors"),
         done=f"quantized to {recipe['grid']}",
         text=ROUNDED if dense else CODED,
         rows=rows,
@@ -194,17 +196,19 @@ def quantize_card(entry: Mapping[str, Any], origin: Origin) -> str:
     )
 
 
-def unpack_card(entry: Mapping[str, Any], origin: Origin) -> str:
+def unpack_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     """The README of a checkpoint that was unpacked."""
     summary = entry["totals"]
     rows = [
         ("unpacked weights", str(summary["weights"])),
         ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
     ]
-    return _card(entry, origin, tags=(), done="unpacked", text=UNPACKED, rows=rows)
+    text = PRODUCTS if summary["products"] else UNPACKED
+    text = CODED if entry["recipe"].get("grid") else text
+    return _card([*history, entry], origin, done="unpacked", text=text, rows=rows)
 
 
-def pack_card(entry: Mapping[str, Any], origin: Origin) -> str:
+def pack_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     """The README of a packed checkpoint."""
     summary = entry["totals"]
     rows = [
@@ -213,10 +217,10 @@ def pack_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("bits of such a weight", f"{summary['bits_per_weight']:.3f}"),
         ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
     ]
-    return _card(entry, origin, tags=("packed",), done="packed", text=PACKED, rows=rows)
+    return _card([*history, entry], origin, done="packed", text=PACKED, rows=rows)
 
 
-def convert_card(entry: Mapping[str, Any], origin: Origin) -> str:
+def convert_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     """The README of a converted checkpoint."""
     summary = entry["totals"]
     rows = [
@@ -226,9 +230,8 @@ def convert_card(entry: Mapping[str, Any], origin: Origin) -> str:
         ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
     ]
     return _card(
-        entry,
+        [*history, entry],
         origin,
-        tags=("quantized", "compressed-tensors") if entry["quantized"] else (),
         done="converted",
         text=CODED if entry["quantized"] else CONVERTED,
         rows=rows,
@@ -236,23 +239,30 @@ def convert_card(entry: Mapping[str, Any], origin: Origin) -> str:
 
 
 def _card(
-    entry: Mapping[str, Any],
+    entries: Sequence[Entry],
     origin: Origin,
     *,
-    tags: Sequence[str],
     done: str,
     text: str,
     rows: Sequence[tuple[str, str]],
     end: str = "The whole history is in `sparsekit.json`.",
 ) -> str:
-    """A README: what the checkpoint is, how it is loaded, how it was made."""
-    made_with = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    table = "\n".join(
-        f"| {name} | {_line(value).replace('|', chr(92) + '|')} |"
-        for name, value in (*rows, ("made with", made_with))
-    )
+    """A README: what the checkpoint is, how it is loaded, how it was made.
+
+    Args:
+        entries: Of the whole history; the last is that of this stage.
+        origin: What the stage began with.
+        done: What it did, for the heading.
+        text: What the checkpoint is.
+        rows: What is told of the stage.
+        end: What stands last.
+    """
+    versions = entries[-1]["versions"].items()
+    made_with = ", ".join(f"{name} {version}" for name, version in versions)
+    told = (*stages_before(entries), *rows, ("made with", made_with))
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in told)
     library = None if text == FACTORED else "transformers"
-    return f"""{front_matter(origin, tags, library)}
+    return f"""{front_matter(origin, tags(entries), library)}
 # {_line(origin.title)}, {done}
 
 {text}
@@ -274,14 +284,6 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _calibration_text(told: Mapping[str, Any]) -> str:
-    """Calibration rows in words."""
-    return (
-        f"{told['samples']} rows of {told['length']} tokens from "
-        f"`{Path(told['source']).name}` (sha256 `{told['fingerprint'][:16]}…`)"
-    )
-
-
-def base_name(path: str) -> str:
-    """The last part of a path or hub id."""
-    return Path(path).name
+def _cell(text: str) -> str:
+    """A text that stays in one cell of a table."""
+    return _line(text).replace("|", "\\|")

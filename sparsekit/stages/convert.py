@@ -78,7 +78,8 @@ def convert(
             "weights": [_row(row) for row in rows],
             "seconds": round(time.perf_counter() - started, 3),
         }
-        writer.commit(entry, convert_card(entry, Origin.of(model, source.path)), told)
+        origin, history = Origin.of(model, source.path), source.provenance()["history"]
+        writer.commit(entry, convert_card(entry, origin, history), told)
     return Report(out=out, entry=entry)
 
 

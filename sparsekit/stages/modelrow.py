@@ -68,7 +68,7 @@ def read_row(folder: Path) -> Row:
     model = folder if stored else _scored_model(there)
     source = None if model is None else Checkpoint.open(model)
     told = {"history": []} if source is None else source.provenance()
-    history = _unfolded(told["history"])
+    history = unfolded(told["history"])
     weights = None
     if source is not None and stored and there:
         weights = source.scan()  # of what lies there, whatever the history says
@@ -81,7 +81,7 @@ def read_row(folder: Path) -> Row:
         name=folder.resolve().name,
         path=folder,
         n_bytes=None if model is None else _size(model),
-        method=" + ".join(map(_words, history)) or ("" if stored else DENSE),
+        method=" + ".join(map(stage_words, history)) or ("" if stored else DENSE),
         pattern=_pattern(history),
         bits=None if source is None else _bits(source, history),
         seconds=math.fsum(seconds) if seconds else None,
@@ -105,16 +105,16 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _unfolded(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def unfolded(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The entries of a history, each after those that made the mask that it was given."""
     entries: list[Mapping[str, Any]] = []
     for entry in history:
-        entries += _unfolded((entry.get("mask") or {}).get("history", ()))
+        entries += unfolded((entry.get("mask") or {}).get("history", ()))
         entries.append(entry)
     return entries
 
 
-def _words(entry: Mapping[str, Any]) -> str:
+def stage_words(entry: Mapping[str, Any]) -> str:
     """What one stage did, in words."""
     recipe, stage = entry.get("recipe", {}), str(entry.get("stage", ""))
     if stage == "quantize":

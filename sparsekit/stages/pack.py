@@ -68,8 +68,8 @@ def pack(
             "source": {"path": called or model, "fingerprint": fingerprint},
             "seconds": round(time.perf_counter() - started, 3),
         }
-        origin = Origin.of(called or model, source.path)
-        writer.commit(entry, pack_card(entry, origin), _config_json(source))
+        origin, history = Origin.of(called or model, source.path), source.provenance()["history"]
+        writer.commit(entry, pack_card(entry, origin, history), _config_json(source))
     return Report(out=out, entry=entry)
 
 

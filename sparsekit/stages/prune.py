@@ -104,7 +104,8 @@ def prune(
             **cost.told(),
         }
         config_json = coded_config(job.stream, job.targets, grid) if grid else None
-        writer.commit(entry, model_card(entry, Origin.of(model, job.source.path)), config_json)
+        origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
+        writer.commit(entry, model_card(entry, origin, history), config_json)
     return Report(out=out, entry=entry)
 
 

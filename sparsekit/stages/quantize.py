@@ -86,7 +86,8 @@ def quantize(
             **cost.told(),
         }
         config_json = coded_config(job.stream, job.targets, job.grid) if job.coded else None
-        writer.commit(entry, quantize_card(entry, Origin.of(model, job.source.path)), config_json)
+        origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
+        writer.commit(entry, quantize_card(entry, origin, history), config_json)
     return Report(out=out, entry=entry)
 
 

@@ -107,7 +107,8 @@ def recover(
         }
         told = work.cost.told()
         entry |= told | {"seconds": round(told["seconds"] + log.earlier_seconds, 3)}
-        writer.commit(entry, recover_card(entry, Origin.of(model, job.source.path)))
+        origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
+        writer.commit(entry, recover_card(entry, origin, history))
         _forget(out)  # only now: until the output stands, all must be found again
     ranks.leave()
     return Report(out=out, entry=entry)

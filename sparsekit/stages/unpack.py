@@ -66,20 +66,22 @@ def unpack(
             lambda name: (_unpacked(source, layers[name], sums and sums[name]), None),
             progress,
         )
+        grids = [str(layer.form.grid) for layer in layers.values() if layer.form is not None]
         entry = {
             "stage": "unpack",
-            "recipe": {"method": "unpack"},
+            "recipe": {"method": "unpack", **({"grid": grids[0]} if grids else {})},
             "versions": recipe["versions"],
             "source": {"path": model, "fingerprint": fingerprint},
             "totals": {
                 "weights": len(layers),
+                "products": sum(layer.composed for layer in layers.values()),
                 "bytes": layout.n_bytes,
                 "bytes_before": source.n_bytes,
             },
             "seconds": round(time.perf_counter() - started, 3),
         }
         writer.commit(
-            *(entry, unpack_card(entry, Origin.of(model, source.path)), job.config),
+            *(entry, unpack_card(entry, Origin.of(model, source.path), job.history), job.config),
             history=job.history,
         )
     return Report(out=out, entry=entry)

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from scorings import score, task, windows
 
 from sparsekit.models.calibration import Calibration
+from sparsekit.stages.cardhistory import stages_before, tags
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.frontmatter import Origin, front_matter, read_front_matter
@@ -40,14 +41,26 @@ CARDS = {
     "factored": (["pruned"], None, 'sparsekit.load(".")', "nothing runs faster because of it"),
     "recover": (["pruned"], "transformers", STOCK, "No common server runs faster"),
     "quantize": (
-        ["quantized", "compressed-tensors"],
+        ["pruned", "quantized", "compressed-tensors"],
         "transformers",
         STOCK,
         "neither smaller nor faster than other weights on this grid",
     ),
-    "rounded": (["quantized"], "transformers", STOCK, "neither smaller nor faster"),
-    "pack": (["packed"], "transformers", 'sparsekit.load(".")', "saves space and costs time"),
-    "unpack": ([], "transformers", STOCK, "the space and time that it took before"),
+    "rounded": (["pruned", "quantized"], "transformers", STOCK, "neither smaller nor faster"),
+    "pack": (
+        ["pruned", "quantized", "packed"],
+        "transformers",
+        'sparsekit.load(".")',
+        "saves space and costs time",
+    ),
+    "unpack": (
+        ["pruned", "quantized", "compressed-tensors"],
+        "transformers",
+        STOCK,
+        "transformers expands the weights in memory and is not faster",
+    ),
+    "unpack_plain": (["pruned"], "transformers", STOCK, "No common server runs faster"),
+    "unpack_products": (["pruned"], "transformers", STOCK, "take the space and time of dense ones"),
     "convert": ([], "transformers", STOCK, "no common server runs faster"),
     "convert_packed": (["packed"], "transformers", 'sparsekit.load(".")', "costs time"),
 }
@@ -84,6 +97,10 @@ def outputs(family, row_file, tmp_path_factory) -> dict[str, Path]:
         "rounded": rounded("rounded", format="dense"),
         "pack": pack(str(root / "quantize"), root / "pack").out,
         "unpack": unpack(str(root / "pack"), root / "unpack").out,
+        "unpack_plain": unpack(
+            str(pack(str(root / "recover"), root / "small").out), root / "unpack_plain"
+        ).out,
+        "unpack_products": unpack(str(root / "factored"), root / "unpack_products").out,
         "convert": convert(str(LEGACY / "sparse-24-bitmask"), root / "convert").out,
         "convert_packed": convert_packed(str(LEGACY / "sparse-24-bitmask"), root / "again").out,
     }
@@ -91,9 +108,9 @@ def outputs(family, row_file, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", CARDS)
 def test_card_is_one_that_the_hub_reads_and_says_how_to_load_it(outputs, name):
-    tags, library, loading, speed = CARDS[name]
+    found_by, library, loading, speed = CARDS[name]
     card = card_of(outputs[name])
-    assert card.data.tags == ["sparsekit", *tags]
+    assert card.data.tags == ["sparsekit", *found_by]
     assert card.data.library_name == library
     assert card.data.base_model is None  # no id on the hub: nobody else has that folder
     assert card.data.license is None
@@ -104,6 +121,46 @@ def test_card_is_one_that_the_hub_reads_and_says_how_to_load_it(outputs, name):
     table = [line for line in card.text.splitlines() if line.startswith("|")]
     assert len(table) > 3
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}
+
+
+def test_card_tells_each_stage_before_with_the_text_that_it_read(outputs, row_file):
+    history = json.loads((outputs["pack"] / "sparsekit.json").read_text())["history"]
+    rows, text = history[0]["calibration"]["fingerprint"], history[1]["recipe"]["data"]
+    calibrated = f"5 rows of 24 tokens from `{row_file.name}` (sha256 `{rows[:16]}…`)"
+    trained = f"48 tokens of `{row_file.name}` (sha256 `{text[:16]}…`)"
+    told = [
+        f"| earlier: prune | wanda, 2:4, {calibrated} |",
+        f"| earlier: recover | ast, 2:4, {trained} |",
+        f"| earlier: quantize | int4-g16 gptq, {calibrated} |",
+    ]
+    stages = {"prune": 0, "recover": 1, "quantize": 2, "rounded": 2, "pack": 3, "unpack": 3}
+    for name, count in stages.items():
+        lines = (outputs[name] / "README.md").read_text().splitlines()
+        assert [line for line in lines if line.startswith("| earlier: ")] == told[:count], name
+    packed = (outputs["convert_packed"] / "README.md").read_text()
+    assert "| earlier: convert | convert sparse-24-bitmask, 2:4 |" in packed
+
+
+def test_card_of_a_refined_mask_tells_what_made_it(family, pruned, row_file, tmp_path):
+    rows, dense = Calibration(source=str(row_file)), str(family("llama"))
+    config = PruneConfig(refine="dsnot", dense=dense, calibration=rows)
+    made = prune(config, str(pruned), tmp_path / "refined").out
+    assert "| earlier: prune | wanda, 2:4, 5 rows of 24" in (made / "README.md").read_text()
+
+
+def test_numbers_that_are_pruned_or_trained_are_no_longer_those_of_a_grid(outputs, tmp_path):
+    made = prune(PruneConfig(method="magnitude"), str(outputs["rounded"]), tmp_path / "again").out
+    assert card_of(made).data.tags == ["sparsekit", "pruned"]
+
+
+def test_card_tells_as_much_of_an_older_history_as_there_is():
+    old = {"stage": "prune", "recipe": {"method": "wanda"}, "calibration": {"samples": 4}}
+    other = {"stage": "distil|x"}
+    assert stages_before([old, other, {}]) == [
+        ("earlier: prune", "wanda"),
+        ("earlier: distil|x", "distil|x"),
+    ]
+    assert tags([old, other, {"stage": "pack"}]) == ["pruned", "packed"]
 
 
 def test_code_of_a_card_loads_the_checkpoint(outputs, monkeypatch):
@@ -130,7 +187,7 @@ def test_license_is_carried_over_with_its_file_through_every_stage(copy_of, row_
     made = pack(str(made), tmp_path / "c").out
     told = card_of(made).data.to_dict()
     assert {key: told[key] for key in LICENSE} == LICENSE
-    assert told["tags"] == ["sparsekit", "packed"]
+    assert told["tags"] == ["sparsekit", "pruned", "quantized", "packed"]
     # What the author made his model from is not what this one is made from.
     assert "base_model" not in told
     assert (made / "LICENSE").read_text() == "Terms.\n"

@@ -1,0 +1,80 @@
+"""What a checkpoint's history gives to its card: the stages before the last, and the hub's tags."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsekit.stages.modelrow import stage_words, unfolded
+
+CODED = ("quantized", "compressed-tensors")
+# In the order of a card.
+TAGS = ("pruned", *CODED, "packed")
+# What rows are called by.
+ROWS = ("samples", "length", "source", "fingerprint")
+
+
+def stages_before(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """A row for each stage but the last: what it did, the pattern, and the text that it read."""
+    return [
+        (f"earlier: {entry.get('stage')}", ", ".join(_told(entry)))
+        for entry in unfolded(entries)[:-1]
+    ]
+
+
+def _told(entry: Mapping[str, Any]) -> Iterator[str]:
+    """What one stage did, as far as the history tells it."""
+    recipe, rows = entry.get("recipe", {}), entry.get("calibration")
+    yield stage_words(entry)
+    if recipe.get("pattern"):
+        yield str(recipe["pattern"])
+    if isinstance(rows, Mapping) and all(key in rows for key in ROWS):
+        yield calibration_text(rows)
+    if entry.get("tokens") and entry.get("text") and recipe.get("data"):
+        yield training_text(entry)
+
+
+def tags(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a checkpoint is found by on the hub, for all that was done to it."""
+    made: set[str] = set()
+    for entry in entries:
+        if entry.get("stage") in ("prune", "recover"):
+            made -= set(CODED)  # the numbers are no longer those of a grid
+        made |= set(_own_tags(entry))
+    if "packed" in made:
+        made.discard("compressed-tensors")  # the codes lie in another form
+    return [tag for tag in TAGS if tag in made]
+
+
+def _own_tags(entry: Mapping[str, Any]) -> Sequence[str]:
+    """What one stage adds to them."""
+    stage, recipe = entry.get("stage"), entry.get("recipe", {})
+    if stage in ("prune", "recover"):
+        return ("pruned", *(CODED if recipe.get("then") else ()))
+    if stage == "quantize":
+        return CODED[:1] if recipe.get("format") == "dense" else CODED
+    if stage == "pack":
+        coded = any("grid" in row for row in entry.get("weights", ()))
+        return ("packed", *(CODED if coded else ()))
+    is_coded = recipe.get("grid") if stage == "unpack" else entry.get("quantized")
+    return CODED if is_coded else ()
+
+
+def calibration_text(told: Mapping[str, Any]) -> str:
+    """Calibration rows in words."""
+    return (
+        f"{told['samples']} rows of {told['length']} tokens from "
+        f"`{base_name(told['source'])}` (sha256 `{told['fingerprint'][:16]}…`)"
+    )
+
+
+def training_text(entry: Mapping[str, Any]) -> str:
+    """What a stage trained on, in words."""
+    return (
+        f"{entry['tokens']} tokens of `{base_name(entry['text'])}` "
+        f"(sha256 `{entry['recipe']['data'][:16]}…`)"
+    )
+
+
+def base_name(path: str) -> str:
+    """The last part of a path or hub id."""
+    return Path(path).name
