@@ -36,11 +36,7 @@ def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> 
     ]
     plans = [one.plan for one in done if one.plan is not None]
     if len(plans) > 1:
-        seconds = [plan["seconds_estimate"] for plan in plans]
-        told = None if None in seconds else f"about {sum(seconds):.0f}"
-        rows.append(
-            (f"these {len(plans)} together", None, None, told, *showplan.together(plans), None)
-        )
+        rows.append((f"these {len(plans)} together", None, None, *showplan.together(plans), None))
     title = "plan (nothing was written)" if dry else f"{out}"
     costs = ("to write", "memory") if dry else ()
     terminal.table(title, ("step", "verb", "", "seconds", *costs, "folder"), rows)
@@ -52,8 +48,8 @@ def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> 
 
 
 def _seconds(done: "Done") -> str | None:
-    if done.plan is not None and done.plan["seconds_estimate"] is not None:
-        return f"about {done.plan['seconds_estimate']:.0f}"
+    if done.plan is not None and (seconds := done.plan.get("seconds_estimate")) is not None:
+        return f"about {seconds:.0f}"
     return f"{done.seconds:.0f}" if done.state == "made" else None
 
 

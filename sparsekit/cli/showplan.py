@@ -38,13 +38,17 @@ def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
     return _size(plan["bytes_to_write"]), told
 
 
-def together(plans: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Of several steps the bytes to write, and the most memory that one takes."""
+def together(plans: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, str]:
+    """Of several steps the seconds, the bytes to write, and the most memory that one takes."""
+    told = [plan.get("seconds_estimate") for plan in plans]
+    known = [seconds for seconds in told if seconds is not None]
+    more = " and more" if len(known) < len(told) else ""  # nothing tells how long packing takes
+    time = f"about {sum(known):.0f}{more}" if known else None
     least = "peak_memory_at_least_bytes"
     most = max(plan.get("peak_memory_estimate_bytes", plan.get(least, 0)) for plan in plans)
     open_ended = any(least in plan for plan in plans)
-    told = f"{_size(most)} {'and more' if open_ended else 'at most'}"
-    return _size(sum(plan["bytes_to_write"] for plan in plans)), told
+    memory = f"{_size(most)} {'and more' if open_ended else 'at most'}"
+    return time, _size(sum(plan["bytes_to_write"] for plan in plans)), memory
 
 
 def _more(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,21 +1,21 @@
 """A recipe carried out: each step once, its output kept.
 
-A step whose record is the same is not done again, and one that was interrupted goes on as its verb
-does.
+A step whose record is the same is not done again; one that was interrupted goes on as verbs do.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import SparsekitError, StorageError, UsageError
 from sparsekit.files import write_atomic
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages.dryrun import plan_quantize, plan_recover
+from sparsekit.stages.dryrun import plan_pack, plan_quantize, plan_recover
 from sparsekit.stages.evaluate import evaluations
 from sparsekit.stages.pack import pack
 from sparsekit.stages.plan import plan
@@ -27,8 +27,8 @@ from sparsekit.stages.records import Run
 from sparsekit.stages.recover import recover
 from sparsekit.stages.scores import DENSE, add_score, measurement, read_scores
 
-PLANS = {"prune": plan, "recover": plan_recover, "quantize": plan_quantize}
-WRITERS = {"prune": prune, "recover": recover, "quantize": quantize}
+PLANS = {"prune": plan, "recover": plan_recover, "quantize": plan_quantize, "pack": plan_pack}
+WRITERS = {"prune": prune, "recover": recover, "quantize": quantize, "pack": pack}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def run(
         start: The stage to begin with, by its place, verb or name; it and what follows is made
             again. None: all that is not finished.
         dry: Whether to look only.
-        timed: Of a dry run: tell how long steps would take, from their first blocks.
+        timed: Of a dry run: tell how long steps would take, from their first blocks; not of `pack`.
         progress: Told of each step.
 
     Returns:
@@ -153,10 +153,9 @@ def _plans(work: Run, states: Mapping[str, bool], *, timed: bool) -> dict[str, d
     for step in work.recipe.steps:
         if step.verb == "eval":
             work.require_measurable(step)
-        elif step.verb in PLANS and step.parent is None and not states[step.name]:
-            where = (work.recipe.model, work.folder(step.name))
-            how = {"overwrite": work.replaces(step), "timed": timed, "progress": work.progress}
-            found[step.name] = PLANS[step.verb](step.config, *where, **how)
+        elif not states[step.name] and (step.parent is None or states[step.parent]):
+            more = {} if step.verb == "pack" else {"timed": timed}
+            found[step.name] = _ready(PLANS, work, step)(**more)
         elif step.verb == "quantize":
             work.require_grid(step)
     _require_room(work, found)
@@ -174,8 +173,8 @@ def _require_room(work: Run, plans: Mapping[str, Mapping[str, Any]]) -> None:
     needed = sum(plan["bytes_to_write"] for plan in new)
     if new and needed > (free := new[0]["bytes_free"]):
         raise StorageError(
-            f"{len(new)} steps that begin with {work.recipe.model} need {needed / 1e9:.2f} GB, "
-            f"{work.out} has {free / 1e9:.2f} GB free",
+            f"the {len(new)} steps whose model is there need {needed / 1e9:.2f} GB, {work.out} has "
+            f"{free / 1e9:.2f} GB free",
             "make room or choose another disk; nothing was written",
         )
 
@@ -199,8 +198,7 @@ def _carried_out(work: Run, states: Mapping[str, bool], first: Sequence[Step]) -
                 _make(work, step)
             spent, state = time.perf_counter() - begun, "kept" if kept else "made"
             work.progress.note(f"{step.name}: {state}")
-            folder = work.folder(step.name)
-            found.append(Done(step=step, folder=folder, state=state, seconds=spent))
+            found.append(Done(step=step, folder=work.folder(step.name), state=state, seconds=spent))
     return found
 
 
@@ -210,18 +208,21 @@ def _make(work: Run, step: Step) -> None:
     Raises:
         SparsekitError: As the verb; the message begins with the name of the step.
     """
-    folder, model = work.folder(step.name), work.model(step.parent)
-    how = {"overwrite": work.replaces(step), "progress": work.progress}
+    make = _ready(WRITERS, work, step)
     work.intend(step)
     try:
-        if step.verb == "pack":
-            pack(model, folder, **how)
-        else:
-            WRITERS[step.verb](step.config, model, folder, **how)
+        make()
     except SparsekitError as error:
         error.message = f"{step.path}, {step.name}: {error.message}"
         raise
     work.settle(step)
+
+
+def _ready(verbs: Mapping[str, Callable[..., Any]], work: Run, step: Step) -> Callable[..., Any]:
+    """A verb or its plan with what the step gives it."""
+    words = [*([] if step.config is None else [step.config]), work.model(step.parent)]
+    how = {"overwrite": work.replaces(step), "progress": work.progress}
+    return partial(verbs[step.verb], *words, work.folder(step.name), **how)
 
 
 def _alike(steps: Sequence[Step]) -> list[list[Step]]:

@@ -84,6 +84,21 @@ def test_a_dry_run_writes_nothing(cli, recipe, tmp_path):
     assert (alone.code, alone.stdout) == (2, "")
 
 
+def test_a_dry_run_of_a_study_that_is_begun_shows_what_is_left(cli, recipe, tmp_path):
+    text, out = recipe.read_text(), tmp_path / "out"
+    recipe.write_text(text.partition("- eval")[0])
+    assert cli("run", recipe, "prune.method=wanda", "-o", out, "-q").code == 0
+    recipe.write_text(text)
+    found = cli("run", recipe, "-o", out, "--dry-run", "--time")
+    assert found.code == 0, found.stderr
+    lines = {line.split()[0]: line for line in found.stderr.splitlines() if "GB" in line}
+    assert "these" in lines
+    assert lines["ria"].count("GB") == lines["wanda.pack"].count("GB") == 2
+    assert lines["wanda.pack"].split()[2:4] == ["to", "do"]
+    assert "and more" in lines["these"]  # no time is told of packing
+    assert "ria.pack" not in lines
+
+
 def test_without_out_the_folder_has_the_recipes_name(cli, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli("run", recipe, "-q").code == 0

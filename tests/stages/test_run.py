@@ -50,9 +50,8 @@ def test_a_second_run_does_nothing_again(recipe, tmp_path, monkeypatch):
     assert states(first) == ["made"] * 10
     before = weights(out)
     assert len(before) == 8  # of a packed model two
-    for verb in ("prune", "recover"):
+    for verb in ("prune", "recover", "pack"):
         monkeypatch.setitem(stage.WRITERS, verb, None)
-    monkeypatch.setattr(stage, "pack", None)
     monkeypatch.setattr(stage, "evaluations", None)
     assert states(run(recipe, out)) == ["kept"] * 10
     assert weights(out) == before
@@ -274,6 +273,29 @@ def test_a_dry_run_tells_what_is_left_and_writes_nothing(recipe, tmp_path):
     )
 
 
+def test_a_dry_run_plans_each_step_whose_model_is_made_by_now(family, row_file, tmp_path):
+    """A half-finished study: its pruning is done."""
+    text = f"model: {family('llama')}\nstages:\n- prune: {{calibration: {row_file}}}\n"
+    text += f"  name: p\n- recover: {{tokens: 96, length: 16, data: {row_file}}}\n  name: t\n"
+    text += f"- quantize: {{grid: int4-g16, calibration: {row_file}}}\n  from: p\n"
+    text += "- pack: {}\n  from: p\n- pack: {}\n  from: t\n"
+    recipe, out = parse(text), tmp_path / "run"
+    plans = {one.step.name: one.plan for one in run(recipe, out, dry=True)}
+    assert [name for name, plan in plans.items() if plan] == ["p"]
+    run(parse(text.partition("- recover")[0]), out)
+    before = sorted(out.rglob("*"))
+    plans = {one.step.name: one.plan for one in run(recipe, out, dry=True, timed=True)}
+    assert sorted(out.rglob("*")) == before
+    ready = ["p.t", "p.int4-g16", "p.pack"]
+    assert [name for name, plan in plans.items() if plan] == ready
+    for name in ready:
+        assert plans[name]["model"] == str(out / "p")
+        assert plans[name]["bytes_to_write"] > 0
+    assert plans["p.t"]["peak_memory_at_least_bytes"] > 0
+    for name in ready[:2]:
+        assert plans[name]["seconds_estimate"] > 0
+
+
 def test_an_output_that_is_gone_is_made_again(recipe, tmp_path):
     out = tmp_path / "run"
     run(recipe, out)
@@ -418,7 +440,7 @@ def test_a_disk_without_room_for_all_variants_is_refused_first(family, tmp_path,
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size, 0, int(2.5 * bytes_each)))
     text = f"model: {source}\nstages:\n- prune: {{method: magnitude, patterns: [2:4, 4:8, 50%]}}\n"
     with pytest.raises(
-        StorageError, match=r"3 steps that begin with .* need .* GB free; make room"
+        StorageError, match=r"3 steps whose model is there need .* GB free; make room"
     ):
         run(parse(text), tmp_path / "run")
     assert not (tmp_path / "run").exists()
