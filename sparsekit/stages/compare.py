@@ -45,14 +45,11 @@ class Comparison:
 
     def best(self, windows: Windows) -> list[bool]:
         """For each row whether no other is as good and as small, and better in one of the two."""
-        return pareto(
-            [
-                (row.n_bytes, row.quality[windows].figure.value)
-                if row.n_bytes is not None and windows in row.quality
-                else None
-                for row in self.rows
-            ]
-        )
+        return self._best(windows, [row.n_bytes for row in self.rows])
+
+    def best_by_time(self, windows: Windows) -> list[bool]:
+        """The same by the seconds of all stages; a model that was not made here has none."""
+        return self._best(windows, [row.seconds for row in self.rows])
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the histories."""
@@ -64,6 +61,17 @@ class Comparison:
             ],
             "notes": list(self.notes),
         }
+
+    def _best(self, windows: Windows, taken: Sequence[float | None]) -> list[bool]:
+        """For each row whether no other is as good and took as little, and better in one."""
+        return pareto(
+            [
+                (takes, row.quality[windows].figure.value)
+                if takes is not None and windows in row.quality
+                else None
+                for takes, row in zip(taken, self.rows, strict=True)
+            ]
+        )
 
     def _measured(self) -> list[Measured]:
         return list(dict.fromkeys(key for row in self.rows for key in row.quality))

@@ -13,6 +13,7 @@ from sparsekit.stages.traces import Trace, errors_by_block, sparsity_by_block, t
 
 ZEROS = "share of zeros"
 ERROR = "Of the output on calibration tokens, a mean over the weights of a block."
+QUICKEST = "no other model took less time and is at least as good, or is better and took no longer"
 STAGES = {"prune": "pruning", "recover": "training", "quantize": "quantization"}
 
 
@@ -80,12 +81,15 @@ def _quality(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing
     seconds = [row.seconds for row in rows]
     for windows, title in zip(comparison.windows, headings(comparison.windows), strict=True):
         values = _perplexities(comparison, windows)
-        best = [model for model, marked in enumerate(comparison.best(windows)) if marked]
+        best, quickest = (
+            [model for model, marked in enumerate(marks) if marked and model in values]
+            for marks in (comparison.best(windows), comparison.best_by_time(windows))
+        )
         if any(sizes[model] for model in values):
             points = {m: (sizes[m], value) for m, value in values.items() if sizes[m] is not None}
             yield Drawing(
                 title=f"Perplexity ({title}) against size",
-                svg=scatter(points, [m for m in best if m in points], drawn, "size on disk, MB"),
+                svg=scatter(points, best, drawn, "size on disk, MB"),
                 models=[(model,) for model in points],
                 text=f"Ringed: {BEST}.",
             )
@@ -95,12 +99,14 @@ def _quality(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing
                 for model, value in values.items()
                 if seconds[model] is not None or not rows[model].history
             }
-            across = any(x is None for x, _ in points.values())
+            told = [f"Ringed: {QUICKEST}."]
+            if any(x is None for x, _ in points.values()):
+                told.append("A line over the whole width: the model was not made here.")
             yield Drawing(
                 title=f"Perplexity ({title}) against cost",
-                svg=scatter(points, [], drawn, "seconds of all stages"),
+                svg=scatter(points, quickest, drawn, "seconds of all stages"),
                 models=[(model,) for model in points],
-                text="A line over the whole width: the model was not made here." if across else "",
+                text=" ".join(told),
             )
 
 

@@ -35,11 +35,13 @@ from sparsekit.models.calibration import Calibration
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages.commands import commands
 from sparsekit.stages.compare import compare
+from sparsekit.stages.comparetable import BEST
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.measured import Figure
 from sparsekit.stages.pack import pack
 from sparsekit.stages.page import page, report
+from sparsekit.stages.pagefigures import QUICKEST
 from sparsekit.stages.pagestyle import CSS
 from sparsekit.stages.pictures import COLOURS, bars, styles
 from sparsekit.stages.prune import prune
@@ -131,6 +133,32 @@ def test_page_has_the_table_and_every_picture(run):
     ]
     for text in ("wanda + ast + int4-g64 gptq", "148.41", "0.5000 ± 0.0250", "-0.2000 ± 0.0141"):
         assert text in found.text  # exp(5); 0.4 and 0.6 with 0.03 and 0.04; 0.02 twice
+
+
+def test_the_best_by_size_and_the_best_by_time_are_ringed(tmp_path):
+    """By size b, the smallest, and d; by time b and a, as d was not made here and c is no match."""
+    for name, log, seconds, rows in (("a", 4.0, 10, 8), ("b", 3.0, 100, 2), ("c", 5.0, 50, 4)):
+        made = checkpoint(tmp_path / name, pruned_entry(seconds=seconds), rows=rows)
+        scored(made, score(windows(log)))
+    scored(checkpoint(tmp_path / "d"), score(windows(2.0)))
+    found = compare([tmp_path])
+    (on,) = found.windows
+    assert found.best(on) == [False, True, False, True]
+    assert found.best_by_time(on) == [True, True, False, False]
+    text = page(found)
+    size, cost = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)[:2]
+    assert "against size" in size
+    assert "against cost" in cost
+    for picture, told in ((size, BEST), (cost, QUICKEST)):
+        assert f"Ringed: {told}." in picture
+        assert rings(picture) == 2
+    assert "the model was not made here" in cost
+
+
+def rings(picture: str) -> int:
+    """How many markers of the page's colour are not filled."""
+    uses = re.findall(r'<use [^>]*style="([^"]*)"', picture)
+    return sum("fill-opacity: 0" in style and "stroke: currentColor" in style for style in uses)
 
 
 def test_best_rows_stand_out(run):
