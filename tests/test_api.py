@@ -3,6 +3,7 @@
 import importlib.resources
 import inspect
 import json
+import shutil
 import typing
 
 import pytest
@@ -11,6 +12,7 @@ import sparsekit
 from sparsekit.errors import UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages import api, words
+from sparsekit.stages.scores import SCORES
 
 PAIRS = [
     (api.PruneWords, words.prune_config),
@@ -58,6 +60,21 @@ def test_evaluate_gives_the_figures_of_the_command(cli, family, pruned, row_file
     scores = sparsekit.evaluate(pruned, baseline=family("llama"), text=str(row_file))
     ours = [score.to_json()["perplexity"] for score in scores]
     assert ours == [one["perplexity"] for one in json.loads(found.stdout)["models"]]
+
+
+def test_evaluate_saves_the_scores_that_the_command_saves(cli, family, pruned, row_file, tmp_path):
+    model, rows = shutil.copytree(pruned, tmp_path / "model"), str(row_file)
+    words = ("eval", model, "--text", rows, "--baseline", family("llama"))
+    assert cli(*words).code == 0
+    sparsekit.evaluate(model, baseline=family("llama"), text=rows)
+    assert not (model / SCORES).exists()
+    assert cli(*words, "--save").code == 0
+    theirs = (model / SCORES).read_bytes()
+    (model / SCORES).unlink()
+    sparsekit.evaluate(model, baseline=family("llama"), text=rows, save=True)
+    assert (model / SCORES).read_bytes() == theirs
+    with pytest.raises(UsageError, match="was not written by sparsekit"):
+        sparsekit.evaluate([model, family("llama")], text=rows, save=True)
 
 
 def test_run_takes_a_file_or_what_one_would_hold(cli, family, row_file, tmp_path):

@@ -175,6 +175,7 @@ def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
     baseline: str | Path | None = None,
+    save: bool = False,
     progress: Progress = SILENT,
     **given: Unpack[EvalWords],
 ) -> list[Score]:
@@ -183,6 +184,7 @@ def evaluate(
     Args:
         models: Folders, hub ids or `demo`.
         baseline: The model that paired differences are taken to; its score comes first.
+        save: Keep the scores beside each model, which sparsekit wrote, for `compare` and `report`.
         progress: Told of each block and model.
         given: Words of `EvalWords`, as `text="wikitext2", length=2048`.
 
@@ -190,11 +192,18 @@ def evaluate(
         SparsekitError: As the command.
     """
     config = words.eval_config(**given)
-    names = [models] if isinstance(models, (str, Path)) else models
+    names = [str(name) for name in ([models] if isinstance(models, (str, Path)) else models)]
+    first = None if baseline is None else str(baseline)
+    from sparsekit.stages.scores import require_own, save_scores
+
+    if save:
+        require_own(names)
     from sparsekit.stages.evaluate import evaluate as stage
 
-    first = None if baseline is None else str(baseline)
-    return stage(config, [str(name) for name in names], first, progress)
+    found = stage(config, names, first, progress)
+    if save:
+        save_scores(found[len(found) - len(names) :], names, config, first)
+    return found
 
 
 def run(
