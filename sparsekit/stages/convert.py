@@ -1,7 +1,6 @@
 """A checkpoint in a form that every library has dropped, as one of today."""
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import convert_card
+from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.inspect import SOUGHT, patterns_of
 from sparsekit.stages.opening import open_source, require_room
@@ -53,8 +53,9 @@ def convert(
         DataError: The model is in no such form, or its tensors do not fit together.
         StorageError: The output cannot be written.
     """
-    started = time.perf_counter()
+    cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
+    cost.prepared(job.room)
     source, config, form = job.source, job.config, job.form
     fingerprint = source.scan(progress)
     recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
@@ -62,8 +63,9 @@ def convert(
         rows = weightwise.rewrite(
             writer,
             f"convert {form}",
-            job.weights,
+            job.sizes,
             lambda prefix: _converted(prefix, _weight(source, prefix, form, config), form),
+            cost,
             progress,
         )
         zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
@@ -76,7 +78,7 @@ def convert(
             "source": {"path": model, "fingerprint": fingerprint},
             "totals": {"weights": len(job.weights), "zeros": zeros, "size": size},
             "weights": [_row(row) for row in rows],
-            "seconds": round(time.perf_counter() - started, 3),
+            **cost.told(),
         }
         origin, history = Origin.of(model, source.path), source.provenance()["history"]
         writer.commit(entry, convert_card(entry, origin, history), told)
@@ -93,6 +95,16 @@ class Conversion:
     weights: Mapping[str, Tensor]
     """By the names of their layers, on the meta device."""
     layout: Layout
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each weight has, by the names of the layers."""
+        return {prefix: weight.numel() for prefix, weight in self.weights.items()}
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return weightwise.UNPACKING_BYTES * max(self.sizes.values())
 
 
 def prepare(

@@ -2,11 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import convert, packplan, quantjob, recovery, unpack
 from sparsekit.stages.forecast import forecast
@@ -20,11 +18,6 @@ from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.trainplan import WRITTEN
 from sparsekit.stages.trainspeed import bench_recover
 
-# Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
-# integers, sorted, and the masks of the patterns that are tried.
-PACKING_BYTES = 32
-# The same while it is unpacked: its places, and the dense weight.
-UNPACKING_BYTES = 24
 # Of training that are timed; the median counts.
 STEPS = 3
 
@@ -108,10 +101,8 @@ def plan_pack(
     Arguments and errors as of `pack`.
     """
     job = packplan.prepare(model, out, overwrite=overwrite, progress=progress)
-    plans = job.plans.values()
-    sizes = [math.prod(plan.target.shape) for plan in plans]
-    found = begun(job.source, out, "pack", job.layout) | _weights(job.source, sizes, PACKING_BYTES)
-    return found | {"patterns": dict(Counter(plan.told for plan in plans))}
+    found = begun(job.source, out, "pack", job.layout) | _weights(job)
+    return found | {"patterns": dict(Counter(job.told.values()))}
 
 
 def plan_unpack(
@@ -119,10 +110,8 @@ def plan_unpack(
 ) -> dict[str, Any]:
     """What `unpack` would do, after the same checks; arguments and errors as of `unpack`."""
     job = unpack.prepare(model, out, overwrite=overwrite, progress=progress)
-    sizes = [layer.out_features * layer.in_features for layer in job.layers.values()]
     patterns = dict(Counter(str(layer.pattern) for layer in job.layers.values()))
-    found = _weights(job.source, sizes, UNPACKING_BYTES) | {"patterns": patterns}
-    return begun(job.source, out, "unpack", job.layout) | found
+    return begun(job.source, out, "unpack", job.layout) | _weights(job) | {"patterns": patterns}
 
 
 def plan_convert(
@@ -138,27 +127,20 @@ def plan_convert(
     Where it also `packs`, what that saves shows in the plain form only: the plan is of this one.
     """
     job = convert.prepare(model, out, overwrite=overwrite, progress=progress)
-    sizes = [weight.numel() for weight in job.weights.values()]
     notes = ["the plan is of the plain form, which is packed when it is there"] * packs
-    found = _weights(job.source, sizes, UNPACKING_BYTES) | {"notes": notes}
+    found = _weights(job) | {"notes": notes}
     return begun(job.source, out, f"convert {job.form}", job.layout) | found
 
 
-def _weights(source: Checkpoint, sizes: Sequence[int], each: int) -> dict[str, Any]:
-    """What the plans of other forms tell: one weight is in memory at a time.
-
-    Args:
-        source: The model.
-        sizes: Numbers of each weight.
-        each: Bytes of memory for each of them.
-    """
+def _weights(job: packplan.PackJob | unpack.Unpacking | convert.Conversion) -> dict[str, Any]:
+    """What the plans of other forms tell: one weight is in memory at a time."""
     return {
-        "weights": len(sizes),
-        "size": sum(sizes),
+        "weights": len(job.sizes),
+        "size": sum(job.sizes.values()),
         "skipped": [],
         "notes": [],
-        "bytes_before": source.n_bytes,
-        "peak_memory_estimate_bytes": each * max(sizes, default=0),
+        "bytes_before": job.source.n_bytes,
+        "peak_memory_estimate_bytes": job.room,
     }
 
 

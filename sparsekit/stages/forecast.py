@@ -1,10 +1,10 @@
-"""The time and the memory that a run over the blocks of a model takes: expected, and measured."""
+"""The time and the memory that a run over blocks or weights takes: expected, and measured."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Cost:
     """What a run takes, and what it was expected to take.
 
-    The time is expected from the first block that is computed, as the others are taken to last as
-    long, by their sizes; or from what `expect` is told.
+    The time is expected from the first block or weight that is computed, as the others are taken to
+    last as long, by their sizes; or from what `expect` is told.
 
     Args:
         clock: Gives the time in seconds.
@@ -38,34 +38,33 @@ class Cost:
         self.started = self._begun = clock()
         watch_peak()
         self._room = 0
-        self._sizes: dict[str, int] = {}
+        self._sizes: Mapping[str, int] = {}
         self._expected: float | None = None
 
     def prepared(self, room: int) -> None:
-        """Take note that the libraries are loaded and no weight is read yet.
+        """Take note that the libraries are loaded and no weight is held.
 
         Args:
             room: The memory that is expected above that of the process, in bytes.
         """
         self._room = resident() + room
 
-    def begin(self, stream: BlockStream, finished: Collection[str]) -> None:
-        """Take note that the first block comes now.
+    def begin(self, sizes: Mapping[str, int], finished: Collection[str]) -> None:
+        """Take note that the first block or weight comes now.
 
         Args:
-            stream: The blocks.
+            sizes: How many numbers each has, by name.
             finished: Names of those that an earlier run has computed; then nothing is expected
                 of the time, since what is left of such a run is not like the whole.
         """
-        blocks = [stream.block(index) for index in range(len(stream))]
-        self._sizes = {} if finished else {block.name: size_of(block) for block in blocks}
+        self._sizes = {} if finished else sizes
         self._begun = self._clock()
 
-    def done(self, block: Block) -> None:
-        """Take note that a block is computed and written."""
+    def done(self, name: str) -> None:
+        """Take note that a block or weight is computed and written."""
         if self._expected is None and self._sizes:
             first = self._clock() - self._begun
-            self.expect(first * (sum(self._sizes.values()) / self._sizes[block.name] - 1))
+            self.expect(first * (sum(self._sizes.values()) / self._sizes[name] - 1))
 
     def expect(self, left: float) -> None:
         """Take note that the run is expected to take so many more seconds from now on."""
@@ -120,7 +119,7 @@ def forecast(
     if rows is not None:
         stream.feed(rows.tokens)
     feeding = time.perf_counter() - began
-    numbers = sum(size_of(stream.block(index)) for index in range(len(stream)))
+    numbers = sum(sizes_of(stream).values())
     block = stream.block(0)
     more = numbers / size_of(block) - 1
     before = time.perf_counter()
@@ -173,6 +172,12 @@ def peak_estimate(
         ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
         hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
     return hidden + max(max(blocks), outside) + KEPT_BYTES
+
+
+def sizes_of(stream: BlockStream) -> dict[str, int]:
+    """How many numbers each block has, by name."""
+    blocks = [stream.block(index) for index in range(len(stream))]
+    return {block.name: size_of(block) for block in blocks}
 
 
 def size_of(block: Block) -> int:

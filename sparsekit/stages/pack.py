@@ -1,7 +1,6 @@
 """A checkpoint's sparse weights as values and places, which take fewer bytes."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import pack_card
+from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.packplan import Plan, digest, prepare, weight_of
 from sparsekit.stages.report import Report, versions
@@ -51,13 +51,14 @@ def pack(
         DataError: The model cannot be read, or would not be smaller; then the size is told.
         StorageError: The output cannot be written.
     """
-    started = time.perf_counter()
+    cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
+    cost.prepared(job.room)
     source, fingerprint, plans, layout = job.source, job.fingerprint, job.plans, job.layout
     recipe = {"stage": "pack", "source": fingerprint, "patterns": job.told, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
         rows = weightwise.rewrite(
-            writer, "pack", plans, lambda name: _packed(source, plans[name]), progress
+            writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), cost, progress
         )
         if rough := [row["name"] for row in rows if row.get("exact") is False]:
             progress.note(
@@ -66,7 +67,7 @@ def pack(
             )
         entry = _entry(source, recipe, rows, layout) | {
             "source": {"path": called or model, "fingerprint": fingerprint},
-            "seconds": round(time.perf_counter() - started, 3),
+            **cost.told(),
         }
         origin, history = Origin.of(called or model, source.path), source.provenance()["history"]
         writer.commit(entry, pack_card(entry, origin, history), _config_json(source))

@@ -18,6 +18,7 @@ from sparsekit.models.layout import Layout, factor_types
 from sparsekit.models.quantized import Shapes, encode
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.opening import open_source, require_room
+from sparsekit.stages.weightwise import PACKING_BYTES
 from sparsekit.tensors.factored import PARTS, stored_shapes
 from sparsekit.tensors.packed import CodeForm, exact_pattern, packing
 from sparsekit.tensors.patterns import Pattern
@@ -63,6 +64,16 @@ class PackJob:
     plans: Mapping[str, Plan]
     """How each weight is packed, of those that it makes smaller."""
     layout: Layout
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each packed weight has."""
+        return {name: math.prod(plan.target.shape) for name, plan in self.plans.items()}
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return PACKING_BYTES * max(self.sizes.values())
 
     @property
     def told(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from sparsekit.stages.cards import model_card
 from sparsekit.stages.chain import require_patterns
 from sparsekit.stages.coded import coded_config
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.forecast import Cost
+from sparsekit.stages.forecast import Cost, sizes_of
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.job import Job, prepare
 from sparsekit.stages.report import (
@@ -85,7 +85,7 @@ def prune(
         progress.begin(" ".join(words), len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        cost.begin(job.stream, writer.finished)
+        cost.begin(sizes_of(job.stream), writer.finished)
         weights = blockwise.rewrite(
             job.stream,
             writer,
@@ -95,7 +95,7 @@ def prune(
             want=job.want if rows else None,
             propagate=job.propagate,
             progress=progress,
-            done=cost.done,
+            done=lambda block: cost.done(block.name),
         )
         progress.end()
         _tell_trouble(job, weights, progress)

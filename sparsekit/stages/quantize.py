@@ -14,7 +14,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import blockwise
 from sparsekit.stages.cards import quantize_card
 from sparsekit.stages.coded import coded_config
-from sparsekit.stages.forecast import Cost
+from sparsekit.stages.forecast import Cost, sizes_of
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.job import family_notes
 from sparsekit.stages.quantconfig import QuantizeConfig
@@ -65,7 +65,7 @@ def quantize(
         progress.begin(f"{config.method} {job.grid}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        cost.begin(job.stream, writer.finished)
+        cost.begin(sizes_of(job.stream), writer.finished)
         weights = blockwise.rewrite(
             job.stream,
             writer,
@@ -75,7 +75,7 @@ def quantize(
             want=job.want,
             propagate=True,
             progress=progress,
-            done=cost.done,
+            done=lambda block: cost.done(block.name),
         )
         progress.end()
         for note in damping_notes(weights, asdict(job.quantizer).get("damping", 0.0)):

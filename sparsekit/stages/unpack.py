@@ -1,6 +1,5 @@
 """What a checkpoint was before it was packed; products from factors that were written alone."""
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages import weightwise
 from sparsekit.stages.cards import unpack_card
+from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
 from sparsekit.stages.opening import open_source, require_room
 from sparsekit.stages.packplan import digest
@@ -48,8 +48,9 @@ def unpack(
         CheckFailedError: A tensor is not what was packed.
         StorageError: The output cannot be written.
     """
-    started = time.perf_counter()
+    cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
+    cost.prepared(job.room)
     source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
     try:
         fingerprint = source.scan(progress)
@@ -62,8 +63,9 @@ def unpack(
         weightwise.rewrite(
             writer,
             "unpack",
-            layers,
+            job.sizes,
             lambda name: (_unpacked(source, layers[name], sums and sums[name]), None),
+            cost,
             progress,
         )
         grids = [str(layer.form.grid) for layer in layers.values() if layer.form is not None]
@@ -78,7 +80,7 @@ def unpack(
                 "bytes": layout.n_bytes,
                 "bytes_before": source.n_bytes,
             },
-            "seconds": round(time.perf_counter() - started, 3),
+            **cost.told(),
         }
         writer.commit(
             *(entry, unpack_card(entry, Origin.of(model, source.path), job.history), job.config),
@@ -100,6 +102,16 @@ class Unpacking:
     layers: Mapping[str, FactoredLinear]
     """By the names of their weights."""
     layout: Layout
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each weight has."""
+        return {name: one.out_features * one.in_features for name, one in self.layers.items()}
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return weightwise.UNPACKING_BYTES * max(self.sizes.values(), default=0)
 
 
 def prepare(

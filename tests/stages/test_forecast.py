@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,19 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.stages import blockwise, trainplan, trainwork
 from sparsekit.stages import recover as stage
 from sparsekit.stages.chain import Chain
+from sparsekit.stages.compare import compare
 from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.forecast import Cost, peak_estimate
+from sparsekit.stages.convert import convert
+from sparsekit.stages.dryrun import plan_convert, plan_pack, plan_unpack
+from sparsekit.stages.forecast import Cost, peak_estimate, sizes_of
+from sparsekit.stages.pack import pack
 from sparsekit.stages.plan import plan
 from sparsekit.stages.prune import prune
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Training
+from sparsekit.stages.unpack import unpack
+
+LEGACY = str(Path(__file__).parents[1] / "data" / "legacy" / "sparse-24-bitmask")
 
 
 class Clock:
@@ -42,14 +50,24 @@ def test_the_first_block_tells_the_time_of_all(stream):
     clock = Clock()
     cost = Cost(clock)
     clock.now = 10.0  # reading
-    cost.begin(stream, {})
+    cost.begin(sizes_of(stream), {})
     clock.now = 13.0
-    cost.done(stream.block(0))
+    cost.done(stream.names()[0])
     clock.now = 20.0
-    cost.done(stream.block(1))
+    cost.done(stream.names()[1])
     told = cost.told()
     assert told["seconds"] == 20.0
     assert told["estimated"]["seconds"] == 10.0 + 2 * 3.0
+
+
+def test_the_first_weight_tells_the_time_of_all_by_their_sizes():
+    clock = Clock()
+    cost = Cost(clock)
+    cost.begin({"a": 100, "b": 300, "c": 600}, {})
+    for name, clock.now in (("a", 2.0), ("b", 3.0), ("c", 4.0)):
+        cost.done(name)
+    assert cost.told()["seconds"] == 4.0
+    assert cost.told()["estimated"]["seconds"] == 20.0
 
 
 @pytest.fixture
@@ -125,8 +143,8 @@ def test_training_keeps_what_it_was_expected_to_take(family, tmp_path, monkeypat
 
 def test_a_run_that_goes_on_expects_no_time(stream):
     cost = Cost(Clock())
-    cost.begin(stream, {stream.names()[0]: None})
-    cost.done(stream.block(1))
+    cost.begin(sizes_of(stream), {stream.names()[0]: None})
+    cost.done(stream.names()[1])
     assert cost.told()["estimated"]["seconds"] is None
 
 
@@ -155,6 +173,23 @@ def test_the_entry_holds_what_was_expected(family, row_file, tmp_path):
     assert 0 < entry["estimated"]["seconds"] < 10 * entry["seconds"]
     room = plan(config, str(family("llama")), tmp_path / "other")["peak_memory_estimate_bytes"]
     assert room < entry["estimated"]["peak_memory_bytes"]
+
+
+def test_the_entries_of_other_forms_hold_it_too(pruned, tmp_path):
+    """Which `compare` shows: peak memory is that of all stages."""
+    packed, plain, out = (tmp_path / name for name in ("packed", "plain", "out"))
+    rooms = [plan_pack(str(pruned), packed)]
+    entries = [pack(str(pruned), packed).entry]
+    rooms.append(plan_unpack(str(packed), plain))
+    entries.append(unpack(str(packed), plain).entry)
+    rooms.append(plan_convert(LEGACY, out))
+    entries.append(convert(LEGACY, out).entry)
+    for room, entry in zip(rooms, entries, strict=True):
+        assert 0 < entry["estimated"]["seconds"] < 100 * entry["seconds"]
+        room = room["peak_memory_estimate_bytes"]
+        assert room < entry["estimated"]["peak_memory_bytes"] < 2 * entry["peak_memory_bytes"]
+    (row,) = compare([out]).rows
+    assert row.peak_bytes == entries[-1]["peak_memory_bytes"]
 
 
 @pytest.mark.parametrize(
