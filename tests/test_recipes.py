@@ -1,7 +1,10 @@
 """Every recipe that is shipped: well-formed, what it says, and run in shrunken form."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from sparsekit.stages.run import run
 from sparsekit.stages.scores import read_scores
 from sparsekit.stages.shipped import shipped
 
+ROOT = Path(__file__).parents[1]
 NAMES = sorted(shipped())
 WANTED = {
     *("quickstart", "magnitude", "wanda", "ria", "nowag", "sparsegpt", "alps", "fixed", "quantize"),
@@ -49,6 +53,38 @@ def test_it_is_well_formed_and_opens_with_what_it_is_for(name):
     assert text.partition("\n")[0].endswith((".", "?"))
     assert "version: 1\n" in text
     assert read_recipe(file).steps
+
+
+def test_an_installed_package_has_them_wherever_it_lies(tmp_path):
+    """As pip leaves it with --target: nothing but the packages in one folder."""
+    pytest.importorskip("setuptools", minversion="77")  # which builds it
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for name in ("sparsekit", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import setup; setup()"
+    python(build, "build_py", "--build-lib", installed, cwd=source)
+    modules = [
+        sorted(file.relative_to(root) for file in (root / "sparsekit").rglob("*.py"))
+        for root in (source, installed)
+    ]
+    assert modules[0] == modules[1]
+    names = "from sparsekit.stages import shipped; print(shipped.__file__, *shipped.shipped())"
+    file, *found = python(names, cwd=installed).split()
+    assert file == str(installed / "sparsekit" / "stages" / "shipped.py")
+    assert sorted(found) == NAMES
+
+
+def python(code: str, *words: object, cwd: Path) -> str:
+    """What Python prints of some code that is run in a folder, whose modules it finds first."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(cwd)}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 TYPES = {

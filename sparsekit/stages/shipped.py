@@ -1,12 +1,11 @@
 """The recipes that come with sparsekit."""
 
-import sys
 from pathlib import Path
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
 
 CHECKOUT = Path(__file__).parents[2]
-INSTALLED = Path(sys.prefix) / "share" / "sparsekit" / "recipes"
+INSTALLED = Path(__file__).parents[1] / "recipes"
 
 
 def shipped() -> dict[str, Path]:
