@@ -1,6 +1,7 @@
 """What recovery training wins back on SmolLM2-135M at 2:4, by tokens and by minutes.
 
 Slow: `pytest -m slow tests/test_recovery_quality.py -s` (three hours on two quiet cores).
+Each run prints its perplexities, and how far leaving out the rest moved the last hidden states.
 Text and windows are the developers' (../shared): trained on C4, scored on every second of the 16
 windows of WikiText-2 ("k8": dense 20.9, SparseGPT 90.1; shared/reference/numbers.md).
 """
@@ -76,6 +77,8 @@ def recovered(tmp_path_factory, start):
             known[key] = {
                 "seconds": told["seconds"],
                 "tokens": told["tokens"],
+                "decay": told["plan"]["decay"],
+                "finished": told["finished"],
                 "curve": [
                     (row["tokens"], round(s / 60, 1), round(row["perplexity"], 2))
                     for row, s in zip(rows, spent, strict=True)
@@ -111,6 +114,22 @@ def test_text_sampled_from_the_teacher_serves_too(recovered):
 def test_selection_by_activations_is_told(recovered):
     curve = recovered("ast", "wanda", *SHORT, "--metric", "activation")["curve"]
     assert curve[-1][2] < 0.8 * curve[0][2]
+
+
+def test_branches_undo_what_alps_made_up_for(recovered):
+    """Before training and half way the model with them is behind the one without."""
+    branched = recovered("ast", "alps", *SHORT, "--slorb", "16")["curve"]
+    alone = recovered("ast", "alps", *SHORT)["curve"]
+    for with_them, without in zip(branched[:2], alone[:2], strict=True):
+        assert with_them[0] == without[0]
+        assert with_them[2] > without[2]
+
+
+def test_ten_times_the_decay_leaves_less_off_the_mask(recovered):
+    chosen = recovered("cast", "wanda", *SHORT)
+    strong = recovered("cast", "wanda", *SHORT, "-O", f"decay={10 * chosen['decay']}")
+    assert strong["finished"]["moved"] < chosen["finished"]["moved"]
+    assert strong["curve"][-1][2] < 0.8 * strong["curve"][0][2]
 
 
 def test_the_fixed_mask_beats_the_bare_loop_on_its_own_text(recovered):
