@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsekit import methods
-from sparsekit.errors import DataError, PatternError, UsageError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.models.architecture import Target
 from sparsekit.models.blocks import BlockStream
 from sparsekit.models.checkpoint import Checkpoint
@@ -22,11 +22,9 @@ from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
 from sparsekit.stages.device import pick_device
-from sparsekit.stages.job import skipped
 from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
-    DENSE_ZEROS,
     refuse_cuts,
     refuse_misfits,
     refuse_more_than_the_vocabulary,
@@ -38,9 +36,9 @@ from sparsekit.stages.trainchecks import (
     require_pass,
     state_bytes,
     training_bytes,
-    zero_share,
 )
 from sparsekit.stages.trainconfig import AUTO, RecoverConfig
+from sparsekit.stages.trainpatterns import patterns_of, sparse_targets, told_patterns
 from sparsekit.tensors.factored import stored_shapes
 from sparsekit.tensors.patterns import Pattern
 
@@ -111,8 +109,8 @@ def prepare(
     config, recoverer, notes = _completed(config, source)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
     linear = stream.targets()
-    targets, left = _targets(config, source, linear)
-    patterns = _patterns(config, source, targets)
+    targets, left = sparse_targets(config, source, linear)
+    patterns = patterns_of(config, source, targets)
     refuse_misfits(targets, patterns, recoverer, config)
     if ranks.shards:
         refuse_cuts(targets, patterns, config)
@@ -173,31 +171,6 @@ def _completed(
     return config, recoverer, told
 
 
-def _targets(
-    config: RecoverConfig, source: Checkpoint, linear: Sequence[Target]
-) -> tuple[list[Target], list[dict[str, str]]]:
-    """The weights that are sparse or are to be, and those that stay dense with the reason.
-
-    Raises:
-        UsageError: A weight that is to stay dense is sparse.
-        DataError: There are none.
-    """
-    told = _told(source)
-    reasons = skipped([target.name for target in linear], config.skip)
-    if sparse := [name for name in reasons if name in told]:
-        raise UsageError(
-            f"{reasons[sparse[0]]} would fill the zeros of {sparse[0]}, which is {told[sparse[0]]}",
-            "leave it out: what pruning has left dense stays so",
-        )
-    if told:
-        left = [target.name for target in linear if target.name not in told]
-        reasons |= dict.fromkeys(left, "left dense when it was pruned")
-    targets = [target for target in linear if target.name not in reasons]
-    if not targets:
-        raise DataError(f"{source.path} has no linear weight in its blocks to train")
-    return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
-
-
 def _refuse_other_forms(source: Checkpoint) -> None:
     """Refuse a model that cannot be trained as it is.
 
@@ -247,11 +220,6 @@ def _open_teacher(
     return teacher
 
 
-def _told(source: Checkpoint) -> dict[str, str]:
-    """The pattern that each weight was last pruned to, by name."""
-    return {row["name"]: row["pattern"] for e in source.pruned() for row in e["weights"]}
-
-
 def _parent(source: Checkpoint) -> str | None:
     """The dense model that the history of a sparse one begins with, where that can be reached."""
     return _dense(source).get("path")
@@ -285,37 +253,6 @@ def require_parent(job: Recovery, fingerprint: str) -> None:
         )
 
 
-def _patterns(config: RecoverConfig, source: Checkpoint, targets: Sequence[Target]) -> Patterns:
-    """The pattern that was asked for, that of the history, or 2:4 for a dense model.
-
-    Raises:
-        UsageError: The model does not have the pattern that it should have, and none was named.
-    """
-    if config.pattern is not None:
-        return Patterns(base=Pattern.parse(config.pattern))
-    told = _told(source)
-    if told:
-        base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])
-        own = {name: Pattern.parse(text) for name, text in told.items()}
-        patterns = Patterns(base=base, own={n: one for n, one in own.items() if one != base})
-    else:
-        patterns = Patterns(base=Pattern(keep=2, group=4))
-    missing = ""
-    for target in targets:
-        weight = source.read([target.name])[target.name]
-        weight = weight.T if target.transposed else weight
-        try:
-            patterns.of(target).check(weight, target.name)
-        except PatternError as error:
-            missing = missing or error.message
-    if missing and (told or zero_share(source, targets) > DENSE_ZEROS):
-        raise UsageError(
-            f"{source.path} is sparse, but not {patterns.base}: {missing}",
-            "name the pattern that it has, or is to have, with --pattern; --skip what is dense",
-        )
-    return patterns
-
-
 def _layout(
     config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: Patterns
 ) -> Layout:
@@ -337,7 +274,7 @@ def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> li
     """What the user should know before the run."""
     found = []
     asked = None if config.pattern is None else str(Pattern.parse(config.pattern))
-    others = sorted(set(_told(source).values()) - {asked})
+    others = sorted(set(told_patterns(source).values()) - {asked})
     if asked is not None and others:
         told = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
         found.append(
