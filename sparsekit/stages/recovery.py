@@ -160,7 +160,7 @@ def _completed(
         config, why = chosen(config)
         told.append(why)
     recoverer = methods.load("recoverers", config.method, config.options)
-    moves = recoverer.refresh or config.pattern is not None or not _told(source)
+    moves = recoverer.refresh or config.pattern is not None or not told_patterns(source)
     if config.metric != "magnitude" and not moves:
         raise UsageError(
             f"--metric {config.metric} has no effect: the mask that {source.path} has stays",
