@@ -52,15 +52,20 @@ for name in Checkpoint.open(Path(out)).coded:
     count += 1
 print(json.dumps([count, revived, broken]))
 """
-# Sixteen tokens after a prompt, in bfloat16, as transformers and as vLLM give them.
+# Sixteen tokens after a prompt that vLLM finds most probable, in bfloat16, and how far each is from
+# the most probable one of transformers, in nats.
 PROMPT = "The capital of France is"
-GENERATES = f"""
-import json, sys
+COMPARES = f"""
+import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-prompt = AutoTokenizer.from_pretrained(sys.argv[1])({PROMPT!r}, return_tensors="pt")
+prompt = AutoTokenizer.from_pretrained(sys.argv[1])({PROMPT!r}).input_ids
+tokens = json.loads(sys.argv[2])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16")
-told = dict(do_sample=False, min_new_tokens=16, max_new_tokens=16)
-print(json.dumps(model.generate(**prompt, **told)[0, prompt.input_ids.shape[1]:].tolist()))
+with torch.no_grad():
+    log = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+log = log.log_softmax(-1)
+found = log.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+print(json.dumps((log.max(-1).values - found).tolist()))
 """
 SERVES = f"""
 import json, sys
@@ -151,15 +156,16 @@ def test_packed_models_give_the_same_tokens_and_are_as_small_as_theory(made, tmp
 
 @pytest.mark.skipif(VLLM is None, reason="SPARSEKIT_VLLM names no Python that has vLLM")
 @pytest.mark.parametrize("grid", ["int4-g64", "w8a8"])
-def test_vllm_loads_it_and_gives_the_tokens_of_transformers(made, grid, tmp_path):
-    """Greedily, each in a process of its own; what is packed it refuses by name."""
+def test_vllm_loads_it_and_finds_the_same_tokens_probable(made, grid, tmp_path):
+    """Each in a process of its own; its kernels round otherwise. What is packed it refuses."""
     folder = made("2:4", "gptq", grid)
-    wanted = run("-c", GENERATES, folder)
-    assert len(wanted) == 16
     found = vllm(folder)
     told = re.search(r"^TOKENS (.*)$", found.stdout, re.MULTILINE)
     assert told is not None, found.stderr
-    assert json.loads(told[1]) == wanted
+    behind = run("-c", COMPARES, folder, told[1])
+    print(grid, told[1], behind, flush=True)
+    assert len(behind) == 16
+    assert max(behind) < 1.0  # tokens picked at random are 7 to 14 behind
     sparsekit("pack", folder, "-o", tmp_path / "packed")
     refused = vllm(tmp_path / "packed")
     assert refused.returncode != 0
