@@ -176,7 +176,9 @@ def vllm(folder: Path) -> subprocess.CompletedProcess:
     """What vLLM generates, the tokens among its own lines on stdout."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     words = [str(VLLM), "-c", SERVES, str(folder)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        words, capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
 
 
 def _tensors(file: Path) -> dict[str, bytes]:
