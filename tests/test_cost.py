@@ -1,4 +1,4 @@
-"""What pruning may cost: the project's limits on time and memory, measured by its own bench.
+"""What pruning and training may cost: the project's limits, measured by its own bench.
 
 Slow: `pytest -m slow tests/test_cost.py -s` (about 20 minutes on two quiet cores, 10 GB of disk).
 The limits are the project's; the rows for the times come from the developers' parity data.
@@ -29,6 +29,16 @@ def test_pruning_takes_at_most_so_many_forwards(method, limit, monkeypatch):
     found = bench("prune", "demo", "--method", method, "--calibration", ROWS)
     print(found)
     assert found["ratio"] <= limit
+
+
+def test_training_reaches_three_quarters_of_the_matrix_rate(monkeypatch):
+    """With long batches; not where products are so fast that what lies between them weighs more."""
+    monkeypatch.delenv("SPARSEKIT_CACHE", raising=False)
+    found = bench("recover", "demo", "--batch", 8, "--length", 256)
+    print(found)
+    if found["matrix_gflops"] > 200:
+        pytest.skip(f"{found['share_of_the_possible']:.2f}, as the README tells of fast machines")
+    assert found["share_of_the_possible"] >= 0.75
 
 
 def test_peak_memory_is_below_a_gigabyte_whatever_the_depth(tmp_path):

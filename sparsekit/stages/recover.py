@@ -19,6 +19,7 @@ from sparsekit.errors import (
 )
 from sparsekit.files import KEPT, read_json, write_json
 from sparsekit.models.reference import title
+from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.stages.cards import recover_card
@@ -215,11 +216,7 @@ def _train(work: Work, training: Training) -> TrainingLog:
         if done.sparsity is not None:
             selected = f", {done.flips} flips, sparsity {done.sparsity:.4f}"
         if windows is not None and (now % config.eval_every == 0 or training.done):
-            sparse, rule, begun = optimizer.sparse, optimizer.rule, time.perf_counter()
-            row["perplexity"] = measure(training.student, sparse, rule, windows.tokens)
-            deadline.evaluated(time.perf_counter() - begun)
-            row["evaluated_on"] = windows.title
-            row["sparsity"] = sparsity_measure(optimizer)
+            row |= _evaluated(training, windows, deadline)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
         log.add(row)
         late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
@@ -246,6 +243,15 @@ def _train(work: Work, training: Training) -> TrainingLog:
         )
     progress.end()
     return log
+
+
+def _evaluated(training: Training, windows: TokenRows, deadline: Deadline) -> dict[str, Any]:
+    """What the sparse model is worth now, for the log; the training is not disturbed."""
+    optimizer, begun = training.optimizer, time.perf_counter()
+    found = measure(training.student, optimizer.sparse, optimizer.rule, windows.tokens)
+    deadline.evaluated(time.perf_counter() - begun)
+    told = {"perplexity": found, "evaluated_on": windows.title}
+    return told | {"sparsity": sparsity_measure(optimizer)}
 
 
 def _title(work: Work) -> str:
