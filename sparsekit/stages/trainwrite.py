@@ -52,11 +52,12 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
         moved = (hidden_states(training.student, tokens) - before).norm() / before.norm()
         found["moved"] = moved.item()
         if not found["moved"] <= MOST_MOVED:
+            length = "--max-time" if training.config.tokens is None else "--tokens"
             raise CheckFailedError(
                 "the decay has not finished: leaving out what is off the mask moves the last "
                 f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
                 f"selection changed {flips} of {size:.0f} entries",
-                "train for longer, with a higher --lr or a stronger decay (-O decay=…)",
+                f"train with more {length}, a higher --lr or a stronger decay (-O decay=…)",
             )
         if found["moved"] > SETTLED:
             progress.note(

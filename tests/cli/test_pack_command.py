@@ -52,12 +52,13 @@ def test_wrong_input_is_code_two_and_damage_is_code_one(cli, pruned, family, tmp
     whole = file.read_bytes()
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1
-    for damaged, words in (
-        (changed, "sparsekit.json recorded"),
-        (whole[:-3], "is not a whole safetensors file"),
+    for damaged, *told in (
+        (changed, "sparsekit.json recorded", ".weight is not what was packed"),
+        (whole[:-3], *["is not a whole safetensors file"] * 2),
     ):
         file.write_bytes(damaged)
-        for command in (("verify", packed, "-q"), ("unpack", packed, "-o", out, "-q")):
+        commands = (("verify", packed, "-q"), ("unpack", packed, "-o", out, "-q"))
+        for command, words in zip(commands, told, strict=True):
             found = cli(*command)
             assert found.code == 1
             assert found.stdout == ""
