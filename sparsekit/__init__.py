@@ -35,7 +35,7 @@ def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -
     """A checkpoint as a transformers model on the CPU, also one that is packed or factors.
 
     Args:
-        path: The folder.
+        path: The folder; a hub id or `demo` does too.
         dtype: `float32`, `bfloat16`, `float16`; auto: the type on disk.
         resident: `packed` keeps packed weights and factors as they are, and each layer unpacks its
             own when it is called; `expand` holds dense ones, which is faster and takes more memory.

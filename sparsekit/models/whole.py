@@ -17,6 +17,7 @@ from sparsekit.models.architecture import refuse_foreign
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.factored import expand
 from sparsekit.models.folder import is_packed
+from sparsekit.models.reference import resolve
 from sparsekit.models.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def load(path: str | Path, dtype: str, resident: Resident) -> PreTrainedModel:
     """See `sparsekit.load`."""
     if resident not in RESIDENT:
         raise UsageError(f"resident {resident!r} is not known", " or ".join(RESIDENT))
-    source = Checkpoint.open(Path(path))
+    source = Checkpoint.open(resolve(str(path)))
     if dtype == "auto":
         wanted = own_dtype(source)
     elif dtype in ("float32", "bfloat16", "float16"):

@@ -164,6 +164,12 @@ def _notes_of(row: Row) -> list[str]:
         )
     if not row.scores:
         notes.append(f"{row.name} has no scores: sparsekit eval --save keeps them")
+    parts = {entry["stage"] for entry in row.history if entry.get("resumed_blocks")}
+    if parts:
+        notes.append(
+            f"{row.name}: {' and '.join(sorted(parts))} went on after an interruption; its seconds "
+            "are those of the last part"
+        )
     if row.stored and not row.history:
         notes.append(f"{row.name} has no history: how it was made is not known")
     tasks = [task for entry in row.scores for task in entry["tasks"]]

@@ -115,9 +115,10 @@ def prepare(
     config = read_json(source.path / "config.json")
     form = legacy_format(config)
     if form is None:
+        loads = "other forms still load in transformers: nothing is to be done"
         raise DataError(
             f"{source.path} is in none of the forms {', '.join(PARTS)}",
-            "other forms still load in transformers: nothing is to be done",
+            "sparsekit unpack makes it plain" if source.factored else loads,
         )
     prefixes = _prefixes(source, form)
     weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}

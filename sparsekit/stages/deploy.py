@@ -234,10 +234,10 @@ def _openvino(form: Form) -> Verdict:
     if form.kind == "quantized":
         return Verdict("unknown", "no", "unknown", NOT_TRIED)
     reason = (
-        "faster with 8-bit weights and far more than half of them zero, on Xeons with AMX "
-        "(CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE)"
+        "faster only with 8-bit weights of its own and far more than half of them zero, on Xeons "
+        "with AMX (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE)"
     )
-    return Verdict("yes", "no", "part", reason)
+    return Verdict("yes", "no", "no", reason)
 
 
 def _tensorrt(form: Form) -> Verdict:

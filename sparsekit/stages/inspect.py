@@ -61,9 +61,11 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
         progress: Told of each block.
 
     Raises:
-        DataError: The folder is no readable checkpoint.
+        DataError: The folder is no readable checkpoint, or what is packed in it is damaged.
     """
     source = Checkpoint.open(resolve(model, progress))
+    if source.factored:
+        source.scan(progress)  # zeros of a damaged one mean nothing
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     provenance = source.provenance()
     rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]

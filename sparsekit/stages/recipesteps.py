@@ -248,5 +248,5 @@ def refuse_one_place(draft: Draft) -> None:
         if other is not step:
             draft.errors.append(
                 f"{step.path} and {other.path} both write to {step.name}: give one of the stages a "
-                "name"
+                "name, or write what differs under keys in the plural, as methods: [rtn]"
             )

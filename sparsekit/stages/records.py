@@ -24,6 +24,7 @@ from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.models.output import refuse_source
 from sparsekit.models.reference import resolve
 from sparsekit.progress import SILENT, Progress
+from sparsekit.stages.coded import refuse_misfits
 from sparsekit.stages.harness import load_tasks
 from sparsekit.stages.job import skipped
 from sparsekit.stages.recipe import Recipe
@@ -202,9 +203,11 @@ class Run:
         grid = Grid.parse(step.words["grid"])
         targets = BlockStream(self.source, device="cpu", dtype=torch.float32).targets()
         left = skipped([target.name for target in targets], step.words["skip"])
-        for target in targets:
-            if target.name not in left and (reason := grid.misfit(target.shape[1])):
-                raise UsageError(f"{step.path}: {target.name}: {reason}", "choose another grid")
+        coded = [target for target in targets if target.name not in left]
+        try:
+            refuse_misfits(grid, coded, [], flag="grid:", coded=False)
+        except UsageError as error:
+            raise UsageError(f"{step.path}: {error.message}", error.hint) from error
 
     def _before(self, name: str) -> str | None:
         """The fingerprint of what is to be replaced; None also where that is too damaged for one.

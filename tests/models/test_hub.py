@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -254,3 +256,13 @@ def test_a_model_on_a_grid_of_ours_is_fetched_as_any_other(hub, spawn, tmp_path)
     found = spawn("inspect", "org/name", "--json", "-q", env=environment)
     assert found.code == 0, found.stderr
     assert "int8" in found.stdout
+
+
+def test_a_hub_model_is_loaded_from_python_too(hub, tmp_path):
+    served = hub("llama")
+    code = "import sparsekit; print(type(sparsekit.load('org/name')).__name__)"
+    environment = served.environment(tmp_path / "home")
+    words = [sys.executable, "-c", code]
+    found = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "LlamaForCausalLM" in found.stdout

@@ -152,6 +152,18 @@ def test_model_without_scores_is_a_row_with_empty_cells_and_a_note(tmp_path):
     assert any(note.startswith("bare has no scores") for note in found.notes)
 
 
+def test_seconds_of_a_run_that_went_on_are_told_as_those_of_its_last_part(tmp_path):
+    entry = pruned_entry() | {"resumed_blocks": 3}
+    folders = [
+        checkpoint(tmp_path / "whole", pruned_entry()),
+        checkpoint(tmp_path / "again", entry),
+    ]
+    told = [note for note in compare(folders).notes if "interruption" in note]
+    assert told == [
+        "again: prune went on after an interruption; its seconds are those of the last part"
+    ]
+
+
 def test_folder_without_checkpoints_is_named(tmp_path):
     (tmp_path / "empty/inner").mkdir(parents=True)
     with pytest.raises(DataError, match=r"empty is no checkpoint and holds none"):

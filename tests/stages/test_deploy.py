@@ -52,6 +52,7 @@ def forms(family, pruned, row_file, tmp_path):
     [  # loads, smaller, faster
         ("dense", {"transformers": "yes no no", "vLLM": "yes no no", "sparsekit": "yes no no"}),
         ("2:4", {"transformers": "yes no no", "vLLM": "yes no no", "llama.cpp": "yes no no"}),
+        ("2:4", {"OpenVINO (CPU)": "yes no no"}),
         ("50%", {"TensorRT core (by ONNX)": "yes no no", "vLLM": "yes no no"}),
         (
             "composed",

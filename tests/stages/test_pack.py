@@ -19,6 +19,7 @@ from sparsekit.models.folder import FACTORS, PROVENANCE
 from sparsekit.progress import Progress
 from sparsekit.stages import pack as stage
 from sparsekit.stages.config import EvalConfig, PruneConfig
+from sparsekit.stages.deploy import deploy
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import inspect, verify
 from sparsekit.stages.pack import pack
@@ -191,6 +192,8 @@ def test_a_changed_byte_is_found_and_named(sparse, row_file, tmp_path):
     whole = file.read_bytes()
     checks = (
         verify,
+        inspect,
+        deploy,
         lambda path: evaluate(EvalConfig(text=str(row_file)), [path]),
         sparsekit.load,
         AutoModelForCausalLM.from_pretrained,

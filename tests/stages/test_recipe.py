@@ -146,7 +146,8 @@ def test_all_errors_are_told_at_once_with_their_places():
         ),
         (
             "- prune: [{method: wanda, samples: 4}, {method: wanda, samples: 8}]\n",
-            "stages[0].prune[1] and stages[0].prune[0] both write to wanda: give one of the",
+            "stages[0].prune[1] and stages[0].prune[0] both write to wanda: give one of the stages "
+            "a name, or write what differs under keys in the plural, as methods: [rtn]",
         ),
     ],
 )
