@@ -51,7 +51,7 @@ def draw(log: Sequence[Mapping[str, Any]], title: str) -> bytes:
     if selected:
         last = next(axes)
         flips = [row for row in log if row["flips"]]
-        last.plot([r["tokens"] for r in flips], [r["flips"] for r in flips], color=BLUE)
+        last.plot([r["tokens"] for r in flips], [r["flips"] for r in flips], ".", color=BLUE)
         last.set_ylabel("mask entries changed")
     last.set_xlabel("tokens")
     for axis in figure.axes:

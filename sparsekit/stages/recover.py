@@ -214,7 +214,7 @@ def _train(work: Work, training: Training) -> TrainingLog:
             raise
         row, now = done.to_json(), optimizer.steps
         if done.sparsity is not None:
-            selected = f", {done.flips} flips, sparsity {done.sparsity:.4f}"
+            selected = f", {done.flips} flips, {done.sparsity:.2%} of |W| kept"
         if windows is not None and (now % config.eval_every == 0 or training.done):
             row |= _evaluated(training, windows, deadline)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")

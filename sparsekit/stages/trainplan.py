@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Share of the time that is planned for; seconds that starting to write and reading back take; and
 # bytes a second that a disk is taken to write.
 PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
+# Share of the time that is left that measuring may take, but for its first step.
+PROBING = 0.15
 # Of the way that gradients may take a weight from zero, what a pull must be able to take it back
 # that is weaker than the one that would be chosen.
 BACK = 0.25
@@ -138,7 +140,7 @@ def _probe(
     optimizer = student.optimizer(recoverer.rule(0.0))
     trial = Training(student.model, teacher, optimizer, rows, job.config, plan, 0, ranks)
     progress.begin("measuring speed and gradients", PROBED)
-    seconds = []
+    seconds, begun = [], time.perf_counter()
     for _ in range(PROBED):
         try:
             seconds.append(trial.step().seconds)
@@ -148,8 +150,8 @@ def _probe(
                 "no learning rate helps, as no weight was changed: look at MODEL, at its teacher "
                 "and at the text",
             ) from error
-        progress.step("")
-        if ranks.of_main(time.perf_counter() > limit):
+        progress.step(f"{seconds[-1]:.1f} s a step")
+        if ranks.of_main(time.perf_counter() > begun + PROBING * (limit - begun)):
             break
     progress.end()
     step = median(seconds)

@@ -22,7 +22,7 @@ from sparsekit.stages.prune import prune
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recover import recover
 from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.training import Plan
+from sparsekit.stages.training import Plan, Training
 from sparsekit.stages.trainlog import LOG
 from sparsekit.stages.trainplan import CLOSING, PLANNED, decay_budget, steps_within
 from sparsekit.stages.trainspeed import bench_recover
@@ -270,6 +270,23 @@ def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp
     assert any(f": {steps} in the place of" in note for note in notes.told)
     assert any(re.match(r"decay budget: \S+ in the place of", note) for note in notes.told)
     assert shares[-1] == (steps - 1) / steps
+
+
+def test_measuring_leaves_time_for_steps(pruned, tmp_path, monkeypatch):
+    """Steps take 2 s here: eight of them that only measure would leave none of 20 s."""
+    real = Training.gradients
+
+    def slow(self, step):
+        time.sleep(2.0)
+        return real(self, step)
+
+    monkeypatch.setattr(Training, "gradients", slow)
+    monkeypatch.setattr(trainplan, "saving_seconds", lambda _: 0.0)
+    config = replace(SHORT, method="ast", tokens=None, max_time=20.0)
+    begun = time.perf_counter()
+    found = recover(config, str(pruned), tmp_path / "out")
+    assert time.perf_counter() - begun < 20
+    assert found.entry["plan"]["steps"] >= 3
 
 
 def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
