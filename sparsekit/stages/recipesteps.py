@@ -191,17 +191,17 @@ def _add_steps(variant: Step, parents: Sequence[str | None], draft: Draft) -> No
     """
     verb, path, label = variant.verb, variant.path, variant.name
     for parent in parents:
-        before = draft.forms.get(parent, "plain")
+        before, wrong = draft.forms.get(parent, "plain"), []
         if before not in TAKES[verb]:
-            draft.errors.append(f"{path}: {parent} is {before} by then, which {verb} does not take")
-            continue
+            wrong = [f"{path}: {parent} is {before} by then, which {verb} does not take"]
         own = (parent or MODEL) if verb == "eval" else f"{parent}.{label}" if parent else label
         step = replace(variant, name=own, parent=parent)
         try:
             config = step.config
         except SparsekitError as error:
-            told = f"{path}: {error}"
-            draft.errors += [] if told in draft.errors else [told]
+            wrong.append(f"{path}: {error}")
+        draft.errors += [told for told in wrong if told not in draft.errors]
+        if wrong:
             continue
         draft.steps.append(step)
         if verb != "eval":

@@ -101,6 +101,17 @@ def test_all_errors_are_told_at_once_with_their_places():
     assert "int3" in found[8]
 
 
+def test_an_impossible_order_does_not_hide_what_else_is_wrong():
+    with pytest.raises(UsageError) as error:
+        parse("model: demo\nstages:\n- pack\n- quantize: {method: gptqq}\n- recover: {}\n")
+    for told in (
+        "stages[1].quantize: pack is packed by then, which quantize does not take",
+        "no method 'gptqq'; did you mean 'gptq'?",
+        "recover needs to know how long",
+    ):
+        assert told in error.value.message
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
