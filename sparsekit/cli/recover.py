@@ -1,5 +1,6 @@
 """The verb `recover`: its flags, and the configuration that they spell."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -185,9 +186,14 @@ def recover(
             device=device,
             dtype=dtype,
         )
-        refuse_timed(dry_run=dry_run, timed=timed)
-        does = partial(_plan, timed=timed) if dry_run else _run
+        does = _verb(dry_run=dry_run, timed=timed)
         does(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
+
+
+def _verb(*, dry_run: bool, timed: bool) -> Callable[..., None]:
+    """What is done with the configuration: a run, or the plan of one."""
+    refuse_timed(dry_run=dry_run, timed=timed)
+    return partial(_plan, timed=timed) if dry_run else _run
 
 
 def _run(

@@ -164,7 +164,7 @@ def _notes_of(row: Row) -> list[str]:
         )
     if not row.scores:
         notes.append(f"{row.name} has no scores: sparsekit eval --save keeps them")
-    parts = {entry["stage"] for entry in row.history if entry.get("resumed_blocks")}
+    parts = {str(entry.get("stage")) for entry in row.history if entry.get("resumed_blocks")}
     if parts:
         notes.append(
             f"{row.name}: {' and '.join(sorted(parts))} went on after an interruption; its seconds "

@@ -162,19 +162,25 @@ def top_teacher(
         DataError: A row on disk is damaged, or the model is needed and does not fit into memory.
         StorageError: The disk has no room for the rows.
     """
-    config = job.config
-    if config.teacher_top is None:
+    if job.config.teacher_top is None:
         return None
     teacher = TopTeacher.of(job, rows, cache(partial(load_teacher, job, ranks)))
-    positions = None  # with --max-time it may be any of them
-    if config.tokens is not None:
-        steps = max(config.steps(), PROBED if job.recoverer.needs_gradient else 0)
-        positions = steps * config.batch * config.accumulate
+    positions = rows_of_run(job)
+    if positions is not None:
         teacher.announce(positions, progress)
     if teacher.missing(positions):
         way_out = "run it first where there is more memory, with the same cache of rows"
         require_memory(job.source, job.teacher, job.recoverer, job.device, way_out)
     return teacher
+
+
+def rows_of_run(job: Recovery) -> int | None:
+    """How many rows in their order a run looks at; None: with `--max-time` it may be any."""
+    config = job.config
+    if config.tokens is None:
+        return None
+    steps = max(config.steps(), PROBED if job.recoverer.needs_gradient else 0)
+    return steps * config.batch * config.accumulate
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from sparsekit.stages.forecast import Cost
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery, prepare, require_parent
 from sparsekit.stages.report import NUMERICS, versions
-from sparsekit.stages.student import top_teacher
+from sparsekit.stages.student import rows_of_run, top_teacher
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainchecks import pass_bytes, training_bytes
 from sparsekit.stages.trainconfig import RecoverConfig
@@ -67,7 +67,7 @@ class Work:
             prints["teacher"] = job.teacher.scan(progress)
             require_parent(job, prints["teacher"])
         top = top_teacher(job, rows, ranks, progress)
-        taught = job.teacher if top is not None and top.missing(None) else job.loaded
+        taught = job.teacher if top is not None and top.missing(rows_of_run(job)) else job.loaded
         held = training_bytes(job.source, taught, job.recoverer)
         cost.prepared(held + pass_bytes(job.config, job.linear))
         ranks.wait()

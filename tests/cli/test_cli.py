@@ -676,6 +676,8 @@ def test_methods_lists_every_method_with_source_options_and_defaults(cli):
     kinds = ("pruners", "refiners", "recoverers", "quantizers")
     assert found.stdout.split() == [name for kind in kinds for name in methods.names(kind)]
     assert {"alps", "magnitude", "nowag", "ria", "sparsegpt", "wanda"} <= set(found.stdout.split())
+    for needs in ("nothing", "calibration, nowag", "text, the dense model"):
+        assert needs in found.stderr
     listed = strict_json(cli("methods", "--json").stdout)
     for method in listed:
         assert method["summary"]

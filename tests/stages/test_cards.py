@@ -123,6 +123,17 @@ def test_card_is_one_that_the_hub_reads_and_says_how_to_load_it(outputs, name):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}
 
 
+def test_card_tells_what_is_kept_where_it_is_not_the_largest(family, row_file, tmp_path):
+    words = {"data": str(row_file), "tokens": 64, "batch": 2, "length": 16, "method": "ast"}
+    for metric in ("magnitude", "activation"):
+        config = RecoverConfig(**words, metric=metric)
+        card = (
+            recover(config, str(family("llama")), tmp_path / metric).out / "README.md"
+        ).read_text()
+        told = "| kept by | \\|w\\| times the norm of its input |" in card
+        assert told == (metric == "activation")
+
+
 def test_card_tells_each_stage_before_with_the_text_that_it_read(outputs, row_file):
     history = json.loads((outputs["pack"] / "sparsekit.json").read_text())["history"]
     rows, text = history[0]["calibration"]["fingerprint"], history[1]["recipe"]["data"]

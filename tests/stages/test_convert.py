@@ -19,6 +19,7 @@ from sparsekit.stages.compare import compare
 from sparsekit.stages.config import PruneConfig
 from sparsekit.stages.convert import convert, convert_packed
 from sparsekit.stages.inspect import inspect, verify
+from sparsekit.stages.pack import pack
 from sparsekit.stages.prune import prune
 from sparsekit.stages.traces import sparsity_by_block
 from sparsekit.stages.unpack import unpack
@@ -337,6 +338,10 @@ def test_a_missing_part_and_another_form_are_refused(tmp_path):
         convert(str(source), tmp_path / "plain")
     with pytest.raises(DataError, match="is in none of the forms sparse-24-bitmask"):
         convert(str(LEGACY / "dense"), tmp_path / "plain")
+    magnitude = prune(PruneConfig(method="magnitude"), str(LEGACY / "dense"), tmp_path / "sparse")
+    packed = pack(str(magnitude.out), tmp_path / "packed").out
+    with pytest.raises(DataError, match=r"none of the forms .*; sparsekit unpack makes it plain"):
+        convert(str(packed), tmp_path / "plain")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):

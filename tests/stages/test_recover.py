@@ -841,6 +841,19 @@ def test_the_dense_model_that_was_trained_without_a_teacher_may_teach_later(fami
     assert second.entry["teacher"]["path"] == str(family("llama"))
 
 
+def test_a_failure_after_the_last_step_says_where_the_state_is(pruned, tmp_path, monkeypatch):
+    def fails(*_):
+        raise NumericalError("a weight does not fit into float16")
+
+    monkeypatch.setattr(stage, "write_tensors", fails)
+    with pytest.raises(NumericalError, match=r"the last saved state is in .*out\.partial"):
+        recover(SHORT, str(pruned), tmp_path / "out")
+    monkeypatch.undo()
+    notes = Notes()
+    recover(SHORT, str(pruned), tmp_path / "out", progress=notes)
+    assert any("going on after 12 steps" in note for note in notes.told)
+
+
 def test_a_failed_run_leaves_nothing_that_would_refuse_another_try(pruned, tmp_path, monkeypatch):
     losses = training.model_losses
 

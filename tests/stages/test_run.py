@@ -240,7 +240,10 @@ def test_a_damaged_record_is_named(recipe, tmp_path, damage):
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
-        ("- recover: {tokens: 96, length: 16}\n- quantize: {grid: int4-g24}\n", "groups of 24"),
+        (
+            "- recover: {tokens: 96, length: 16}\n- quantize: {grid: int4-g24}\n",
+            "groups of 24; grid: int4-g32 fits",
+        ),
         ("- eval: {tasks: [no_such_task]}\n", "no_such_task"),
         ("- eval: {baseline: ./nowhere}\n", "nowhere"),
         ("- recover: {tokens: 96, length: 16, pattern: 3:7}\n", "groups of 7"),

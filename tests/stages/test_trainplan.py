@@ -11,7 +11,7 @@ import pytest
 import torch
 from listeners import Notes
 
-from sparsekit.errors import StorageError, UsageError
+from sparsekit.errors import CheckFailedError, StorageError, UsageError
 from sparsekit.models.checkpoint import Checkpoint
 from sparsekit.recoverers.cast import Continuous
 from sparsekit.stages import automethod, deadline, trainplan, trainwrite
@@ -254,6 +254,10 @@ def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_pat
 
 def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp_path, monkeypatch):
     """The last step's share of the pull is (n - 1) / n of the steps that were taken."""
+    config = replace(SHORT, method="cast", options={"decay": "1e-2"}, tokens=None, max_time=20.0)
+    monkeypatch.setattr(trainwrite, "MOST_MOVED", -1.0)  # however little that is
+    with pytest.raises(CheckFailedError, match="train with more --max-time"):
+        recover(config, str(pruned), tmp_path / "moved", progress=Slows())
     monkeypatch.setattr(trainwrite, "MOST_MOVED", math.inf)
     shares, mix = [], Continuous.mix
 
@@ -262,7 +266,6 @@ def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp
         return mix(self, mean, weight, mask, done)
 
     monkeypatch.setattr(Continuous, "mix", mixed)
-    config = replace(SHORT, method="cast", options={"decay": "1e-2"}, tokens=None, max_time=20.0)
     notes = Slows()
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert verify(str(found.out))["pattern"] == ["2:4"]
