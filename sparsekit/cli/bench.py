@@ -15,6 +15,7 @@ from sparsekit.cli.options import (
     Json,
     Length,
     Method,
+    MixedPrecision,
     Model,
     Options,
     PatternText,
@@ -176,6 +177,7 @@ def bench_recover(
     teacher: Annotated[
         str | None, typer.Option(help="The dense model. Default: what MODEL was made from.")
     ] = None,
+    mixed_precision: MixedPrecision = "no",
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -193,6 +195,7 @@ def bench_recover(
             batch=batch,
             length=length,
             teacher=None if teacher is None else named(teacher),
+            mixed_precision=mixed_precision,  # type: ignore[arg-type]  (check() refuses other words)
             device=device,
         )
         config.check()

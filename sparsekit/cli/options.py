@@ -31,6 +31,13 @@ Dtype = Annotated[
         help="Compute type: auto, float32, bfloat16 or float16.", autocompletion=complete.dtypes
     ),
 ]
+MixedPrecision = Annotated[
+    str,
+    typer.Option(
+        help="bf16: multiply in bfloat16, keep weights in float32. Or no.",
+        autocompletion=complete.words("no", "bf16"),
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(

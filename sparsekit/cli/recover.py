@@ -15,6 +15,7 @@ from sparsekit.cli.options import (
     DryRun,
     Form,
     Json,
+    MixedPrecision,
     Model,
     Options,
     Overwrite,
@@ -113,7 +114,8 @@ EvalText = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Compute type: auto or float32.", autocompletion=complete.words("auto", "float32")
+        help="Type of weights in training: auto or float32.",
+        autocompletion=complete.words("auto", "float32"),
     ),
 ]
 
@@ -146,6 +148,7 @@ def recover(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    mixed_precision: MixedPrecision = "no",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     timed: Timed = False,
@@ -185,6 +188,7 @@ def recover(
             seed=seed,
             device=device,
             dtype=dtype,
+            mixed_precision=mixed_precision,
         )
         does = _verb(dry_run=dry_run, timed=timed)
         does(terminal, config, named(model), out, overwrite=overwrite, progress=progress)

@@ -71,6 +71,7 @@ class RecoverWords(TypedDict, total=False):
     seed: int
     device: str
     dtype: str
+    mixed_precision: str
 
 
 class QuantizeWords(TypedDict, total=False):

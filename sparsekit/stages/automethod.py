@@ -26,8 +26,8 @@ BEST = "ast"
 # Floating-point operations a second of a CPU core and of a GPU when the time is given: nominal, so
 # that all processes and an interrupted run come to the same tokens.
 CORE, GPU = 5e10, 2e13
-# So many times that is what a machine may train on at most.
-FASTEST = 4.0
+# So many times that is what a machine may train on at most, and the same in mixed precision.
+FASTEST, MIXED = 4.0, 8.0
 
 
 def chosen(config: RecoverConfig) -> tuple[RecoverConfig, str]:
@@ -41,7 +41,8 @@ def tokens_to_read(
     """How many tokens of the text are needed: those of whole steps, or of a very fast machine."""
     if config.tokens is not None:
         return config.steps() * config.step_tokens
-    wanted = FASTEST * _tokens(config, _parameters(source), device, ranks)
+    fastest = FASTEST if config.mixed_precision == "no" else MIXED
+    wanted = fastest * _tokens(config, _parameters(source), device, ranks)
     return max(1, math.ceil(wanted / config.step_tokens)) * config.step_tokens
 
 

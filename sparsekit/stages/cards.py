@@ -140,6 +140,7 @@ def recover_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
         ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
         ("loss", loss),
+        ("multiplied in", "bfloat16" if recipe.get("mixed_precision") == "bf16" else "-"),
         ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
         ("entries that changed sides", f"{flipped / summary['size']:.4%}"),
         (

@@ -16,7 +16,7 @@ from sparsekit.stages.trainconfig import RecoverConfig
 # beside the recipe.
 RECOVER_FLAGS = (
     *("metric", "batch", "length", "accumulate", "schedule", "temperature", "teacher_top", "slorb"),
-    *("format", "seed", "device"),
+    *("format", "seed", "device", "mixed_precision"),
 )
 
 

@@ -1,9 +1,14 @@
 """Where and in which type a stage computes."""
 
+import time
+
 import torch
 
 from sparsekit.errors import UsageError
 from sparsekit.models.checkpoint import Checkpoint
+
+# Side of the matrices that types are compared on, and how often; the fastest time counts.
+SIDE, TRIES = 512, 3
 
 
 def pick_device(name: str) -> str:
@@ -34,3 +39,13 @@ def compute_dtype(name: str, device: str, source: Checkpoint) -> torch.dtype:
     matrices = [place for place in source.places.values() if len(place.shape) == 2]
     own = max(matrices, key=lambda place: place.stop - place.start).dtype
     return own if own in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """What a product of two small matrices takes on the CPU."""
+    matrix, times = torch.ones(SIDE, SIDE, dtype=dtype), []
+    for _ in range(TRIES):
+        begun = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - begun)
+    return min(times)

@@ -90,6 +90,7 @@ def plan_recover(
         "activation_bytes_estimate": pass_bytes(job.config, job.linear),
         "device": str(job.device),
         "dtype": "float32",
+        "mixed_precision": config.mixed_precision,
     }
 
 

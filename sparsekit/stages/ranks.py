@@ -52,8 +52,8 @@ class Ranks:
                 )
         if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
             raise UsageError(
-                f"accelerate was told to compute in {precision}, training computes in float32",
-                "launch it with --mixed_precision no",
+                f"accelerate was told to compute in {precision}, which is for recover to be told",
+                "launch it with --mixed_precision no, and recover with --mixed-precision bf16",
             )
         from accelerate import PartialState
 

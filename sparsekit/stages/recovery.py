@@ -21,7 +21,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.recoverers import Recoverer
 from sparsekit.stages.automethod import chosen
 from sparsekit.stages.chain import Patterns
-from sparsekit.stages.device import pick_device
+from sparsekit.stages.device import pick_device, product_seconds
 from sparsekit.stages.opening import open_source, refuse_packed, require_room
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.trainchecks import (
@@ -71,8 +71,8 @@ class Recovery:
 
     @property
     def held(self) -> int:
-        """Bytes of weights, gradients, moments and teacher in float32, without activations."""
-        return training_bytes(self.source, self.loaded, self.recoverer)
+        """Bytes of weights, gradients, moments and teacher, without activations."""
+        return training_bytes(self.config, self.source, self.loaded, self.recoverer)
 
 
 def prepare(
@@ -145,7 +145,9 @@ def _require_memory(job: Recovery, ranks: Ranks) -> None:
     Raises:
         DataError: Says what is needed, and what there is.
     """
-    require_memory(job.source, job.loaded, job.recoverer, job.device, shards=ranks.shards)
+    require_memory(
+        job.config, job.source, job.loaded, job.recoverer, job.device, shards=ranks.shards
+    )
     if not ranks.shards:
         require_pass(job.config, job.source, job.loaded, job.linear, job.recoverer, job.device)
 
@@ -286,6 +288,13 @@ def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> li
             "the branches of --slorb cannot be folded into the sparse weights, and a model that "
             "was trained with them is much worse without"
         )
+    if config.mixed_precision == "bf16" and stream.device.type == "cpu":
+        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        if times > 1:
+            found.append(
+                f"products in bfloat16 take {times:.1f} times as long as in float32 on this "
+                "machine: --mixed-precision no is faster"
+            )
     if not stream.tested:
         found.append(
             f"{source.config.model_type!r} is not among the tested families: compare the output's "

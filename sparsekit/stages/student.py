@@ -23,6 +23,7 @@ from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.recovery import Recovery
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainchecks import require_memory
+from sparsekit.stages.trainloss import products_of
 from sparsekit.tensors.maskedadam import MaskedAdam, Settings
 from sparsekit.tensors.sparseweight import Rule, SparseWeight
 
@@ -143,11 +144,17 @@ class Student:
 
 
 def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
-    """The frozen dense model; None when the loss does not ask for it."""
+    """The frozen dense model; None when the loss does not ask for it.
+
+    Of a few largest probabilities, which other runs use too, it is float32; else of the type in
+    which the student multiplies.
+    """
     if job.config.share == 0:
         return None
     teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device).requires_grad_(False)
     require_plain_head(teacher)
+    if job.config.teacher_top is None:
+        teacher.to(products_of(job.config))
     if ranks.shards:
         ranks.shard(find_blocks(teacher)[1], job.device)
     return teacher
@@ -170,7 +177,7 @@ def top_teacher(
         teacher.announce(positions, progress)
     if teacher.missing(positions):
         way_out = "run it first where there is more memory, with the same cache of rows"
-        require_memory(job.source, job.teacher, job.recoverer, job.device, way_out)
+        require_memory(job.config, job.source, job.teacher, job.recoverer, job.device, way_out)
     return teacher
 
 

@@ -187,6 +187,7 @@ def refuse_more_than_the_vocabulary(config: RecoverConfig, teacher: Checkpoint) 
 
 
 def require_memory(
+    config: RecoverConfig,
     source: Checkpoint,
     teacher: Checkpoint | None,
     recoverer: Recoverer,
@@ -202,15 +203,15 @@ def require_memory(
     Raises:
         DataError: Says what is needed, and what there is.
     """
-    needed = _float32_bytes(source) if shards else training_bytes(source, None, recoverer)
-    told = "weights" if shards else "weights, gradients and two moments"
+    needed = _float32_bytes(source) if shards else training_bytes(config, source, None, recoverer)
+    told = f"weights{'' if shards else ', gradients and two moments'} in float32"
     if teacher is not None:
-        needed += _float32_bytes(teacher)
-        told += ", and the teacher"
+        needed += _teacher_bytes(config, teacher)
+        told += ", and the teacher" + (" in bfloat16" if _halved(config) else "")
     needed *= _sharing(device)
     if needed > (free := _free(device)):
         raise DataError(
-            f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told} in float32, "
+            f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told}, "
             f"besides the activations; {free / 1e9:.1f} GB are available",
             way_out
             or "shard it over several GPUs or machines (accelerate launch --use_fsdp "
@@ -234,7 +235,7 @@ def require_pass(
     """
     row = pass_bytes(config, linear) // config.batch
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    held, told = training_bytes(source, teacher, recoverer), "weights, moments"
+    held, told = training_bytes(config, source, teacher, recoverer), "weights, moments"
     if config.accumulate == processes:  # gradients come while what was kept goes
         held -= _float32_bytes(source)
     else:
@@ -278,10 +279,22 @@ def _sharing(device: torch.device) -> int:
     return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def training_bytes(source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer) -> int:
+def training_bytes(
+    config: RecoverConfig, source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer
+) -> int:
     """Bytes of weights, gradients, moments and teacher, whatever the batch is."""
     copies = 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
-    return copies * _float32_bytes(source) + (_float32_bytes(teacher) if teacher else 0)
+    return copies * _float32_bytes(source) + (_teacher_bytes(config, teacher) if teacher else 0)
+
+
+def _teacher_bytes(config: RecoverConfig, teacher: Checkpoint) -> int:
+    """Bytes of the teacher's weights in the type in which it computes."""
+    return _float32_bytes(teacher) // (2 if _halved(config) else 1)
+
+
+def _halved(config: RecoverConfig) -> bool:
+    """Whether the teacher holds 16-bit weights; not where its probabilities are kept."""
+    return config.mixed_precision == "bf16" and config.teacher_top is None
 
 
 def state_bytes(source: Checkpoint) -> int:

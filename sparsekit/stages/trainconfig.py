@@ -13,6 +13,7 @@ from sparsekit.stages.config import DEVICES, one_of
 from sparsekit.tensors.patterns import Pattern
 
 Metric = Literal["magnitude", "activation"]
+Precision = Literal["no", "bf16"]
 Schedule = Literal["auto", "flat", "cosine", "linear", "constant"]
 SCHEDULES = get_args(Schedule)
 # In the place of a method: the one that was found best. In that of a schedule: the method's.
@@ -74,6 +75,9 @@ class RecoverConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    mixed_precision: Precision = "no"
+    """`bf16`: forward and backward passes multiply in bfloat16; weights, gradients and moments stay
+    float32."""
 
     def check(self) -> None:
         """Refuse what is wrong whatever the model is.
@@ -116,9 +120,10 @@ class RecoverConfig:
             raise UsageError(
                 f"--dtype {self.dtype}: steps of training are smaller than the resolution of "
                 "16-bit weights, and would be lost",
-                "leave it out: training computes in float32",
+                "leave it out, or multiply in 16 bits beside weights of 32: --mixed-precision bf16",
             )
         one_of("--dtype", self.dtype, ("auto", "float32"))
+        one_of("--mixed-precision", self.mixed_precision, get_args(Precision))
 
     def _check_numbers(self) -> None:
         if (self.tokens is None) == (self.max_time is None):

@@ -17,7 +17,7 @@ from sparsekit.models.corpus import TrainingRows
 from sparsekit.stages.ranks import Ranks
 from sparsekit.stages.teacher import TopTeacher
 from sparsekit.stages.trainconfig import SHORTEST, RecoverConfig, rate_at
-from sparsekit.stages.trainloss import model_losses, sparsity_measure
+from sparsekit.stages.trainloss import model_losses, products_of, sparsity_measure
 from sparsekit.tensors.maskedadam import MaskedAdam
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class Training:
                 tokens,
                 share=self.plan.share,
                 temperature=config.temperature,
+                products=products_of(config),
             )
             (losses.total * shards / config.accumulate).backward()
             told = [losses.total.detach(), losses.divergence, losses.entropy, kept]

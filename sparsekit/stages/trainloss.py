@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsekit.errors import NumericalError
 from sparsekit.models.whole import hidden_states
+from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.tensors.distillation import IGNORED, Losses, Top, distil
 from sparsekit.tensors.maskedadam import MaskedAdam
 from sparsekit.tensors.sparseweight import Rule, SparseWeight
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 LARGEST_LOG = 700.0
 
 
+def products_of(config: RecoverConfig) -> torch.dtype:
+    """The type in which the passes of a training multiply."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
 def model_losses(
     student: PreTrainedModel,
     teacher: PreTrainedModel | Top | None,
@@ -29,8 +35,26 @@ def model_losses(
     *,
     share: float,
     temperature: float = 1.0,
+    products: torch.dtype = torch.float32,
 ) -> Losses:
-    """The loss of a model on rows of tokens, each position with the next token as its label."""
+    """The loss of a model on rows of tokens, each position with the next token as its label.
+
+    In the place of float32 the student may multiply in another type; so does a teacher that has it.
+    """
+    mixed = products != torch.float32
+    # Nothing is kept of the types' change: a weight is used once, and shards come and go.
+    with torch.autocast(tokens.device.type, products, enabled=mixed, cache_enabled=False):
+        return _losses(student, teacher, tokens, share, temperature)
+
+
+def _losses(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | Top | None,
+    tokens: Tensor,
+    share: float,
+    temperature: float,
+) -> Losses:
+    """See `model_losses`."""
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORED
     hidden = hidden_states(student, tokens)

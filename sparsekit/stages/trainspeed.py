@@ -19,6 +19,7 @@ from sparsekit.stages.recovery import prepare
 from sparsekit.stages.student import Student, load_teacher
 from sparsekit.stages.trainconfig import RecoverConfig
 from sparsekit.stages.training import Plan, Training
+from sparsekit.stages.trainloss import products_of
 from sparsekit.stages.trainplan import selection_seconds
 from sparsekit.tensors.maskedadam import MaskedAdam
 
@@ -34,8 +35,8 @@ def bench_recover(
     A token costs 8 floating-point operations for each active parameter: 2 in the student's
     forward pass, 4 in its backward pass and 2 in the teacher. Active are the weights of linear
     layers and the output head; attention and everything between the products comes on top, so that
-    a share of 1 cannot be reached. The machine's rate is that of float32 products of a batch of
-    tokens with each of these weights, weighted by their work.
+    a share of 1 cannot be reached. The machine's rate is that of products of a batch of tokens
+    with each of these weights in the type that is multiplied in, weighted by their work.
 
     Args:
         config: What to train with; `tokens` is not looked at.
@@ -76,13 +77,14 @@ def bench_recover(
     head = student.model.get_output_embeddings().weight
     shapes = [torch.Size(target.shape) for target in job.linear] + [head.shape]
     active = sum(rows * columns for rows, columns in shapes)
-    rate = matrix_rate(shapes, config.batch * config.length, job.device)
+    rate = matrix_rate(shapes, config.batch * config.length, job.device, products_of(config))
     speed = config.step_tokens / step
     work = 8 if plan.share else 6
     return {
         "model": model,
         "method": config.method,
         "batch": [config.batch, config.length],
+        "mixed_precision": config.mixed_precision,
         "loading_seconds": round(loading, 3),
         "tokens_per_second": speed,
         "active_parameters": active,
@@ -117,13 +119,15 @@ def _held(
     return found
 
 
-def matrix_rate(shapes: list[torch.Size], tokens: int, device: torch.device) -> float:
+def matrix_rate(
+    shapes: list[torch.Size], tokens: int, device: torch.device, dtype: torch.dtype
+) -> float:
     """Floating-point operations a second of `[tokens, in] @ [in, out]` over these weights."""
     work = spent = 0.0
     for rows, columns in set(shapes):
-        x = torch.randn(tokens, columns, device=device)
-        weight = torch.randn(rows, columns, device=device)
-        out = torch.empty(tokens, rows, device=device)
+        x = torch.randn(tokens, columns, device=device).to(dtype)
+        weight = torch.randn(rows, columns, device=device).to(dtype)
+        out = torch.empty(tokens, rows, device=device, dtype=dtype)
         times = []
         for _ in range(TIMED):
             started = time.perf_counter()

@@ -68,7 +68,7 @@ class Work:
             require_parent(job, prints["teacher"])
         top = top_teacher(job, rows, ranks, progress)
         taught = job.teacher if top is not None and top.missing(rows_of_run(job)) else job.loaded
-        held = training_bytes(job.source, taught, job.recoverer)
+        held = training_bytes(job.config, job.source, taught, job.recoverer)
         cost.prepared(held + pass_bytes(job.config, job.linear))
         ranks.wait()
         return cls(

@@ -106,6 +106,7 @@ def recover_config(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    mixed_precision: str = "no",
 ) -> RecoverConfig:
     """The checked configuration that the words of `recover` spell.
 
@@ -139,6 +140,7 @@ def recover_config(
         seed=seed,
         device=device,
         dtype=dtype,
+        mixed_precision=mixed_precision,  # type: ignore[arg-type]  (the same)
     )
     config.check()
     return config

@@ -147,21 +147,28 @@ class _Chunked(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if wanted else None
         by_head = [torch.zeros_like(p) for p in trained] if wanted else []
         linear = type(head) is torch.nn.Linear and len(trained) == len(list(head.parameters()))
-        start, step = 0, chunk_positions(_vocabulary(head, hidden))
+        products = _products(hidden)
+        if linear:  # once for all chunks
+            weight, *bias = (p.to(products) for p in head.parameters())
+        start, step = 0, chunk_positions(_vocabulary(head, hidden), products)
         while start < len(hidden):
             rows = slice(start, min(start + step, len(hidden)))
-            with torch.set_grad_enabled(wanted and not linear):
-                part = hidden[rows].detach().requires_grad_(wanted and not linear)
-                logits = head(part)
+            if linear:
+                part = hidden[rows].to(products)
+                logits = torch.nn.functional.linear(part, weight, *bias)
+            else:
+                with torch.set_grad_enabled(wanted):
+                    part = hidden[rows].detach().requires_grad_(wanted)
+                    logits = head(part)
             other = teacher(rows) if teacher is not None and share else None
             # A linear head needs its output no more: the gradient takes its place.
             gradient = logits.detach()
             parts += _replace(gradient, other, labels[rows], share, temperature, count)
             if by_hidden is not None and linear:
-                torch.mm(gradient, head.weight, out=by_hidden[rows])
-                by_head[0].addmm_(gradient.T, part)
-                for bias in by_head[1:]:
-                    bias += gradient.sum(0)
+                by_hidden[rows] = gradient @ weight
+                _add_product(by_head[0], gradient.T, part)
+                for whole in by_head[1:]:
+                    whole += gradient.sum(0)
             elif by_hidden is not None:
                 found = torch.autograd.grad(logits, [part, *trained], gradient)
                 by_hidden[rows] = found[0]
@@ -181,9 +188,23 @@ class _Chunked(torch.autograd.Function):
         return found[0], None, None, None, None, None, None, *found[1:]
 
 
-def chunk_positions(vocabulary: int) -> int:
+def chunk_positions(vocabulary: int, dtype: torch.dtype = torch.float32) -> int:
     """At how many positions logits may exist at a time."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+    return max(1, CHUNK_BYTES // (dtype.itemsize * vocabulary))
+
+
+def _products(hidden: Tensor) -> torch.dtype:
+    """The type in which a linear layer multiplies here."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right`, which may be of a shorter type."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _vocabulary(head: Logits, hidden: Tensor) -> int:

@@ -123,6 +123,15 @@ def test_card_is_one_that_the_hub_reads_and_says_how_to_load_it(outputs, name):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}
 
 
+def test_card_tells_what_is_multiplied_in_where_it_is_not_float32(family, row_file, tmp_path):
+    words = {"data": str(row_file), "tokens": 64, "batch": 2, "length": 16, "method": "fixed"}
+    for precision in ("no", "bf16"):
+        config = RecoverConfig(**words, mixed_precision=precision)
+        out = recover(config, str(family("llama")), tmp_path / precision).out
+        told = "| multiplied in | bfloat16 |" in (out / "README.md").read_text()
+        assert told == (precision == "bf16")
+
+
 def test_card_tells_what_is_kept_where_it_is_not_the_largest(family, row_file, tmp_path):
     words = {"data": str(row_file), "tokens": 64, "batch": 2, "length": 16, "method": "ast"}
     for metric in ("magnitude", "activation"):

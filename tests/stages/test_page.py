@@ -512,11 +512,12 @@ def test_commands_are_a_chain_that_the_command_line_takes(run):
 def test_commands_have_only_the_options_of_their_method(tmp_path):
     entry = recovered_entry("ast", 4096)
     entry["recipe"]["options"] = {"spans": 0, "refresh": 5, "decay": 0.0}
-    entry["recipe"]["metric"] = "activation"
+    entry["recipe"] |= {"metric": "activation", "mixed_precision": "bf16"}
     [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), entry)]).rows
     _, line = commands(row)
     assert "-O refresh=5" in line
     assert "--metric activation" in line
+    assert "--mixed-precision bf16" in line
     assert "spans" not in line  # of cast
 
 

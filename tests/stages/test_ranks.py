@@ -40,6 +40,7 @@ RUNS = {
     "fixed": {"method": "fixed", "tokens": 640},
     "ast": {"method": "ast", "tokens": 1280},
     "activation": {"method": "ast", "metric": "activation", "tokens": 1280},
+    "bf16": {"method": "ast", "mixed_precision": "bf16", "tokens": 640},
     "slorb": {"method": "ast", "slorb": 16, "tokens": 640},
     "cast": {"method": "cast", "options": {"decay": "1e-2"}, "tokens": 2560},
 }
@@ -92,7 +93,7 @@ def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path
                 *("recover", pruned, "-o", tmp_path / "two" / name),
                 *("--eval-every", 10, "--save-every", 7),
                 *(word for key, value in options.items() for word in ("-O", f"{key}={value}")),
-                *(word for key, value in words.items() for word in (f"--{key}", value)),
+                *(w for k, value in words.items() for w in (f"--{k.replace('_', '-')}", value)),
             ]
         )
     told = json.dumps([[str(word) for word in command] for command in commands])
@@ -230,5 +231,5 @@ def test_ways_that_would_cut_weights_and_masks_apart_are_refused(monkeypatch, na
 def test_half_precision_of_the_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UsageError, match=r"compute in bf16, training .* float32.*precision no"):
+    with pytest.raises(UsageError, match=r"in bf16.*precision no, .*--mixed-precision bf16"):
         Ranks.current("cpu")

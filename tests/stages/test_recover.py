@@ -27,7 +27,7 @@ from sparsekit.models.whole import hidden_states
 from sparsekit.recoverers.ast import Ast
 from sparsekit.recoverers.fixed import Fixed
 from sparsekit.stages import recover as stage
-from sparsekit.stages import trainchecks, training, trainloss, trainstate, trainwrite
+from sparsekit.stages import recovery, trainchecks, training, trainloss, trainstate, trainwrite
 from sparsekit.stages.config import EvalConfig, PruneConfig
 from sparsekit.stages.evaluate import evaluate
 from sparsekit.stages.inspect import verify
@@ -122,6 +122,51 @@ def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, chose
     source, out = Checkpoint.open(pruned), Checkpoint.open(found.out)
     for name in linear(source):
         assert torch.equal(out.read([name])[name] != 0, source.read([name])[name] != 0)
+
+
+def test_products_in_16_bits_train_weights_of_32(make_llama, row_file, tmp_path):
+    """Much like those in 32, with steps that weights of 16 bits would not feel."""
+    make_llama(tmp_path / "dense", dtype=torch.float32)
+    words = {"calibration": Calibration(source=str(row_file))}
+    source = prune(PruneConfig(**words), str(tmp_path / "dense"), tmp_path / "pruned").out
+    folders = {}
+    for precision in ("no", "bf16"):
+        config = replace(SHORT, data=str(row_file), lr=1e-5, mixed_precision=precision)
+        folders[precision] = recover(config, str(source), tmp_path / precision).out
+    before, *after = (Checkpoint.open(path) for path in (source, *folders.values()))
+    for name in linear(before):
+        first, whole, half = (c.read([name])[name] for c in (before, *after))
+        assert half.dtype == torch.float32
+        moved = (half - first)[half != 0]
+        assert 0 < moved.abs().max() < first.abs().max() * torch.finfo(torch.bfloat16).eps
+        # Signs of what Adam's first steps move by, where the gradient is not next to nothing.
+        assert (moved.sign() == (whole - first)[half != 0].sign()).float().mean() > 0.9
+    logs = [[json.loads(x) for x in (f / LOG).read_text().splitlines()] for f in folders.values()]
+    for whole, half in zip(*logs, strict=True):
+        assert half["loss"] != whole["loss"]
+        assert half["loss"] == pytest.approx(whole["loss"], rel=2e-3)
+
+
+def test_in_mixed_precision_both_models_multiply_in_16_bits(pruned, tmp_path, monkeypatch):
+    """The teacher holds its weights so; of the student they, and what is measured, stay float32."""
+    losses, measure, seen = training.model_losses, trainloss.model_losses, []
+
+    def spy(student, teacher, tokens, **words):
+        seen.append(("step", student.dtype, teacher.dtype, words["products"]))
+        return losses(student, teacher, tokens, **words)
+
+    def measured(student, teacher, tokens, **words):
+        seen.append(("measure", words.get("products", torch.float32)))
+        return measure(student, teacher, tokens, **words)
+
+    monkeypatch.setattr(training, "model_losses", spy)
+    monkeypatch.setattr(trainloss, "model_losses", measured)
+    config = replace(SHORT, mixed_precision="bf16", eval_every=6)
+    recover(config, str(pruned), tmp_path / "out")
+    assert set(seen) == {
+        ("step", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("measure", torch.float32),
+    }
 
 
 def test_flips_are_the_difference_of_the_masks(pruned, tmp_path):
@@ -992,7 +1037,7 @@ def test_processes_of_one_machine_share_its_memory(pruned, monkeypatch):
     source = Checkpoint.open(pruned)
     needed = 4 * 4 * sum(math.prod(place.shape) for place in source.places.values())
     monkeypatch.setattr(trainchecks, "available_memory", lambda: 2 * needed)
-    job = source, None, Fixed(), torch.device("cpu")
+    job = SHORT, source, None, Fixed(), torch.device("cpu")
     trainchecks.require_memory(*job)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(DataError, match="for weights, gradients and two moments"):
@@ -1009,6 +1054,30 @@ def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_p
         recover(SHORT, str(pruned), tmp_path / "out")
 
 
+def test_a_teacher_in_16_bits_counts_half(pruned, tmp_path, monkeypatch):
+    """But not one whose probabilities are kept for other runs too."""
+    half = replace(SHORT, mixed_precision="bf16")
+    source = Checkpoint.open(pruned)
+    whole, halved, kept = (
+        trainchecks.training_bytes(config, source, source, Ast())
+        for config in (SHORT, half, replace(half, teacher_top=8))
+    )
+    assert kept == whole
+    assert whole - halved == 2 * sum(math.prod(place.shape) for place in source.places.values())
+    monkeypatch.setattr(trainchecks, "available_memory", lambda: 100_000)
+    with pytest.raises(DataError, match="two moments in float32, and the teacher in bfloat16, bes"):
+        recover(half, str(pruned), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.2, False), (8.0, True)])
+def test_a_machine_without_16_bit_units_is_told(pruned, tmp_path, monkeypatch, ratio, told):
+    seconds = {torch.float32: 1.0, torch.bfloat16: ratio}
+    monkeypatch.setattr(recovery, "product_seconds", seconds.__getitem__)
+    config = replace(SHORT, mixed_precision="bf16")
+    notes = prepare(config, str(pruned), tmp_path / "out").notes
+    assert any("take 8.0 times as long as in float32" in note for note in notes) == told
+
+
 @pytest.mark.parametrize(
     ("left", "hint"),
     [
@@ -1021,7 +1090,7 @@ def test_a_batch_that_cannot_fit_is_refused_first_with_one_that_may(
 ):
     """What is left beside the weights is told in rows; two thirds of what is expected are sure."""
     source, dense = Checkpoint.open(pruned), Checkpoint.open(pruned)
-    held = trainchecks.training_bytes(source, dense, Ast())
+    held = trainchecks.training_bytes(SHORT, source, dense, Ast())
     row = 4 * 16 * sum(sum(place.shape) for place in linear(source).values())
     monkeypatch.setattr(trainchecks, "available_memory", lambda: int(held + left * row))
     config = replace(SHORT, batch=3, accumulate=2)
@@ -1289,7 +1358,8 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
         ({"method": "asst"}, "no method 'asst'; did you mean 'ast'"),
         ({"teacher": "dense", "share": 0.0}, "--teacher has no effect with --share 0"),
         ({"schedule": "cosin"}, "no schedule 'cosin'; did you mean 'cosine'"),
-        ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit weights"),
+        ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit .*--mixed-precision bf16"),
+        ({"mixed_precision": "bf61"}, "--mixed-precision 'bf61' is not known; one of: no, bf16"),
         ({"tokens": None}, "either --tokens or --max-time"),
         ({"max_time": 9.0}, "either --tokens or --max-time, not both"),
         ({"tokens": None, "max_time": 9.0, "data": "self"}, "--data self needs to know how much"),

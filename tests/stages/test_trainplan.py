@@ -188,6 +188,9 @@ def test_with_a_time_whole_steps_of_text_are_read_and_more_for_more_time(pruned)
     ]
     assert reads[0] == 32  # one step, so that the time is named, not the text
     assert reads[2] == pytest.approx(2 * reads[1], abs=32)
+    config = replace(config, max_time=60.0, mixed_precision="bf16")
+    more = automethod.tokens_to_read(config, source, torch.device("cpu"), ranks)
+    assert more == pytest.approx(2 * reads[1], abs=32)
 
 
 def test_a_model_that_is_its_own_teacher_tells_no_size_of_gradients(family, tmp_path):

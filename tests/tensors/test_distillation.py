@@ -81,6 +81,23 @@ def test_values_and_gradients_are_those_of_the_formulas(case, share, temperature
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_in_autocast_products_are_rounded_and_gradients_are_not_narrowed(case):
+    """Values and gradients near those of float32, also of a head that is not linear."""
+    head, hidden, teacher, labels = case
+    for head in (case[0], nn.Sequential(case[0])):
+        wanted = [t.detach() for t in ours(head, hidden, teacher, labels, 0.4, 1.0)]
+        slopes = gradients(ours, head, hidden, teacher, labels, 0.4, 1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [t.detach() for t in ours(head, hidden, teacher, labels, 0.4, 1.0)]
+            rounded = gradients(ours, head, hidden, teacher, labels, 0.4, 1.0)
+        assert found[0] != wanted[0]
+        torch.testing.assert_close(torch.stack(found), torch.stack(wanted), rtol=0.01, atol=0.01)
+        for mine, theirs in zip(rounded, slopes, strict=True):
+            assert mine.dtype == torch.float32
+            # bfloat16 has 8 bits: what is small beside the rest has fewer of its own.
+            assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_a_share_of_0_is_exactly_the_entropy_and_1_exactly_the_divergence(case):
     head, hidden, teacher, labels = case
     total, _, entropy = ours(head, hidden, teacher, labels, 0.0, 1.0)
