@@ -19,7 +19,7 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
         ("to write", _written(plan)),
         *_memory(plan),
         *_time(plan),
-        *([("compute", f"{plan['dtype']} on {plan['device']}")] if "dtype" in plan else []),
+        *([("compute", _computed(plan))] if "dtype" in plan else []),
         *(("left dense", f"{row['name']}: {row['reason']}") for row in plan["skipped"]),
     ]
     for note in plan["notes"]:
@@ -27,6 +27,13 @@ def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
     terminal.table("plan (nothing was written)", ("", ""), rows)
     if terminal.json:
         terminal.result("", plan)
+
+
+def _computed(plan: Mapping[str, Any]) -> str:
+    """In which type, and where."""
+    mixed = plan.get("mixed_precision") == "bf16"
+    told = f"{plan['dtype']}, products in bfloat16," if mixed else plan["dtype"]
+    return f"{told} on {plan['device']}"
 
 
 def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:

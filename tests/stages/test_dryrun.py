@@ -173,11 +173,15 @@ def test_plans_see_a_full_disk(quantized, trained, pruned, tmp_path, monkeypatch
         ),
         (
             ["recover", "--tokens", "96", "--batch", "2", "--length", "24", "--data"],
-            ["ast, 2:4", "teacher", "2, of 48 tokens", "for a batch", "saved states"],
+            ["ast, 2:4", "teacher", "2, of 48 tokens", "for a batch", "saved states", "float32 on"],
+        ),
+        (
+            ["recover", "--tokens", "1K", "--length", "24", "--mixed-precision", "bf16", "--data"],
+            ["float32, products in bfloat16, on cpu"],
         ),
         (["pack"], ["14 of 2:4", "in the place of", "peak memory"]),
     ],
-    ids=["quantize", "recover", "pack"],
+    ids=["quantize", "recover", "mixed", "pack"],
 )
 def test_dry_run_shows_the_plan_and_writes_nothing(cli, pruned, row_file, tmp_path, command, words):
     verb, *flags = command

@@ -357,13 +357,14 @@ def test_training_lowers_the_divergence_from_the_teacher(pruned, tmp_path):
     assert last < 0.9 * first
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3", "qwen2", "llama_tied", "llama_sharded"])
-def test_families_are_trained_and_load_again(family, row_file, tmp_path, name):
+def test_families_are_trained_and_load_again(family, row_file, tmp_path, name, precision):
     from transformers import AutoModelForCausalLM
 
     config = PruneConfig(calibration=Calibration(source=str(row_file)))
     sparse = prune(config, str(family(name)), tmp_path / "sparse").out
-    told = replace(SHORT, data=str(row_file), tokens=96)
+    told = replace(SHORT, data=str(row_file), tokens=96, mixed_precision=precision)
     found = recover(told, str(sparse), tmp_path / "out")
     verify(str(found.out))
     _, report = AutoModelForCausalLM.from_pretrained(found.out, output_loading_info=True)
@@ -1317,6 +1318,18 @@ def test_branches_are_kept_as_factors(family, row_file, tmp_path, name, form):
     last = json.loads((found.out / LOG).read_text().splitlines()[-1])
     (score,) = evaluate(EvalConfig(text=str(row_file)), [str(found.out)])
     assert score.perplexity.value == pytest.approx(last["perplexity"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_branches_multiply_in_16_bits_too(family, row_file, tmp_path, name):
+    losses = []
+    for precision in ("no", "bf16"):
+        config = replace(SHORT, data=str(row_file), tokens=96, slorb=16, mixed_precision=precision)
+        out = recover(config, str(family(name)), tmp_path / precision).out
+        assert verify(str(out))["zeros"] > 0
+        losses.append([json.loads(row)["loss"] for row in (out / LOG).read_text().splitlines()])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
 def test_branches_go_on_after_an_interruption_to_the_same_bytes(family, tmp_path):
