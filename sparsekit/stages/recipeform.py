@@ -181,7 +181,10 @@ def _told(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any], path: s
             found.append(f"{path}.{key}: unknown; {did_you_mean(key, known)}")
         else:
             wanted = " or ".join(dict.fromkeys(error["msg"].lower() for error in same))
-            found.append(f"{path}.{key}: {wanted}, not {same[0]['input']!r}")
+            given = same[0]["input"]
+            text = isinstance(given, bool) and "string" in wanted
+            quoted = " (YAML reads no, off, yes and on as that: quote the word)" if text else ""
+            found.append(f"{path}.{key}: {wanted}, not {given!r}{quoted}")
     return found
 
 

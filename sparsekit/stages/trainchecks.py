@@ -282,9 +282,14 @@ def _sharing(device: torch.device) -> int:
 def training_bytes(
     config: RecoverConfig, source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer
 ) -> int:
-    """Bytes of weights, gradients, moments and teacher, whatever the batch is."""
-    copies = 5 if recoverer.rule(0.0).hides or recoverer.spans else 4
-    return copies * _float32_bytes(source) + (_teacher_bytes(config, teacher) if teacher else 0)
+    """Bytes of weights, gradients, moments and teacher, whatever the batch is.
+
+    In mixed precision a pass also keeps the weights as it multiplied them, in 16 bits.
+    """
+    halves = 10 if recoverer.rule(0.0).hides or recoverer.spans else 8
+    halves += config.mixed_precision == "bf16"
+    taught = _teacher_bytes(config, teacher) if teacher else 0
+    return halves * _float32_bytes(source) // 2 + taught
 
 
 def _teacher_bytes(config: RecoverConfig, teacher: Checkpoint) -> int:
