@@ -10,7 +10,7 @@ from typing import Any
 import sparsekit
 
 # Raised with every change that alters the bytes a stage writes for the same inputs.
-NUMERICS = 5
+NUMERICS = 6
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 
 

@@ -154,7 +154,9 @@ def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
     teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device).requires_grad_(False)
     require_plain_head(teacher)
     if job.config.teacher_top is None:
-        teacher.to(products_of(job.config))
+        # Not its buffers: rotary frequencies of 8 bits turn far tokens by whole radians.
+        for parameter in teacher.parameters():
+            parameter.data = parameter.data.to(products_of(job.config))
     if ranks.shards:
         ranks.shard(find_blocks(teacher)[1], job.device)
     return teacher

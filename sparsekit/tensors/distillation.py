@@ -163,7 +163,8 @@ class _Chunked(torch.autograd.Function):
             other = teacher(rows) if teacher is not None and share else None
             # A linear head needs its output no more: the gradient takes its place.
             gradient = logits.detach()
-            parts += _replace(gradient, other, labels[rows], share, temperature, count)
+            with torch.autocast(hidden.device.type, enabled=False):  # which narrows the sums of KL
+                parts += _replace(gradient, other, labels[rows], share, temperature, count)
             if by_hidden is not None and linear:
                 by_hidden[rows] = gradient @ weight
                 _add_product(by_head[0], gradient.T, part)

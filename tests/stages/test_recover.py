@@ -147,6 +147,24 @@ def test_products_in_16_bits_train_weights_of_32(make_llama, row_file, tmp_path)
         assert half["loss"] == pytest.approx(whole["loss"], rel=2e-3)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_a_teacher_in_16_bits_keeps_its_buffers(family, row_file, tmp_path, name):
+    """Rotary frequencies of 8 bits would place far tokens elsewhere."""
+    config = replace(SHORT, data=str(row_file), mixed_precision="bf16")
+    teachers = []
+    for one in (replace(config, mixed_precision="no"), config):
+        job = prepare(one, str(family(name)), tmp_path / "out")
+        teachers.append(stage.load_teacher(job, Ranks()))
+    whole, half = teachers
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    buffers = dict(half.named_buffers())
+    for key, wanted in whole.named_buffers():
+        assert buffers[key].dtype == wanted.dtype, key
+        assert torch.equal(buffers[key], wanted), key
+    tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in teachers]
+    assert tied[0] == tied[1]
+
+
 def test_in_mixed_precision_both_models_multiply_in_16_bits(pruned, tmp_path, monkeypatch):
     """The teacher holds its weights so; of the student they, and what is measured, stay float32."""
     losses, measure, seen = training.model_losses, trainloss.model_losses, []

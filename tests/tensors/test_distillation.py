@@ -98,6 +98,20 @@ def test_in_autocast_products_are_rounded_and_gradients_are_not_narrowed(case):
             assert (mine - theirs).norm() < 0.02 * theirs.norm()
 
 
+def test_in_autocast_the_divergence_is_that_of_the_rounded_logits(case):
+    """Summed in float32: KL is the small rest of terms that cancel."""
+    head, hidden, _, labels = case
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden)
+        near = logits.float() + 0.5 * torch.linspace(-1, 1, WORDS)
+        found = ours(head, hidden, near, labels, 1.0, 1.0)[1]
+    kept = labels != IGNORED
+    student, teacher = (torch.log_softmax(t.double()[kept], -1) for t in (logits, near))
+    wanted = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    assert 0 < wanted < 0.1
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_a_share_of_0_is_exactly_the_entropy_and_1_exactly_the_divergence(case):
     head, hidden, teacher, labels = case
     total, _, entropy = ours(head, hidden, teacher, labels, 0.0, 1.0)
