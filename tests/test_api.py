@@ -11,14 +11,15 @@ import pytest
 import sparsekit
 from sparsekit.errors import UsageError
 from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.stages import api, words
+from sparsekit.stages import api
+from sparsekit.stages.words import eval_config, prune_config, quantize_config, recover_config
 from sparsekit.stages.scores import SCORES
 
 PAIRS = [
-    (api.PruneWords, words.prune_config),
-    (api.RecoverWords, words.recover_config),
-    (api.QuantizeWords, words.quantize_config),
-    (api.EvalWords, words.eval_config),
+    (api.PruneWords, prune_config),
+    (api.RecoverWords, recover_config),
+    (api.QuantizeWords, quantize_config),
+    (api.EvalWords, eval_config),
 ]
 SHORT = {"tokens": 96, "batch": 2, "length": 16, "lr": 1e-3}
 

@@ -5,21 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsekit.cli import (
-    bench,
-    compare,
-    complete,
-    deploy,
-    env,
-    forms,
-    look,
-    quantize,
-    recover,
-    run,
-    show,
-    showplan,
-    streams,
-)
+from sparsekit.cli import complete, streams
+from sparsekit.cli.bench import app as bench
+from sparsekit.cli.run import app as recipe
+from sparsekit.cli.compare import compare, report
+from sparsekit.cli.deploy import deploy
+from sparsekit.cli.env import env, version_text
+from sparsekit.cli.forms import convert, pack, unpack
+from sparsekit.cli.look import inspect, verify
+from sparsekit.cli.quantize import quantize
+from sparsekit.cli.recover import recover
+from sparsekit.cli.run import run
+from sparsekit.cli.show import show_demo, show_methods, show_pruned, show_scores
+from sparsekit.cli.showplan import show_plan
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Allocate,
@@ -67,7 +65,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -75,11 +72,10 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the versions.")] = False,
 ) -> None:
     if version:
-        print(env.version_text())
+        print(version_text())
         raise typer.Exit()
 
 
-@app.command()
 def prune(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
@@ -156,30 +152,18 @@ def _plan(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> N
     """Show what a run would do."""
     from sparsekit.stages.plan import plan as stage
 
-    showplan.plan(terminal, stage(config, *where, **how))
+    show_plan(terminal, stage(config, *where, **how))
 
 
 def _prune(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
     """Make the run, and show what came of it."""
     from sparsekit.stages.prune import prune as stage
 
-    show.pruned(terminal, stage(config, *where, **how))
+    show_pruned(terminal, stage(config, *where, **how))
 
 
-app.command()(recover.recover)
-app.command()(quantize.quantize)
-app.command()(forms.pack)
-app.command()(forms.unpack)
-app.command()(forms.convert)
-app.command()(deploy.deploy)
-app.command()(run.run)
-app.add_typer(run.app, name="recipe")
-app.command()(env.env)
-app.command()(compare.compare)
-app.command()(compare.report)
 
 
-@app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids, 'demo' or - (stdin).")],
     text: Annotated[
@@ -239,14 +223,11 @@ def evaluate(
         found = stage(config, names, base, progress)
         if save:
             save_scores(found[len(found) - len(names) :], names, config, base)
-        show.scores(terminal, found, names)
+        show_scores(terminal, found, names)
 
 
-app.command()(look.inspect)
-app.command()(look.verify)
 
 
-@app.command("methods")
 def list_methods(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the pruning methods with their sources, options and defaults.
 
@@ -254,10 +235,9 @@ def list_methods(json: Json = False, quiet: Quiet = False, debug: Debug = False)
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working():
-        show.methods(terminal)
+        show_methods(terminal)
 
 
-@app.command()
 def demo(
     model: Annotated[str, typer.Argument(help="Another model than SmolLM2-135M.")] = "demo",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoints.")] = Path(
@@ -276,7 +256,18 @@ def demo(
         name = named(model)
         from sparsekit.stages.demo import demo as stage
 
-        show.demo(terminal, stage(name, out, progress), out)
+        show_demo(terminal, stage(name, out, progress), out)
+
+
+for _verb in (prune, recover, quantize, pack, unpack, convert, deploy, run, env, compare, report):
+    app.command()(_verb)
+app.command("eval")(evaluate)
+app.command()(inspect)
+app.command()(verify)
+app.command("methods")(list_methods)
+app.command()(demo)
+app.add_typer(bench, name="bench")
+app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import complete, showbench
+from sparsekit.cli import complete
+from sparsekit.cli.showbench import show_bench, show_inference, show_race, show_train_speed
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -89,7 +90,7 @@ def bench_prune(
 
         name = named(model)
         result = stage(config, name, repeat=repeat, floor=floor, scratch=scratch, progress=progress)
-        showbench.bench(terminal, result)
+        show_bench(terminal, result)
 
 
 @app.command("generate")
@@ -162,7 +163,7 @@ def bench_armor(
             calibration=rows,
             progress=progress,
         )
-        showbench.race(terminal, result)
+        show_race(terminal, result)
 
 
 @app.command("recover")
@@ -202,7 +203,7 @@ def bench_recover(
         name = named(model)
         from sparsekit.stages.trainspeed import bench_recover as stage
 
-        showbench.train_speed(terminal, stage(config, name, steps=steps, progress=progress))
+        show_train_speed(terminal, stage(config, name, steps=steps, progress=progress))
 
 
 @app.command("infer")
@@ -240,4 +241,4 @@ def bench_infer(
             resident=resident,  # type: ignore[arg-type]  (check() refuses other words)
             device=device,
         )
-        showbench.inferred(terminal, stage(config, names, progress))
+        show_inference(terminal, stage(config, names, progress))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import showcompare
+from sparsekit.cli.showcompare import show_comparison, show_report
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, Json, Quiet
 from sparsekit.errors import UsageError
@@ -41,7 +41,7 @@ def compare(
         from sparsekit.stages.compare import compare as stage
 
         form = "csv" if csv else "markdown" if markdown else "paths"
-        showcompare.compared(terminal, stage(places), form)
+        show_comparison(terminal, stage(places), form)
 
 
 def report(
@@ -62,7 +62,7 @@ def report(
         places = _places(folders)
         from sparsekit.stages.page import report as stage
 
-        showcompare.reported(terminal, stage(places, out), out)
+        show_report(terminal, stage(places, out), out)
 
 
 def _places(folders: list[str]) -> list[Path]:

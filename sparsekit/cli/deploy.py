@@ -1,6 +1,6 @@
 """The verb `deploy`."""
 
-from sparsekit.cli import showforms
+from sparsekit.cli.showforms import show_deployment
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, Device, Json, Model, Quiet, named
 
@@ -21,4 +21,4 @@ def deploy(
         name = named(model)
         from sparsekit.stages.deploy import deploy as stage
 
-        showforms.deployment(terminal, stage(name, device, progress))
+        show_deployment(terminal, stage(name, device, progress))

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsekit.cli import showforms, showplan
+from sparsekit.cli.showplan import show_plan
+from sparsekit.cli.showforms import show_converted, show_packed, show_unpacked
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, DryRun, Json, Model, Overwrite, Quiet, named, refuse_early
 
@@ -28,9 +29,9 @@ def pack(
     Example: sparsekit pack pruned -o packed
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    module, stage, shown = "pack", "pack", showforms.packed
+    module, stage, shown = "pack", "pack", show_packed
     if dry_run:
-        module, stage, shown = "dryrun", "plan_pack", showplan.plan
+        module, stage, shown = "dryrun", "plan_pack", show_plan
     _write(terminal, module, stage, shown, model, out, overwrite=overwrite)
 
 
@@ -48,9 +49,9 @@ def unpack(
     Example: sparsekit unpack packed -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    module, stage, shown = "unpack", "unpack", showforms.unpacked
+    module, stage, shown = "unpack", "unpack", show_unpacked
     if dry_run:
-        module, stage, shown = "dryrun", "plan_unpack", showplan.plan
+        module, stage, shown = "dryrun", "plan_unpack", show_plan
     _write(terminal, module, stage, shown, model, out, overwrite=overwrite)
 
 
@@ -71,11 +72,11 @@ def convert(
     Example: sparsekit convert old -o plain
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    module, stage, shown = "convert", "convert", showforms.converted
+    module, stage, shown = "convert", "convert", show_converted
     if dry_run:
-        module, stage, shown = "dryrun", "plan_convert", showplan.plan
+        module, stage, shown = "dryrun", "plan_convert", show_plan
     elif form == "packed":
-        stage, shown = "convert_packed", showforms.packed
+        stage, shown = "convert_packed", show_packed
     how = {"packs": form == "packed"} if dry_run else {}
     _write(terminal, module, stage, shown, model, out, overwrite=overwrite, **how)
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import complete, show
+from sparsekit.cli import complete
+from sparsekit.cli.show import show_inspection, show_verified
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, Json, Model, Quiet, named
 from sparsekit.tensors.patterns import Pattern
@@ -25,7 +26,7 @@ def inspect(
         name = named(model)
         from sparsekit.stages.inspect import inspect as stage
 
-        show.inspection(terminal, stage(name, progress))
+        show_inspection(terminal, stage(name, progress))
 
 
 def verify(
@@ -51,4 +52,4 @@ def verify(
         name = named(model)
         from sparsekit.stages.inspect import verify as stage
 
-        show.verified(terminal, stage(name, pattern, progress))
+        show_verified(terminal, stage(name, pattern, progress))

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import complete, showforms, showplan
+from sparsekit.cli import complete
+from sparsekit.cli.showplan import show_plan
+from sparsekit.cli.showforms import show_quantized
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -98,7 +100,7 @@ def quantize(
             from sparsekit.stages.dryrun import plan_quantize
 
             found = plan_quantize(config, name, out, timed=timed, **how)
-            return showplan.plan(terminal, found)
+            return show_plan(terminal, found)
         from sparsekit.stages.quantize import quantize as stage
 
-        showforms.quantized(terminal, stage(config, name, out, **how))
+        show_quantized(terminal, stage(config, name, out, **how))

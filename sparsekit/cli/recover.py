@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsekit.cli import complete, show, showplan
+from sparsekit.cli import complete
+from sparsekit.cli.show import show_recovered
+from sparsekit.cli.showplan import show_plan
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -215,7 +217,7 @@ def _run(
 
     report = stage(config, model, out, overwrite=overwrite, progress=progress)
     if report is not None:
-        show.recovered(terminal, report)
+        show_recovered(terminal, report)
 
 
 def _plan(terminal: Terminal, config: "RecoverConfig", *where: Any, **how: Any) -> None:
@@ -223,4 +225,4 @@ def _plan(terminal: Terminal, config: "RecoverConfig", *where: Any, **how: Any) 
     refuse_early(*where, overwrite=how["overwrite"])
     from sparsekit.stages.dryrun import plan_recover
 
-    showplan.plan(terminal, plan_recover(config, *where, **how))
+    show_plan(terminal, plan_recover(config, *where, **how))

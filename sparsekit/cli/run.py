@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.cli import complete, show, showcompare
+from sparsekit.cli import complete
+from sparsekit.cli.show import show_run
+from sparsekit.cli.showcompare import show_table
 from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, refuse_timed
 from sparsekit.errors import UsageError
@@ -63,8 +65,8 @@ def run(
             from sparsekit.stages.compare import compare
             from sparsekit.stages.run import places
 
-            showcompare.table(terminal, compare(places(told, folder, done)))
-        show.ran(terminal, folder, done, dry=dry_run)
+            show_table(terminal, compare(places(told, folder, done)))
+        show_run(terminal, folder, done, dry=dry_run)
 
 
 @app.command("ls")

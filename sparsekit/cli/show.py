@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit import methods as registry
-from sparsekit.cli import showplan
+from sparsekit.cli.showplan import plan_costs, plans_together
 from sparsekit.cli.console import Terminal
 
 if TYPE_CHECKING:
@@ -23,20 +23,20 @@ TASK_COLUMNS = (
 )
 
 
-def ran(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
+def show_run(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
     """What became of each step of a recipe; stdout gets the models that nothing else is made of."""
     models = [one for one in done if one.step.verb != "eval"]
     rows = [
         (
             *(one.step.name, one.step.verb, one.state, _seconds(one)),
-            *(showplan.costs(one.plan) if dry else ()),
+            *(plan_costs(one.plan) if dry else ()),
             str(one.folder),
         )
         for one in done
     ]
     plans = [one.plan for one in done if one.plan is not None]
     if len(plans) > 1:
-        rows.append((f"these {len(plans)} together", None, None, *showplan.together(plans), None))
+        rows.append((f"these {len(plans)} together", None, None, *plans_together(plans), None))
     title = "plan (nothing was written)" if dry else f"{out}"
     costs = ("to write", "memory") if dry else ()
     terminal.table(title, ("step", "verb", "", "seconds", *costs, "folder"), rows)
@@ -53,7 +53,7 @@ def _seconds(done: "Done") -> str | None:
     return f"{done.seconds:.0f}" if done.state == "made" else None
 
 
-def pruned(terminal: Terminal, report: "Report") -> None:
+def show_pruned(terminal: Terminal, report: "Report") -> None:
     """The outcome of `prune`, by kind of weight."""
     kinds = by_kind(report.entry["weights"])
     rows = [kind_row(name, group) for name, group in kinds.items()]
@@ -73,7 +73,7 @@ def pruned(terminal: Terminal, report: "Report") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def recovered(terminal: Terminal, report: "Report") -> None:
+def show_recovered(terminal: Terminal, report: "Report") -> None:
     """The outcome of `recover`."""
     entry = report.entry
     flipped = sum(row["flipped"] for row in entry["weights"]) / entry["totals"]["size"]
@@ -117,7 +117,7 @@ def kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
     )
 
 
-def scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) -> None:
+def show_scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) -> None:
     """One table for perplexity and one for tasks, all models together."""
     measured = [score for score in scores if score.perplexity]
     if measured:
@@ -172,7 +172,7 @@ def _lm_eval_version() -> str:
     return importlib.metadata.version("lm_eval")
 
 
-def inspection(terminal: Terminal, report: "Inspection") -> None:
+def show_inspection(terminal: Terminal, report: "Inspection") -> None:
     """Sparsity by block and by weight type, and the history."""
     columns = ("", "weights", "zeros", "sparsity", "pattern")
     for title, rows in (("by block", report.blocks), ("by weight type", report.types)):
@@ -197,7 +197,7 @@ def _sparsity_row(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["name"], f"{row['size']:,}", zeros, f"{row['sparsity']:.2%}", row["pattern"])
 
 
-def verified(terminal: Terminal, result: dict[str, Any]) -> None:
+def show_verified(terminal: Terminal, result: dict[str, Any]) -> None:
     """A check that held."""
     pattern = result["pattern"]
     named = pattern if isinstance(pattern, str) else ", ".join(pattern)
@@ -217,7 +217,7 @@ def _needs(method: registry.Method) -> str:
     return "nothing" if method.data_free else "calibration"
 
 
-def methods(terminal: Terminal) -> None:
+def show_methods(terminal: Terminal) -> None:
     """The methods; stdout has one name a line unless it is the terminal itself."""
     kinds = ("pruners", "refiners", "recoverers", "quantizers")
     found = [registry.describe(kind, name) for kind in kinds for name in registry.names(kind)]
@@ -239,7 +239,7 @@ def methods(terminal: Terminal) -> None:
         terminal.result(names, [asdict(m) for m in found])
 
 
-def demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
+def show_demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
     """The demo's table."""
     cells, values = [], []
     for row in rows:

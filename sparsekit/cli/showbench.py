@@ -5,7 +5,7 @@ from typing import Any
 from sparsekit.cli.console import Terminal
 
 
-def inferred(terminal: Terminal, result: dict[str, Any]) -> None:
+def show_inference(terminal: Terminal, result: dict[str, Any]) -> None:
     """What loading and running took; stdout has a line for each model, with tokens a second."""
     memory = {"resident_bytes": "MB resident", "peak_bytes": "MB peak"}
     if result["device"] == "cuda":
@@ -32,7 +32,7 @@ def inferred(terminal: Terminal, result: dict[str, Any]) -> None:
     terminal.result("\n".join(lines), result)
 
 
-def train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
+def show_train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
     """Speed of training as a share of the possible, and the parts of its memory."""
     terminal.table(
         f"{result['method']} on {result['model']}, {result['threads']} threads",
@@ -55,7 +55,7 @@ def _megabytes(result: dict[str, Any]) -> str:
     return f"{result['peak_bytes'] / 1e6:.0f} MB"
 
 
-def bench(terminal: Terminal, result: dict[str, Any]) -> None:
+def show_bench(terminal: Terminal, result: dict[str, Any]) -> None:
     """Times, their ratio, and memory."""
     ratio = result["ratio"]
     rows = [
@@ -76,7 +76,7 @@ def bench(terminal: Terminal, result: dict[str, Any]) -> None:
     terminal.result("-" if ratio is None else f"{ratio:.3f}", result)
 
 
-def race(terminal: Terminal, rows: list[dict[str, Any]]) -> None:
+def show_race(terminal: Terminal, rows: list[dict[str, Any]]) -> None:
     """Both solvers of ARMOR, one line for each weight and side; stdout has the least ratio."""
     terminal.table(
         "the loss of Adam, and coordinate descent until it is as low",

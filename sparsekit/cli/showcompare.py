@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from sparsekit.stages.comparetable import Column
 
 
-def compared(
+def show_comparison(
     terminal: Terminal, comparison: "Comparison", form: Literal["paths", "csv", "markdown"]
 ) -> None:
     """The table; stdout has the paths of the models one a line, or the table in another form."""
     from sparsekit.stages import comparetable
 
-    table(terminal, comparison)
+    show_table(terminal, comparison)
     paths = [str(row.path) for row in comparison.rows if row.stored]
     text = {
         "paths": lambda _: "\n".join(paths),
@@ -27,14 +27,14 @@ def compared(
     terminal.result(text, comparison.to_json())
 
 
-def reported(terminal: Terminal, comparison: "Comparison", out: Path) -> None:
+def show_report(terminal: Terminal, comparison: "Comparison", out: Path) -> None:
     """What became of a page: its path."""
     for note in comparison.notes:
         terminal.note(f"note: {note}")
     terminal.result(out, {"out": str(out), **comparison.to_json()})
 
 
-def table(terminal: Terminal, comparison: "Comparison") -> None:
+def show_table(terminal: Terminal, comparison: "Comparison") -> None:
     """The table for people, and below it what has to be known of it."""
     from sparsekit.stages.comparetable import captions, columns
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sparsekit.stages.report import Report
 
 
-def quantized(terminal: Terminal, report: "Report") -> None:
+def show_quantized(terminal: Terminal, report: "Report") -> None:
     """The outcome of `quantize`, by kind of weight."""
     entry = report.entry
     rows = [kind_row(name, group) for name, group in by_kind(entry["weights"]).items()]
@@ -25,7 +25,7 @@ def quantized(terminal: Terminal, report: "Report") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def packed(terminal: Terminal, report: "Report") -> None:
+def show_packed(terminal: Terminal, report: "Report") -> None:
     """The outcome of `pack`, by pattern, beside what theory says of it."""
     by_pattern: dict[str, list[dict[str, Any]]] = {}
     for row in report.entry["weights"]:
@@ -68,12 +68,12 @@ def packed(terminal: Terminal, report: "Report") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def unpacked(terminal: Terminal, report: "Report") -> None:
+def show_unpacked(terminal: Terminal, report: "Report") -> None:
     """The outcome of `unpack`: its path."""
     terminal.result(report.out, report.to_json())
 
 
-def converted(terminal: Terminal, report: "Report") -> None:
+def show_converted(terminal: Terminal, report: "Report") -> None:
     """The outcome of `convert`."""
     entry = report.entry
     summary = entry["totals"]
@@ -85,7 +85,7 @@ def converted(terminal: Terminal, report: "Report") -> None:
     terminal.result(report.out, report.to_json())
 
 
-def deployment(terminal: Terminal, report: "DeployReport") -> None:
+def show_deployment(terminal: Terminal, report: "DeployReport") -> None:
     """Where a checkpoint runs; stdout has a runtime a line, with the three answers."""
     form = report.form
     terminal.table(

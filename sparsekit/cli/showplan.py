@@ -6,7 +6,7 @@ from typing import Any
 from sparsekit.cli.console import Terminal
 
 
-def plan(terminal: Terminal, plan: dict[str, Any]) -> None:
+def show_plan(terminal: Terminal, plan: dict[str, Any]) -> None:
     """What a dry run found; there is no output whose path stdout could name."""
     asked = (plan.get(key) for key in ("method", "pattern", "then", "grid"))
     weights = str(plan["weights"]) + (f" in {plan['blocks']} blocks" if "blocks" in plan else "")
@@ -36,7 +36,7 @@ def _computed(plan: Mapping[str, Any]) -> str:
     return f"{told} on {plan['device']}"
 
 
-def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+def plan_costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
     """Of a step of a recipe the bytes to write, and the memory above the libraries."""
     if plan is None:
         return None, None
@@ -45,7 +45,7 @@ def costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
     return _size(plan["bytes_to_write"]), told
 
 
-def together(plans: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, str]:
+def plans_together(plans: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, str]:
     """Of several steps the seconds, the bytes to write, and the most memory that one takes."""
     told = [plan.get("seconds_estimate") for plan in plans]
     known = [seconds for seconds in told if seconds is not None]

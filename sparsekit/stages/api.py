@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from sparsekit.errors import UsageError
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages import words
+from sparsekit.stages.words import MethodOptions, eval_config, prune_config, quantize_config, recover_config
 
 if TYPE_CHECKING:
     from sparsekit.stages.evaluate import Score
@@ -21,7 +21,7 @@ class PruneWords(TypedDict, total=False):
 
     method: str | None
     pattern: str | None
-    option: words.MethodOptions
+    option: MethodOptions
     preset: str | None
     initial: str | None
     refine: str | None
@@ -52,7 +52,7 @@ class RecoverWords(TypedDict, total=False):
     max_time: str | None
     teacher: str | None
     pattern: str | None
-    option: words.MethodOptions
+    option: MethodOptions
     skip: Sequence[str]
     metric: str
     batch: int
@@ -79,7 +79,7 @@ class QuantizeWords(TypedDict, total=False):
 
     method: str
     grid: str
-    option: words.MethodOptions
+    option: MethodOptions
     calibration: str | None
     samples: int | None
     length: int | None
@@ -127,7 +127,7 @@ def prune(
     Raises:
         SparsekitError: As the command; its message and hint are what that shows.
     """
-    config = words.prune_config(**given)
+    config = prune_config(**given)
     from sparsekit.stages.prune import prune as stage
 
     return stage(config, str(model), Path(out), overwrite=overwrite, progress=progress)
@@ -148,7 +148,7 @@ def recover(
     Returns:
         The folder, and what was done; None in a process that trains along with the main one.
     """
-    config = words.recover_config(**given)
+    config = recover_config(**given)
     from sparsekit.stages.recover import recover as stage
 
     return stage(config, str(model), Path(out), overwrite=overwrite, progress=progress)
@@ -166,7 +166,7 @@ def quantize(
 
     Args and errors are those of `prune`; the words are those of `QuantizeWords`.
     """
-    config = words.quantize_config(**given)
+    config = quantize_config(**given)
     from sparsekit.stages.quantize import quantize as stage
 
     return stage(config, str(model), Path(out), overwrite=overwrite, progress=progress)
@@ -192,7 +192,7 @@ def evaluate(
     Raises:
         SparsekitError: As the command.
     """
-    config = words.eval_config(**given)
+    config = eval_config(**given)
     names = [str(name) for name in ([models] if isinstance(models, (str, Path)) else models)]
     first = None if baseline is None else str(baseline)
     from sparsekit.stages.scores import require_own, save_scores

@@ -14,7 +14,7 @@ from sparsekit.tensors.sums import InputSums, Want
 Rewrite = Callable[[Block, dict[str, InputSums]], tuple[list[dict[str, Any]], dict[str, Tensor]]]
 
 
-def rewrite(
+def rewrite_blocks(
     stream: BlockStream,
     writer: CheckpointWriter,
     targets: list[Target],
@@ -51,13 +51,13 @@ def rewrite(
                 block.load(restore(block) if propagate else None)
                 block.advance()
         else:
-            rows += work(block, targets, transform, writer.write, want=want, propagate=propagate)
+            rows += rewrite_block(block, targets, transform, writer.write, want=want, propagate=propagate)
             done(block)
         progress.step(block.name)
     return rows
 
 
-def work(
+def rewrite_block(
     block: Block,
     targets: list[Target],
     transform: Rewrite,

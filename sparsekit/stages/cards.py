@@ -1,5 +1,6 @@
 """The README of each checkpoint that a stage writes, from its entry of the history."""
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -23,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")"""
 OWN = """\
-import sparsekit
 
 model = sparsekit.load(".")"""
 PLAIN = """\

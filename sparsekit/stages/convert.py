@@ -27,7 +27,7 @@ from sparsekit.models.legacy import (
 )
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages import weightwise
+from sparsekit.stages.weightwise import UNPACKING_BYTES, rewrite_weights
 from sparsekit.stages.cards import convert_card
 from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
@@ -60,7 +60,7 @@ def convert(
     fingerprint = source.scan(progress)
     recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=job.layout, overwrite=overwrite) as writer:
-        rows = weightwise.rewrite(
+        rows = rewrite_weights(
             writer,
             f"convert {form}",
             job.sizes,
@@ -104,7 +104,7 @@ class Conversion:
     @property
     def room(self) -> int:
         """The memory that the run is expected to take above the libraries, in bytes."""
-        return weightwise.UNPACKING_BYTES * max(self.sizes.values())
+        return UNPACKING_BYTES * max(self.sizes.values())
 
 
 def prepare(

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import sparsekit
 from sparsekit.files import cache_dir, existing_parent
 from sparsekit.memory import available_memory
 from sparsekit.stages.report import PACKAGES
@@ -20,7 +19,7 @@ VARIABLES = ("SPARSEKIT_CACHE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_
 
 def package_versions() -> dict[str, str]:
     """The versions of sparsekit, Python and the libraries that decide what it does."""
-    found = {"sparsekit": sparsekit.__version__, "python": platform.python_version()}
+    found = {"sparsekit": importlib.metadata.version("sparsekit"), "python": platform.python_version()}
     for name in SHOWN:
         try:
             found[name] = importlib.metadata.version(name)

@@ -11,7 +11,7 @@ import torch
 
 from sparsekit.memory import peak_memory, resident, watch_peak
 from sparsekit.models.skeleton import KEPT_BYTES
-from sparsekit.stages import blockwise
+from sparsekit.stages.blockwise import Rewrite, rewrite_block
 from sparsekit.tensors.curvature import FACTORING_BYTES
 from sparsekit.tensors.sums import SAMPLE_TOKENS, Want
 
@@ -83,7 +83,7 @@ class Cost:
 def forecast(
     stream: BlockStream,
     targets: list[Target],
-    transform: blockwise.Rewrite,
+    transform: Rewrite,
     *,
     calibration: Calibration | None,
     want: Want | None,
@@ -100,7 +100,7 @@ def forecast(
 
     Args:
         stream: The blocks.
-        targets: As of `blockwise.rewrite`, as are `transform`, `want` and `propagate`.
+        targets: As of `rewrite_blocks`, as are `transform`, `want` and `propagate`.
         transform: See there.
         calibration: The rows that run through the blocks; None: none.
         want: See there.
@@ -126,7 +126,7 @@ def forecast(
     for sums in passes:
         block.load()
         block.observe(block.targets, sums, advance=True)
-    blockwise.work(block, targets, transform, lambda *_: None, want=want, propagate=propagate)
+    rewrite_block(block, targets, transform, lambda *_: None, want=want, propagate=propagate)
     spent = time.perf_counter() - before
     block.release()
     total = time.perf_counter() - started

@@ -16,7 +16,7 @@ from sparsekit.models.folder import FACTORS, PACKED_METHOD, factor_name
 from sparsekit.models.layout import Layout
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages import weightwise
+from sparsekit.stages.weightwise import rewrite_weights
 from sparsekit.stages.cards import pack_card
 from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
@@ -57,7 +57,7 @@ def pack(
     source, fingerprint, plans, layout = job.source, job.fingerprint, job.plans, job.layout
     recipe = {"stage": "pack", "source": fingerprint, "patterns": job.told, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        rows = weightwise.rewrite(
+        rows = rewrite_weights(
             writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), cost, progress
         )
         if rough := [row["name"] for row in rows if row.get("exact") is False]:

@@ -1,11 +1,11 @@
 """The report: one HTML page that needs nothing else, neither files, network nor scripts."""
 
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import sparsekit
 from sparsekit.errors import UsageError
 from sparsekit.files import storage_errors, write_atomic
 from sparsekit.stages.commands import commands
@@ -68,7 +68,7 @@ def page(comparison: Comparison) -> str:
 <h2>Made with</h2>
 {"".join(_made(row) for row in comparison.rows)}</section>
 </main>
-<footer><p>Written by sparsekit {escape(sparsekit.__version__)}.</p></footer>
+<footer><p>Written by sparsekit {escape(importlib.metadata.version("sparsekit"))}.</p></footer>
 </body>
 </html>
 """

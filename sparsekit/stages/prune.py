@@ -16,7 +16,7 @@ from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantizers.gptq import Gptq
-from sparsekit.stages import blockwise
+from sparsekit.stages.blockwise import rewrite_blocks
 from sparsekit.stages.allocate import allocate
 from sparsekit.stages.budget import Budget
 from sparsekit.stages.cards import model_card
@@ -86,7 +86,7 @@ def prune(
         if rows:
             job.stream.feed(rows.tokens)
         cost.begin(sizes_of(job.stream), writer.finished)
-        weights = blockwise.rewrite(
+        weights = rewrite_blocks(
             job.stream,
             writer,
             job.targets,

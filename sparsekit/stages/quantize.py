@@ -11,7 +11,7 @@ from sparsekit.files import read_json, sha256_json
 from sparsekit.models.rows import TokenRows
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages import blockwise
+from sparsekit.stages.blockwise import rewrite_blocks
 from sparsekit.stages.cards import quantize_card
 from sparsekit.stages.coded import coded_config
 from sparsekit.stages.forecast import Cost, sizes_of
@@ -66,7 +66,7 @@ def quantize(
         if rows:
             job.stream.feed(rows.tokens)
         cost.begin(sizes_of(job.stream), writer.finished)
-        weights = blockwise.rewrite(
+        weights = rewrite_blocks(
             job.stream,
             writer,
             job.targets,

@@ -13,17 +13,17 @@ from typing import Any
 import yaml
 
 from sparsekit.errors import UsageError, did_you_mean
-from sparsekit.stages import words
+from sparsekit.stages.words import eval_config, prune_config, quantize_config, recover_config
 
 VERSION = 1
 TOP = ("version", "model", "seed", "stages")
 # By verb, the function whose keywords are its words; None: it has no words.
 VERBS: Mapping[str, Callable[..., Any] | None] = {
-    "prune": words.prune_config,
-    "recover": words.recover_config,
-    "quantize": words.quantize_config,
+    "prune": prune_config,
+    "recover": recover_config,
+    "quantize": quantize_config,
     "pack": None,
-    "eval": words.eval_config,
+    "eval": eval_config,
 }
 # What is said of a stage beside its verb.
 BESIDE = ("name", "from")

@@ -19,7 +19,7 @@ from sparsekit.models.layout import SHARD_BYTES, Layout
 from sparsekit.models.quantized import Shapes, encode, part_name, stored_shapes
 from sparsekit.models.writer import CheckpointWriter
 from sparsekit.progress import SILENT, Progress
-from sparsekit.stages import weightwise
+from sparsekit.stages.weightwise import UNPACKING_BYTES, rewrite_weights
 from sparsekit.stages.cards import unpack_card
 from sparsekit.stages.forecast import Cost
 from sparsekit.stages.frontmatter import Origin
@@ -60,7 +60,7 @@ def unpack(
         raise
     recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
-        weightwise.rewrite(
+        rewrite_weights(
             writer,
             "unpack",
             job.sizes,
@@ -111,7 +111,7 @@ class Unpacking:
     @property
     def room(self) -> int:
         """The memory that the run is expected to take above the libraries, in bytes."""
-        return weightwise.UNPACKING_BYTES * max(self.sizes.values(), default=0)
+        return UNPACKING_BYTES * max(self.sizes.values(), default=0)
 
 
 def prepare(

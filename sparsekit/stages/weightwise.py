@@ -18,7 +18,7 @@ UNPACKING_BYTES = 24
 Make = Callable[[str], tuple[Mapping[str, Tensor], Any]]
 
 
-def rewrite(
+def rewrite_weights(
     writer: CheckpointWriter,
     title: str,
     sizes: Mapping[str, int],
