@@ -9,11 +9,14 @@ import typing
 import pytest
 
 import sparsekit
+from sparsekit import api
+from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import UsageError
-from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.stages import api
-from sparsekit.stages.words import eval_config, prune_config, quantize_config, recover_config
-from sparsekit.stages.scores import SCORES
+from sparsekit.pruning.config import prune_config
+from sparsekit.quantization.config import quantize_config
+from sparsekit.recovery.config import recover_config
+from sparsekit.scoring.config import eval_config
+from sparsekit.scoring.saved_scores import SCORES
 
 PAIRS = [
     (api.PruneWords, prune_config),

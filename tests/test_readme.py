@@ -10,9 +10,9 @@ import pytest
 import typer
 
 import sparsekit
+from sparsekit import api
 from sparsekit.cli.app import app
-from sparsekit.stages import api
-from sparsekit.stages.recipe import parse
+from sparsekit.study.recipe import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

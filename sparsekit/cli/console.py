@@ -206,3 +206,33 @@ def _display(console: Console) -> Progress:
 
 def _memory() -> str:
     return f"{peak_memory() / 1e6:.0f} MB peak"
+
+
+def by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of weights by the last part of their names."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in weights:
+        kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+    return kinds
+
+
+def kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Count, zeros, errors and seconds of the weights of one kind."""
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
+    return (
+        name,
+        len(rows),
+        f"{zeros:.2%}",
+        f"{sum(errors) / len(errors):.4f}" if errors else "-",
+        f"{max(errors):.4f}" if errors else "-",
+        f"{sum(row['seconds'] for row in rows):.1f}",
+    )
+
+
+def paired_text(difference: dict[str, Any] | None) -> str:
+    """A paired difference with its standard error; empty without one."""
+    if difference is None:
+        return ""
+    stderr = difference["stderr"]
+    return f"{difference['value']:+.4f} ± " + ("-" if stderr is None else f"{stderr:.4f}")

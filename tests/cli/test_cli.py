@@ -19,14 +19,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
-from sparsekit import methods
+from sparsekit import registry as methods
 from sparsekit.cli import console
 from sparsekit.cli.app import app
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
-from sparsekit.stages.config import EvalConfig, PruneConfig
-from sparsekit.stages.scores import read_scores
-from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
+from sparsekit.scoring.saved_scores import read_scores
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -242,7 +243,7 @@ def test_folder_called_like_the_demo_model_can_be_written(cli, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     monkeypatch.setattr(
-        "sparsekit.stages.job.resolve", lambda *_: pytest.fail("was not refused before")
+        "sparsekit.pruning.prepare.resolve", lambda *_: pytest.fail("was not refused before")
     )
     assert_one_line_error(cli("prune", "demo", "-o", "demo"), 2, r"the output demo exists")
 

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 
-from sparsekit import methods
+from sparsekit import registry as methods
 from sparsekit.errors import SparsekitError
-from sparsekit.stages.config import EvalConfig, PruneConfig
-from sparsekit.stages.quantconfig import QuantizeConfig
-from sparsekit.stages.shipped import recipe_file
-from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.tensors.grids import Grid
-from sparsekit.tensors.patterns import Pattern
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
+from sparsekit.study.recipe import recipe_file
+from sparsekit.weights.grids import Grid
+from sparsekit.weights.patterns import Pattern
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "huggingface_hub")
 
