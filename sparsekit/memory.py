@@ -104,7 +104,7 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _steady_heap() -> None:
+def steady_heap() -> None:
     """Keep the resident size from growing with the depth; only glibc needs and has these calls."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -124,7 +124,8 @@ def keep_heap() -> None:
         set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
+    """Give what is free in glibc's heap back to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

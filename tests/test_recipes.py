@@ -69,9 +69,9 @@ def test_an_installed_package_has_them_wherever_it_lies(tmp_path):
         for root in (source, installed)
     ]
     assert modules[0] == modules[1]
-    names = "from sparsekit.stages import shipped; print(shipped.__file__, *shipped.shipped())"
+    names = "from sparsekit.study import recipe; print(recipe.__file__, *recipe.shipped())"
     file, *found = python(names, cwd=installed).split()
-    assert file == str(installed / "sparsekit" / "stages" / "shipped.py")
+    assert file == str(installed / "sparsekit" / "study" / "recipe.py")
     assert sorted(found) == NAMES
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.memory import _steady_heap, _trim_heap
+from sparsekit.memory import steady_heap, trim_heap
 from sparsekit.model.architecture import (
     build_without_weights,
     find_blocks,
@@ -48,7 +48,7 @@ class Skeleton:
         self._round_inputs()
         self._reused: dict[str, Tensor] = {}
         self._passed = 0
-        _steady_heap()
+        steady_heap()
 
     def _round_inputs(self) -> None:
         """Let layers on a grid for inputs round theirs before they compute."""
@@ -92,7 +92,7 @@ class Skeleton:
         self._passed += n_bytes
         if self._passed >= TRIM_BYTES:
             self._passed = 0
-            _trim_heap()
+            trim_heap()
 
     def forget_memory(self) -> None:
         """Give back the memory that `hold` keeps for the next block."""

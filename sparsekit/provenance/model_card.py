@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")"""
 OWN = """\
+import sparsekit
 
 model = sparsekit.load(".")"""
 PLAIN = """\

@@ -17,11 +17,10 @@ import torch
 import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from typer.main import get_command
+from verbs import commands
 
 from sparsekit import registry as methods
 from sparsekit.cli import console
-from sparsekit.cli.app import app
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
 from sparsekit.pruning.config import PruneConfig
@@ -56,14 +55,6 @@ def strict_json(text: str):
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def commands() -> dict[str, object]:
-    found = {}
-    for name, command in get_command(app).commands.items():
-        for inner, sub in getattr(command, "commands", {"": command}).items():
-            found[f"{name} {inner}".strip()] = sub
-    return found
 
 
 def assert_one_line_error(result, code: int, match: str) -> None:

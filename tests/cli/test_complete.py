@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from verbs import commands
 
 from sparsekit import registry as methods
 from sparsekit.errors import SparsekitError
@@ -92,8 +93,6 @@ def test_zsh_is_told_what_a_method_does():
 
 def flags() -> list[tuple[str, str, str]]:
     """Every option that completes, with each word that it offers."""
-    from test_cli import commands
-
     found = []
     for name, command in commands().items():
         for parameter in command.params:

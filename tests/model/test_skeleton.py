@@ -67,7 +67,7 @@ def test_memory_between_blocks_is_given_back_at_the_end(family):
 
 def test_heap_is_tidied_when_enough_bytes_have_passed(family, monkeypatch):
     trims = []
-    monkeypatch.setattr("sparsekit.memory._trim_heap", lambda: trims.append(1))
+    monkeypatch.setattr("sparsekit.model.skeleton.trim_heap", lambda: trims.append(1))
     monkeypatch.setattr("sparsekit.model.skeleton.TRIM_BYTES", 100)
     skeleton = skeleton_of(family("llama"))
     for _ in range(5):

@@ -198,20 +198,23 @@ import json, pathlib, sys
 import psutil, torch
 from sparsekit.memory import peak_memory
 from sparsekit.text.calibration import Calibration
-from sparsekit.stages import dryrun, pack, quantize
+from sparsekit.packing.dry_run import plan_pack
+from sparsekit.packing.pack import pack
+from sparsekit.quantization.dry_run import plan_quantize
+from sparsekit.quantization.quantize import quantize
 from sparsekit.quantization.config import QuantizeConfig
 
 what, folder, rows, out = sys.argv[1], sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4])
 if what == "pack":
-    estimate = dryrun.plan_pack(folder, out)
+    estimate = plan_pack(folder, out)
 else:
     config = QuantizeConfig(method=what, grid="int4-g64", calibration=Calibration(source=rows))
-    estimate = dryrun.plan_quantize(config, folder, out)
+    estimate = plan_quantize(config, folder, out)
 before = psutil.Process().memory_info().rss
 if what == "pack":
-    pack.pack(folder, out)
+    pack(folder, out)
 else:
-    quantize.quantize(config, folder, out)
+    quantize(config, folder, out)
 print(json.dumps([peak_memory() - before, estimate["peak_memory_estimate_bytes"]]))
 """
 

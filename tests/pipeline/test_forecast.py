@@ -15,13 +15,14 @@ from sparsekit.packing.convert import convert
 from sparsekit.packing.dry_run import plan_convert, plan_pack, plan_unpack
 from sparsekit.packing.pack import pack
 from sparsekit.packing.unpack import unpack
-from sparsekit.pipeline import loops as blockwise
+from sparsekit.pipeline import forecast, loops
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.forecast import peak_estimate, sizes_of
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.method_chain import Chain
 from sparsekit.pruning.prune import prune
+from sparsekit.recovery import deadline
 from sparsekit.recovery import inputs as trainwork
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import tuning as trainplan
@@ -83,7 +84,8 @@ def slow(monkeypatch) -> Clock:
         (Checkpoint, "scan", 3.0),
         (BlockStream, "feed", 1.0),
         (Block, "observe", 0.5),
-        (blockwise, "work", 5.0),
+        (loops, "rewrite_block", 5.0),
+        (forecast, "rewrite_block", 5.0),
     ):
 
         def slowed(*words, part=getattr(owner, name), seconds=seconds, **more):
@@ -123,9 +125,9 @@ def test_training_keeps_what_it_was_expected_to_take(family, tmp_path, monkeypat
     """Of 8 steps that each take 10 s, with three evaluations of 5 s and a state of 3 s."""
     clock = Clock()
     monkeypatch.setattr(trainwork, "Cost", partial(Cost, clock))
-    for module in ("recover", "training", "trainplan", "deadline"):
+    for module in ("recover", "loop", "tuning", "deadline"):
         fake = SimpleNamespace(perf_counter=clock)
-        monkeypatch.setattr(f"sparsekit.stages.{module}.time", fake)
+        monkeypatch.setattr(f"sparsekit.recovery.{module}.time", fake)
 
     def slowed(function, seconds):
         def slow(*words, **more):
@@ -142,7 +144,7 @@ def test_training_keeps_what_it_was_expected_to_take(family, tmp_path, monkeypat
     config = RecoverConfig(method="fixed", tokens=8 * 64, batch=2, length=32, eval_every=5)
     entry = stage.recover(config, str(family("llama")), tmp_path / "out").entry
     assert entry["seconds"] == 8 * 10.0 + 3 * 5.0  # saving stands still here
-    assert entry["estimated"]["seconds"] == entry["seconds"] + 3.0 + trainplan.CLOSING
+    assert entry["estimated"]["seconds"] == entry["seconds"] + 3.0 + deadline.CLOSING
     assert (1 << 40) < entry["estimated"]["peak_memory_bytes"] < (1 << 40) + (1 << 34)
 
 

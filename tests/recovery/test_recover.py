@@ -26,10 +26,10 @@ from sparsekit.inspection.verify import verify
 from sparsekit.model.full_model import hidden_states
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
-from sparsekit.recovery import checks as trainchecks
 from sparsekit.recovery import export as trainwrite
 from sparsekit.recovery import loop as training
 from sparsekit.recovery import loss as trainloss
+from sparsekit.recovery import memory_needs
 from sparsekit.recovery import prepare as recovery
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import saved_state as trainstate
@@ -1065,20 +1065,20 @@ def test_too_little_memory_elsewhere_is_told_too(pruned, tmp_path, monkeypatch, 
 def test_processes_of_one_machine_share_its_memory(pruned, monkeypatch):
     source = Checkpoint.open(pruned)
     needed = 4 * 4 * sum(math.prod(place.shape) for place in source.places.values())
-    monkeypatch.setattr(trainchecks, "available_memory", lambda: 2 * needed)
+    monkeypatch.setattr(memory_needs, "available_memory", lambda: 2 * needed)
     job = SHORT, source, None, Fixed(), torch.device("cpu")
-    trainchecks.require_memory(*job)
+    memory_needs.require_memory(*job)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(DataError, match="for weights, gradients and two moments"):
-        trainchecks.require_memory(*job)
-    trainchecks.require_memory(*job, shards=True)
+        memory_needs.require_memory(*job)
+    memory_needs.require_memory(*job, shards=True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     with pytest.raises(DataError, match="for weights in float32"):
-        trainchecks.require_memory(*job, shards=True)
+        memory_needs.require_memory(*job, shards=True)
 
 
 def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainchecks, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(memory_needs, "available_memory", lambda: 100_000)
     with pytest.raises(DataError, match=r"needs 0\.0 GB .*and the teacher.*--share 0"):
         recover(SHORT, str(pruned), tmp_path / "out")
 
@@ -1093,9 +1093,9 @@ def test_what_is_held_in_16_bits_is_counted(pruned, tmp_path, monkeypatch):
         (half, 22, 24),
         (replace(half, teacher_top=8), 22, 26),
     ):
-        assert trainchecks.training_bytes(config, source, None, Ast()) == alone * size
-        assert trainchecks.training_bytes(config, source, source, Ast()) == taught * size
-    monkeypatch.setattr(trainchecks, "available_memory", lambda: 100_000)
+        assert memory_needs.training_bytes(config, source, None, Ast()) == alone * size
+        assert memory_needs.training_bytes(config, source, source, Ast()) == taught * size
+    monkeypatch.setattr(memory_needs, "available_memory", lambda: 100_000)
     with pytest.raises(DataError, match="two moments in float32, and the teacher in bfloat16, bes"):
         recover(half, str(pruned), tmp_path / "out")
 
@@ -1121,13 +1121,13 @@ def test_a_batch_that_cannot_fit_is_refused_first_with_one_that_may(
 ):
     """What is left beside the weights is told in rows; two thirds of what is expected are sure."""
     source, dense = Checkpoint.open(pruned), Checkpoint.open(pruned)
-    held = trainchecks.training_bytes(SHORT, source, dense, Ast())
+    held = memory_needs.training_bytes(SHORT, source, dense, Ast())
     row = 4 * 16 * sum(sum(place.shape) for place in linear(source).values())
-    monkeypatch.setattr(trainchecks, "available_memory", lambda: int(held + left * row))
+    monkeypatch.setattr(memory_needs, "available_memory", lambda: int(held + left * row))
     config = replace(SHORT, batch=3, accumulate=2)
     with pytest.raises(DataError, match=f"3 rows of 16 tokens keeps about .*{hint}"):
         recover(config, str(pruned), tmp_path / "out")
-    monkeypatch.setattr(trainchecks, "available_memory", lambda: int(held + 2.1 * row))
+    monkeypatch.setattr(memory_needs, "available_memory", lambda: int(held + 2.1 * row))
     prepare(config, str(pruned), tmp_path / "out")
 
 

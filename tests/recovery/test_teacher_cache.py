@@ -15,8 +15,7 @@ import sparsekit
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, NumericalError, StorageError, UsageError
 from sparsekit.progress import SILENT
-from sparsekit.recovery import checks as trainchecks
-from sparsekit.recovery import student
+from sparsekit.recovery import memory_needs, student
 from sparsekit.recovery import teacher_cache as teacher
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.distributed import Ranks
@@ -269,8 +268,8 @@ def test_memory_for_the_teacher_is_asked_for_only_where_it_is_needed(
 ):
     recover(config, str(pruned), tmp_path / "first")
     model = sum(4 * math.prod(p.shape) for p in Checkpoint.open(pruned).places.values())
-    monkeypatch.setattr(trainchecks, "available_memory", lambda: 4 * model + model // 2)
-    monkeypatch.setattr(trainchecks, "pass_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory_needs, "available_memory", lambda: 4 * model + model // 2)
+    monkeypatch.setattr(memory_needs, "pass_bytes", lambda *_: 0)
     recover(config, str(pruned), tmp_path / "second")
     files(tmp_path / "cache")[name_of(rows[3])].unlink()
     with pytest.raises(DataError, match="and the teacher"):

@@ -16,6 +16,7 @@ from sparsekit.progress import Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.scoring import evaluate as module
+from sparsekit.scoring import perplexity as scoring
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import Score, evaluate
 from sparsekit.text.calibration import evaluation_rows
@@ -61,11 +62,11 @@ def test_more_windows_than_fit_into_memory_are_measured_in_several_passes(
     each = 24 * 32 * 4  # bytes of the hidden states of one window
     share = 2.5 * each / psutil.virtual_memory().total
     passes = []
-    feed = module.BlockStream.feed
+    feed = scoring.BlockStream.feed
     monkeypatch.setattr(
-        module.BlockStream, "feed", lambda self, rows: passes.append(len(rows)) or feed(self, rows)
+        scoring.BlockStream, "feed", lambda self, rows: passes.append(len(rows)) or feed(self, rows)
     )
-    monkeypatch.setattr(module, "HIDDEN_SHARE", share)
+    monkeypatch.setattr(scoring, "HIDDEN_SHARE", share)
     (parts,) = scores(config, family("gemma3"))
     assert len(passes) > 1
     assert sum(passes) == 5

@@ -387,7 +387,7 @@ SCRIPT = """\
 import json, sys
 from pathlib import Path
 from sparsekit.errors import DataError
-from sparsekit.pruning.config import EvalConfig
+from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.scoring.harness import load_tasks
 from sparsekit.scoring.tasks import score_tasks
