@@ -35,6 +35,7 @@ from sparsekit.files import (
     exclusive,
     fsync_path,
     read_json,
+    reserve,
     storage_errors,
     write_atomic,
     write_json,
@@ -283,7 +284,7 @@ def _lay_out(target: Path, header: bytes, size: int) -> None:
     """A file of this size that begins with this header."""
     handle = os.open(target, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
     try:
-        os.posix_fallocate(handle, 0, size)
+        reserve(handle, size)
         _write_at(handle, memoryview(header), 0)
         os.fsync(handle)
     finally:

@@ -1,26 +1,22 @@
 """Every command as a user meets it: exit codes, the one result on stdout, tables on stderr."""
 
 import contextlib
-import io
 import json
 import math
 import os
 import pty
 import re
 import shutil
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from verbs import commands
 
 from sparsekit import registry as methods
-from sparsekit.cli import console
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
 from sparsekit.pruning.config import PruneConfig
@@ -125,34 +121,6 @@ def test_memory_that_runs_out_is_told_with_a_way_out(capsys, error):
         raise error
     assert caught.value.exit_code == 1
     assert re.fullmatch(r"error: out of memory; fewer --samples [^\n]+\n", capsys.readouterr().err)
-
-
-def test_bar_names_the_step_what_is_left_and_the_memory():
-    shown = io.StringIO()
-    terminal = Terminal()
-    terminal.stderr = Console(file=shown, force_terminal=True, width=120)
-    with terminal.working() as progress:
-        progress.begin("wanda 2:4", 6)
-        for block in range(3):
-            progress.step(f"model.layers.{block}")
-            time.sleep(0.3)  # three times the interval at which the bar is drawn
-        progress.note("something to know")
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
-    assert re.search(r"wanda 2:4 .* 3/6 0:00:0\d +\d+ MB peak +model\.layers\.2", text)
-    assert "note: something to know\n" in text
-
-
-def test_time_left_goes_by_what_this_run_has_done(monkeypatch):
-    """Of 1000 steps 900 were done before; one more in 10 s leaves 99 of them."""
-    shown, clock = io.StringIO(), iter([0.0, 10.0])
-    terminal = Terminal()
-    terminal.stderr = Console(file=shown, width=120)
-    with terminal.working() as progress:
-        monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-        progress.begin("recover ast 2:4", 1000, 900)
-        progress.step("loss 1")
-        monkeypatch.undo()
-    assert "recover ast 2:4: 901/1000 loss 1, 10 s, 990 s left" in shown.getvalue()
 
 
 def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):
