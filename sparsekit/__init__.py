@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.registration import register
+from sparsekit.model.hf_hook import register
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,12 +13,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from sparsekit.models.keepzeros import Masked
-    from sparsekit.models.whole import Resident
-    from sparsekit.stages.api import evaluate, prune, quantize, recover, run
+    from sparsekit.api import evaluate, prune, quantize, recover, run
+    from sparsekit.model.full_model import Resident
+    from sparsekit.recovery.masked import Masked
+
 
 __all__ = ["evaluate", "load", "masked", "prune", "quantize", "recover", "run"]
-__version__ = "0.1.0"
+
 
 register()
 
@@ -25,9 +27,11 @@ register()
 def __getattr__(name: str) -> Any:
     """The verbs, imported when they are asked for."""
     if name in ("evaluate", "prune", "quantize", "recover", "run"):
-        from sparsekit.stages import api
+        from sparsekit import api
 
         return getattr(api, name)
+    if name == "__version__":
+        return importlib.metadata.version("sparsekit")
     raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
 
 
@@ -46,7 +50,7 @@ def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -
         DataError: It cannot be read, is quantized in another way than ours, lacks weights, or does
             not fit into memory.
     """
-    from sparsekit.models.whole import load
+    from sparsekit.model.full_model import load
 
     return load(path, dtype, resident)
 
@@ -61,6 +65,6 @@ def masked(model: nn.Module) -> Masked:
     Raises:
         UsageError: The model has no zeros, or is no module.
     """
-    from sparsekit.models.keepzeros import Masked
+    from sparsekit.recovery.masked import Masked
 
     return Masked(model)

@@ -1,5 +1,17 @@
-"""Run the command line with `python -m sparsekit`."""
+"""Run the command line, also with `python -m sparsekit`."""
 
-from sparsekit.cli.app import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line, or say that there is none for this system."""
+    if sys.platform == "win32":
+        print("error: sparsekit does not run on Windows; use Linux, macOS or WSL", file=sys.stderr)
+        raise SystemExit(2)
+    from sparsekit.cli.app import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,14 +10,17 @@ class SparsekitError(Exception):
     Args:
         message: What went wrong, where, and why.
         hint: What to do next; empty when there is nothing to add.
+        code: A short name of the kind of failure, such as `no-method`, which does not change when
+            the words of the message do.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", *, code: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.code = code
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -53,6 +52,20 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def reserve(handle: int, n_bytes: int) -> None:
+    """Give an open file this size, and take the room on the disk where the system can.
+
+    macOS has no `posix_fallocate`: there a full disk shows only when the bytes are written.
+
+    Raises:
+        OSError: The disk has no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, n_bytes)
+    else:
+        os.ftruncate(handle, n_bytes)
 
 
 @contextlib.contextmanager
@@ -130,6 +143,8 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises:
         UsageError: Another process holds it.
     """
+    import fcntl  # which Windows lacks
+
     with storage_errors(path):
         file = path.open("w")
     with file:

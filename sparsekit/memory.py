@@ -1,12 +1,22 @@
 """How much memory this process has taken, and how much it may still take; Linux and macOS."""
 
+from __future__ import annotations
+
 import contextlib
+import ctypes
 import re
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+# glibc up to 2.37 cannot use a freed piece for an aligned one of the same size (glibc bug 14581),
+# and torch asks for aligned ones: the heap grows with every block. Pieces of this size or more are
+# therefore mapped on their own; smaller ones stay in the heap, where they cost no page faults.
+MAPPED_BYTES = 8 << 20
+# The top of the heap is kept up to this size; with a size above set, glibc would keep 128 kB only.
+KEPT_BYTES = 64 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 STATUS = Path("/proc/self/status")
 PEAK_RESET = Path("/proc/self/clear_refs")
 # Which control groups this process is in, and where their limits lie.
@@ -92,3 +102,30 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def steady_heap() -> None:
+    """Keep the resident size from growing with the depth; only glibc needs and has these calls."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def keep_heap() -> None:
+    """Let freed memory stay with the process, for what takes as much again at once: training.
+
+    Every page that comes anew from the system costs a fault, which for the tensors of a step is
+    a good part of the time.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_MAX, 0)
+        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def trim_heap() -> None:
+    """Give what is free in glibc's heap back to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -107,9 +107,9 @@ def row_file(rows, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pruned(family, row_file, tmp_path_factory) -> Path:
     """The tiny llama at 2:4 by Wanda; nobody may write there."""
-    from sparsekit.models.calibration import Calibration
-    from sparsekit.stages.config import PruneConfig
-    from sparsekit.stages.prune import prune
+    from sparsekit.pruning.config import PruneConfig
+    from sparsekit.pruning.prune import prune
+    from sparsekit.text.calibration import Calibration
 
     out = tmp_path_factory.mktemp("pruned") / "llama-2of4"
     config = PruneConfig(calibration=Calibration(source=str(row_file)))

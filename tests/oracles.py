@@ -11,8 +11,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from sparsekit.tensors.patterns import Pattern
-from sparsekit.tensors.sums import InputSums, Want
+from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.weights.patterns import Pattern
 
 # ---------------------------------------------------------------------------------- problems
 

@@ -9,16 +9,20 @@ import typing
 import pytest
 
 import sparsekit
+from sparsekit import api
+from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import UsageError
-from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.stages import api, words
-from sparsekit.stages.scores import SCORES
+from sparsekit.pruning.config import prune_config
+from sparsekit.quantization.config import quantize_config
+from sparsekit.recovery.config import recover_config
+from sparsekit.scoring.config import eval_config
+from sparsekit.scoring.saved_scores import SCORES
 
 PAIRS = [
-    (api.PruneWords, words.prune_config),
-    (api.RecoverWords, words.recover_config),
-    (api.QuantizeWords, words.quantize_config),
-    (api.EvalWords, words.eval_config),
+    (api.PruneWords, prune_config),
+    (api.RecoverWords, recover_config),
+    (api.QuantizeWords, quantize_config),
+    (api.EvalWords, eval_config),
 ]
 SHORT = {"tokens": 96, "batch": 2, "length": 16, "lr": 1e-3}
 

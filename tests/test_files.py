@@ -6,7 +6,7 @@ import os
 import pytest
 
 from sparsekit.errors import StorageError
-from sparsekit.files import storage_errors, write_atomic
+from sparsekit.files import reserve, storage_errors, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,12 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         write_atomic(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("system", ["linux", "macos"])
+def test_a_file_gets_its_size_where_the_system_cannot_reserve_room(tmp_path, monkeypatch, system):
+    if system == "macos":
+        monkeypatch.delattr(os, "posix_fallocate")
+    with (tmp_path / "file").open("wb") as file:
+        reserve(file.fileno(), 12345)
+    assert (tmp_path / "file").read_bytes() == bytes(12345)

@@ -1,4 +1,4 @@
-"""The README says what is there: its tree, its commands and their options, and its code."""
+"""The README says what is there: its commands and their options, and its code."""
 
 import ast
 import inspect
@@ -10,24 +10,12 @@ import pytest
 import typer
 
 import sparsekit
+from sparsekit import api
 from sparsekit.cli.app import app
-from sparsekit.stages import api
-from sparsekit.stages.recipe import parse
+from sparsekit.study.recipe import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_tree_lists_every_source_file_once():
-    tree = README.partition("## The tree")[2]
-    listed = re.findall(r"^ +(\S+\.py) ", tree, flags=re.MULTILINE)
-    there = [path.name for path in (ROOT / "sparsekit").rglob("*.py")]
-    methods = {"pruners", "refiners", "recoverers", "quantizers"}
-    packages = {"tensors", "models", *methods, "stages", "cli"}
-    for package in packages:  # their __init__.py is the folder's own line
-        there.remove("__init__.py")
-        assert f"  {package}/" in tree
-    assert sorted(listed) == sorted(there)
 
 
 def blocks(kind: str) -> list[str]:

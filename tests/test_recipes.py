@@ -14,19 +14,18 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sparsekit import methods
+from sparsekit import registry as methods
+from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import SparsekitError, UsageError
-from sparsekit.models.checkpoint import Checkpoint
-from sparsekit.recoverers import Scale
-from sparsekit.stages import demo
-from sparsekit.stages.config import PruneConfig
-from sparsekit.stages.inspect import verify
-from sparsekit.stages.plan import plan
-from sparsekit.stages.recipe import parse, read_recipe
-from sparsekit.stages.recipeform import read_yaml, schema
-from sparsekit.stages.run import run
-from sparsekit.stages.scores import read_scores
-from sparsekit.stages.shipped import shipped
+from sparsekit.inspection.verify import verify
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.pruning.dry_run import plan
+from sparsekit.recovery.methods import Scale
+from sparsekit.scoring.saved_scores import read_scores
+from sparsekit.study import demo
+from sparsekit.study.recipe import parse, read_recipe, shipped
+from sparsekit.study.run import run
+from sparsekit.study.schema import read_yaml, schema
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(shipped())
@@ -70,9 +69,9 @@ def test_an_installed_package_has_them_wherever_it_lies(tmp_path):
         for root in (source, installed)
     ]
     assert modules[0] == modules[1]
-    names = "from sparsekit.stages import shipped; print(shipped.__file__, *shipped.shipped())"
+    names = "from sparsekit.study import recipe; print(recipe.__file__, *recipe.shipped())"
     file, *found = python(names, cwd=installed).split()
-    assert file == str(installed / "sparsekit" / "stages" / "shipped.py")
+    assert file == str(installed / "sparsekit" / "study" / "recipe.py")
     assert sorted(found) == NAMES
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsekit.models.calibration import Calibration
-from sparsekit.stages.config import EvalConfig, PruneConfig
-from sparsekit.stages.evaluate import evaluate
-from sparsekit.stages.prune import prune
-from sparsekit.stages.recover import recover
-from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.pruning.prune import prune
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.recovery.recover import recover
+from sparsekit.scoring.config import EvalConfig
+from sparsekit.scoring.evaluate import evaluate
+from sparsekit.text.calibration import Calibration
 
 pytestmark = pytest.mark.slow
 

@@ -1,11 +1,11 @@
 """The verb `bench`: what sparsekit itself costs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sparsekit.cli import complete, showbench
+from sparsekit.cli import complete
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -29,9 +29,9 @@ from sparsekit.cli.options import (
     named,
 )
 from sparsekit.errors import UsageError
-from sparsekit.models.calibration import Calibration
-from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.stages.words import prune_config
+from sparsekit.pruning.config import prune_config
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.text.calibration import Calibration
 
 app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
@@ -85,11 +85,11 @@ def bench_prune(
             device=device,
             dtype=dtype,
         )
-        from sparsekit.stages.bench import bench_prune as stage
+        from sparsekit.bench.prune import bench_prune as stage
 
         name = named(model)
         result = stage(config, name, repeat=repeat, floor=floor, scratch=scratch, progress=progress)
-        showbench.bench(terminal, result)
+        show_bench(terminal, result)
 
 
 @app.command("generate")
@@ -109,7 +109,7 @@ def bench_generate(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working():
-        from sparsekit.stages.bench import generate
+        from sparsekit.bench.prune import generate
 
         path = generate(out, blocks=blocks, hidden=hidden, seed=seed)
         terminal.result(path, {"out": str(path)})
@@ -151,7 +151,7 @@ def bench_armor(
         rows = Calibration(source=calibration or "builtin", samples=samples, length=length)
         rows.check()
         name = named(model)
-        from sparsekit.stages.race import race as stage
+        from sparsekit.bench.armor import race as stage
 
         result = stage(
             name,
@@ -162,7 +162,7 @@ def bench_armor(
             calibration=rows,
             progress=progress,
         )
-        showbench.race(terminal, result)
+        show_race(terminal, result)
 
 
 @app.command("recover")
@@ -200,9 +200,9 @@ def bench_recover(
         )
         config.check()
         name = named(model)
-        from sparsekit.stages.trainspeed import bench_recover as stage
+        from sparsekit.recovery.speed import bench_recover as stage
 
-        showbench.train_speed(terminal, stage(config, name, steps=steps, progress=progress))
+        show_train_speed(terminal, stage(config, name, steps=steps, progress=progress))
 
 
 @app.command("infer")
@@ -230,8 +230,8 @@ def bench_infer(
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(takes_less="fewer --prompt or --batch") as progress:
         names = [named(name) for name in models]
-        from sparsekit.stages.infer import InferConfig
-        from sparsekit.stages.infer import bench_infer as stage
+        from sparsekit.bench.infer import InferConfig
+        from sparsekit.bench.infer import bench_infer as stage
 
         config = InferConfig(
             prompt=prompt,
@@ -240,4 +240,101 @@ def bench_infer(
             resident=resident,  # type: ignore[arg-type]  (check() refuses other words)
             device=device,
         )
-        showbench.inferred(terminal, stage(config, names, progress))
+        show_inference(terminal, stage(config, names, progress))
+
+
+def show_inference(terminal: Terminal, result: dict[str, Any]) -> None:
+    """What loading and running took; stdout has a line for each model, with tokens a second."""
+    memory = {"resident_bytes": "MB resident", "peak_bytes": "MB peak"}
+    if result["device"] == "cuda":
+        memory |= {"device_bytes": "MB on the GPU", "device_peak_bytes": "MB peak there"}
+    rows = [
+        (
+            row["model"],
+            f"{row['disk_bytes'] / 1e6:.1f}",
+            f"{row['load_seconds']:.1f}",
+            *(f"{row[name] / 1e6:.0f}" for name in memory),
+            f"{row['prefill']:.1f}",
+            f"{row['decode']:.1f}",
+        )
+        for row in result["models"]
+    ]
+    same = "the same" if result["same_tokens"] else "different"
+    terminal.table(
+        f"prompt of {result['prompt']}, {result['new']} generated ({same} tokens), "
+        f"{result['threads']} threads, {result['device']}",
+        ("model", "MB on disk", "load s", *memory.values(), "prefill/s", "decode/s"),
+        rows,
+    )
+    lines = (f"{row['model']}\t{row['decode']:.2f}" for row in result["models"])
+    terminal.result("\n".join(lines), result)
+
+
+def show_train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
+    """Speed of training as a share of the possible, and the parts of its memory."""
+    terminal.table(
+        f"{result['method']} on {result['model']}, {result['threads']} threads",
+        ("tokens/s", "GFLOP/token", "matrix GFLOP/s", "share of the possible"),
+        [
+            (
+                f"{result['tokens_per_second']:.1f}",
+                f"{result['flop_per_token'] / 1e9:.3f}",
+                f"{result['matrix_gflops']:.1f}",
+                f"{result['share_of_the_possible']:.3f}",
+            )
+        ],
+    )
+    parts = [(name, f"{size / 1e6:.0f} MB") for name, size in result["bytes"].items()]
+    terminal.table("memory", ("what", "size"), [*parts, ("peak", _megabytes(result))])
+    terminal.result(f"{result['share_of_the_possible']:.3f}", result)
+
+
+def _megabytes(result: dict[str, Any]) -> str:
+    return f"{result['peak_bytes'] / 1e6:.0f} MB"
+
+
+def show_bench(terminal: Terminal, result: dict[str, Any]) -> None:
+    """Times, their ratio, and memory."""
+    ratio = result["ratio"]
+    rows = [
+        (
+            "model",
+            f"{result['model']}: {result['model_bytes'] / 1e9:.2f} GB, {result['blocks']} blocks",
+        ),
+        ("rows", "{} of {} tokens".format(*result["rows"])),
+        ("prune s", " ".join(f"{s:.1f}" for s in result["prune_seconds"])),
+        ("one forward s", " ".join(f"{s:.1f}" for s in result["floor_seconds"]) or "not run"),
+        ("prune / forward", " ".join(f"{r:.2f}" for r in result["ratios"]) or "-"),
+        ("their median", "-" if ratio is None else f"{ratio:.2f}"),
+        ("solve s", f"{result['solve_seconds']:.1f}"),
+        ("peak memory above start", f"{result['peak_bytes_above_start'] / 1e6:.0f} MB"),
+        ("threads", result["threads"]),
+    ]
+    terminal.table(f"{result['method']} {result['pattern']}", ("", ""), rows)
+    terminal.result("-" if ratio is None else f"{ratio:.3f}", result)
+
+
+def show_race(terminal: Terminal, rows: list[dict[str, Any]]) -> None:
+    """Both solvers of ARMOR, one line for each weight and side; stdout has the least ratio."""
+    terminal.table(
+        "the loss of Adam, and coordinate descent until it is as low",
+        ("weight", "block", "NoWag-P", "Adam", "its s", "its steps", "als", "its s", "sweeps", "x"),
+        [
+            (
+                row["weight"],
+                row["block"],
+                f"{row['first_loss']:.5f}",
+                f"{row['adam_loss']:.5f}",
+                f"{row['adam_seconds']:.1f}",
+                row["adam_iterations"],
+                f"{row['als_loss']:.5f}",
+                f"{row['als_seconds']:.2f}",
+                row["als_sweeps"],
+                "not reached" if row["ratio"] is None else f"{row['ratio']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+    ratios = [row["ratio"] for row in rows]
+    least = None if None in ratios else min(ratios)
+    terminal.result("-" if least is None else f"{least:.1f}", rows)

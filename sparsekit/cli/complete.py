@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from sparsekit import methods
-from sparsekit.models.texts import EVALUATION_FILES, SOURCES
-from sparsekit.stages.config import DEVICES, DTYPES
-from sparsekit.stages.quantconfig import STORAGES
-from sparsekit.stages.shipped import shipped, summary
-from sparsekit.stages.trainconfig import SCHEDULES
-from sparsekit.tensors.grids import GRIDS
+from sparsekit import registry as methods
+from sparsekit.pipeline.options import DEVICES, DTYPES
+from sparsekit.quantization.config import STORAGES
+from sparsekit.recovery.config import SCHEDULES
+from sparsekit.study.recipe import shipped, summary
+from sparsekit.text.sources import EVALUATION_FILES, SOURCES
+from sparsekit.weights.grids import GRIDS
 
 Words = Callable[[], list[tuple[str, str]]]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +10,12 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from sparsekit.cli.progress import progress_display
 from sparsekit.errors import SparsekitError
-from sparsekit.memory import is_out_of_memory, peak_memory
+from sparsekit.memory import is_out_of_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
@@ -25,8 +23,6 @@ FEWER_ROWS = "fewer --samples or a shorter --length take less"
 SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
 FILE_WIDTH = 160
-# Plain progress lines come no faster than this.
-LINE_SECONDS = 2.0
 
 
 class Terminal:
@@ -88,13 +84,13 @@ class Terminal:
             resumable: Whether the same command goes on where an interruption stopped it.
             takes_less: What to do when memory was short.
         """
-        display = SILENT if self.quiet else _display(self.stderr)
+        display = SILENT if self.quiet else progress_display(self.stderr)
         try:
             quiet_libraries()
             yield display
         except SparsekitError as error:
             display.end()
-            self._fail(f"error: {error.message}", error.hint, error.exit_code)
+            self._fail(f"error: {error.message}", error.hint, error.exit_code, error.code)
         except KeyboardInterrupt:
             display.end()
             hint = "the same command goes on after what is finished" if resumable else ""
@@ -109,83 +105,12 @@ class Terminal:
         else:
             display.end()
 
-    def _fail(self, message: str, hint: str, code: int) -> None:
+    def _fail(self, message: str, hint: str, exit_code: int, code: str = "") -> None:
         if self.debug:
             traceback.print_exc(file=sys.stderr)
-        self.stderr.print(f"{message}; {hint}" if hint else message, markup=False)
-        raise typer.Exit(code)
-
-
-class _Bars(Progress):
-    """Progress as a bar that moves, for a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._bars = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}  {task.fields[label]}", markup=False),
-            console=console,
-            transient=True,
-        )
-        self._task = None
-
-    def begin(self, title: str, total: int, done: int = 0) -> None:
-        self.end()
-        self._bars.start()
-        self._task = self._bars.add_task(
-            title, total=total, completed=done, label="", memory=_memory()
-        )
-
-    def step(self, label: str) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, advance=1, label=label, memory=_memory())
-
-    def note(self, text: str) -> None:
-        self._bars.console.print(f"note: {text}", markup=False)
-
-    def end(self) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._bars.stop()
-            self._task = None
-
-
-class _Lines(Progress):
-    """Progress as plain lines, for a file or a pipe."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._title = ""
-        self._total = self._done = self._before = 0
-        self._started = self._last = 0.0
-
-    def begin(self, title: str, total: int, done: int = 0) -> None:
-        self._title, self._total, self._done, self._before = title, total, done, done
-        self._started = time.monotonic()
-
-    def step(self, label: str) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if self._done < self._total and now - self._last < LINE_SECONDS:
-            return
-        self._last = now
-        spent = now - self._started
-        left = spent / (self._done - self._before) * (self._total - self._done)
-        self._print(
-            f"{self._title}: {self._done}/{self._total} {label}, "
-            f"{spent:.0f} s, {left:.0f} s left, {_memory()}"
-        )
-
-    def note(self, text: str) -> None:
-        self._print(f"note: {text}")
-
-    def end(self) -> None:
-        self._total = 0
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        line = f"{message}; {hint}" if hint else message
+        self.stderr.print(f"{line} [{code}]" if code else line, markup=False)
+        raise typer.Exit(exit_code)
 
 
 def quiet_libraries() -> None:
@@ -200,9 +125,31 @@ def quiet_libraries() -> None:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
-def _display(console: Console) -> Progress:
-    return _Bars(console) if console.is_terminal else _Lines(console)
+def by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of weights by the last part of their names."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in weights:
+        kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+    return kinds
 
 
-def _memory() -> str:
-    return f"{peak_memory() / 1e6:.0f} MB peak"
+def kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Count, zeros, errors and seconds of the weights of one kind."""
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
+    return (
+        name,
+        len(rows),
+        f"{zeros:.2%}",
+        f"{sum(errors) / len(errors):.4f}" if errors else "-",
+        f"{max(errors):.4f}" if errors else "-",
+        f"{sum(row['seconds'] for row in rows):.1f}",
+    )
+
+
+def paired_text(difference: dict[str, Any] | None) -> str:
+    """A paired difference with its standard error; empty without one."""
+    if difference is None:
+        return ""
+    stderr = difference["stderr"]
+    return f"{difference['value']:+.4f} ± " + ("-" if stderr is None else f"{stderr:.4f}")

@@ -6,15 +6,14 @@ from typing import Annotated
 
 import typer
 
+from sparsekit.checkpoint.output_folder import refuse_output, refuse_source
+from sparsekit.checkpoint.resolve import check
 from sparsekit.cli import complete
 from sparsekit.errors import DataError, UsageError
-from sparsekit.models.output import refuse_output, refuse_source
-from sparsekit.models.reference import check
 
 # What `-` takes, and what no path is longer than.
 ONE_PATH = "write one path to it, as `sparsekit prune … | sparsekit eval -` does"
 PATH_LENGTH = 4096
-
 Model = Annotated[
     str,
     typer.Argument(

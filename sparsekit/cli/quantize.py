@@ -1,12 +1,12 @@
 """The verb `quantize`: its flags, and the configuration that they spell."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsekit.cli import complete, showforms, showplan
-from sparsekit.cli.console import Terminal
+from sparsekit.cli import complete
+from sparsekit.cli.console import Terminal, by_kind, kind_row
 from sparsekit.cli.options import (
     Debug,
     Device,
@@ -27,7 +27,12 @@ from sparsekit.cli.options import (
     refuse_early,
     refuse_timed,
 )
-from sparsekit.stages.words import quantize_config
+from sparsekit.cli.plan import show_plan
+from sparsekit.quantization.config import quantize_config
+
+if TYPE_CHECKING:
+    from sparsekit.provenance.entry import Report
+
 
 Method = Annotated[
     str,
@@ -95,10 +100,24 @@ def quantize(
         refuse_early(name, out, overwrite=overwrite)
         how = {"overwrite": overwrite, "progress": progress}
         if dry_run:
-            from sparsekit.stages.dryrun import plan_quantize
+            from sparsekit.quantization.dry_run import plan_quantize
 
             found = plan_quantize(config, name, out, timed=timed, **how)
-            return showplan.plan(terminal, found)
-        from sparsekit.stages.quantize import quantize as stage
+            return show_plan(terminal, found)
+        from sparsekit.quantization.quantize import quantize as stage
 
-        showforms.quantized(terminal, stage(config, name, out, **how))
+        show_quantized(terminal, stage(config, name, out, **how))
+
+
+def show_quantized(terminal: Terminal, report: "Report") -> None:
+    """The outcome of `quantize`, by kind of weight."""
+    entry = report.entry
+    rows = [kind_row(name, group) for name, group in by_kind(entry["weights"]).items()]
+    rows.append(kind_row("all", entry["weights"]))
+    terminal.table(
+        f"{entry['recipe']['method']} {entry['recipe']['grid']} in {entry['seconds']:.0f} s, "
+        f"{entry['totals']['bits_per_weight']:.2f} bits a weight",
+        ("weights", "count", "zeros", "relative error", "worst", "solve s"),
+        rows,
+    )
+    terminal.result(report.out, report.to_json())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsekit.cli import complete, show, showplan
+from sparsekit.cli import complete
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import (
     Debug,
@@ -27,11 +27,14 @@ from sparsekit.cli.options import (
     refuse_early,
     refuse_timed,
 )
+from sparsekit.cli.plan import show_plan
 from sparsekit.progress import Progress
-from sparsekit.stages.words import recover_config
+from sparsekit.recovery.config import recover_config
 
 if TYPE_CHECKING:
-    from sparsekit.stages.trainconfig import RecoverConfig
+    from sparsekit.provenance.entry import Report
+    from sparsekit.recovery.config import RecoverConfig
+
 
 Method = Annotated[
     str,
@@ -110,7 +113,6 @@ EvalText = Annotated[
         autocompletion=complete.windows,
     ),
 ]
-
 Dtype = Annotated[
     str,
     typer.Option(
@@ -211,16 +213,38 @@ def _run(
 ) -> None:
     """Call the stage, and show what it did in the process that writes."""
     refuse_early(model, out, overwrite=overwrite)
-    from sparsekit.stages.recover import recover as stage
+    from sparsekit.recovery.recover import recover as stage
 
     report = stage(config, model, out, overwrite=overwrite, progress=progress)
     if report is not None:
-        show.recovered(terminal, report)
+        show_recovered(terminal, report)
 
 
 def _plan(terminal: Terminal, config: "RecoverConfig", *where: Any, **how: Any) -> None:
     """Show what a run would do; arguments as of `_run`."""
     refuse_early(*where, overwrite=how["overwrite"])
-    from sparsekit.stages.dryrun import plan_recover
+    from sparsekit.recovery.dry_run import plan_recover
 
-    showplan.plan(terminal, plan_recover(config, *where, **how))
+    show_plan(terminal, plan_recover(config, *where, **how))
+
+
+def show_recovered(terminal: Terminal, report: "Report") -> None:
+    """The outcome of `recover`."""
+    entry = report.entry
+    flipped = sum(row["flipped"] for row in entry["weights"]) / entry["totals"]["size"]
+    terminal.table(
+        f"{entry['recipe']['method']} {entry['recipe']['pattern']} in {entry['seconds']:.0f} s",
+        ("weights", "steps", "tokens", "zeros", "changed sides"),
+        [
+            (
+                entry["totals"]["weights"],
+                entry["plan"]["steps"],
+                entry["tokens"],
+                f"{entry['totals']['sparsity']:.2%}",
+                f"{flipped:.2%}",
+            )
+        ],
+    )
+    if (kept := entry["kept_mass"]) is not None:
+        terminal.note(f"the loss looked at {kept:.2%} of the teacher's mass")
+    terminal.result(report.out, report.to_json())

@@ -1,32 +1,28 @@
 """Every command as a user meets it: exit codes, the one result on stdout, tables on stderr."""
 
 import contextlib
-import io
 import json
 import math
 import os
 import pty
 import re
 import shutil
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from typer.main import get_command
+from verbs import commands
 
-from sparsekit import methods
-from sparsekit.cli import console
-from sparsekit.cli.app import app
+from sparsekit import registry as methods
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
-from sparsekit.stages.config import EvalConfig, PruneConfig
-from sparsekit.stages.scores import read_scores
-from sparsekit.stages.trainconfig import RecoverConfig
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
+from sparsekit.scoring.saved_scores import read_scores
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -55,14 +51,6 @@ def strict_json(text: str):
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def commands() -> dict[str, object]:
-    found = {}
-    for name, command in get_command(app).commands.items():
-        for inner, sub in getattr(command, "commands", {"": command}).items():
-            found[f"{name} {inner}".strip()] = sub
-    return found
 
 
 def assert_one_line_error(result, code: int, match: str) -> None:
@@ -133,34 +121,6 @@ def test_memory_that_runs_out_is_told_with_a_way_out(capsys, error):
         raise error
     assert caught.value.exit_code == 1
     assert re.fullmatch(r"error: out of memory; fewer --samples [^\n]+\n", capsys.readouterr().err)
-
-
-def test_bar_names_the_step_what_is_left_and_the_memory():
-    shown = io.StringIO()
-    terminal = Terminal()
-    terminal.stderr = Console(file=shown, force_terminal=True, width=120)
-    with terminal.working() as progress:
-        progress.begin("wanda 2:4", 6)
-        for block in range(3):
-            progress.step(f"model.layers.{block}")
-            time.sleep(0.3)  # three times the interval at which the bar is drawn
-        progress.note("something to know")
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
-    assert re.search(r"wanda 2:4 .* 3/6 0:00:0\d +\d+ MB peak +model\.layers\.2", text)
-    assert "note: something to know\n" in text
-
-
-def test_time_left_goes_by_what_this_run_has_done(monkeypatch):
-    """Of 1000 steps 900 were done before; one more in 10 s leaves 99 of them."""
-    shown, clock = io.StringIO(), iter([0.0, 10.0])
-    terminal = Terminal()
-    terminal.stderr = Console(file=shown, width=120)
-    with terminal.working() as progress:
-        monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-        progress.begin("recover ast 2:4", 1000, 900)
-        progress.step("loss 1")
-        monkeypatch.undo()
-    assert "recover ast 2:4: 901/1000 loss 1, 10 s, 990 s left" in shown.getvalue()
 
 
 def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):
@@ -242,7 +202,7 @@ def test_folder_called_like_the_demo_model_can_be_written(cli, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     monkeypatch.setattr(
-        "sparsekit.stages.job.resolve", lambda *_: pytest.fail("was not refused before")
+        "sparsekit.pruning.prepare.resolve", lambda *_: pytest.fail("was not refused before")
     )
     assert_one_line_error(cli("prune", "demo", "-o", "demo"), 2, r"the output demo exists")
 

@@ -5,15 +5,17 @@ import subprocess
 import sys
 
 import pytest
+from verbs import commands
 
-from sparsekit import methods
+from sparsekit import registry as methods
 from sparsekit.errors import SparsekitError
-from sparsekit.stages.config import EvalConfig, PruneConfig
-from sparsekit.stages.quantconfig import QuantizeConfig
-from sparsekit.stages.shipped import recipe_file
-from sparsekit.stages.trainconfig import RecoverConfig
-from sparsekit.tensors.grids import Grid
-from sparsekit.tensors.patterns import Pattern
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
+from sparsekit.study.recipe import recipe_file
+from sparsekit.weights.grids import Grid
+from sparsekit.weights.patterns import Pattern
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "huggingface_hub")
 
@@ -91,8 +93,6 @@ def test_zsh_is_told_what_a_method_does():
 
 def flags() -> list[tuple[str, str, str]]:
     """Every option that completes, with each word that it offers."""
-    from test_cli import commands
-
     found = []
     for name, command in commands().items():
         for parameter in command.params:

@@ -76,9 +76,9 @@ def uninterrupted(family, many_rows, tmp_path_factory):
     made: dict[str, dict[str, str]] = {}
 
     def run(method: str) -> dict[str, str]:
-        from sparsekit.models.calibration import Calibration
-        from sparsekit.stages.config import PruneConfig
-        from sparsekit.stages.prune import prune
+        from sparsekit.pruning.config import PruneConfig
+        from sparsekit.pruning.prune import prune
+        from sparsekit.text.calibration import Calibration
 
         if method not in made:
             config = PruneConfig(method=method, calibration=Calibration(source=str(many_rows)))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sparsekit
-from sparsekit.stages import environment
-from sparsekit.stages.environment import without_home
+from sparsekit.provenance import environment
+from sparsekit.provenance.environment import without_home
 
 LIBRARIES = (
     *("torch", "transformers", "safetensors", "accelerate", "lm-eval", "compressed-tensors"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sparsekit.errors import UsageError
-from sparsekit.stages.words import count
+from sparsekit.pipeline.options import count
 
 
 def test_recover_gives_the_path_and_tells_the_rest(cli, pruned, row_file, tmp_path):

@@ -99,3 +99,11 @@ def test_help_names_every_command():
     _, _, said = imported("--help")
     for command in ("prune", "eval", "inspect", "verify", "methods", "demo", "bench"):
         assert re.search(rf"^\s+{command}\s+\w", said, re.MULTILINE)
+
+
+def test_windows_is_refused_in_one_line():
+    code = "import sys; sys.platform = 'win32'; from sparsekit.__main__ import main; main()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: sparsekit does not run on Windows; ")
+    assert found.stderr.count("\n") == 1

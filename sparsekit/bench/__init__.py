@@ -1,0 +1,1 @@
+"""What sparsekit itself costs."""

@@ -1,0 +1,156 @@
+"""What a checkpoint costs to load and to run: `bench infer`."""
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.resolve import resolve
+from sparsekit.errors import UsageError
+from sparsekit.memory import peak_memory
+from sparsekit.model.device import pick_device
+from sparsekit.model.factored_linear import expand
+from sparsekit.model.full_model import RESIDENT, Resident, load_whole, new_cache, own_dtype
+from sparsekit.pipeline.options import one_of
+from sparsekit.progress import SILENT, Progress
+
+NEED = {"purpose": "bench infer", "way_out": "sparsekit eval streams it"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig:
+    """The options of `bench infer`; the command's flags have the same names and defaults."""
+
+    prompt: int = 256
+    """Tokens of the prompt."""
+    new: int = 32
+    """Tokens that are generated, one at a time."""
+    batch: int = 1
+    resident: Resident = "packed"
+    """Whether packed weights and factors stay so in memory, or are expanded when loaded."""
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Refuse numbers with which nothing can be measured.
+
+        Raises:
+            UsageError: One is too small.
+        """
+        for name, least in (("prompt", 1), ("new", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        one_of("--resident", self.resident, RESIDENT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inferred:
+    """What was measured of one checkpoint, in a process of its own."""
+
+    model: str
+    disk_bytes: int
+    load_seconds: float
+    resident_bytes: int
+    """What the process has taken more after loading, and a first forward pass, than before.
+
+    Of the host's memory, which on a GPU is not where the weights are.
+    """
+    peak_bytes: int
+    """The most that it took more than before loading."""
+    device_bytes: int
+    """What torch has allocated on the GPU after loading and a first forward pass; 0 without one."""
+    device_peak_bytes: int
+    """The most that it had allocated there."""
+    prefill: float
+    """Tokens of the prompt a second."""
+    decode: float
+    """Generated tokens a second."""
+    tokens: list[int]
+    """What was generated from the first prompt; the same for the same model."""
+
+
+def bench_infer(
+    config: InferConfig, models: Sequence[str], progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Load and run checkpoints, each in a process of its own, and tell what that took.
+
+    A first forward pass, of which some forms unpack or expand their weights, is part of loading.
+    Tokens are generated greedily from prompts that are the same for all.
+
+    Args:
+        config: How much to run.
+        models: Folders, hub ids or `demo`.
+        progress: Told of each model.
+
+    Raises:
+        UsageError: A number is too small.
+        DataError: A model cannot be read, or does not fit into memory.
+    """
+    config.check()
+    paths = [(name, Checkpoint.open(resolve(name, progress)).path) for name in models]
+    progress.begin("load and run", len(paths))
+    rows = []
+    for name, path in paths:
+        # A fresh interpreter, so that memory is that of this model.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(_measure, (config, name, str(path), torch.get_num_threads())))
+        progress.step(name)
+    progress.end()
+    return {
+        "prompt": config.prompt,
+        "new": config.new,
+        "batch": config.batch,
+        "resident": config.resident,
+        "device": pick_device(config.device),
+        "threads": torch.get_num_threads(),
+        "models": [asdict(row) for row in rows],
+        "same_tokens": len({tuple(row.tokens) for row in rows}) == 1,
+    }
+
+
+@torch.no_grad()
+def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferred:
+    """Load one checkpoint and run it."""
+    torch.set_num_threads(threads)
+    device, process = pick_device(config.device), psutil.Process()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    source = Checkpoint.open(resolve(path))
+    vocabulary = source.config.get_text_config().vocab_size
+    prompt = torch.arange(config.batch * config.prompt).view(config.batch, -1) % vocabulary
+    prompt = prompt.to(device)
+    before, started = process.memory_info().rss, time.perf_counter()
+    model = load_whole(source, own_dtype(source), **NEED).to(device)
+    if config.resident == "expand":
+        expand(model)
+    model(input_ids=prompt[:, :1], use_cache=False)
+    wait()
+    load_seconds, resident = time.perf_counter() - started, process.memory_info().rss - before
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    cache = new_cache(model)
+    started = time.perf_counter()
+    token = model(input_ids=prompt, **cache, use_cache=True).logits[:, -1:].argmax(-1)
+    wait()
+    prefill = prompt.numel() / (time.perf_counter() - started)
+    tokens = [token]
+    started = time.perf_counter()
+    for _ in range(config.new - 1):
+        found = model(input_ids=tokens[-1], **cache, use_cache=True)
+        tokens.append(found.logits[:, -1:].argmax(-1))
+    wait()
+    decode = config.batch * (config.new - 1) / (time.perf_counter() - started)
+    return Inferred(
+        model=name,
+        disk_bytes=source.n_bytes,
+        load_seconds=load_seconds,
+        resident_bytes=resident,
+        peak_bytes=peak_memory() - before,
+        device_bytes=held,
+        device_peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        prefill=prefill,
+        decode=decode,
+        tokens=torch.cat(tokens, 1)[0].tolist(),
+    )

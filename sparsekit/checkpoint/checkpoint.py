@@ -1,0 +1,327 @@
+"""A Hugging Face checkpoint on disk, read lazily: names and places first, bytes when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.compressed_tensors import (
+    decode,
+    grid_of,
+    part_name,
+    quantization,
+    with_weights,
+)
+from sparsekit.checkpoint.folder import (
+    FACTORS,
+    INDEX,
+    PROVENANCE,
+    SINGLE,
+    UNFACTORED,
+    load_config,
+    load_tokenizer,
+    weight_files,
+)
+from sparsekit.checkpoint.safetensors_file import (
+    TensorPlace,
+    is_finite,
+    metadata,
+    read_header,
+    read_into,
+)
+from sparsekit.errors import DamagedError, DataError, FactorsError, UsageError
+from sparsekit.files import CHUNK, read_json, sha256_json
+from sparsekit.progress import SILENT, Progress
+from sparsekit.weights.factored import PARTS
+from sparsekit.weights.grids import Codes, Grid
+from sparsekit.weights.packed_codes import CodeForm
+from sparsekit.weights.patterns import Pattern
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+# What to do about a damaged one.
+AGAIN = "copy the folder again"
+# A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
+SOON_READ = 1 << 30
+# Stages after which each weight has a pattern that the history tells.
+PATTERNED = ("prune", "recover", "pack")
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """A folder with `config.json` and safetensors weights."""
+
+    path: Path
+    places: Mapping[str, TensorPlace]
+    """Every tensor by name, in name order."""
+    headers: Mapping[str, int]
+    """Weight files by name, with the length in bytes of what precedes their data."""
+    factors: Mapping[str, TensorPlace] = field(default_factory=dict)
+    """The factors of weights, by name; where they stand for the weights, `places` has them too."""
+    factor_patterns: Mapping[str, str] = field(default_factory=dict)
+    """For each weight with factors the pattern of its core."""
+    factor_codes: Mapping[str, CodeForm] = field(default_factory=dict)
+    """For each of them that is packed as codes what those stand for."""
+    grid: Grid | None = None
+    """Of the weights in `coded`; None without such, or where their format is not one of ours."""
+    coded: Mapping[str, Mapping[str, TensorPlace]] = field(default_factory=dict)
+    """For each weight on a grid the tensors it is stored as, by the last part of their names. In
+    `places` is the weight itself, in the type that it is computed in, at the place of its codes."""
+    _fingerprint: str = field(default="", init=False, repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """The checkpoint in a local folder; its headers are read and checked, its data is not.
+
+        Raises:
+            DataError: The folder is missing, incomplete, or not in the safetensors format.
+            DamagedError: The same of a packed one that sparsekit wrote.
+        """
+        with _damage(path):
+            return cls._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
+        """See `open`."""
+        files = weight_files(path)
+        places: dict[str, TensorPlace] = {}
+        headers: dict[str, int] = {}
+        for file, names in files.items():
+            if not (path / file).is_file():
+                raise DataError(f"{path} lacks {file}", "copy or make the folder again")
+            found, headers[file] = read_header(path / file)
+            for name in names or ():
+                if name not in found:
+                    raise DataError(f"{path / INDEX} says {name} is in {file}, but it is not there")
+            for name in found.keys() & places.keys():
+                raise DataError(f"{path}: {name} is in {places[name].file} and again in {file}")
+            places |= found
+        factors: dict[str, TensorPlace] = {}
+        patterns: dict[str, str] = {}
+        codes: dict[str, CodeForm] = {}
+        if (path / FACTORS).is_file():
+            factors, _ = read_header(path / FACTORS)
+            for name, told in metadata(path / FACTORS).items():
+                patterns[name], _, form = told.partition(" ")
+                try:
+                    Pattern.parse(patterns[name])
+                    if form:
+                        codes[name] = CodeForm.parse(form)
+                except UsageError as error:
+                    raise FactorsError(
+                        f"{path / FACTORS}: {name}: {error.message}", "copy or make it again"
+                    ) from error
+        grid = grid_of(quantization(path))
+        coded: dict[str, dict[str, TensorPlace]] = {}
+        if grid is not None:
+            places, coded = with_weights(path, places, grid)
+        return cls(
+            path=path,
+            places=dict(sorted(places.items())),
+            headers=headers,
+            factors=factors,
+            factor_patterns=patterns,
+            factor_codes=codes,
+            grid=grid,
+            coded=coded,
+        )
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            DataError: It cannot be read, needs code of its own, or is unknown to transformers.
+        """
+        return load_config(self.path)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights.
+
+        Raises:
+            DataError: There is none.
+        """
+        return load_tokenizer(self.path)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all weight files."""
+        files = {*self.headers, *({FACTORS} if self.factors else ())}
+        return sum((self.path / file).stat().st_size for file in files)
+
+    @property
+    def factored(self) -> bool:
+        """Whether factors stand for weights that are not there."""
+        return UNFACTORED in self.headers
+
+    @property
+    def packed(self) -> bool:
+        """Whether that is so, and no weight has other factors than values and places."""
+        sides = tuple(f".{part}" for part in PARTS[2:])
+        return self.factored and not any(name.endswith(sides) for name in self.factors)
+
+    @property
+    def layout(self) -> str:
+        """The sha256 of where every tensor lies, with its type and shape."""
+        return sha256_json(
+            [[n, p.file, p.start, str(p.dtype), list(p.shape)] for n, p in self.places.items()]
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """The result of `scan`, which raises what it raises."""
+        return self.scan()
+
+    def provenance(self) -> dict[str, Any]:
+        """What `sparsekit.json` says of this checkpoint; an empty history when there is none."""
+        file = self.path / PROVENANCE
+        if not file.is_file():
+            return {"history": []}
+        found = read_json(file)
+        history = found.get("history") if isinstance(found, dict) else None
+        if not isinstance(history, list) or not all(map(_is_entry, history)):
+            raise DataError(
+                f"{file} has no history that sparsekit wrote", "delete it if it is not sparsekit's"
+            )
+        return found
+
+    def pruned(self, *, converted: bool = False) -> list[dict[str, Any]]:
+        """The entries of the history that gave this checkpoint its pattern, or trained it.
+
+        Args:
+            converted: Whether conversions count that found one; they name no dense model.
+        """
+        history = self.provenance()["history"]
+        return [e for e in history if e.get("stage") in PATTERNED or (converted and _found(e))]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, in their dtype on disk, in memory of their own."""
+        tensors = {}
+        for name in names:
+            if name in self.coded:
+                tensors[name] = self.codes_of(name).dense()
+            else:
+                tensors[name] = self._read(self.places.get(name) or self.factors[name])
+        return tensors
+
+    def codes_of(self, name: str) -> Codes:
+        """The codes of a weight on a grid.
+
+        Raises:
+            DataError: Its tensors do not fit together.
+        """
+        assert self.grid is not None
+        try:
+            return decode(self.grid, self.stored(name), self.places[name].shape)
+        except DataError as error:
+            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a weight on a grid, by the last part of their names."""
+        return {part: self._read(place) for part, place in self.coded[name].items()}
+
+    def _read(self, place: TensorPlace) -> Tensor:
+        data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        with self._opened(place.file) as handle:
+            read_into(handle, data, place.start, self.path / place.file)
+        return data.view(place.dtype).view(place.shape)
+
+    def scan(self, progress: Progress = SILENT) -> str:
+        """The fingerprint, after making sure that all numbers are finite.
+
+        The fingerprint is the sha256 over name and raw bytes of all tensors in name order. The
+        first call reads every byte; later ones give its result.
+
+        Raises:
+            DataError: A tensor holds NaN or Inf, or the bytes are not those that
+                `sparsekit.json` recorded.
+            DamagedError: The same of a packed checkpoint that sparsekit wrote.
+        """
+        if not self._fingerprint:
+            with _damage(self.path):
+                self._fingerprint = self._scan(progress)
+        return self._fingerprint
+
+    def _scan(self, progress: Progress) -> str:
+        """See `scan`."""
+        if self.n_bytes < SOON_READ:
+            progress = SILENT
+        places = {**self.places, **self.factors}
+        for name, parts in self.coded.items():
+            del places[name]
+            places |= {part_name(name, part): place for part, place in parts.items()}
+        places = dict(sorted(places.items()))
+        progress.begin(f"read and check {self.path.name}", len(places))
+        digest = hashlib.sha256()
+        buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        for name, place in places.items():
+            digest.update(name.encode())
+            with self._opened(place.file) as handle:
+                for start in range(place.start, place.stop, CHUNK):
+                    data = buffer[: min(CHUNK, place.stop - start)]
+                    read_into(handle, data, start, self.path / place.file)
+                    digest.update(data.numpy())
+                    if not is_finite(data.view(place.dtype)):
+                        raise DataError(f"{self.path}: {name} holds NaN or Inf")
+            progress.step(name)
+        progress.end()
+        fingerprint = digest.hexdigest()
+        recorded = self.provenance().get("fingerprint")
+        if recorded not in (None, fingerprint):
+            hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
+            raise DataError(
+                f"the weights in {self.path} are not those that {PROVENANCE} recorded",
+                AGAIN if self.packed else hint,
+            )
+        return fingerprint
+
+    @contextlib.contextmanager
+    def _opened(self, file: str) -> Iterator[int]:
+        handle = os.open(self.path / file, os.O_RDONLY)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Fail as a check does where weights that only sparsekit packs can no longer be read.
+
+    Raises:
+        DamagedError: They were whole once, as `sparsekit.json` lies beside them.
+    """
+    try:
+        yield
+    except DataError as error:
+        plain = (path / SINGLE).is_file() or (path / INDEX).is_file()
+        ours = (path / FACTORS).is_file() or (path / UNFACTORED).is_file()
+        if ours and not plain and (path / PROVENANCE).is_file():
+            raise DamagedError(error.message, error.hint or AGAIN) from error
+        raise
+
+
+def _found(entry: Mapping[str, Any]) -> bool:
+    """Whether a history entry is one of `convert` that tells a pattern of each weight."""
+    recipe = entry.get("recipe")
+    return entry.get("stage") == "convert" and isinstance(recipe, dict) and "pattern" in recipe
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a history entry has what stages write that tell of each weight, if it is theirs."""
+    if not isinstance(entry, dict):
+        return False
+    parts = (("recipe", dict), ("source", dict), ("weights", list))
+    told = entry.get("stage") in PATTERNED or _found(entry)
+    return not told or all(isinstance(entry.get(k), t) for k, t in parts)

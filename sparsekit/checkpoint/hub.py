@@ -1,0 +1,153 @@
+"""A model of the Hugging Face hub, in the hub's own cache: weights last, shard by shard."""
+
+from pathlib import Path
+from typing import Any
+
+from sparsekit.checkpoint.folder import (
+    INDEX,
+    SINGLE,
+    indexed_files,
+    is_packed,
+    load_config,
+    refuse_two_forms,
+)
+from sparsekit.errors import DataError, StorageError
+from sparsekit.files import FULL
+from sparsekit.progress import SILENT, Progress
+
+# Everything of a model but its weights.
+SMALL_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "README.md")
+GO_ON = "check the connection, then run the same command again: what is there is kept"
+
+
+def fetch(repo: str, progress: Progress = SILENT) -> Path:
+    """The folder of a hub model's snapshot; what is in the hub's cache is not fetched again.
+
+    Raises:
+        DataError: There is no such model, it is out of reach, or its files are no checkpoint.
+        StorageError: The disk is full.
+    """
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError
+
+    try:
+        folder = _small_files(repo)
+        shards = _shards(repo, folder)
+        progress.begin(f"fetch {repo}", len(shards))
+        for shard in shards:
+            _fetch_shard(repo, folder, shard)
+            progress.step(shard)
+        progress.end()
+    except GatedRepoError as error:
+        raise DataError(
+            f"{repo} is given only to those who accepted its terms",
+            "accept them on its page of the hub, then log in: hf auth login",
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _unavailable(repo, error) from error
+    except HTTPError as error:  # below the hub's own errors: no connection, or one that broke
+        raise DataError(f"{repo} could not be fetched: {_reason(error)}", GO_ON) from error
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageError(
+                f"the disk is full: {repo} cannot be kept in the hub's cache",
+                "make room, or set HF_HOME to a folder on another disk",
+            ) from error
+        raise _unavailable(repo, error) from error
+    return folder
+
+
+def _small_files(repo: str) -> Path:
+    """The snapshot's folder with everything but weights, after a look at the configuration."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES)))
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{repo} has no config.json on the hub", "is it a language model?")
+    try:
+        config = load_config(folder)
+        _refuse_other_forms(repo, getattr(config, "quantization_config", None))
+    except DataError as error:
+        raise DataError(error.message.replace(str(folder), repo), error.hint) from error
+    return folder
+
+
+def _refuse_other_forms(repo: str, told: Any) -> None:
+    """Refuse weights in a form that is not read straight from the hub.
+
+    Args:
+        repo: Where they are.
+        told: What its config.json says of quantization.
+
+    Raises:
+        DataError: Says what to do.
+    """
+    from sparsekit.checkpoint.compressed_tensors import grid_of
+    from sparsekit.checkpoint.foreign import not_read
+
+    if is_packed(told):
+        raise DataError(
+            f"{repo} is packed", f"fetch it with hf download {repo}, and name the folder"
+        )
+    if told and grid_of(told) is None:
+        raise not_read(repo, told)
+
+
+def _shards(repo: str, folder: Path) -> list[str]:
+    """The weight files that the snapshot's index names, or the one file without an index."""
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    try:
+        shards = sorted(indexed_files(folder))
+        if _has_single(repo, folder):
+            refuse_two_forms(folder, shards)
+    except DataError as error:
+        raise DataError(error.message.replace(str(folder), repo), error.hint) from error
+    return shards
+
+
+def _has_single(repo: str, folder: Path) -> bool:
+    """Whether the snapshot also has its weights in one file; offline, as far as the cache shows."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return (folder / SINGLE).is_file() or file_exists(repo, SINGLE, revision=folder.name)
+    except (HTTPError, OSError):
+        return False
+
+
+def _fetch_shard(repo: str, folder: Path, shard: str) -> None:
+    """One weight file of the snapshot."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        # The commit is pinned, so that all files are of one state of the repository.
+        hf_hub_download(repo, shard, revision=folder.name)
+    except LocalEntryNotFoundError as error:
+        raise DataError(
+            f"{shard} of {repo} is not in the hub's cache, and the hub is out of reach", GO_ON
+        ) from error
+    except EntryNotFoundError as error:
+        if shard != SINGLE:
+            raise DataError(
+                f"{repo}: its {INDEX} names {shard}, which the hub does not have"
+            ) from error
+        raise DataError(
+            f"{repo} has no safetensors weights ({SINGLE} or {INDEX}) on the hub",
+            "if it has others, load it with AutoModelForCausalLM.from_pretrained, write it with "
+            "save_pretrained, and pass that folder",
+        ) from error
+    except RuntimeError as error:  # the hub's transfer library has no class of its own
+        raise DataError(f"{repo} could not be fetched: {_reason(error)}", GO_ON) from error
+
+
+def _unavailable(repo: str, error: Exception) -> DataError:
+    return DataError(
+        f"no folder {repo}, and the hub did not give a model of that name: {_reason(error)}",
+        "pass a local folder, or check the name and the connection",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

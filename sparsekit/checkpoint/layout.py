@@ -1,0 +1,165 @@
+"""Where every tensor of an output will lie, known before the first is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.compressed_tensors import Shapes, part_name
+from sparsekit.checkpoint.folder import FACTORS, SINGLE, UNFACTORED, factor_name
+from sparsekit.checkpoint.safetensors_file import DTYPES, TensorPlace
+
+# Bytes of one weight file, where the source's files are not kept.
+SHARD_BYTES = 5 << 30
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def factor_types(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Shapes:
+    """Types of the factors of a weight, with their shapes: its own type, and bytes for places."""
+    return {
+        part: (torch.uint8 if part == "indices" else dtype, shape) for part, shape in shapes.items()
+    }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Weight files at full size, each with its header."""
+
+    places: Mapping[str, TensorPlace]
+    headers: Mapping[str, bytes]
+    """Weight files by name, with what precedes their data."""
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> Layout:
+        """The files of a checkpoint, as they are."""
+        headers = {}
+        for file, length in source.headers.items():
+            with (source.path / file).open("rb") as stream:
+                headers[file] = stream.read(length)
+        return cls(source.places, headers)
+
+    def with_file(
+        self,
+        file: str,
+        tensors: Shapes,
+        metadata: Mapping[str, str],
+    ) -> Layout:
+        """One more file, with tensors of these types and shapes in the given order."""
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values()]
+        stops = list(accumulate(sizes, initial=0))
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        for name, offsets in zip(tensors, pairwise(stops), strict=True):
+            dtype, shape = tensors[name]
+            header[name] = {
+                "dtype": TYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": offsets,
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        data = 8 + len(text)
+        places = dict(self.places)
+        for name, (start, stop) in zip(tensors, pairwise(stops), strict=True):
+            places[name] = TensorPlace(file, *tensors[name], data + start, data + stop)
+        headers = {**self.headers, file: len(text).to_bytes(8, "little") + text}
+        return Layout(places, headers)
+
+    @classmethod
+    def with_factors(
+        cls,
+        source: Checkpoint,
+        parts: Mapping[str, Shapes],
+        patterns: Mapping[str, str],
+        *,
+        alone: bool,
+    ) -> Layout:
+        """The files of a checkpoint, and one for the factors of some of its weights.
+
+        Args:
+            source: The checkpoint.
+            parts: For each weight that gets factors the type and shape of each.
+            patterns: For each of these weights what to tell of its core.
+            alone: Whether factors stand for the weights, or lie beside them.
+        """
+        shapes = {
+            factor_name(name, part): found
+            for name, those in parts.items()
+            for part, found in those.items()
+        }
+        base = cls.of(source)
+        if alone:
+            left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
+            base = cls({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
+        return base.with_file(FACTORS, shapes, patterns)
+
+    @classmethod
+    def plain(cls, tensors: Shapes, shard_bytes: int) -> Layout:
+        """Files of about so many bytes, as other tools write and look for them.
+
+        Args:
+            tensors: Type and shape of each tensor, in the order in which they are to lie.
+            shard_bytes: A file is begun when the one before would be larger, but for its first.
+        """
+        shards: list[Shapes] = [{}]
+        filled = 0
+        for name, (dtype, shape) in tensors.items():
+            n_bytes = dtype.itemsize * math.prod(shape)
+            if shards[-1] and filled + n_bytes > shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = dtype, shape
+            filled += n_bytes
+        layout = cls({}, {})
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = SINGLE if len(shards) == 1 else file
+            layout = layout.with_file(file, shard, {"format": "pt"})
+        return layout
+
+    @classmethod
+    def with_codes(
+        cls,
+        source: Checkpoint,
+        parts: Mapping[str, Shapes],
+    ) -> Layout:
+        """The files of a checkpoint, in which some weights lie as codes and scales.
+
+        Args:
+            source: The checkpoint.
+            parts: For each of these weights the type and shape of what it is stored as, by the last
+                part of its name.
+        """
+        layout = cls({}, {})
+        for file in source.headers:
+            tensors: Shapes = {}
+            for name, place in source.places.items():
+                if place.file != file:
+                    continue
+                if name in parts:
+                    tensors |= {part_name(name, part): t for part, t in parts[name].items()}
+                else:
+                    tensors[name] = place.dtype, place.shape
+            layout = layout.with_file(file, tensors, {"format": "pt"})
+        return layout
+
+    def index(self) -> dict[str, object]:
+        """What `model.safetensors.index.json` says of these files."""
+        total = sum(place.stop - place.start for place in self.places.values())
+        weight_map = {name: place.file for name, place in self.places.items()}
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        stops = [place.stop for place in self.places.values() if place.file == file]
+        return max(stops, default=len(self.headers[file]))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.size(file) for file in self.headers)

@@ -1,0 +1,114 @@
+"""Where an output may go: refusals that need neither torch nor the model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsekit.checkpoint.folder import PROVENANCE
+from sparsekit.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from sparsekit.checkpoint.layout import Layout
+
+
+# Held while a run writes; its presence in a folder beside an output shows whose that folder is.
+LOCK = ".sparsekit-lock"
+# So begin the names of all files that only an unfinished run needs.
+OWN = ".sparsekit-"
+# Room for everything that is not a weight: tokenizer, configuration, provenance.
+SPARE_BYTES = 64 << 20
+
+
+def refuse_source(out: Path, source: Path) -> None:
+    """Refuse an output folder that is, or holds, the model that is read.
+
+    Raises:
+        UsageError: It is such a folder.
+    """
+    if out.resolve() == source.resolve():
+        raise UsageError(f"the output {out} is the model itself", "choose another output folder")
+    if out.resolve() in source.resolve().parents:
+        raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
+
+
+def refuse_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder whose writing could cost the user data.
+
+    Raises:
+        UsageError: The folder exists and is not to be, or must not be, overwritten.
+    """
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"the output {out} is the current folder or contains it")
+    if out.is_symlink():
+        raise UsageError(f"the output {out} is a link", "name the folder itself")
+    if not out.exists():
+        nearest = next(path for path in out.absolute().parents if path.exists())
+        if not nearest.is_dir():
+            raise UsageError(f"the output {out} cannot be made: {nearest} is no folder")
+        if not os.access(nearest, os.W_OK):
+            raise UsageError(f"the output {out} cannot be made: {nearest} may not be written")
+        return
+    if not out.is_dir():
+        raise UsageError(f"the output {out} is a file", "choose another name")
+    if (out / PROVENANCE).is_file():
+        _tidy(out)
+    if not overwrite:
+        raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
+    if any(out.iterdir()) and not (out / PROVENANCE).is_file():
+        raise UsageError(
+            f"{out} was not written by sparsekit and is not overwritten",
+            "delete it yourself or choose another folder",
+        )
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a run that was killed after its last rename left in a complete output.
+
+    The files of a run that is not complete lie beside the output, never in it.
+    """
+    for left in out.glob(f"{OWN}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def refuse_foreign(partial: Path) -> None:
+    """Refuse to work in a folder beside the output that no run of sparsekit made.
+
+    Raises:
+        UsageError: The folder holds something and has no lock file.
+    """
+    if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
+        raise UsageError(
+            f"{partial} is in the way and was not made by sparsekit",
+            "move it or choose another output",
+        )
+
+
+def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Args:
+        folder: An existing folder on the output's disk; weight files that an interrupted run has
+            laid out there count as room.
+        layout: The weight files of the output.
+        beside: Bytes of what else is kept there until it is complete.
+
+    Raises:
+        StorageError: Says how much is missing.
+    """
+    needed, free = layout.n_bytes + beside + SPARE_BYTES, shutil.disk_usage(folder).free
+    laid_out = [folder / file for file in layout.headers if (folder / file).is_file()]
+    free += sum(file.stat().st_blocks * 512 for file in laid_out)
+    if free < needed:
+        raise StorageError(
+            f"the output {'and saved states need' if beside else 'needs'} {needed / 1e9:.2f} GB, "
+            f"{folder} has {free / 1e9:.2f} GB free",
+            "make room or choose another disk",
+        )

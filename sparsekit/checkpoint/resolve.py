@@ -1,0 +1,93 @@
+"""Which folder a model's name stands for: a path, a hub id, or the demo model."""
+
+import contextlib
+import os.path
+from pathlib import Path
+
+from sparsekit.checkpoint.demo_model import SMOLLM2, demo_folder, demo_model
+from sparsekit.checkpoint.folder import weight_files
+from sparsekit.checkpoint.hub import fetch
+from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.progress import SILENT, Progress
+
+DEMO = "demo"
+
+
+def check(reference: str) -> Path | None:
+    """Refuse what can be no model, as far as names of files show it; gives the folder if there is.
+
+    This takes neither torch nor the network, so a wrong word is answered at once.
+
+    Raises:
+        DataError: There is no such folder, or it holds no checkpoint.
+        UsageError: The reference is empty.
+    """
+    if not reference:
+        raise UsageError("the model's name is empty", "pass a folder, a hub id or 'demo'")
+    if not _is_local(reference):
+        return None
+    weight_files(folder := _folder(reference))
+    return folder
+
+
+def resolve(reference: str, progress: Progress = SILENT) -> Path:
+    """The local folder of a model: a folder as it is, `demo` and a hub id after their download.
+
+    Raises:
+        DataError: There is no such folder, and no such model can be fetched.
+        UsageError: The reference is empty.
+        StorageError: The model cannot be kept in the cache.
+    """
+    if not reference:
+        check(reference)
+    if reference == DEMO:
+        return demo_model(progress)
+    return _folder(reference) if _is_local(reference) else fetch(reference, progress)
+
+
+def at_hand(reference: str) -> Path | None:
+    """The folder of a model that is here already, without asking the network; None: it is not."""
+    if reference == DEMO:
+        place = demo_folder()
+    elif _is_local(reference):
+        place = Path(os.path.expanduser(reference))
+    else:
+        return None
+    return place if (place / "config.json").is_file() else None
+
+
+def title(reference: str) -> str:
+    """What a model is called without its place: the last part of its path or hub id."""
+    return SMOLLM2.model if reference == DEMO else Path(reference).resolve().name
+
+
+def hub_id(reference: str) -> str | None:
+    """The id on the hub that a reference is, or that `demo` has there; None: it is a folder."""
+    if reference == DEMO:
+        return SMOLLM2.hub_id
+    return None if _is_local(reference) else reference
+
+
+def _is_local(reference: str) -> bool:
+    if reference == DEMO:
+        return False
+    if os.path.exists(reference):
+        return True
+    return reference.count("/") != 1 or reference.startswith((".", "/", "~"))
+
+
+def _folder(reference: str) -> Path:
+    # Unlike Path's own, these raise nothing for a name that no file can have.
+    place = os.path.expanduser(reference)
+    if os.path.isdir(place):
+        return Path(place)
+    if os.path.isfile(place):
+        raise DataError(f"no such model folder: {reference}", "it is a file: name its folder")
+    known = [DEMO]
+    with contextlib.suppress(OSError):
+        beside = [str(other) for other in Path(place).parent.iterdir()]
+        known += [other for other in beside if os.path.isfile(f"{other}/config.json")]
+    forms = "pass a folder, a hub id (org/name) or 'demo'"
+    meant = did_you_mean(reference, known, forms)
+    hint = meant if meant == forms else f"{meant} Else {forms}"
+    raise DataError(f"no such model folder: {reference}", hint)

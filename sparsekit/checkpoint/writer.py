@@ -1,0 +1,313 @@
+"""Writing a checkpoint of the same layout as its source: `OUT` exists exactly when it is complete.
+
+Names, shapes and dtypes are known before the first weight is computed (those of the source, and of
+the factors that weights will get), so each tensor has a known place in a file with a known header.
+The files are laid out at full size in `OUT.partial` (a full disk shows at once); each finished part
+is written to its place, made durable and entered into a journal; one rename publishes the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.folder import INDEX, PACKED_INDEX, PROVENANCE, SINGLE, UNFACTORED
+from sparsekit.checkpoint.layout import Layout
+from sparsekit.checkpoint.output_folder import (
+    LOCK,
+    refuse_foreign,
+    refuse_output,
+    refuse_source,
+    require_space,
+)
+from sparsekit.errors import DataError, StorageError, UsageError
+from sparsekit.files import (
+    CHUNK,
+    exclusive,
+    fsync_path,
+    read_json,
+    reserve,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
+
+# Dot files, so that no file of a checkpoint has such a name and none is ever carried over.
+JOURNAL = ".sparsekit-journal.jsonl"
+RECIPE = ".sparsekit-recipe.json"
+REPLACED = ".sparsekit-replaced"
+# The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
+CHAT_TEMPLATES = "additional_chat_templates"
+# So begin files that tell of one run only.
+OWN = (".", "sparsekit-training", "sparsekit-scores")
+# What is not carried over from the source: weights in any format, and what sparsekit writes.
+LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
+
+
+class CheckpointWriter:
+    """Writes one checkpoint, part by part; use it as a context manager.
+
+    Args:
+        out: The folder to make. An interrupted run's parts are found beside it.
+        source: The checkpoint whose layout and other files the output takes.
+        layout: The weight files to make; None: those of the source.
+        recipe: Everything that decides the output's bytes. A run with the same recipe goes on
+            where an interrupted one stopped.
+        overwrite: Replace an existing output of sparsekit when the new one is complete.
+
+    Raises:
+        UsageError: The output exists, is being written by another process, or an interrupted
+            run with another recipe is in the way.
+        StorageError: The disk has no room.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        source: Checkpoint,
+        recipe: Mapping[str, Any],
+        *,
+        layout: Layout | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.out = out
+        self.source = source
+        self.layout = Layout.of(source) if layout is None else layout
+        self.finished: dict[str, Any] = {}
+        """Part name to the note it was written with; filled from the journal of an earlier run."""
+        self._written: set[str] = set()
+        self._closing = contextlib.ExitStack()
+        self._overwrite = overwrite
+        refuse_source(out, source.path)
+        refuse_output(out, overwrite=overwrite)
+        self.partial = out.with_name(out.name + ".partial")
+        self._recipe = json.loads(json.dumps(recipe))
+
+    def __enter__(self) -> CheckpointWriter:
+        with contextlib.ExitStack() as stack:
+            refuse_foreign(self.partial)
+            with storage_errors(self.partial):
+                self.partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(self.partial / LOCK))
+            if (self.partial / RECIPE).is_file():
+                self._resume()
+            else:
+                self._begin()
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], note: Any) -> None:
+        """Put tensors in their places and enter the part into the journal, durably.
+
+        Args:
+            part: The name under which the part is found again after an interruption.
+            tensors: By name on disk, each with the shape and dtype of its place.
+            note: A JSON value kept with the part.
+        """
+        with storage_errors(self.partial):
+            for name, tensor in tensors.items():
+                self._put(name, tensor)
+            for file in {self.layout.places[name].file for name in tensors}:
+                fsync_path(self.partial / file)
+            line = json.dumps({"part": part, "tensors": sorted(tensors), "note": note})
+            with (self.partial / JOURNAL).open("a") as journal:
+                journal.write(line + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        self.finished[part] = note
+        self._written.update(tensors)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of finished parts, as they were written."""
+        lengths = {file: len(header) for file, header in self.layout.headers.items()}
+        written = Checkpoint(self.partial, self.layout.places, lengths)
+        return written.read(names)
+
+    def commit(
+        self,
+        entry: Mapping[str, Any],
+        card: str,
+        config: Mapping[str, Any] | None = None,
+        history: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Checkpoint:
+        """Copy what was not written, add provenance and card, and publish the folder.
+
+        Args:
+            entry: This stage's entry of the history.
+            card: The text of README.md.
+            config: What config.json is to say; None: what the source's says.
+            history: The entries before this one; None: those of the source.
+
+        Returns:
+            The finished checkpoint.
+        """
+        with storage_errors(self.partial):
+            self._carry_over()
+            if config is not None:
+                write_json(self.partial / "config.json", config)
+            for file in self.layout.headers:
+                fsync_path(self.partial / file)
+        made = Checkpoint.open(self.partial)
+        fingerprint = made.scan()
+        if history is None:
+            history = self.source.provenance()["history"]
+        told = {"fingerprint": fingerprint, "history": [*map(dict, history), dict(entry)]}
+        write_json(self.partial / PROVENANCE, told)
+        write_atomic(self.partial / "README.md", card.encode())
+        with storage_errors(self.out):
+            fsync_path(self.partial)
+            self._publish()
+            for name in (JOURNAL, RECIPE, LOCK):
+                (self.out / name).unlink(missing_ok=True)
+            if (self.out / REPLACED).is_dir():
+                shutil.rmtree(self.out / REPLACED)
+        return Checkpoint.open(self.out)
+
+    def abandon(self) -> None:
+        """Remove the folder beside the output: nothing in it is worth going on with."""
+        self._discard()
+
+    def _begin(self) -> None:
+        try:
+            require_space(self.partial, self.layout)
+            with storage_errors(self.partial):
+                for file, header in self.layout.headers.items():
+                    _lay_out(self.partial / file, header, self.layout.size(file))
+        except StorageError:
+            self._discard()
+            raise
+        write_json(self.partial / RECIPE, self._recipe)
+
+    def _resume(self) -> None:
+        earlier = read_json(self.partial / RECIPE)
+        if earlier != self._recipe:
+            keys = sorted(earlier.keys() | self._recipe.keys())
+            pairs = ((key, earlier.get(key), self._recipe.get(key)) for key in keys)
+            told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
+            raise UsageError(
+                f"{self.partial} holds an interrupted run with another {told}",
+                "repeat that run, delete the folder, or choose another output",
+            )
+        journal = self.partial / JOURNAL
+        lines = journal.read_bytes().split(b"\n") if journal.is_file() else []
+        whole = lines[:-1]  # a line without its end was cut off by the interruption
+        write_atomic(journal, b"".join(line + b"\n" for line in whole))
+        for line in whole:
+            row = json.loads(line)
+            self.finished[row["part"]] = row["note"]
+            self._written.update(row["tensors"])
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        place = self.layout.places[name]
+        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
+            raise DataError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place in the file is "
+                f"{place.dtype} {place.shape}"
+            )
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        handle = os.open(self.partial / place.file, os.O_WRONLY)
+        try:
+            _write_at(handle, memoryview(data), place.start)
+        finally:
+            os.close(handle)
+
+    def _carry_over(self) -> None:
+        """Copy the tensors that no part wrote, and every file that is not a weight."""
+        for name, place in self.source.places.items():
+            goal = self.layout.places.get(name)
+            if goal is not None and name not in self._written:
+                origin = self.source.path / place.file
+                _copy_range(origin, place.start, place.stop, self.partial / goal.file, goal.start)
+        templates = self.source.path / CHAT_TEMPLATES
+        if templates.is_dir():
+            (self.partial / CHAT_TEMPLATES).mkdir(exist_ok=True)
+            for file in sorted(templates.iterdir()):
+                write_atomic(self.partial / CHAT_TEMPLATES / file.name, file.read_bytes())
+        for file in sorted(self.source.path.iterdir()):
+            own = file.name in (
+                PROVENANCE,
+                "README.md",
+                INDEX,
+                PACKED_INDEX,
+            ) or file.name.startswith(OWN)
+            if file.is_file() and not own and file.suffix not in LEFT_OUT:
+                write_atomic(self.partial / file.name, file.read_bytes())
+        self._write_index()
+
+    def _write_index(self) -> None:
+        """The index of the weight files, where loaders look for one."""
+        files = self.layout.headers.keys()
+        if UNFACTORED in files:
+            write_json(self.partial / PACKED_INDEX, self.layout.index())
+            return
+        index = self.source.path / INDEX
+        kept = self.source.headers.keys() <= files
+        kept = kept and self.source.places.keys() <= self.layout.places.keys()
+        if kept and index.is_file():
+            write_atomic(self.partial / INDEX, index.read_bytes())
+        elif SINGLE not in files:
+            write_json(self.partial / INDEX, self.layout.index())
+
+    def _publish(self) -> None:
+        # The run may have taken hours: what is at the output now is looked at again.
+        refuse_output(self.out, overwrite=self._overwrite)
+        # The old output waits in the new one's folder: after a kill between the two renames the
+        # same command finds it there.
+        if self.out.exists():
+            os.rename(self.out, self.partial / REPLACED)
+        os.rename(self.partial, self.out)
+        fsync_path(self.out.parent)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _difference(key: str, earlier: Any, now: Any) -> str:
+    """A part of two recipes that differs, with both values where they are short words."""
+    short = all(isinstance(v, (str, int, float)) and len(str(v)) < 30 for v in (earlier, now))
+    return f"{key} ({earlier}, now {now})" if short else key
+
+
+def _lay_out(target: Path, header: bytes, size: int) -> None:
+    """A file of this size that begins with this header."""
+    handle = os.open(target, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+    try:
+        reserve(handle, size)
+        _write_at(handle, memoryview(header), 0)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy_range(source: Path, start: int, stop: int, target: Path, goal: int) -> None:
+    """Copy the bytes from `start` to `stop` of one file to the place `goal` of another."""
+    handle = os.open(target, os.O_WRONLY)
+    try:
+        with source.open("rb") as stream:
+            stream.seek(start)
+            while start < stop:
+                data = stream.read(min(CHUNK, stop - start))
+                if not data:
+                    raise DataError(f"{source} ends at byte {start}", "copy or download it again")
+                _write_at(handle, memoryview(data), goal)
+                start, goal = start + len(data), goal + len(data)
+    finally:
+        os.close(handle)
+
+
+def _write_at(handle: int, data: memoryview, start: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, start)
+        data, start = data[count:], start + count

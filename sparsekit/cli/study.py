@@ -1,0 +1,241 @@
+"""The verbs of recipes: `run`, and `recipe` with what belongs to it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsekit.cli import complete
+from sparsekit.cli.console import Terminal, paired_text
+from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, named, refuse_timed
+from sparsekit.cli.plan import plan_costs, plans_together
+from sparsekit.cli.report import show_table
+from sparsekit.errors import UsageError
+from sparsekit.files import write_atomic
+
+if TYPE_CHECKING:
+    from sparsekit.study.demo import DemoRow
+    from sparsekit.study.run import Done
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or a name of 'sparsekit recipe ls'.", autocompletion=complete.recipes
+    ),
+]
+app = typer.Typer(
+    help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+def run(
+    recipe: Recipe,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Words to replace, as model=org/name or prune.samples=8."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run. Default: the recipe's name."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Make this stage and what follows again, as recover or 1."),
+    ] = None,
+    dry_run: DryRun = False,
+    timed: Timed = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out a recipe; what is finished is kept, and what was interrupted goes on.
+
+    Example: sparsekit run quickstart -o study
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working(resumable=True) as progress:
+        refuse_timed(dry_run=dry_run, timed=timed)
+        from sparsekit.study.recipe import read_recipe, recipe_file
+
+        file = recipe_file(recipe)
+        told = read_recipe(file, words or [])
+        from sparsekit.study.run import run as stage
+
+        folder = out or Path(file.stem)
+        done = stage(told, folder, start=start, dry=dry_run, timed=timed, progress=progress)
+        if not dry_run and any(one.step.verb == "eval" for one in done):
+            from sparsekit.reporting.compare import compare
+            from sparsekit.study.run import places
+
+            show_table(terminal, compare(places(told, folder, done)))
+        show_run(terminal, folder, done, dry=dry_run)
+
+
+@app.command("ls")
+def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the recipes that come with sparsekit.
+
+    Example: sparsekit recipe ls
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working():
+        from sparsekit.study.recipe import shipped, summary
+
+        found = {name: summary(file) for name, file in shipped().items()}
+        terminal.result("\n".join(f"{name}\t{text}" for name, text in found.items()), found)
+
+
+@app.command("show")
+def show_recipe(
+    recipe: Recipe, json: Json = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Write a recipe to stdout.
+
+    Example: sparsekit recipe show quickstart
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working():
+        from sparsekit.study.recipe import recipe_file
+        from sparsekit.study.schema import read_yaml
+
+        text = recipe_file(recipe).read_text(encoding="utf-8")
+        terminal.result(text.rstrip("\n"), read_yaml(text))
+
+
+@app.command("cp")
+def copy_recipe(
+    recipe: Recipe,
+    target: Annotated[Path, typer.Argument(help="The file, or folder, to write.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a recipe to a file of your own.
+
+    Example: sparsekit recipe cp quickstart mine.yaml
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working():
+        from sparsekit.study.recipe import recipe_file
+
+        source = recipe_file(recipe)
+        file = target / source.name if target.is_dir() else target
+        if file.exists():
+            raise UsageError(f"{file} exists", "choose another name")
+        write_atomic(file, source.read_bytes())
+        terminal.result(file, {"out": str(file)})
+
+
+@app.command("validate")
+def validate(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(help="YAML files, or names of recipe ls.", autocompletion=complete.recipes),
+    ],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check recipes without reading a model; all errors of one are told at once.
+
+    Example: sparsekit recipe validate quickstart
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working():
+        from sparsekit.study.recipe import read_recipe, recipe_file
+
+        steps = {}
+        for recipe in recipes:
+            file = recipe_file(recipe)
+            steps[str(file)] = [
+                step.name for step in read_recipe(file).steps if step.verb != "eval"
+            ]
+        terminal.result("\n".join(steps), steps)
+
+
+@app.command("schema")
+def print_schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Write the JSON schema of recipes, which editors check them by.
+
+    Example: sparsekit recipe schema
+    """
+    terminal = Terminal(json=True, quiet=quiet, debug=debug)
+    with terminal.working():
+        from sparsekit.study.schema import schema
+
+        terminal.result("", schema())
+
+
+def demo(
+    model: Annotated[str, typer.Argument(help="Another model than SmolLM2-135M.")] = "demo",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoints.")] = Path(
+        "sparsekit-demo"
+    ),
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a small real model to 2:4 three ways, score each, and leave the checkpoints.
+
+    Example: sparsekit demo
+    """
+    terminal = Terminal(json=json, quiet=quiet, debug=debug)
+    with terminal.working(resumable=True) as progress:
+        name = named(model)
+        from sparsekit.study.demo import demo as stage
+
+        show_demo(terminal, stage(name, out, progress), out)
+
+
+def show_run(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
+    """What became of each step of a recipe; stdout gets the models that nothing else is made of."""
+    models = [one for one in done if one.step.verb != "eval"]
+    rows = [
+        (
+            *(one.step.name, one.step.verb, one.state, _seconds(one)),
+            *(plan_costs(one.plan) if dry else ()),
+            str(one.folder),
+        )
+        for one in done
+    ]
+    plans = [one.plan for one in done if one.plan is not None]
+    if len(plans) > 1:
+        rows.append((f"these {len(plans)} together", None, None, *plans_together(plans), None))
+    title = "plan (nothing was written)" if dry else f"{out}"
+    costs = ("to write", "memory") if dry else ()
+    terminal.table(title, ("step", "verb", "", "seconds", *costs, "folder"), rows)
+    parents = {one.step.parent for one in models}
+    last = [str(one.folder) for one in models if one.step.name not in parents]
+    if terminal.json or not dry:
+        told = {"out": str(out), "steps": [one.to_json() for one in done]}
+        terminal.result("\n".join(last), told)
+
+
+def _seconds(done: "Done") -> str | None:
+    if done.plan is not None and (seconds := done.plan.get("seconds_estimate")) is not None:
+        return f"about {seconds:.0f}"
+    return f"{done.seconds:.0f}" if done.state == "made" else None
+
+
+def show_demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
+    """The demo's table."""
+    cells, values = [], []
+    for row in rows:
+        measured = row.score.perplexity
+        assert measured is not None
+        cells.append(
+            (
+                row.name,
+                f"{measured.value:.2f}",
+                paired_text(row.score.difference.get("log_perplexity")),
+                "" if row.seconds is None else f"{row.seconds:.0f} s",
+            )
+        )
+        values.append({**row.score.to_json(), "prune_seconds": row.seconds})
+    first = rows[0].score.perplexity
+    assert first is not None
+    title = f"perplexity on {first.text}: {first.windows} windows of {first.length} tokens"
+    terminal.table(title, ("model", "perplexity", "log difference", "pruned in"), cells)
+    terminal.result(out, {"out": str(out), "models": values})

@@ -1,0 +1,1 @@
+"""The verbs inspect, verify and deploy."""

@@ -1,0 +1,121 @@
+"""What a checkpoint folder holds, and whether its bytes keep what they promise."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.factor_file import factors_of
+from sparsekit.checkpoint.resolve import resolve
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.model.factored_linear import FactoredLinear
+from sparsekit.progress import SILENT, Progress
+from sparsekit.weights.patterns import SOUGHT, _looseness, patterns_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is in a checkpoint."""
+
+    model: str
+    """As it was asked for."""
+    path: Path
+    n_bytes: int
+    blocks: list[dict[str, Any]]
+    """Rows of `name`, `size`, `zeros`, `sparsity`, `pattern`."""
+    types: list[dict[str, Any]]
+    """The same by kind of weight, over all blocks."""
+    total: dict[str, Any]
+    history: list[dict[str, Any]]
+    fingerprint: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the single weights of the history."""
+        return {
+            "model": self.model,
+            "path": str(self.path),
+            "bytes": self.n_bytes,
+            "fingerprint": self.fingerprint,
+            "total": self.total,
+            "blocks": self.blocks,
+            "types": self.types,
+            "history": [{k: v for k, v in e.items() if k != "weights"} for e in self.history],
+        }
+
+
+def inspect(model: str, progress: Progress = SILENT) -> Inspection:
+    """Count zeros and look for patterns in the prunable weights of every block.
+
+    Args:
+        model: A folder, hub id or `demo`.
+        progress: Told of each block.
+
+    Raises:
+        DataError: The folder is no readable checkpoint, or what is packed in it is damaged.
+    """
+    source = Checkpoint.open(resolve(model, progress))
+    if source.factored:
+        source.scan(progress)  # zeros of a damaged one mean nothing
+    stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    provenance = source.provenance()
+    rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]
+    told = {row["pattern"] for row in rows if ":" in row.get("pattern", "")}
+    sought = sorted({*SOUGHT, *told}, key=_looseness)
+    progress.begin("inspect", len(stream))
+    by_block: dict[str, list[dict[str, Any]]] = {}
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for block, name, weight in _weights(source, stream, progress):
+        zeros = int((weight == 0).sum())
+        row = {"size": weight.numel(), "zeros": zeros, "patterns": patterns_of(weight, sought)}
+        by_block.setdefault(block, []).append(row)
+        kind = name.removesuffix(".weight").partition(f"{block}.")[2] or name
+        by_type.setdefault(kind, []).append(row)
+    progress.end()
+    return Inspection(
+        model=model,
+        path=source.path,
+        n_bytes=source.n_bytes,
+        blocks=[_sum(name, rows) for name, rows in by_block.items()],
+        types=[_sum(name, rows) for name, rows in by_type.items()],
+        total=_sum("total", [row for rows in by_block.values() for row in rows]),
+        history=provenance["history"],
+        fingerprint=provenance.get("fingerprint"),
+    )
+
+
+def _weights(
+    source: Checkpoint, stream: BlockStream, progress: Progress
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Block, name and weight `[out, in]` in the type on disk, of one linear weight at a time.
+
+    Of a weight with factors it is their core.
+    """
+    for index in range(len(stream)):
+        block = stream.block(index)
+        for target in block.targets:
+            if target.name in source.factor_patterns:
+                yield block.name, target.name, factors_of(source, target.name, target.shape[1]).core
+            else:
+                weight = source.read([target.name])[target.name]
+                yield block.name, target.name, weight.T if target.transposed else weight
+        for layer in block.module.modules():
+            if isinstance(layer, FactoredLinear):
+                name = layer.weight_name
+                yield block.name, name, factors_of(source, name, layer.in_features).core
+        progress.step(block.name)
+
+
+def _sum(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    size, zeros = sum(row["size"] for row in rows), sum(row["zeros"] for row in rows)
+    shared = [text for text in rows[0]["patterns"] if all(text in r["patterns"] for r in rows)]
+    pattern = shared[0] if shared else ("unstructured" if zeros else "dense")
+    return {
+        "name": name,
+        "size": size,
+        "zeros": zeros,
+        "sparsity": zeros / size if size else 0.0,
+        "pattern": pattern,
+    }

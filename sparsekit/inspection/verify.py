@@ -1,0 +1,155 @@
+"""Check a checkpoint against what its history says of it."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.factor_file import factors_of
+from sparsekit.checkpoint.folder import FACTORS, PROVENANCE
+from sparsekit.checkpoint.resolve import resolve
+from sparsekit.errors import CheckFailedError, DataError, UsageError
+from sparsekit.inspection.inspect import _weights
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.progress import SILENT, Progress
+from sparsekit.weights.factored import first_off
+from sparsekit.weights.patterns import Pattern
+
+
+def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+    """Re-check every tensor of a checkpoint from its bytes.
+
+    Every weight that the history says was pruned (without a history: every linear weight of a
+    block) must have the pattern and no negative zero; nothing may be NaN or Inf; the bytes must
+    be those that were recorded; tied weights must be equal.
+
+    Args:
+        model: A folder, hub id or `demo`.
+        pattern: The pattern; None takes that of the history.
+        progress: Told of each block.
+
+    Raises:
+        PatternError: The first weight without the pattern.
+        CheckFailedError: The first other offender: NaN or Inf, -0.0, other bytes, untied weights,
+            factors that are missing or do not multiply to the weight.
+        UsageError: There is no pattern to check.
+        DataError: The folder is no readable checkpoint.
+    """
+    given = Pattern.parse(pattern) if pattern else None
+    source = _written(resolve(model, progress))
+    pruned = source.pruned(converted=True)
+    if given is None and not pruned:
+        raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
+    told = _latest(pruned)
+    _require_factors(source, told)
+    try:
+        fingerprint = source.scan(progress)
+    except DataError as error:
+        raise CheckFailedError(error.message, error.hint) from error
+    stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    expected = {name: row["pattern"] for name, row in told.items()}
+    progress.begin("verify", len(stream))
+    checked = zeros = size = 0
+    try:
+        for name, weight in _told(source, stream, expected, progress):
+            wanted = given or Pattern.parse(expected[name])
+            wanted.check(weight, name)
+            _refuse_negative_zero(weight, name)
+            checked += 1
+            zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+    except DataError as error:  # factors that do not fit together
+        raise CheckFailedError(error.message, error.hint) from error
+    progress.end()
+    _check_factors(source, stream)
+    _check_tied(source, stream)
+    return {
+        "model": model,
+        "path": str(source.path),
+        "pattern": str(given) if given else sorted(set(expected.values())),
+        "weights": checked,
+        "tensors": len(source.places),
+        "zeros": zeros,
+        "size": size,
+        "fingerprint": fingerprint,
+    }
+
+
+def _written(path: Path) -> Checkpoint:
+    """The checkpoint in a folder; one that sparsekit wrote was whole once."""
+    try:
+        return Checkpoint.open(path)
+    except DataError as error:
+        if (path / PROVENANCE).is_file():
+            raise CheckFailedError(error.message, error.hint) from error
+        raise
+
+
+def _told(
+    source: Checkpoint, stream: BlockStream, expected: Collection[str], progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and weight of what the history tells of, or without one of all weights of blocks.
+
+    Raises:
+        CheckFailedError: A weight is not there.
+    """
+    left = set(expected)
+    for _, name, weight in _weights(source, stream, progress):
+        if name in left or not expected:
+            left.discard(name)
+            yield name, weight
+    for name in sorted(left):  # outside of blocks, as an output head that was converted
+        if name not in source.places:
+            raise CheckFailedError(f"{name} is in the history of {source.path} but not in it")
+        yield name, source.read([name])[name]
+
+
+def _latest(pruned: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What the history says last of each weight; a later run drops factors that it did not make."""
+    told: dict[str, Mapping[str, Any]] = {}
+    for entry in pruned:
+        told = {n: row for n, row in told.items() if row.get("bits") is None}
+        told |= {row["name"]: row for row in entry["weights"]}
+    return told
+
+
+def _require_factors(source: Checkpoint, told: Mapping[str, Mapping[str, Any]]) -> None:
+    """Factors must be there where the history says so."""
+    factored = {name for name, row in told.items() if row.get("bits") is not None}
+    if missing := sorted(factored - source.factor_patterns.keys()):
+        raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
+
+
+def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
+    """Factors must multiply to the weights beside them."""
+    for target in stream.targets():
+        name = target.name
+        if name not in source.factor_patterns:
+            continue
+        weight = source.read([name])[name]
+        weight = weight.T if target.transposed else weight
+        product = factors_of(source, name, target.shape[1]).dense()
+        if off := first_off(product, weight):
+            raise CheckFailedError(
+                f"{name}: its factors do not multiply to it at {list(off)}",
+                "the weights were changed after pruning",
+            )
+
+
+def _refuse_negative_zero(weight: torch.Tensor, name: str) -> None:
+    negative = (weight == 0) & weight.signbit()
+    if negative.any():
+        row, column = negative.nonzero()[0].tolist()
+        raise CheckFailedError(
+            f"{name}: row {row}, input {column} is -0.0, which some kernels take for a value"
+        )
+
+
+def _check_tied(source: Checkpoint, stream: BlockStream) -> None:
+    """Weights that the configuration ties must be equal where both are on disk."""
+    for name, origin in getattr(stream.model, "all_tied_weights_keys", {}).items():
+        if name in source.places and origin in source.places:
+            both = source.read([name, origin])
+            if not torch.equal(both[name], both[origin]):
+                raise CheckFailedError(f"{name} is tied to {origin} but differs from it")

@@ -1,0 +1,167 @@
+"""A model with all of its weights in memory, for what cannot be done block by block."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.folder import is_packed
+from sparsekit.checkpoint.resolve import resolve
+from sparsekit.errors import DataError, UsageError
+from sparsekit.memory import available_memory
+from sparsekit.model.architecture import refuse_foreign
+from sparsekit.model.factored_linear import expand
+from sparsekit.model.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# How packed weights and factors are held: as they are, or as the dense weights that they make.
+Resident = Literal["packed", "expand"]
+RESIDENT = get_args(Resident)
+
+
+def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str) -> None:
+    """Refuse what would need more memory than there is.
+
+    Args:
+        source: The checkpoint.
+        dtype: The type of its weights in memory.
+        purpose: What needs the whole model.
+        way_out: What to do instead.
+
+    Raises:
+        DataError: The model does not fit into the available memory.
+    """
+    needed = sum(
+        math.prod(p.shape) * (dtype.itemsize if p.dtype.is_floating_point else p.dtype.itemsize)
+        for p in source.places.values()
+    )
+    if needed > (free := available_memory()):
+        raise DataError(
+            f"{purpose} needs {needed / 1e9:.1f} GB of memory for the whole model of "
+            f"{source.path}, {free / 1e9:.1f} GB are available",
+            way_out,
+        )
+
+
+def load_whole(
+    source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str
+) -> PreTrainedModel:
+    """The model as transformers loads it, on the CPU; arguments as of `require_memory`.
+
+    Raises:
+        DataError: It does not fit into the available memory, is quantized in another way than
+            ours, cannot be read, or lacks weights.
+        DamagedError: Packed weights or factors are not those that were written.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    refuse_foreign(source)  # transformers would look for what its configuration names
+    require_memory(source, dtype, purpose=purpose, way_out=way_out)
+    if source.factored:
+        skeleton = Skeleton(source, torch.device("cpu"), dtype)
+        source.scan()  # only now: what does not fit together is named before
+        model = skeleton.fill()
+        if (source.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(source.path))
+        return model
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(source.path),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{source.path} cannot be loaded: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise DataError(f"{source.path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model.eval()
+
+
+def own_dtype(source: Checkpoint) -> torch.dtype:
+    """The type that most tensors of a checkpoint have, of those with numbers in them."""
+    wide = [p.dtype for p in source.places.values() if p.dtype.is_floating_point]
+    return max(sorted(set(wide), key=str), key=wide.count)
+
+
+def load(path: str | Path, dtype: str, resident: Resident) -> PreTrainedModel:
+    """See `sparsekit.load`."""
+    if resident not in RESIDENT:
+        raise UsageError(f"resident {resident!r} is not known", " or ".join(RESIDENT))
+    source = Checkpoint.open(resolve(str(path)))
+    if dtype == "auto":
+        wanted = own_dtype(source)
+    elif dtype in ("float32", "bfloat16", "float16"):
+        wanted = getattr(torch, dtype)
+    else:
+        raise UsageError(f"dtype {dtype!r} is not known", "float32, bfloat16, float16 or auto")
+    model = load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")
+    if resident == "expand":
+        expand(model)
+        if source.factored and is_packed(getattr(model.config, "quantization_config", None)):
+            del model.config.quantization_config  # its weights are plain now, and are saved so
+    elif source.factored:
+        model.save_pretrained = partial(_refuse_to_save, source.path)
+    return model
+
+
+def _refuse_to_save(path: Path, *_: Any, **__: Any) -> NoReturn:
+    """Of a model with packed weights: stock loaders would fill what is written with random numbers.
+
+    Raises:
+        DataError: Always.
+    """
+    raise DataError(
+        f"the weights of {path} are loaded as they are packed, which save_pretrained cannot write",
+        "sparsekit unpack writes plain ones, and so does a model loaded with resident='expand'",
+    )
+
+
+def new_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """An empty cache of keys and values, by the name under which the model takes it.
+
+    It fills as the model runs. Its name changed between releases of transformers 5.
+    """
+    from transformers import DynamicCache
+
+    known = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What enters the head for tokens `[rows, length]`, `[rows * length, hidden]`."""
+    found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return found.flatten(0, 1)
+
+
+@torch.no_grad()
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not what its head makes of the last hidden states.
+
+    Raises:
+        DataError: It scales or caps them.
+    """
+    tokens = torch.arange(4, device=model.device)[None]
+    wanted = model(input_ids=tokens, use_cache=False).logits[0]
+    found = model.get_output_embeddings()(hidden_states(model, tokens))
+    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-4):
+        raise DataError(
+            f"{model.config.model_type!r} changes its logits after the output layer (a scale or a "
+            "cap), which training does not do yet",
+        )

@@ -1,0 +1,159 @@
+"""A model without its weights, and the few of them that it holds while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.memory import steady_heap, trim_heap
+from sparsekit.model.architecture import (
+    build_without_weights,
+    find_blocks,
+    match_names,
+    refuse_hidden_weights,
+)
+
+# What is free in the heap goes back to the system after this many bytes of weights.
+TRIM_BYTES = 24 << 20
+
+
+class Skeleton:
+    """The model of a checkpoint with its parameters on the meta device.
+
+    The first one sets how glibc's allocator treats large pieces, for the whole process.
+
+    Args:
+        source: The checkpoint.
+        device: Where weights are held.
+        dtype: The compute dtype of weights.
+
+    Raises:
+        DataError: The architecture cannot be streamed; every weight that would be left alone is
+            named.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.model = build_without_weights(source, dtype)
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.on_disk = match_names(self.model, source)
+        """For each parameter and stored buffer its name on disk."""
+        refuse_hidden_weights(self.model, self.blocks, self.prefix, source)
+        self._round_inputs()
+        self._reused: dict[str, Tensor] = {}
+        self._passed = 0
+        steady_heap()
+
+    def _round_inputs(self) -> None:
+        """Let layers on a grid for inputs round theirs before they compute."""
+        grid = self.source.grid
+        if grid is None or not grid.activations:
+            return
+        for name, on_disk in self.on_disk.items():
+            if on_disk in self.source.coded:
+                layer = self.model.get_submodule(name.removesuffix(".weight"))
+                layer.register_forward_pre_hook(lambda _, args: grid.round_inputs(args[0]))
+
+    def hold(self, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Bring weights of one block to the device.
+
+        The memory is that of the block before, since blocks are alike: to ask for it anew costs
+        page faults, and leaves holes.
+
+        Args:
+            module: The block.
+            tensors: For each name in the model the values.
+        """
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not self._fits(tensor):
+                inner = name.removeprefix(module)
+                held = self._reused.get(inner)
+                if held is None or held.shape != tensor.shape:
+                    held = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+                    self._reused[inner] = held
+                tensor = held.copy_(tensor)
+            self._set(name, tensor.to(self.device))
+        self._place_buffers(module)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget weights."""
+        for name in names:
+            old = self.model.get_parameter_or_buffer(name)
+            self._set(name, torch.empty_like(old, device="meta"))
+
+    def passed(self, n_bytes: int) -> None:
+        """Count bytes of weights that are done, and tidy the heap when enough came together."""
+        self._passed += n_bytes
+        if self._passed >= TRIM_BYTES:
+            self._passed = 0
+            trim_heap()
+
+    def forget_memory(self) -> None:
+        """Give back the memory that `hold` keeps for the next block."""
+        self._reused.clear()
+
+    @contextmanager
+    def resident(self, names: Iterable[str]) -> Iterator[None]:
+        """Hold these weights, and all buffers, on the device for a while."""
+        names = list(names)
+        disk = self.source.read({self.on_disk[name] for name in names})
+        for name in names:
+            tensor = disk[self.on_disk[name]]
+            wide = tensor.is_floating_point()
+            self._set(name, tensor.to(self.device, self.dtype if wide else tensor.dtype))
+        self._place_buffers("")
+        try:
+            yield
+        finally:
+            self.drop(names)
+
+    def fill(self) -> nn.Module:
+        """The model with all of its weights, to be kept."""
+        for name, on_disk in self.on_disk.items():
+            tensor = self.source.read([on_disk])[on_disk]
+            wide = tensor.is_floating_point()
+            self._set(name, tensor.to(self.device, self.dtype if wide else tensor.dtype))
+        self._place_buffers("")
+        self.model.tie_weights()
+        return self.model
+
+    def before_blocks(self) -> list[str]:
+        """Names of what a forward pass with the blocks left out needs, up to the last of them."""
+        head = self.model.get_output_embeddings()
+        unused = None if head is None else self._name_of(head) + ".weight"
+        return [name for name in self._outside() if name != unused]
+
+    def after_blocks(self) -> list[str]:
+        """Names of what turns hidden states into logits."""
+        unused = self._name_of(self.model.get_input_embeddings()) + ".weight"
+        return [name for name in self._outside() if name != unused]
+
+    def _outside(self) -> list[str]:
+        return [name for name in self.on_disk if not name.startswith(self.prefix + ".")]
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.model.named_modules() if other is module)
+
+    def _fits(self, tensor: Tensor) -> bool:
+        return tensor.device == self.device and tensor.dtype == self.dtype
+
+    def _place_buffers(self, module: str) -> None:
+        """Buffers are computed on the CPU, not read."""
+        for name, buffer in self.model.get_submodule(module).named_buffers(prefix=module):
+            if buffer.device != self.device and not buffer.is_meta:
+                self._set(name, buffer.to(self.device))
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        """Replace a parameter or buffer by name."""
+        path, _, last = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        if last in owner._parameters:
+            owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[last] = tensor

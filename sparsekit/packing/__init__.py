@@ -1,0 +1,1 @@
+"""The verbs pack, unpack and convert."""

@@ -1,0 +1,126 @@
+"""Decoders of formats that other libraries no longer write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.foreign import MARLIN, compression
+from sparsekit.errors import DataError
+from sparsekit.weights.packed import unpack_bits
+
+# Rows and columns of the tiles in which marlin-24 orders its codes.
+TILE = 16
+
+
+def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json without the dropped form; with what still is said of quantization."""
+    kept, told = dict(config), dict(compression(config))
+    for name in ("quantization_config", "compression_config"):
+        kept.pop(name, None)
+    told.pop("sparsity_config", None)
+    if told.get("config_groups") and told.get("format") not in (None, "dense", MARLIN):
+        kept["quantization_config"] = told
+    return kept
+
+
+def bitmask_shape(part: Tensor, mask: tuple[int, ...]) -> tuple[int, int]:
+    """The shape `[out, in]` of a weight, as its part of that name holds it.
+
+    Args:
+        part: Two integers.
+        mask: The shape of its bit mask.
+
+    Raises:
+        DataError: They are none, or not those of the mask.
+    """
+    shape = part.flatten().tolist()
+    if part.dtype not in (torch.int64, torch.int32) or len(shape) != 2 or min(shape) < 1:
+        raise DataError(f"a shape {shape} is none of a weight")
+    if mask != (shape[0], -(-shape[1] // 8)):
+        raise DataError(f"a bit mask {mask} is none of a weight {shape}")
+    return shape[0], shape[1]
+
+
+def marlin_shape(meta: tuple[int, ...]) -> tuple[int, int]:
+    """The shape `[out, in]` of a weight whose `meta` has a shape.
+
+    Raises:
+        DataError: No `meta` has it.
+    """
+    if len(meta) != 2 or meta[1] % (2 * TILE) or not all(meta):
+        raise DataError(f"meta of the shape {meta} is none of a weight")
+    return meta[1] // 2, meta[0] * 2 * TILE
+
+
+def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
+    """The weight `[out, in]` of values and a bit for each entry that says whether it has one.
+
+    Args:
+        parts: `compressed`, `bitmask` and `shape`; offsets of rows are not needed.
+        halves: Whether each four entries have two values.
+
+    Raises:
+        DataError: The parts do not fit together.
+    """
+    rows, columns = bitmask_shape(parts["shape"], tuple(parts["bitmask"].shape))
+    if parts["bitmask"].dtype != torch.uint8:
+        raise DataError(f"a bit mask is {parts['bitmask'].dtype}, not {torch.uint8}")
+    mask = unpack_bits(parts["bitmask"], columns).bool()
+    values = parts["compressed"].flatten()
+    if int(mask.sum()) != len(values):
+        raise DataError(f"a bit mask with {int(mask.sum())} bits set has {len(values)} values")
+    if halves and (columns % 4 or (mask.unflatten(1, (-1, 4)).sum(-1) != 2).any()):
+        raise DataError("a bit mask of 2:4 has not two bits set in each four")
+    # By bits: 8-bit floats cannot be scattered.
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    weight = torch.zeros(rows, columns, dtype=size)
+    weight[mask] = values.view(size)
+    return weight.view(values.dtype)
+
+
+def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Tensor:
+    """The weight `[out, in]`, float16, of 4-bit or 8-bit codes at 2:4 in the order of a kernel.
+
+    Args:
+        parts: `weight_packed`, `scale_packed` and `meta`.
+        bits: Of a code.
+        group: Inputs that share a scale; None: a row does.
+
+    Raises:
+        DataError: The parts do not fit together.
+    """
+    from compressed_tensors.utils.permutations_24 import get_permutations_24
+    from compressed_tensors.utils.semi_structured_conversions import (
+        sparse_semi_structured_to_dense_cutlass,
+    )
+
+    packed, meta, scale = parts["weight_packed"], parts["meta"], parts["scale_packed"]
+    rows, columns = marlin_shape(tuple(meta.shape))
+    half = columns // 2
+    for part, dtype in (("meta", torch.int16), ("weight_packed", torch.int32)):
+        if parts[part].dtype != dtype:
+            raise DataError(f"{part} is {parts[part].dtype}, not {dtype}")
+    if bits not in (4, 8) or packed.shape != (half // TILE, rows * TILE * bits // 32):
+        raise DataError(f"{bits}-bit codes {tuple(packed.shape)} do not fit {tuple(meta.shape)}")
+    several = bool(group) and group < half  # in the order of the scales, of what is kept
+    groups = max(1, columns // group) if group else 1
+    if scale.shape != (groups, rows):
+        raise DataError(f"scales {tuple(scale.shape)} are not those of {groups} groups")
+    order, grouped, single = get_permutations_24(bits)
+    places = torch.tensor(grouped if several else single)
+    if half * rows % len(order) or groups * rows % len(places):
+        raise DataError(f"a weight {rows} x {columns} does not divide into tiles of the kernel")
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (packed[..., None] >> shifts & (1 << bits) - 1).flatten(1).reshape(-1, len(order))
+    codes = torch.empty_like(codes).index_copy_(1, order, codes)
+    codes = codes.reshape(half // TILE, rows // TILE, TILE, TILE).permute(0, 2, 1, 3)
+    codes = codes.reshape(half, rows).T - (1 << bits - 1)
+    scale = scale.reshape(-1, len(places))
+    scale = torch.empty_like(scale).index_copy_(1, places, scale).reshape(groups, rows).T
+    kept = codes.to(torch.float16).contiguous()
+    dense = sparse_semi_structured_to_dense_cutlass(kept, meta.reshape(rows, -1).contiguous())
+    return (dense.unflatten(1, (groups, -1)) * scale[..., None]).flatten(1).add_(0.0)

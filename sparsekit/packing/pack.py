@@ -1,0 +1,154 @@
+"""A checkpoint's sparse weights as values and places, which take fewer bytes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.factor_file import factor_parts, factors_of
+from sparsekit.checkpoint.folder import FACTORS, PACKED_METHOD, factor_name
+from sparsekit.checkpoint.layout import Layout
+from sparsekit.checkpoint.writer import CheckpointWriter
+from sparsekit.errors import DataError
+from sparsekit.files import read_json
+from sparsekit.packing.pack_plan import Plan, digest, prepare, weight_of
+from sparsekit.pipeline.cost import Cost
+from sparsekit.pipeline.loops import rewrite_weights
+from sparsekit.progress import SILENT, Progress
+from sparsekit.provenance.entry import Report
+from sparsekit.provenance.environment import versions
+from sparsekit.provenance.front_matter import Origin
+from sparsekit.provenance.model_card import pack_card
+from sparsekit.weights.factored import first_off
+from sparsekit.weights.packed import pack_weight, theory
+from sparsekit.weights.packed_codes import pack_grid
+
+
+def pack(
+    model: str,
+    out: Path,
+    *,
+    called: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Report:
+    """Write a copy of a model whose sparse weights are values and places.
+
+    Of weights on a grid the codes are packed; of weights with factors beside them the factors are
+    kept alone, whose core is packed already.
+
+    Args:
+        model: A folder, hub id or `demo`.
+        out: The folder to make; it appears when it is complete.
+        called: What card and history call the model; None: its name.
+        overwrite: Replace an earlier output of sparsekit.
+        progress: Told of each weight.
+
+    Raises:
+        UsageError: `out` is in use.
+        DataError: The model cannot be read, or would not be smaller; then the size is told.
+        StorageError: The output cannot be written.
+    """
+    cost = Cost()
+    job = prepare(model, out, overwrite=overwrite, progress=progress)
+    cost.prepared(job.room)
+    source, fingerprint, plans, layout = job.source, job.fingerprint, job.plans, job.layout
+    recipe = {"stage": "pack", "source": fingerprint, "patterns": job.told, "versions": versions()}
+    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
+        rows = rewrite_weights(
+            writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), cost, progress
+        )
+        if rough := [row["name"] for row in rows if row.get("exact") is False]:
+            progress.note(
+                f"the factors of {len(rough)} weights, the first is {rough[0]}, multiply to other "
+                "last bits here than in the model: unpack gives those"
+            )
+        entry = _entry(source, recipe, rows, layout) | {
+            "source": {"path": called or model, "fingerprint": fingerprint},
+            **cost.told(),
+        }
+        origin, history = Origin.of(called or model, source.path), source.provenance()["history"]
+        writer.commit(entry, pack_card(entry, origin, history), _config_json(source))
+    return Report(out=out, entry=entry)
+
+
+def _config_json(source: Checkpoint) -> dict[str, Any]:
+    """What config.json is to say: that the weights are packed, and what it said of a grid."""
+    config = read_json(source.path / "config.json")
+    inner = config.get("quantization_config")
+    told = {"quant_method": PACKED_METHOD} | ({"packed": inner} if inner else {})
+    return config | {"quantization_config": told}
+
+
+def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a packed weight, and what the history tells of it."""
+    name, more = plan.target.name, {}
+    if plan.factored:
+        parts = factor_parts(source, name)
+        factors, whole = factors_of(source, name, plan.target.shape[1]), source.read([name])[name]
+        product = factors.dense().to(whole.dtype)
+        product = product.T if plan.target.transposed else product
+        if off := first_off(product, whole):
+            raise DataError(
+                f"{source.path}: the factors of {name} do not multiply to it at {list(off)}: the "
+                "weight was changed after pruning, and would be lost",
+                f"delete {FACTORS} in a copy of the folder to keep the weights",
+            )
+        zeros = int((factors.core == 0).sum())
+        more = {"exact": torch.equal(product, whole), "sha256": digest(parts)}
+    elif plan.form is not None:
+        codes = source.codes_of(name)
+        parts = pack_grid(codes, plan.pattern, plan.form.grid)
+        zeros = int((codes.codes.view(torch.int8) == 0).sum())
+        more = {"grid": str(plan.form.grid), "sha256": digest(source.stored(name))}
+    else:
+        weight = weight_of(source, plan.target)
+        values, indices = pack_weight(weight, plan.pattern)
+        parts = {"values": values.contiguous(), "indices": indices}
+        zeros = int((weight == 0).sum())
+        more = {"sha256": digest(source.read([name]))}
+    size = math.prod(plan.target.shape)
+    value_bits = plan.form.grid.bits if plan.form else 8 * plan.types["values"][0].itemsize
+    values, places = theory(plan.pattern, value_bits)
+    row = {
+        "name": name,
+        "shape": list(plan.target.shape),
+        "pattern": str(plan.pattern),
+        "zeros": zeros,
+        "size": size,
+        "bits": 8 * plan.n_bytes / size,
+        "value_bits": values,
+        "place_bits": places,
+        "share": plan.n_bytes / plan.dense_bytes,
+        **more,
+    }
+    return {factor_name(name, part): tensor for part, tensor in parts.items()}, row
+
+
+def _entry(
+    source: Checkpoint,
+    recipe: Mapping[str, Any],
+    weights: Sequence[dict[str, Any]],
+    layout: Layout,
+) -> dict[str, Any]:
+    """This run's entry of the history."""
+    size = sum(row["size"] for row in weights)
+    patterns = sorted({row["pattern"] for row in weights})
+    return {
+        "stage": "pack",
+        "recipe": {"method": "pack", "pattern": patterns[0] if len(patterns) == 1 else "mixed"},
+        "versions": recipe["versions"],
+        "totals": {
+            "weights": len(weights),
+            "size": size,
+            "zeros": sum(row["zeros"] for row in weights),
+            "bits_per_weight": sum(row["bits"] * row["size"] for row in weights) / size,
+            "bytes": layout.n_bytes,
+            "bytes_before": source.n_bytes,
+        },
+        "weights": list(weights),
+    }

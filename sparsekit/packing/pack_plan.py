@@ -1,0 +1,208 @@
+"""How the weights of a model are packed, found from their bits before anything is written."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.compressed_tensors import Shapes, encode
+from sparsekit.checkpoint.folder import factor_name
+from sparsekit.checkpoint.layout import Layout, factor_types
+from sparsekit.errors import DataError
+from sparsekit.model.architecture import Target
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.pipeline.loops import PACKING_BYTES
+from sparsekit.pipeline.source import open_source, require_room
+from sparsekit.progress import SILENT, Progress
+from sparsekit.weights.factored import PARTS
+from sparsekit.weights.packed import exact_pattern, packing, stored_shapes
+from sparsekit.weights.packed_codes import CodeForm
+from sparsekit.weights.patterns import Pattern
+
+# N:M patterns that are tried on every weight.
+TRIED = tuple(map(Pattern.parse, ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")))
+# Types whose bits are packed as they are.
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one weight is packed."""
+
+    target: Target
+    pattern: Pattern
+    types: Shapes
+    """Type and shape of each tensor that it becomes, by the last part of its name."""
+    dense_bytes: int
+    """What it takes unpacked: as numbers, or as codes with their scales."""
+    form: CodeForm | None = None
+    """What its codes stand for, where it has such."""
+    factored: bool = False
+    """Whether it has factors beside it, which then stand for it."""
+
+    @property
+    def told(self) -> str:
+        """What the file of the tensors says of it."""
+        return f"{self.pattern} {self.form}" if self.form else str(self.pattern)
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes packed."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.types.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackJob:
+    """A checked model with all that packing needs."""
+
+    source: Checkpoint
+    fingerprint: str
+    plans: Mapping[str, Plan]
+    """How each weight is packed, of those that it makes smaller."""
+    layout: Layout
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each packed weight has."""
+        return {name: math.prod(plan.target.shape) for name, plan in self.plans.items()}
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return PACKING_BYTES * max(self.sizes.values())
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What the file of the tensors says of each packed weight."""
+        return {name: plan.told for name, plan in self.plans.items()}
+
+
+def prepare(
+    model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> PackJob:
+    """Look at every weight of a model, and check the output folder; arguments as of `pack`.
+
+    Raises:
+        UsageError: `out` is in use.
+        DataError: The model cannot be read, or would not be smaller; then the size is told.
+        StorageError: The disk has no room for the output.
+    """
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
+    if source.factored:
+        raise DataError(f"{source.path} is packed already", "sparsekit unpack makes it plain")
+    fingerprint = source.scan(progress)
+    plans = _plans(source, progress)
+    types = {name: plan.types for name, plan in plans.items()}
+    told = {name: plan.told for name, plan in plans.items()}
+    layout = Layout.with_factors(source, types, told, alone=True)
+    require_room(out, layout)
+    return PackJob(source=source, fingerprint=fingerprint, plans=plans, layout=layout)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 over the bytes of tensors in the order of their names."""
+    found = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
+    """How weights are packed, of those that it makes smaller.
+
+    Raises:
+        DataError: The model does not become smaller.
+    """
+    stream = BlockStream(source, device="cpu", dtype=torch.float32)
+    targets = stream.targets()
+    if outside := sorted(source.coded.keys() - {target.name for target in targets}):
+        raise DataError(
+            f"{source.path}: {outside[0]} is quantized and no linear weight of a decoder block; "
+            "pack takes those only",
+            "keep it as it is, or quantize the model anew with sparsekit",
+        )
+    found: dict[str, Plan] = {}
+    progress.begin("look for patterns", len(targets))
+    for target in targets:
+        if plan := _plan(source, target):
+            found[target.name] = plan
+        progress.step(target.name)
+    progress.end()
+    saved = sum(plan.dense_bytes - plan.n_bytes for plan in found.values())
+    if saved > 0:
+        return found
+    odd = [t.name for t in targets if t.name not in source.coded and not _packable(source, t)]
+    if len(odd) == len(targets):
+        raise DataError(
+            f"{source.path}: {odd[0]} is {source.places[odd[0]].dtype}; numbers of 16 and 32 bits "
+            "are packed only"
+        )
+    size = sum(_bytes(source, target.name) for target in targets)
+    masks = sum(math.prod(target.shape) for target in targets) // 8
+    raise DataError(
+        f"{source.path} is not sparse: packed, its {len(targets)} linear weights would take "
+        f"about {(size - saved if found else size + masks) / 1e6:.1f} MB in the place of "
+        f"{size / 1e6:.1f}",
+        "prune it first",
+    )
+
+
+def _plan(source: Checkpoint, target: Target) -> Plan | None:
+    """How a weight is packed; None where it stays as it is."""
+    name = target.name
+    dense_bytes = _bytes(source, name)
+    if name in source.factor_patterns:
+        places = {part: source.factors.get(factor_name(name, part)) for part in PARTS}
+        there = {part: place for part, place in places.items() if place is not None}
+        return Plan(
+            target=target,
+            pattern=Pattern.parse(source.factor_patterns[name]),
+            types={part: (place.dtype, place.shape) for part, place in there.items()},
+            dense_bytes=dense_bytes + sum(p.stop - p.start for p in there.values()),
+            factored=True,
+        )
+    if name in source.coded:
+        assert source.grid is not None
+        codes, grid = source.codes_of(name), source.grid
+        form = CodeForm(grid, codes.scale.dtype)
+        if digest(encode(grid, codes)) != digest(source.stored(name)):
+            raise DataError(
+                f"{source.path}: {name} has bits set where its format has none",
+                "quantize it again with sparsekit",
+            )
+        pattern = packing(codes.codes.view(torch.int8), TRIED, grid.bits)
+        if pattern is None:  # it has to be packed with the others
+            zeros = int((codes.codes.view(torch.int8) == 0).sum())
+            pattern = exact_pattern(zeros, math.prod(target.shape))
+        shapes = form.shapes(target.shape, pattern)
+        types = {part: (torch.uint8, shape) for part, shape in shapes.items()}
+        return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes, form=form)
+    if not _packable(source, target):
+        return None
+    pattern = packing(weight_of(source, target), TRIED)
+    if pattern is None:
+        return None
+    types = factor_types(stored_shapes(*target.shape, pattern), source.places[name].dtype)
+    return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes)
+
+
+def _packable(source: Checkpoint, target: Target) -> bool:
+    """Whether a plain weight has a type whose bits are packed."""
+    return source.places[target.name].dtype in TYPES
+
+
+def weight_of(source: Checkpoint, target: Target) -> Tensor:
+    """A weight in its type on disk, `[out, in]`."""
+    weight = source.read([target.name])[target.name]
+    return weight.T.contiguous() if target.transposed else weight
+
+
+def _bytes(source: Checkpoint, name: str) -> int:
+    """What a weight takes in its files, without factors beside it."""
+    places = source.coded[name].values() if name in source.coded else [source.places[name]]
+    return sum(place.stop - place.start for place in places)

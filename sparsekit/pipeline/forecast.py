@@ -1,0 +1,128 @@
+"""The time and the memory that a run over blocks or weights takes: expected, and measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsekit.memory import KEPT_BYTES
+from sparsekit.pipeline.loops import Rewrite, rewrite_block
+from sparsekit.solvers.hessian import FACTORING_BYTES
+from sparsekit.solvers.input_stats import SAMPLE_TOKENS, Want
+
+if TYPE_CHECKING:
+    from sparsekit.checkpoint.checkpoint import Checkpoint
+    from sparsekit.model.architecture import Target
+    from sparsekit.model.block_stream import Block, BlockStream
+    from sparsekit.progress import Progress
+    from sparsekit.text.calibration import Calibration
+
+
+def forecast(
+    stream: BlockStream,
+    targets: list[Target],
+    transform: Rewrite,
+    *,
+    calibration: Calibration | None,
+    want: Want | None,
+    propagate: bool,
+    others: Sequence[Checkpoint] = (),
+    passes: Sequence[Want] = (),
+    progress: Progress,
+) -> float:
+    """Seconds that a run will take on this machine, from its first block, which is not kept.
+
+    The text is read and the first block is observed, rewritten and advanced, as the run would; the
+    other blocks are taken to last as long, by their sizes. What the run writes and reads back at
+    its end is taken to last as long as reading the model, which is done too.
+
+    Args:
+        stream: The blocks.
+        targets: As of `rewrite_blocks`, as are `transform`, `want` and `propagate`.
+        transform: See there.
+        calibration: The rows that run through the blocks; None: none.
+        want: See there.
+        propagate: See there.
+        others: Models that are read beside it before the first block.
+        passes: What is summed in runs over all blocks that come before and rewrite nothing.
+        progress: Told of the text that is read.
+    """
+    started = time.perf_counter()
+    stream.source.scan(progress)
+    reading = time.perf_counter() - started
+    for other in others:
+        other.scan(progress)
+    rows = calibration.rows(stream.source, progress) if calibration else None
+    began = time.perf_counter()
+    if rows is not None:
+        stream.feed(rows.tokens)
+    feeding = time.perf_counter() - began
+    numbers = sum(sizes_of(stream).values())
+    block = stream.block(0)
+    more = numbers / size_of(block) - 1
+    before = time.perf_counter()
+    for sums in passes:
+        block.load()
+        block.observe(block.targets, sums, advance=True)
+    rewrite_block(block, targets, transform, lambda *_: None, want=want, propagate=propagate)
+    spent = time.perf_counter() - before
+    block.release()
+    total = time.perf_counter() - started
+    return total + more * spent + reading + len(passes) * feeding
+
+
+def peak_estimate(
+    stream: BlockStream,
+    want: Want | None,
+    calibration: Calibration | None,
+    gram_bytes: int = FACTORING_BYTES,
+) -> int:
+    """An estimate of this process's memory above the interpreter with its libraries, in bytes.
+
+    Args:
+        stream: The model, whose blocks are rewritten one by one.
+        want: The sums of inputs that are kept for a block; None: none.
+        calibration: The rows that run through it.
+        gram_bytes: What is made of the largest Gram matrix, for each of its entries.
+    """
+    source = stream.source
+    places = source.places
+    wide = torch.tensor([], dtype=stream.dtype).element_size()
+    blocks = []
+    for index in range(len(stream)):
+        block = stream.block(index)
+        stored = sum(places[name].stop - places[name].start for name in block.disk_names)
+        numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
+        # Which weights share an input shows in the forward only: at most one Gram matrix for each.
+        widths = [target.shape[1] for target in block.targets]
+        grams = 0
+        if want and Want.GRAM in want:
+            grams = 4 * sum(w * w for w in widths) + gram_bytes * max(widths) ** 2
+        solving = 2 * max(math.prod(target.shape) for target in block.targets)
+        blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
+    outside = max(wide * math.prod(p.shape) + p.stop - p.start for p in places.values())
+    hidden = 0
+    if calibration:
+        samples, length = calibration.shape(source.config)
+        width = source.config.get_text_config().hidden_size
+        hidden = samples * length * width * wide
+        # What one row makes on its way through a block, and the sampled inputs.
+        ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
+        hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
+    return hidden + max(max(blocks), outside) + KEPT_BYTES
+
+
+def sizes_of(stream: BlockStream) -> dict[str, int]:
+    """How many numbers each block has, by name."""
+    blocks = [stream.block(index) for index in range(len(stream))]
+    return {block.name: size_of(block) for block in blocks}
+
+
+def size_of(block: Block) -> int:
+    """How many numbers a block has."""
+    places = block.stream.source.places
+    return sum(math.prod(places[name].shape) for name in block.disk_names)

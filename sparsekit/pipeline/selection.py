@@ -1,0 +1,90 @@
+"""The choice of weights to work on, and the pattern of each."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.model.architecture import Target
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.weights.patterns import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patterns:
+    """The pattern of each weight: one for all, but where blocks or a given mask differ."""
+
+    base: Pattern
+    """Of the weights that have no other."""
+    own: Mapping[str, Pattern] = field(default_factory=dict)
+    """By the weight's name."""
+
+    def of(self, target: Target) -> Pattern:
+        """The pattern of a weight."""
+        return self.own.get(target.name, self.base)
+
+
+def family_notes(stream: BlockStream) -> list[str]:
+    """What the user should know of a family that the test suite does not cover."""
+    if stream.tested:
+        return []
+    return [
+        f"{stream.source.config.model_type!r} is not among the tested families: compare the "
+        "output's perplexity with the source's"
+    ]
+
+
+def select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
+    """The weights to prune, and the linear weights to leave dense with the reason."""
+    linear = {target.name: target for target in stream.targets()}
+    if not linear:
+        raise DataError(f"{stream.source.path} has no linear weight in its blocks to prune")
+    reasons = skipped(linear, skip)
+    targets = [target for name, target in linear.items() if name not in reasons]
+    if not targets:
+        raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
+    reasons |= {
+        name: "no linear weight of a decoder block"
+        for name, place in stream.source.places.items()
+        if len(place.shape) >= 2 and name not in linear
+    }
+    return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
+
+
+def skipped(names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
+    """Of some names those that globs match, each with the reason.
+
+    Raises:
+        UsageError: A glob matches none.
+    """
+    names, reasons = list(names), {}
+    for glob in skip:
+        matched = [name for name in names if _matches(name, glob)]
+        if not matched:
+            raise UsageError(f"--skip {glob!r} matches no weight", _globs_like(glob, names))
+        reasons = dict.fromkeys(matched, f"--skip {glob}") | reasons
+    return reasons
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Whether a glob matches the name or any run of its dot-separated parts."""
+    return any(fnmatch.fnmatchcase(run, glob) for run in _runs(name))
+
+
+def _runs(name: str) -> Iterator[str]:
+    """All runs of a name's dot-separated parts."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        for stop in range(start + 1, len(parts) + 1):
+            yield ".".join(parts[start:stop])
+
+
+def _globs_like(glob: str, names: Iterable[str]) -> str:
+    """What a pattern that matches no weight may have meant, else how such patterns look."""
+    first = next(iter(names))
+    known = {run for name in names for run in _runs(name) if not run.isdigit()}
+    kind = first.removesuffix(".weight").rpartition(".")[2]
+    form = f"write a name as {first}, or a part of it, as {kind}; * and ? stand for others"
+    return did_you_mean(glob, known, otherwise=form)

@@ -1,0 +1,55 @@
+"""The model that a stage reads and the room for what it writes: what is refused first."""
+
+from pathlib import Path
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.layout import Layout
+from sparsekit.checkpoint.output_folder import (
+    refuse_foreign,
+    refuse_output,
+    refuse_source,
+    require_space,
+)
+from sparsekit.checkpoint.resolve import resolve
+from sparsekit.errors import DataError
+from sparsekit.files import existing_parent
+from sparsekit.progress import Progress
+
+
+def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -> Checkpoint:
+    """The checkpoint that a name stands for, when an output may be written to `out`.
+
+    Raises:
+        UsageError: `out` is in use, or is or holds the model.
+        DataError: The model cannot be read.
+    """
+    refuse_output(out, overwrite=overwrite)
+    source = Checkpoint.open(resolve(model, progress))
+    refuse_source(out, source.path)
+    refuse_foreign(out.with_name(out.name + ".partial"))
+    return source
+
+
+def refuse_packed(source: Checkpoint) -> None:
+    """Refuse a packed checkpoint, for what takes plain ones only.
+
+    Raises:
+        DataError: Says how to make it plain.
+    """
+    if source.packed:
+        raise DataError(f"{source.path} is packed", "sparsekit unpack makes it plain")
+
+
+def require_room(out: Path, layout: Layout, beside: int = 0) -> None:
+    """Refuse an output that the disk has no room for, unless its room is taken already.
+
+    Args:
+        out: The folder to make.
+        layout: Its weight files.
+        beside: Bytes of what else is kept there until it is complete.
+
+    Raises:
+        StorageError: Says how much is missing.
+    """
+    if not out.with_name(out.name + ".partial").exists():
+        require_space(existing_parent(out), layout, beside)

@@ -1,0 +1,135 @@
+"""One block's weights: pruned, put in their places, told of, and read again."""
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.folder import factor_name
+from sparsekit.checkpoint.writer import CheckpointWriter
+from sparsekit.errors import NumericalError
+from sparsekit.model.architecture import Target
+from sparsekit.model.block_stream import Block
+from sparsekit.provenance.entry import WeightRow, row_json
+from sparsekit.pruning.prepare import Job
+from sparsekit.pruning.refiners import always
+from sparsekit.pruning.time_budget import Budget
+from sparsekit.quantization.storage import coded_tensors, read_coded
+from sparsekit.solvers.input_stats import InputSums
+from sparsekit.weights.factored import Factored
+from sparsekit.weights.grids import Codes
+
+# Fitting factors leaves about so many times their weight's size in small pieces of the heap.
+FITTED = 8
+
+
+def prune_block(
+    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
+    wanted = {target.name for target in job.targets}
+    chosen = [target for target in block.targets if target.name in wanted]
+    rows, stored = [], {}
+    for group in job.chain.groups(chosen, sums, job.patterns, job.source.places):
+        made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
+        rows += made
+        stored |= parts
+    apart = wanted if job.chain.grid else set()
+    tensors = {
+        name: tensor
+        for name, tensor in block.tensors().items()
+        if name in job.layout.places and name not in apart
+    }
+    return [row_json(row) for row in rows], tensors | stored
+
+
+def _prune_group(
+    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
+) -> tuple[list[WeightRow], dict[str, Tensor]]:
+    """Prune weights with the same inputs, stacked, and put the parts in their places."""
+    started = time.perf_counter()
+    weights = [block.weight(target) for target in group]
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    dtype = job.source.places[group[0].name].dtype
+    try:
+        pattern = job.patterns.of(group[0])
+        with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
+            pruned = job.chain.run(group, stacked, sums, pattern, dtype, go_on)
+    except NumericalError as error:
+        names = ", ".join(target.name for target in group)
+        raise NumericalError(f"{names}: {error.message}", error.hint) from error
+    factors = None if pruned.factors is None else pruned.factors.to(dtype)
+    new = pruned.weight if factors is None else factors.dense()
+    rows: list[WeightRow] = []
+    sizes = [len(weight) for weight in weights]
+    numbers = _numbers(pruned.numbers, sizes)
+    for target, weight, part, told in zip(group, weights, new.split(sizes), numbers, strict=True):
+        on_disk = block.replace(target, part)
+        core = on_disk if factors is None else factors.core
+        pattern.check(core, target.name)
+        try:
+            error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
+        except NumericalError as failure:
+            raise NumericalError(f"{target.name}: {failure.message}", failure.hint) from failure
+        row = WeightRow(
+            name=target.name,
+            shape=target.shape,
+            pattern=str(pattern),
+            zeros=int((core == 0).sum()),
+            size=on_disk.numel(),
+            error=error,
+            seconds=0.0,
+            numbers=told,
+        )
+        rows.append(row)
+    stored: dict[str, Tensor] = {}
+    if factors is not None:  # of one weight: those with factors are not stacked
+        stored = {
+            factor_name(group[0].name, part): tensor
+            for part, tensor in factors.stored(pattern, dtype).items()
+        }
+        block.stream.skeleton.passed(FITTED * stacked.nbytes)
+        bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
+        rows = [replace(rows[0], bits=bits)]
+    if pruned.codes is not None and job.chain.grid is not None:
+        parts = (part.split(sizes) for part in (pruned.codes.codes, pruned.codes.scale))
+        for target, codes, scale in zip(group, *parts, strict=True):
+            stored |= coded_tensors(target, job.chain.grid, Codes(codes, scale))
+    each = (time.perf_counter() - started) / sum(row.size for row in rows)
+    return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
+
+
+def _numbers(told: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:
+    """What is told of stacked weights, for each; counts of rows are summed."""
+    found: list[dict[str, float]] = []
+    for part in range(len(sizes)):
+        rows = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+        found.append(
+            {k: int(v[rows].sum()) if isinstance(v, Tensor) else v for k, v in told.items()}
+        )
+    return found
+
+
+def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
+    """The tensors of a block that has been written; products of factors are made again."""
+    grid = job.chain.grid
+    coded = {target.name for target in job.targets} if grid else set()
+    here = (n for n in block.disk_names if n in job.layout.places and n not in coded)
+    tensors = writer.read(here)
+    for target in block.targets:
+        if grid is not None and target.name in coded:
+            tensors[target.name] = read_coded(writer, target, grid)
+        if target.name in tensors:
+            continue
+        pattern = job.patterns.of(target)
+        parts = job.chain.stored_shapes(target, pattern)
+        read = writer.read(factor_name(target.name, part) for part in parts)
+        stored = {part: read[factor_name(target.name, part)] for part in parts}
+        weight = Factored.of(stored, pattern, target.shape[1]).dense()
+        weight = weight.to(job.source.places[target.name].dtype)
+        tensors[target.name] = (weight.T if target.transposed else weight).contiguous()
+    return tensors

@@ -1,0 +1,39 @@
+"""RIA: relative importance of a weight in its row and column, times a power of the input norm.
+
+Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
+Language Models", section 3; biomedical-cybernetics/Relative-importance-and-activation-pruning
+@b87b897, `lib/prune.py`.
+Differs: counts are exact (published unstructured pruning uses a threshold over the whole
+tensor, the pattern `50%/tensor` here). The input norm is the root mean square over tokens. The
+channel permutation is left out: its result is not N:M in the order in which weights are stored.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsekit.pruning.methods import Pruned, Pruner, keep_on
+from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.weights.patterns import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ria(Pruner):
+    """Score (|W| / column sum + |W| / row sum) ‖X‖ᵖ."""
+
+    needs: ClassVar[Want | None] = Want.NORMS
+    power: float = 0.5
+    """Exponent of the input norm."""
+
+    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+        """See `Pruner.prune`."""
+        assert sums is not None
+        size = weight.abs()
+        tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column scores 0, not NaN
+        share = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, True).clamp_min(tiny)
+        norm = (sums.squares / sums.tokens).sqrt()
+        scores = share * norm**self.power
+        mask = pattern.mask(scores)
+        return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)

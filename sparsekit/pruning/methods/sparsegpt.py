@@ -1,0 +1,130 @@
+"""SparseGPT: remove weights column by column and let the later columns make up for it.
+
+Source: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned
+in One-Shot", algorithm 1; the code in locuslab/wanda@8e8fc87, `lib/sparsegpt.py`.
+Differs: counts are exact (the published threshold removes one weight more in each column block);
+the published unstructured rule, which compares all rows of a block of 128 columns, is the pattern
+`50%/tensor`, while `50%` gives every row the same share of each block; damping is raised and
+reported when the factorisation fails. The same sweep is written with the Cholesky factor of the
+Hessian instead of that of its inverse (see `Factor`), so nothing is inverted: a column gets the
+sum of what all columns before it lost. With a grid (section 3.5, "joint sparsification and
+quantization") the scales of a group come from what its columns hold when the first is reached, as
+in `Gptq`, under the mask that they would have then; those of whole rows from a mask of the dense
+weight.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import UsageError
+from sparsekit.pruning.methods import Pruned, Pruner
+from sparsekit.solvers.column_sweep import Rounding, Sweep, Unit
+from sparsekit.solvers.hessian import factorise
+from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.weights.grids import Grid
+from sparsekit.weights.patterns import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsegpt(Pruner):
+    """Score W² / U_jj², with an optimal-brain-surgeon update of the columns to the right."""
+
+    needs: ClassVar[Want | None] = Want.GRAM
+    updates: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+    damping: float = 0.01
+    """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
+    block: int = 128
+    """Columns that an unstructured pattern masks together; N:M masks each group when reached."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise UsageError("option block of sparsegpt must be above 0", "its default is 128")
+
+    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+        """See `Pruner.prune`."""
+        return self._pass(weight, sums, pattern, None, torch.float32)
+
+    def prune_on_grid(
+        self,
+        weight: Tensor,
+        sums: InputSums | None,
+        pattern: Pattern,
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> Pruned | None:
+        """See `Pruner.prune_on_grid`."""
+        return self._pass(weight, sums, pattern, grid, dtype)
+
+    def _pass(
+        self,
+        weight: Tensor,
+        sums: InputSums | None,
+        pattern: Pattern,
+        grid: Grid | None,
+        dtype: torch.dtype,
+    ) -> Pruned:
+        """One sweep, with or without a grid."""
+        assert sums is not None
+        factor = factorise(sums, self.damping)
+        dense = weight.masked_fill(factor.dead, 0.0).T.contiguous()
+        columns, mask = dense.clone(), torch.empty_like(dense, dtype=torch.bool)
+        kept = torch.empty_like(dense)
+
+        def chosen(start: int, held: Tensor) -> Tensor:
+            scores = held.square() * factor.cost[start : start + len(held), None]
+            return pattern.mask(scores.T, 0 if pattern.scope == "group" else start).T
+
+        rounding = Rounding(grid, dtype, dense * chosen(0, dense)) if grid is not None else None
+
+        def select(start: int, held: Tensor) -> None:
+            stop = start + len(held)
+            mask[start:stop] = chosen(start, held)
+            kept[start:stop] = mask[start:stop]
+
+        def settle(at: int, column: Tensor, lost: Tensor) -> None:
+            if rounding is None:
+                lost.addcmul_(column, kept[at], value=-1)
+            else:
+                rounding.settle(at, column, lost, kept[at])
+
+        units: list[Unit] = [(pattern.group or self.block, select)]
+        if rounding is not None and rounding.group < len(dense):
+            units = _among(rounding, units[0], chosen, kept)
+        sweep = Sweep(columns=columns, lost=dense, factor=factor, settle=settle, units=units)
+        sweep.run()
+        codes = rounding.codes(columns) if rounding is not None else None
+        found = codes.dense().float() if codes is not None else columns.T
+        return Pruned(
+            weight=found.masked_fill(~mask.T, 0.0),
+            mask=mask.T.contiguous(),
+            codes=codes,
+            numbers={"damping": factor.damping},
+        )
+
+
+def _among(
+    rounding: Rounding,
+    masks: Unit,
+    chosen: Callable[[int, Tensor], Tensor],
+    kept: Tensor,  # [in, out], 1 and 0 once a mask is selected
+) -> list[Unit]:
+    """The units of a sweep that selects masks and scales.
+
+    The scales of a group that is larger than a unit of masks come first, from the mask that it
+    would have then.
+    """
+    unit, select = masks
+    whole = math.lcm(rounding.group, unit)
+    if rounding.group >= unit:
+        return [(whole, lambda at, held: rounding.span(at, held * chosen(at, held))), masks]
+
+    def span(start: int, held: Tensor) -> None:
+        rounding.span(start, held * kept[start : start + len(held)])
+
+    return [(whole, select), (rounding.group, span)]

@@ -1,0 +1,31 @@
+"""Wanda: remove the weights with the smallest product of magnitude and input norm.
+
+Source: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models",
+section 3; locuslab/wanda@8e8fc87, `lib/prune.py` and `lib/layerwrapper.py`.
+Differs: of equal scores the lower column stays (published: a stable sort removes the lower
+column of a row first, and `topk` leaves the order in a group open). The norm is a sum over all
+tokens instead of a running mean over rows: a common factor that no mask depends on.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsekit.pruning.methods import Pruned, Pruner, keep_on
+from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.weights.patterns import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Pruner):
+    """Score |W_ij| ‖X_j‖₂; the surviving weights stay as they are."""
+
+    needs: ClassVar[Want | None] = Want.NORMS
+
+    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+        """See `Pruner.prune`."""
+        assert sums is not None
+        scores = weight.abs() * sums.squares.sqrt()
+        mask = pattern.mask(scores)
+        return Pruned(weight=keep_on(mask, weight), mask=mask, scores=scores)

@@ -1,0 +1,57 @@
+"""The plan of a quantization."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sparsekit.pipeline.dry_run import _name, begun
+from sparsekit.pipeline.forecast import forecast
+from sparsekit.pipeline.selection import family_notes
+from sparsekit.progress import SILENT, Progress
+from sparsekit.quantization import prepare as quantjob
+from sparsekit.quantization.block import quantize_block
+from sparsekit.quantization.config import QuantizeConfig
+
+
+def plan_quantize(
+    config: QuantizeConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    timed: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `quantize` would do, after the same checks; arguments and errors as of `quantize`.
+
+    `timed` also quantizes the first block, in memory, to tell how long the run would take.
+    """
+    job = quantjob.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    size = sum(math.prod(target.shape) for target in job.targets)
+    return {
+        **begun(job.source, out, config.method, job.layout),
+        "grid": str(job.grid),
+        "format": config.format,
+        "blocks": len(job.stream),
+        "weights": len(job.targets),
+        "size": size,
+        "skipped": job.skipped,
+        "notes": family_notes(job.stream),
+        "peak_memory_estimate_bytes": job.room,
+        "seconds_estimate": _quantize_seconds(job, progress) if timed else None,
+        "device": str(job.stream.device),
+        "dtype": _name(job.stream.dtype),
+    }
+
+
+def _quantize_seconds(job: quantjob.QuantizeJob, progress: Progress) -> float:
+    """How long the run would take."""
+    return forecast(
+        job.stream,
+        job.targets,
+        lambda block, sums: quantize_block(job, block, sums),
+        calibration=job.calibration,
+        want=job.want,
+        propagate=True,
+        progress=progress,
+    )

@@ -1,0 +1,115 @@
+"""What a quantize run will do: every check and every choice that needs no weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsekit import registry as methods
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.layout import Layout
+from sparsekit.errors import DataError
+from sparsekit.model.architecture import Target
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.model.device import compute_dtype, pick_device
+from sparsekit.pipeline.forecast import peak_estimate
+from sparsekit.pipeline.selection import select
+from sparsekit.pipeline.source import open_source, refuse_packed, require_room
+from sparsekit.progress import SILENT, Progress
+from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.quantization.methods import Quantizer
+from sparsekit.quantization.storage import coded_layout, refuse_misfits
+from sparsekit.solvers.input_stats import Want
+from sparsekit.text.calibration import Calibration
+from sparsekit.weights.grids import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeJob:
+    """A checked configuration with everything that the loop needs."""
+
+    config: QuantizeConfig
+    quantizer: Quantizer
+    grid: Grid
+    source: Checkpoint
+    stream: BlockStream
+    targets: list[Target]
+    skipped: list[dict[str, str]]
+    layout: Layout
+    calibration: Calibration | None
+
+    @property
+    def want(self) -> Want | None:
+        """What is summed over the inputs of weights; None: no row runs through the model."""
+        return (self.quantizer.needs or Want.NORMS) if self.calibration else None
+
+    @property
+    def room(self) -> int:
+        """The memory that the run is expected to take above the libraries, in bytes."""
+        return peak_estimate(self.stream, self.want, self.calibration)
+
+    @property
+    def coded(self) -> bool:
+        """Whether codes are stored, or the numbers that they stand for."""
+        return self.config.format != "dense"
+
+
+def prepare(
+    config: QuantizeConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> QuantizeJob:
+    """Check a configuration against a model and an output folder.
+
+    Raises:
+        UsageError: The configuration does not fit the model, or `out` is in use.
+        DataError: The model cannot be read, is quantized, or keeps factors.
+        StorageError: The disk has no room for the output.
+    """
+    config.check()
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
+    _refuse_other_forms(source)
+    device = pick_device(config.device)
+    stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
+    targets, skipped = select(stream, config.skip)
+    grid = Grid.parse(config.grid)
+    refuse_misfits(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
+    layout = Layout.of(source)
+    if config.format != "dense":
+        layout = coded_layout(source, targets, grid)
+    require_room(out, layout)
+    calibration = config.rows
+    if calibration is not None:
+        calibration.require(source)
+    return QuantizeJob(
+        config=config,
+        quantizer=methods.load("quantizers", config.method, config.options),
+        grid=grid,
+        source=source,
+        stream=stream,
+        targets=targets,
+        skipped=skipped,
+        layout=layout,
+        calibration=calibration,
+    )
+
+
+def _refuse_other_forms(source: Checkpoint) -> None:
+    """Refuse what is quantized already, and weights that are products of factors.
+
+    Raises:
+        DataError: It is one of these.
+    """
+    refuse_packed(source)
+    if source.grid is not None:
+        raise DataError(
+            f"{source.path} is quantized to {source.grid} already",
+            "quantize the model that it comes from",
+        )
+    if source.factors:
+        raise DataError(
+            f"{source.path} keeps weights as factors, whose product is not sparse; quantize takes "
+            "plain checkpoints only",
+            "prune without armor and --compensate",
+        )

@@ -1,0 +1,108 @@
+"""Weights that are stored as codes: which may be, what config.json says, and how they are read."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.compressed_tensors import (
+    decode,
+    encode,
+    part_name,
+    parts_of,
+    quantization_config,
+    stored_shapes,
+)
+from sparsekit.checkpoint.layout import Layout
+from sparsekit.checkpoint.writer import CheckpointWriter
+from sparsekit.errors import UsageError
+from sparsekit.files import read_json
+from sparsekit.model.architecture import Target
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.weights.grids import Codes, Grid
+
+# Layers that servers compute as one: they must be on the same grid.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def coded_layout(source: Checkpoint, targets: Sequence[Target], grid: Grid) -> Layout:
+    """The files of a checkpoint in which these weights lie as codes and scales."""
+    dtypes = {target.name: source.places[target.name].dtype for target in targets}
+    return Layout.with_codes(
+        source, {t.name: stored_shapes(grid, t.shape, dtypes[t.name]) for t in targets}
+    )
+
+
+def coded_config(stream: BlockStream, targets: Sequence[Target], grid: Grid) -> dict[str, Any]:
+    """What config.json is to say of a checkpoint in which these weights are codes."""
+    names, on_disk = {target.name for target in targets}, stream.skeleton.on_disk
+    ignore = [
+        name
+        for name, module in stream.model.named_modules()
+        if isinstance(module, nn.Linear) and on_disk.get(f"{name}.weight") not in names
+    ]
+    told = read_json(stream.source.path / "config.json")
+    return told | {"quantization_config": quantization_config(grid, ignore)}
+
+
+def coded_tensors(target: Target, grid: Grid, codes: Codes) -> dict[str, Tensor]:
+    """The tensors that a weight is stored as, by their names."""
+    parts = encode(grid, Codes(codes.codes.cpu(), codes.scale.cpu()))
+    return {part_name(target.name, part): tensor for part, tensor in parts.items()}
+
+
+def read_coded(writer: CheckpointWriter, target: Target, grid: Grid) -> Tensor:
+    """A weight that has been written as codes, as the model computes with it."""
+    names = {part: part_name(target.name, part) for part in parts_of(grid)}
+    read = writer.read(names.values())
+    return decode(grid, {part: read[name] for part, name in names.items()}, target.shape).dense()
+
+
+def refuse_misfits(
+    grid: Grid,
+    targets: Sequence[Target],
+    skipped: Sequence[Mapping[str, str]],
+    *,
+    flag: str,
+    coded: bool = True,
+) -> None:
+    """Refuse a grid that does not fit the weights, or what no server would load.
+
+    Args:
+        grid: Of the targets.
+        targets: The weights that are put on it.
+        skipped: Names of weights that are not, each with the reason.
+        flag: What the grid was asked for with.
+        coded: Whether codes are stored, or the numbers that they stand for.
+
+    Raises:
+        UsageError: Names the first such weight, and the ways out.
+    """
+    odd = next((target for target in targets if grid.misfit(target.shape[1])), None)
+    if odd is not None:
+        common = math.gcd(*(target.shape[1] for target in targets))
+        fitting = next((g for g in (128, 64, 32, 16) if common % g == 0), None)
+        hint = f"{flag} int{grid.bits}"
+        if fitting:
+            hint = f"{flag} int{grid.bits}-g{fitting} fits, and so does {hint}"
+        raise UsageError(f"{odd.name}: {grid.misfit(odd.shape[1])}", hint)
+    if not coded:
+        return
+    transposed = next((target for target in targets if target.transposed), None)
+    if transposed is not None:
+        raise UsageError(
+            f"{transposed.name} is no nn.Linear, which is all that compressed-tensors knows",
+            "quantize --format dense writes the rounded numbers themselves",
+        )
+    left = {row["name"] for row in skipped}
+    for name in (target.name for target in targets):
+        path, _, last = name.removesuffix(".weight").rpartition(".")
+        for group in FUSED:
+            others = [f"{path}.{other}.weight" for other in group if last in group]
+            if apart := next((other for other in others if other in left), None):
+                raise UsageError(
+                    f"{apart} is skipped and {name} is not: servers compute both as one layer",
+                    f"skip all of {', '.join(group)}, or quantize with --format dense",
+                )

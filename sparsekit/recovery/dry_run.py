@@ -1,0 +1,73 @@
+"""The plan of a training."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sparsekit.pipeline.dry_run import begun
+from sparsekit.progress import SILENT, Progress
+from sparsekit.recovery import prepare as recovery
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.recovery.deadline import WRITTEN
+from sparsekit.recovery.memory_needs import pass_bytes, state_bytes
+from sparsekit.recovery.speed import bench_recover
+from sparsekit.recovery.student import PROBED
+
+# Of training that are timed; the median counts.
+STEPS = 3
+
+
+def plan_recover(
+    config: RecoverConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    timed: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """What `recover` would do, after the checks that read no text; arguments as of `recover`.
+
+    The memory is what weights, gradients, moments and teacher take: activations come on top.
+    `timed` also takes some steps, in memory, to tell how long the run would take.
+    """
+    job = recovery.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    config = job.config
+    size = sum(math.prod(target.shape) for target in job.targets)
+    zeros = sum(job.patterns.of(target).zeros(*target.shape) for target in job.targets)
+    return {
+        **begun(job.source, out, config.method, job.layout),
+        "pattern": str(job.patterns.base),
+        "teacher": job.teacher_name or None,
+        "data": config.data,
+        "steps": None if config.tokens is None else config.steps(),
+        "step_tokens": config.step_tokens,
+        "max_time": config.max_time,
+        "weights": len(job.targets),
+        "zeros": zeros,
+        "size": size,
+        "skipped": job.skipped,
+        "notes": job.notes,
+        "state_bytes": state_bytes(job.source),
+        "seconds_estimate": _recover_seconds(job, model, progress) if timed else None,
+        "peak_memory_at_least_bytes": job.held,
+        "activation_bytes_estimate": pass_bytes(job.config, job.linear),
+        "device": str(job.device),
+        "dtype": "float32",
+        "mixed_precision": config.mixed_precision,
+    }
+
+
+def _recover_seconds(job: recovery.Recovery, model: str, progress: Progress) -> float:
+    """How long the run would take, without perplexities on its way and without sampling its text.
+
+    Loading is measured, and some steps, each with the teacher; those that measure gradients before
+    the first one count, and a saved state.
+    """
+    config = job.config
+    if config.max_time is not None:
+        return config.max_time
+    told = bench_recover(config, model, steps=STEPS, progress=progress)
+    step, loading = config.step_tokens / told["tokens_per_second"], told["loading_seconds"]
+    steps = config.steps() + (PROBED if job.recoverer.needs_gradient else 0)
+    return loading + steps * step + state_bytes(job.source) / WRITTEN

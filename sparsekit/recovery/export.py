@@ -1,0 +1,153 @@
+"""A trained model, brought to its masks and put in the places of its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.checkpoint.folder import factor_name
+from sparsekit.checkpoint.writer import CheckpointWriter
+from sparsekit.errors import CheckFailedError, NumericalError
+from sparsekit.model.architecture import Target
+from sparsekit.model.full_model import hidden_states
+from sparsekit.progress import SILENT, Progress
+from sparsekit.recovery.loop import Training
+from sparsekit.recovery.loss import sparsity_measure
+from sparsekit.recovery.optimizer import MaskedAdam
+from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.slorb import Branch
+from sparsekit.recovery.sparse_weight import is_sharded
+from sparsekit.recovery.student import Student
+from sparsekit.weights.factored import Factored
+from sparsekit.weights.patterns import Pattern
+
+# A model that computes with all entries is done when leaving out those off the mask moves the last
+# hidden states by no more than this share. Up to the second share it is written all the same, with
+# a note; beyond, it is another model than the one that was trained.
+SETTLED, MOST_MOVED = 5e-3, 0.05
+# Tensors that go to disk together.
+TOGETHER = 32
+
+
+@torch.no_grad()
+def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
+    """Select once more, and leave out what is off the masks; tells how much that changes.
+
+    Raises:
+        CheckFailedError: The model computed with entries that the mask leaves out, and they are far
+            from having vanished.
+    """
+    optimizer = training.optimizer
+    settles = optimizer.rule.frees and not optimizer.rule.hides
+    flips = optimizer.refresh() if training.refresh else 0
+    (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
+    found = {"last_flips": flips, "sparsity_measure": sparsity_measure(optimizer)}
+    tokens = training.rows.take(0, 1).to(training.student.device)
+    before = hidden_states(training.student, tokens) if settles else None
+    for weight in optimizer.sparse.values():
+        weight.view.copy_(weight.values)
+    if before is not None:
+        moved = (hidden_states(training.student, tokens) - before).norm() / before.norm()
+        found["moved"] = moved.item()
+        if not found["moved"] <= MOST_MOVED:
+            length = "--max-time" if training.config.tokens is None else "--tokens"
+            raise CheckFailedError(
+                "the decay has not finished: leaving out what is off the mask moves the last "
+                f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
+                f"selection changed {flips} of {size:.0f} entries",
+                f"train with more {length}, a higher --lr or a stronger decay (-O decay=…)",
+            )
+        if found["moved"] > SETTLED:
+            progress.note(
+                "the decay has not quite finished: leaving out what is off the mask moves the last "
+                f"hidden states by {found['moved']:.2%}; --eval-every tells what the sparse model "
+                "is worth"
+            )
+    return found
+
+
+def write_tensors(
+    job: Recovery, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
+) -> list[dict[str, Any]]:
+    """Put all tensors in their places; gives a row for each that is sparse.
+
+    Every process takes part, since a sharded tensor is put together from all.
+    """
+    rows: list[dict[str, Any]] = []
+    parameters = dict(student.model.named_parameters(remove_duplicate=False))
+    buffers = dict(student.model.named_buffers())
+    names = {on_disk: name for name, on_disk in student.skeleton.on_disk.items()}
+    tied: dict[str, list[str]] = {}
+    for alias, origin in getattr(student.model, "all_tied_weights_keys", {}).items():
+        if alias in job.layout.places and alias not in names:
+            tied.setdefault(student.skeleton.on_disk[origin], []).append(alias)
+    batch: dict[str, Tensor] = {}
+    targets = {target.name: target for target in job.targets}
+    for number, (on_disk, name) in enumerate(sorted(names.items()), 1):
+        held = (parameters.get(name, buffers.get(name))).detach()
+        whole = (held.full_tensor() if is_sharded(held) else held).cpu()
+        flipped = optimizer.flipped(on_disk) if on_disk in targets else 0
+        if writer is None:
+            continue
+        tensor = _as_on_disk(on_disk, whole, job.source.places[on_disk].dtype)
+        if on_disk in targets:
+            target = targets[on_disk]
+            rows.append(_row(target, tensor, job.patterns.of(target)) | {"flipped": flipped})
+            if on_disk in student.branches:
+                mask, branch = student.sparse[on_disk].mask, student.branches[on_disk]
+                stored, tensor = _with_branch(target, tensor, mask, branch, rows[-1]["pattern"])
+                rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
+                batch |= {factor_name(on_disk, part): made for part, made in stored.items()}
+        if on_disk in job.layout.places:
+            batch[on_disk] = tensor
+        for alias in tied.get(on_disk, ()):  # a checkpoint may keep both of two tied tensors
+            batch[alias] = tensor
+        if len(batch) >= TOGETHER or number == len(names):
+            writer.write(f"{on_disk} and before", batch, None)
+            batch = {}
+    return rows
+
+
+def _as_on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in its type on disk, without negative zeros.
+
+    Raises:
+        NumericalError: It is not finite in this type.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype) + 0.0
+    if not cast.isfinite().all():
+        raise NumericalError(f"{name} does not fit into {dtype}")
+    return cast
+
+
+def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
+    """What became of a weight, after the check of its pattern as it goes to disk."""
+    weight = tensor.T if target.transposed else tensor
+    pattern.check(weight, target.name)
+    return {
+        "name": target.name,
+        "shape": list(target.shape),
+        "pattern": str(pattern),
+        "zeros": int((weight == 0).sum()),
+        "size": weight.numel(),
+        "error": None,
+        "bits": None,
+    }
+
+
+def _with_branch(
+    target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The factors of a weight with a branch, and their product as it goes to disk."""
+    core = tensor.T if target.transposed else tensor
+    up, down = branch.up.detach().cpu(), branch.down.detach().cpu()
+    factors = Factored(core=core.float(), mask=mask.cpu(), up=up, down=down).to(tensor.dtype)
+    product = factors.dense().to(tensor.dtype) + 0.0
+    if not product.isfinite().all():
+        raise NumericalError(f"{target.name} does not fit into {tensor.dtype}")
+    stored = factors.stored(Pattern.parse(pattern), tensor.dtype)
+    return stored, (product.T.contiguous() if target.transposed else product)

@@ -1,0 +1,180 @@
+"""What training reads, once it is checked: rows, windows and the recipe of the output's bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsekit.errors import DataError
+from sparsekit.files import sha256_json
+from sparsekit.model.device import pick_device
+from sparsekit.pipeline.cost import Cost
+from sparsekit.progress import SILENT, Progress
+from sparsekit.provenance.entry import NUMERICS
+from sparsekit.provenance.environment import versions
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.memory_needs import pass_bytes, training_bytes
+from sparsekit.recovery.prepare import Recovery, prepare, require_parent
+from sparsekit.recovery.student import rows_of_run, top_teacher
+from sparsekit.recovery.teacher_cache import TopTeacher
+from sparsekit.text.calibration import evaluation_rows
+from sparsekit.text.rows import TokenRows
+from sparsekit.text.training_rows import TrainingRows
+
+if TYPE_CHECKING:
+    from sparsekit.checkpoint.checkpoint import Checkpoint
+
+
+# Floating-point operations a second of a CPU core and of a GPU when the time is given: nominal, so
+# that all processes and an interrupted run come to the same tokens.
+CORE, GPU = 5e10, 2e13
+# So many times that is what a machine may train on at most, and the same in mixed precision.
+FASTEST, MIXED = 4.0, 8.0
+# Windows of an evaluation during training.
+EVAL_WINDOWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A checked job with all that its training reads."""
+
+    job: Recovery
+    rows: TrainingRows
+    windows: TokenRows | None
+    """What perplexities are measured on during training; None: nothing."""
+    top: TopTeacher | None
+    """The teacher, where its largest probabilities are kept on disk."""
+    recipe: Mapping[str, Any]
+    """Everything that decides the output's bytes."""
+    ranks: Ranks
+    folder: Path
+    """Where the output grows."""
+    cost: Cost
+    """Since the run began."""
+    progress: Progress
+
+    @classmethod
+    def read(
+        cls, config: RecoverConfig, model: str, out: Path, *, overwrite: bool, progress: Progress
+    ) -> Work:
+        """Check a configuration, and read what it names; arguments and errors as of `recover`."""
+        cost = Cost()
+        config.check()
+        ranks = Ranks.current(pick_device(config.device))
+        ranks.parts(config.accumulate)
+        progress = progress if ranks.main else SILENT
+        job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
+        windows = _windows(job)  # before the text, which may be long
+        rows = _rows(job, ranks, progress)
+        prints = {"source": job.source.scan(progress), "teacher": None}
+        if job.teacher is not None:
+            prints["teacher"] = job.teacher.scan(progress)
+            require_parent(job, prints["teacher"])
+        top = top_teacher(job, rows, ranks, progress)
+        taught = job.teacher if top is not None and top.missing(rows_of_run(job)) else job.loaded
+        held = training_bytes(job.config, job.source, taught, job.recoverer)
+        cost.prepared(held + pass_bytes(job.config, job.linear))
+        ranks.wait()
+        return cls(
+            job=job,
+            rows=rows,
+            windows=windows,
+            top=top,
+            recipe=_recipe(job, rows, ranks) | prints,
+            ranks=ranks,
+            folder=out.with_name(out.name + ".partial"),
+            cost=cost,
+            progress=progress,
+        )
+
+
+def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
+    """The rows; the main process tokenises the text, the others find it done."""
+    tokens = ranks.of_main(tokens_to_read(job.config, job.source, job.device, ranks))
+    corpus = job.config.corpus(tokens)
+    if not ranks.main:
+        ranks.wait()
+    rows = corpus.rows(job.source, job.teacher, progress)
+    if ranks.main:
+        ranks.wait()
+    ranks.require_same(f"{rows.fingerprint} {rows.count}", "text")
+    for note in (*job.notes, *rows.notes):
+        progress.note(note)
+    wanted = job.config.batch * job.config.accumulate
+    if len(rows) < wanted:
+        raise DataError(
+            f"{job.config.data} has {len(rows)} rows of {rows.length} tokens, a step takes "
+            f"{wanted}",
+            "give it more text, or a smaller --batch, --length or --accumulate",
+        )
+    passes = (job.config.tokens or 0) / (len(rows) * rows.length)
+    if passes > 1:
+        progress.note(f"the text is read {passes:.1f} times")
+    return rows
+
+
+def _windows(job: Recovery) -> TokenRows | None:
+    """What perplexities are measured on during training; None: nothing."""
+    config = job.config
+    if config.eval_every is None:
+        return None
+    source, length = config.eval_text or "builtin", None if config.eval_text else config.length
+    return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)
+
+
+def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
+    """Everything that decides the output's bytes."""
+    config = job.config
+    told = {
+        key: value
+        for key, value in asdict(config).items()
+        if key not in ("data", "teacher", "save_every", "eval_every", "eval_text", "dtype")
+    }
+    own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
+    model = {k: v for k, v in job.source.config.to_dict().items() if k != "_name_or_path"}
+    return {
+        "stage": "recover",
+        "numerics": NUMERICS,
+        "processes": ranks.size,
+        **told,
+        "options": asdict(job.recoverer),
+        "pattern": str(job.patterns.base),
+        "own_patterns": sha256_json(own),
+        "data": rows.fingerprint,
+        "length": rows.length,
+        "config": sha256_json(model),
+        "layout": job.source.layout,
+        "shards": ranks.shards,
+        "device": job.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def tokens_to_read(
+    config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
+) -> int:
+    """How many tokens of the text are needed: those of whole steps, or of a very fast machine."""
+    if config.tokens is not None:
+        return config.steps() * config.step_tokens
+    fastest = FASTEST if config.mixed_precision == "no" else MIXED
+    wanted = fastest * _tokens(config, _parameters(source), device, ranks)
+    return max(1, math.ceil(wanted / config.step_tokens)) * config.step_tokens
+
+
+def _parameters(source: Checkpoint) -> int:
+    return sum(math.prod(place.shape) for place in source.places.values())
+
+
+def _tokens(config: RecoverConfig, parameters: int, device: torch.device, ranks: Ranks) -> float:
+    """What is trained on, where a time is given at the nominal speed."""
+    if config.max_time is None:
+        return float(config.tokens or 0)
+    speed = CORE * torch.get_num_threads() if device.type == "cpu" else GPU
+    return config.max_time * speed * ranks.size / (8 * parameters)

@@ -1,0 +1,237 @@
+"""The one training loop: batches, teacher, learning rate, masks; every method is a rule in it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsekit.errors import MemoryShortError, NumericalError
+from sparsekit.memory import is_out_of_memory
+from sparsekit.recovery.config import SHORTEST, RecoverConfig, rate_at
+from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.loss import model_losses, products_of, sparsity_measure
+from sparsekit.recovery.optimizer import MaskedAdam
+from sparsekit.recovery.teacher_cache import TopTeacher
+from sparsekit.text.training_rows import TrainingRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """What the log tells of one step."""
+
+    step: int
+    """Steps done."""
+    tokens: int
+    """Tokens trained on so far."""
+    loss: float
+    divergence: float
+    """KL from the teacher, in nats for each token."""
+    entropy: float
+    """CE with the text, in nats for each token."""
+    rate: float
+    norm: float
+    """Of all gradients, before clipping."""
+    flips: int
+    """Mask entries that changed sides in this step's selection."""
+    flipped: int | None = None
+    """Those on another side than before the first step; None without a selection."""
+    seconds: float
+    sparsity: float | None = None
+    """Σ|m W| / Σ|W| after this step's selection; None without one."""
+    kept_mass: float | None = None
+    """Mean share of the teacher's mass that the loss looked at; None: it looked at all of it."""
+
+    def to_json(self) -> dict[str, float]:
+        """Everything that there is, as JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is chosen before the first step, and kept when a run goes on."""
+
+    steps: int
+    rate: float
+    share: float
+    decay: float
+    masked_gradient: float
+    perplexity: float | None = None
+    """Of the sparse model before training, where perplexities are asked for."""
+    evaluation_seconds: float = 0.0
+    """That measuring it took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What the batches of a step gave, each a mean over its tokens."""
+
+    loss: float
+    divergence: float
+    entropy: float
+    kept_mass: float
+    """1 when the loss looked at all of the teacher's mass."""
+
+
+class Training:
+    """A student, its teacher and its optimizer, step by step.
+
+    Args:
+        student: The model that is trained, in float32.
+        teacher: The dense model, or what is kept of it; None when the loss needs none.
+        optimizer: Holds the student's parameters.
+        rows: What is trained on.
+        config: Rows in a step.
+        plan: Steps, rates and shares.
+        refresh: Steps between two selections of the largest entries; 0: none.
+        ranks: The processes that share the batches of a step.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | TopTeacher | None,
+        optimizer: MaskedAdam,
+        rows: TrainingRows,
+        config: RecoverConfig,
+        plan: Plan,
+        refresh: int,
+        ranks: Ranks,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.optimizer = optimizer
+        self.rows = rows
+        self.config = config
+        self.plan = plan
+        self.refresh = refresh
+        self.ranks = ranks
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.optimizer.steps >= self.plan.steps
+
+    def step(self) -> StepRow:
+        """Take the next step.
+
+        Raises:
+            NumericalError: The loss or a gradient is NaN or Inf; no weight was changed.
+        """
+        started = time.perf_counter()
+        optimizer, plan = self.optimizer, self.plan
+        step = optimizer.steps
+        rate = plan.rate * rate_at(self.config.schedule, step, plan.steps)
+        hides, last = optimizer.rule.hides, step == plan.steps - 1
+        selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
+        # A model that computes with all entries selects before the step, one with a mask after it.
+        flips = optimizer.refresh() if selects and not hides else 0
+        means = self.gradients(step)
+        if not math.isfinite(means.loss):
+            raise NumericalError(
+                f"step {step + 1}: the loss is {means.loss}",
+                "a smaller --lr may do",
+            )
+        try:
+            norm = optimizer.step(rate, step / plan.steps)
+        except NumericalError as error:
+            raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
+        if selects and hides:
+            flips = optimizer.refresh()
+        sparsity = sparsity_measure(optimizer) if selects else None
+        flipped = sum(map(optimizer.flipped, optimizer.sparse)) if selects else None
+        return StepRow(
+            step=optimizer.steps,
+            tokens=optimizer.steps * self.config.step_tokens,
+            loss=means.loss,
+            divergence=means.divergence,
+            entropy=means.entropy,
+            rate=rate,
+            norm=norm,
+            flips=flips,
+            flipped=flipped,
+            seconds=time.perf_counter() - started,
+            sparsity=sparsity,
+            kept_mass=means.kept_mass if isinstance(self.teacher, TopTeacher) else None,
+        )
+
+    def gradients(self, step: int) -> Means:
+        """Leave the gradients of one step's batches in the parameters.
+
+        Every process computes its part of the batches, and has the sum of all afterwards.
+
+        Raises:
+            MemoryShortError: A forward and backward pass does not fit into memory.
+        """
+        where = f"in a pass over {self.config.batch} rows of {self.config.length} tokens"
+        with memory_told(where, _smaller(self.config)):
+            return self._gradients(step)
+
+    def _gradients(self, step: int) -> Means:
+        """See `gradients`."""
+        config, ranks = self.config, self.ranks
+        # Backward passes through shards give means over the processes, and the rest is summed.
+        shards = ranks.size if ranks.shards else 1
+        sums = torch.zeros(4, dtype=torch.float64)
+        for part in ranks.parts(config.accumulate):
+            first = (step * config.accumulate + part) * config.batch
+            tokens = self.rows.take(first, config.batch).to(self.student.device)
+            teacher, kept = self.teacher, torch.ones((), device=tokens.device)
+            if isinstance(teacher, TopTeacher):
+                teacher = teacher.probabilities(self.rows.numbers(first, config.batch), tokens)
+                kept = teacher.mass().view(tokens.shape)[:, :-1].mean()  # the last has no label
+            losses = model_losses(
+                self.student,
+                teacher,
+                tokens,
+                share=self.plan.share,
+                temperature=config.temperature,
+                products=products_of(config),
+            )
+            (losses.total * shards / config.accumulate).backward()
+            told = [losses.total.detach(), losses.divergence, losses.entropy, kept]
+            sums += torch.stack([one.double() for one in told]).cpu() / config.accumulate
+        if ranks.size > 1:
+            whole = self.optimizer.whole_gradients()
+            ranks.sum_(whole)
+            for gradient in whole if ranks.shards else ():
+                gradient /= shards
+            sums = sums.to(self.student.device)
+            ranks.sum_([sums])
+        loss, divergence, entropy, kept = sums.tolist()
+        return Means(loss=loss, divergence=divergence, entropy=entropy, kept_mass=kept)
+
+
+@contextlib.contextmanager
+def memory_told(where: str, way_out: str) -> Iterator[None]:
+    """Tell where there was too little memory, and what to do.
+
+    Raises:
+        MemoryShortError: An allocation failed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortError(f"out of memory {where}", way_out) from error
+
+
+def _smaller(config: RecoverConfig) -> str:
+    """What takes half of the memory of a pass, or as near as it gets."""
+    accumulate = f"--accumulate {2 * config.accumulate}"
+    if config.batch > 1:
+        half, odd = divmod(config.batch, 2)
+        share = f"{half} of {config.batch} parts of it" if odd else "half of it for the same steps"
+        return f"--batch {half} {accumulate} takes {share}"
+    if config.length // 2 >= SHORTEST:
+        return f"--length {config.length // 2} {accumulate} takes half of it"
+    return "train it where there is more memory: no pass is smaller"

@@ -1,0 +1,287 @@
+"""Train a sparse model against its dense parent, from disk to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sparsekit.checkpoint.resolve import title
+from sparsekit.checkpoint.writer import CheckpointWriter
+from sparsekit.errors import (
+    CheckFailedError,
+    MemoryShortError,
+    NumericalError,
+    SparsekitError,
+    StorageError,
+)
+from sparsekit.files import KEPT, read_json, write_json
+from sparsekit.progress import SILENT, Progress
+from sparsekit.provenance.entry import Report, totals
+from sparsekit.provenance.front_matter import Origin
+from sparsekit.provenance.model_card import recover_card
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.recovery.deadline import Deadline, saving_seconds
+from sparsekit.recovery.export import finish, write_tensors
+from sparsekit.recovery.inputs import Work
+from sparsekit.recovery.log import PROGRESS, TrainingLog
+from sparsekit.recovery.loop import Plan, Training, memory_told
+from sparsekit.recovery.loss import measure, sparsity_measure
+from sparsekit.recovery.saved_state import (
+    POINTER,
+    SAVE_SECONDS,
+    forget_states,
+    load_state,
+    save_state,
+)
+from sparsekit.recovery.student import Student, load_teacher
+from sparsekit.recovery.tuning import decay_budget, make_plan
+from sparsekit.text.rows import TokenRows
+
+PLAN = ".sparsekit-plan.json"
+# Steps after which is told how long the others are expected to take.
+PACED = 3
+# What to do where weights, moments or a selection need more memory than there is.
+BESIDE = "train it where there is more: a smaller --batch or --length changes little here"
+# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
+UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
+
+
+def recover(
+    config: RecoverConfig,
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Report | None:
+    """Write a trained copy of a model, with exactly its pattern, to the folder `out`.
+
+    Args:
+        config: What to do.
+        model: A folder, hub id or `demo`; sparse from any pruner, or dense.
+        out: The folder to make; it appears when it is complete.
+        overwrite: Replace an earlier output of sparsekit.
+        progress: Told of each step.
+
+    Returns:
+        What was done; None in a process that trains along with the main one.
+
+    Raises:
+        UsageError: The configuration does not fit the model, or `out` is in use.
+        DataError: The model, its teacher or the text cannot be read or do not fit together.
+        NumericalError: The loss is not finite; the last saved state is kept.
+        CheckFailedError: The decay has not brought the entries off the mask to zero.
+        StorageError: The output cannot be written.
+    """
+    work = Work.read(config, model, out, overwrite=overwrite, progress=progress)
+    job, ranks, recipe = work.job, work.ranks, work.recipe
+    writing = None
+    if ranks.main:
+        writing = CheckpointWriter(out, job.source, recipe, layout=job.layout, overwrite=overwrite)
+    with writing or contextlib.nullcontext() as writer:
+        ranks.wait()
+        try:
+            with memory_told("outside the training passes", BESIDE):
+                student = Student.load(job, work.rows, ranks)
+                training = _training(work, student)
+                log = _train(work, training)
+                finished = finish(training, work.progress)
+                _require_same_masks(training)
+                weights = write_tensors(job, writer, student, training.optimizer)
+        except SparsekitError as error:
+            if writer is not None:
+                _leave(writer, error)
+            raise
+        if writer is None:
+            ranks.leave()
+            return None
+        name = title(model)
+        log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
+        entry = _entry(work, model, training, finished, weights) | {
+            "kept_mass": log.kept_mass,
+            "resumed_steps": log.earlier_steps,
+        }
+        told = work.cost.told()
+        entry |= told | {"seconds": round(told["seconds"] + log.earlier_seconds, 3)}
+        origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
+        writer.commit(entry, recover_card(entry, origin, history))
+        _forget(out)  # only now: until the output stands, all must be found again
+    ranks.leave()
+    return Report(out=out, entry=entry)
+
+
+def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:
+    """Leave of a failed run only what the same command can go on from, and tell so."""
+    if not (writer.partial / POINTER).is_file():
+        writer.abandon()  # another try may differ
+        if isinstance(error, StorageError) and error.hint == KEPT:
+            error.hint = "make room; nothing was saved before"
+    elif isinstance(error, NumericalError | MemoryShortError | CheckFailedError):
+        kept = f"the last saved state is in {writer.partial}"
+        other = "for other options take another -o or delete it"
+        error.hint = "; ".join(filter(None, (error.hint, kept, other)))
+
+
+def _forget(out: Path) -> None:
+    """Remove from an output what only an interrupted run needs."""
+    forget_states(out)
+    for file in (PLAN, PROGRESS):
+        (out / file).unlink(missing_ok=True)
+
+
+def _entry(
+    work: Work,
+    model: str,
+    training: Training,
+    finished: Mapping[str, Any],
+    weights: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """This run's entry of the history."""
+    job, recipe, windows = work.job, work.recipe, work.windows
+    return {
+        "stage": "recover",
+        "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
+        "versions": recipe["versions"],
+        "source": {"path": model, "fingerprint": recipe["source"]},
+        "teacher": None
+        if job.teacher is None
+        else {"path": job.teacher_name, "fingerprint": recipe["teacher"]},
+        "text": job.config.data,
+        "evaluated_on": windows and windows.title,
+        "plan": asdict(training.plan),
+        "tokens": training.plan.steps * job.config.step_tokens,
+        "processes": training.ranks.size,
+        "finished": finished,
+        "totals": totals(weights),
+        "weights": weights,
+        "skipped": job.skipped,
+    }
+
+
+def _training(work: Work, student: Student) -> Training:
+    """The training as far as an interrupted run had come, or its beginning."""
+    job, rows, top, ranks = work.job, work.rows, work.top, work.ranks
+    config, folder, progress = job.config, work.folder, work.progress
+    teacher = top or load_teacher(job, ranks)
+    if ranks.of_main((folder / PLAN).is_file()):
+        plan = Plan(**read_json(folder / PLAN))
+    else:
+        begun = work.cost.started
+        plan = make_plan(job, student, teacher, rows, work.windows, ranks, begun, progress)
+        if ranks.main:
+            write_json(folder / PLAN, asdict(plan))
+    if top is not None and config.tokens is None:  # else it was told before
+        top.announce(plan.steps * config.batch * config.accumulate, progress)
+    optimizer = student.optimizer(job.recoverer.rule(plan.decay))
+    training = Training(
+        student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh, ranks
+    )
+    if load_state(folder, optimizer, ranks):
+        progress.note(f"going on after {optimizer.steps} steps in {folder}")
+    return training
+
+
+def _train(work: Work, training: Training) -> TrainingLog:
+    """Take the steps that are left; gives the log of all steps."""
+    config, windows, folder = work.job.config, work.windows, work.folder
+    progress, ranks, optimizer = work.progress, work.ranks, training.optimizer
+    log = TrainingLog(folder, optimizer.steps, writes=ranks.main)
+    first = training.plan.perplexity
+    if not log.rows and windows is not None and first is not None:
+        before = {"perplexity": first, "evaluated_on": windows.title}
+        log.rows.append({"step": 0, "tokens": 0, **before})
+    ranks.wait()
+    log.begin()
+    selected = ""
+    progress.begin(_title(work), training.plan.steps, optimizer.steps)
+    limit = None if config.max_time is None else work.cost.started + config.max_time
+    measured = training.plan.evaluation_seconds
+    deadline = Deadline(config, limit, saving_seconds(optimizer), measured)
+    saved, kept = time.perf_counter(), optimizer.steps
+    paced = 0 if kept else min(PACED, training.plan.steps)
+    while not training.done:
+        try:
+            done = training.step()
+        except (NumericalError, MemoryShortError) as error:  # no weight was changed
+            alone = ranks.size == 1 or isinstance(error, NumericalError)  # else others go on
+            if optimizer.steps > kept and alone:
+                save_state(folder, optimizer, ranks)
+            raise
+        row, now = done.to_json(), optimizer.steps
+        if done.sparsity is not None:
+            selected = f", {done.flips} flips, {done.sparsity:.2%} of |W| kept"
+        if windows is not None and (now % config.eval_every == 0 or training.done):
+            row |= _evaluated(training, windows, deadline)
+            progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
+        log.add(row)
+        late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
+        if training.done or (now % config.save_every == 0 if config.save_every else late):
+            begun = time.perf_counter()
+            _require_same_masks(training)
+            save_state(folder, optimizer, ranks)
+            saved, kept = time.perf_counter(), now
+            deadline.saved(saved - begun)
+        steps = ranks.of_main(deadline.steps(now, training.plan.steps))
+        if not training.done and steps < training.plan.steps:
+            begun, saves = time.perf_counter(), now > kept
+            _shorten(work, training, steps, saves=saves)
+            if saves:
+                saved, kept = time.perf_counter(), now
+                deadline.saved(saved - begun)
+        if now == paced:
+            pace = median(row["seconds"] for row in log.rows[-paced:])
+            work.cost.expect(deadline.expected(now, training.plan.steps, pace))
+        rate = config.step_tokens / row["seconds"]
+        progress.step(
+            f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"
+            f"{selected}, {rate:.0f} tokens/s"
+        )
+    progress.end()
+    return log
+
+
+def _evaluated(training: Training, windows: TokenRows, deadline: Deadline) -> dict[str, Any]:
+    """What the sparse model is worth now, for the log; the training is not disturbed."""
+    optimizer, begun = training.optimizer, time.perf_counter()
+    found = measure(training.student, optimizer.sparse, optimizer.rule, windows.tokens)
+    deadline.evaluated(time.perf_counter() - begun)
+    told = {"perplexity": found, "evaluated_on": windows.title}
+    return told | {"sparsity": sparsity_measure(optimizer)}
+
+
+def _title(work: Work) -> str:
+    """What is done, for people."""
+    return f"recover {work.job.config.method} {work.job.patterns.base}"
+
+
+def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None:
+    """Plan fewer steps, so that the run ends in time; what was done is saved under the new plan.
+
+    A state that is saved already (not `saves`) is not written over.
+    """
+    progress, optimizer, plan = work.progress, training.optimizer, training.plan
+    if saves:
+        _require_same_masks(training)
+        save_state(work.folder, optimizer, work.ranks)
+    training.plan = replace(plan, steps=steps)
+    if work.ranks.main:
+        write_json(work.folder / PLAN, asdict(training.plan))
+    progress.note(
+        f"steps take longer than was measured: {steps} in the place of {plan.steps}, so that "
+        "--max-time is kept"
+    )
+    if work.job.recoverer.settles:
+        before, now = (decay_budget(work.job.config.schedule, p) for p in (plan, training.plan))
+        progress.note(f"decay budget: {now:.4g} in the place of {before:.4g}")
+    progress.begin(_title(work), steps, optimizer.steps)
+
+
+def _require_same_masks(training: Training) -> None:
+    """Refuse to go on when processes that all hold the whole model have come apart."""
+    if training.ranks.size > 1 and not training.ranks.shards:
+        training.ranks.require_same(training.optimizer.fingerprint(), "masks")

@@ -1,0 +1,142 @@
+"""One model of a comparison: what its folder tells of how it was made, its size and its worth."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.folder import PROVENANCE, factor_name
+from sparsekit.checkpoint.resolve import at_hand
+from sparsekit.checkpoint.safetensors_file import TensorPlace
+from sparsekit.provenance.history import stage_words, unfolded
+from sparsekit.scoring.quality import Measured, Quality, qualities
+from sparsekit.scoring.saved_scores import DENSE, is_of, read_scores
+from sparsekit.weights.factored import PARTS
+
+# Stages whose pattern is the one that was asked for; the others tell what they found.
+PATTERNING = ("prune", "recover")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model."""
+
+    name: str
+    """Of its folder; of two with the same name the whole path."""
+    path: Path
+    n_bytes: int | None
+    """Of all safetensors files; None where there are none."""
+    method: str
+    """The stages in words."""
+    pattern: str | None
+    bits: float | None
+    """Of a prunable weight on disk."""
+    seconds: float | None
+    """Of all stages together; None without a history, as the next two."""
+    tokens: int | None
+    """Trained on, likewise."""
+    peak_bytes: int | None
+    """Of the stage that took most memory."""
+    history: Sequence[Mapping[str, Any]]
+    """With what made a mask that was given before what used it."""
+    scores: Sequence[Mapping[str, Any]]
+    quality: Mapping[Measured, Quality]
+    stored: bool
+    """Whether the folder holds the model, not only its scores."""
+    stale: int
+    """How many of the folder's scores are of other weights; they are left out."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, be it a damaged one."""
+    return any((folder / file).is_file() for file in ("config.json", PROVENANCE))
+
+
+def read_row(folder: Path) -> Row:
+    """The model in a folder.
+
+    Where only its scores are, size and history are those of the model that was scored, if it is
+    on this machine.
+
+    Raises:
+        DataError: A file in the folder is damaged, or it has scores and its weights are not those
+            that its history tells of.
+    """
+    there = read_scores(folder)
+    stored = is_checkpoint(folder)
+    model = folder if stored else _scored_model(there)
+    source = None if model is None else Checkpoint.open(model)
+    told = {"history": []} if source is None else source.provenance()
+    history = unfolded(told["history"])
+    weights = None
+    if source is not None and stored and there:
+        weights = source.scan()  # of what lies there, whatever the history says
+    scores = [entry for entry in there if not stored or is_of(entry, weights)]
+    seconds, tokens, peaks = (
+        [entry[key] for entry in history if entry.get(key) is not None]
+        for key in ("seconds", "tokens", "peak_memory_bytes")
+    )
+    return Row(
+        name=folder.resolve().name,
+        path=folder,
+        n_bytes=None if model is None else _size(model),
+        method=" + ".join(map(stage_words, history)) or ("" if stored else DENSE),
+        pattern=_pattern(history),
+        bits=None if source is None else _bits(source, history),
+        seconds=math.fsum(seconds) if seconds else None,
+        tokens=sum(tokens) if tokens else None,
+        peak_bytes=max(peaks, default=None),
+        history=history,
+        scores=scores,
+        quality=qualities(scores),
+        stored=stored,
+        stale=len(there) - len(scores),
+    )
+
+
+def _scored_model(scores: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Where the model of scores lies."""
+    names = [entry["model"] for entry in scores if isinstance(entry.get("model"), str)]
+    return at_hand(names[-1]) if names and names[-1] else None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _pattern(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """The pattern that was asked for last; where none was, the one that was found."""
+    for stages in (PATTERNING, ("convert",), ("pack",)):
+        told = [e.get("recipe", {}).get("pattern") for e in history if e.get("stage") in stages]
+        if told and told[-1]:
+            return told[-1]
+    return None
+
+
+def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bits of a prunable weight on disk, as the last stage that chose its form tells them.
+
+    Where that tells none they are counted, and also where it tells those of factors which lie
+    beside their products: both are there then.
+    """
+    told = [entry["totals"] for entry in history if "bits_per_weight" in entry.get("totals", {})]
+    beside = bool(source.factors) and not source.factored
+    if told and told[-1]["bits_per_weight"] is not None and not beside:
+        return float(told[-1]["bits_per_weight"])
+    changed = {row["name"] for entry in history for row in entry.get("weights", ())}
+    names = [name for name in changed if name in source.places]
+    names = names or [name for name, place in source.places.items() if len(place.shape) == 2]
+    size = sum(math.prod(source.places[name].shape) for name in names)
+    if not size:
+        return None
+    places = [place for name in names for place in _places(source, name)]
+    return 8 * sum(place.stop - place.start for place in places) / size
+
+
+def _places(source: Checkpoint, name: str) -> Iterator[TensorPlace]:
+    """Where a weight lies, or what it is stored as, and the factors that lie beside it."""
+    yield from source.coded[name].values() if name in source.coded else [source.places[name]]
+    factors = [factor_name(name, part) for part in PARTS]
+    yield from (source.factors[factor] for factor in factors if factor in source.factors)

@@ -1,0 +1,221 @@
+"""What a checkpoint is worth: perplexity, zero-shot scores, and the difference to a baseline."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.resolve import resolve, title
+from sparsekit.errors import DataError
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.model.device import compute_dtype, pick_device
+from sparsekit.model.full_model import require_memory
+from sparsekit.progress import SILENT, Progress
+from sparsekit.scoring.config import BATCH_SIZE, EvalConfig
+from sparsekit.scoring.harness import NEED, load_tasks
+from sparsekit.scoring.perplexity import Perplexity, perplexity
+from sparsekit.scoring.standard_error import PairedDifference, mean_stderr, paired_difference
+from sparsekit.scoring.tasks import TaskScore, compare_tasks, score_tasks
+from sparsekit.text.calibration import evaluation_rows
+from sparsekit.text.rows import TokenRows
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """All that was measured of one model."""
+
+    model: str
+    perplexity: Perplexity | None
+    tasks: Sequence[TaskScore]
+    difference: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Ours minus the baseline's, by `log_perplexity` and `TASK.METRIC`; with each the figure of the
+    baseline itself."""
+
+    def __str__(self) -> str:
+        figures = [f"perplexity {self.perplexity.value:.3f}"] if self.perplexity else []
+        for task in self.tasks:
+            figures += [f"{task.task} {m} {task.metrics[m].value:.4f}" for m in task.metrics]
+        return f"{self.model}: {', '.join(figures)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return {
+            "model": self.model,
+            "perplexity": self.perplexity.to_json() if self.perplexity else None,
+            "tasks": [task.to_json() for task in self.tasks],
+            "difference": self.difference,
+        }
+
+
+def evaluate(
+    config: EvalConfig,
+    models: Sequence[str],
+    baseline: str | None = None,
+    progress: Progress = SILENT,
+) -> list[Score]:
+    """Measure models, the baseline first.
+
+    Args:
+        config: What to measure.
+        models: Folders, hub ids or `demo`.
+        baseline: The model that differences are taken to, sample by sample.
+        progress: Told of each block and model.
+
+    Raises:
+        UsageError: A task is unknown or an option cannot be carried out.
+        DataError: A model or text cannot be read, or models were scored on different samples.
+    """
+    scores: list[Score] = []
+    try:
+        for score in evaluations(config, models, baseline, progress):
+            scores.append(score)
+    except BaseException:
+        # What took long to measure is not lost with what failed.
+        for score in scores:
+            progress.note(f"measured before: {score}")
+        raise
+    return scores
+
+
+def evaluations(
+    config: EvalConfig,
+    models: Sequence[str],
+    baseline: str | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[Score]:
+    """The scores of models as they are found, the baseline's first.
+
+    Arguments and errors as of `evaluate`.
+    """
+    config.check()
+    names = [*([baseline] if baseline else []), *models]
+    subjects = [_subject(config, name, progress) for name in names]
+    tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}
+    if baseline:
+        for subject in subjects[1:]:
+            _refuse_other_windows(subject, subjects[0])
+    for subject in subjects:
+        subject.source.scan(progress)
+    first: Score | None = None
+    for subject in subjects:
+        found = _perplexity(config, subject, progress)
+        score = Score(model=subject.name, perplexity=found, tasks=[])
+        try:
+            score = replace(score, tasks=_tasks(config, subject, tasks, progress))
+        except BaseException:
+            if found:
+                progress.note(f"measured before: {score}")
+            raise
+        if baseline and first is None:
+            first = score
+            yield score
+        else:
+            yield _compared(score, first) if first else score
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model that is to be measured, with the windows for its perplexity."""
+
+    name: str
+    source: Checkpoint
+    rows: TokenRows | None
+
+
+def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
+    """A model, checked as far as that needs no weights."""
+    device = pick_device(config.device)
+    source = Checkpoint.open(resolve(name, progress))
+    dtype = compute_dtype(config.dtype, device, source)
+    if config.tasks:
+        source.tokenizer()
+        require_memory(source, dtype, **NEED)
+    rows = None
+    if config.windows_of is not None:
+        # Refuses what cannot be streamed; that takes a moment and little memory.
+        BlockStream(source, device=device, dtype=dtype)
+        rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
+        for note in rows.notes:
+            progress.note(f"{title(name)}: {note}")
+    return _Subject(name=name, source=source, rows=rows)
+
+
+def _refuse_other_windows(subject: _Subject, baseline: _Subject) -> None:
+    """Refuse models whose perplexities cannot be compared window by window."""
+    ours, theirs = subject.rows, baseline.rows
+    if ours is None or theirs is None:
+        return
+    length, other = ours.tokens.shape[1], theirs.tokens.shape[1]
+    if length != other:
+        raise DataError(
+            f"{subject.name} would be measured on windows of {length} tokens, {baseline.name} of "
+            f"{other}",
+            f"give both the same: --length {min(length, other)}",
+        )
+    if ours.fingerprint != theirs.fingerprint:
+        raise DataError(
+            f"{subject.name} and {baseline.name} cut {ours.source} into different tokens",
+            "models with different tokenizers cannot be compared window by window",
+        )
+
+
+def _perplexity(config: EvalConfig, subject: _Subject, progress: Progress) -> Perplexity | None:
+    if subject.rows is None:
+        return None
+    device = pick_device(config.device)
+    dtype = compute_dtype(config.dtype, device, subject.source)
+    label = title(subject.name)
+    return perplexity(
+        subject.source, subject.rows, device=device, dtype=dtype, label=label, progress=progress
+    )
+
+
+def _tasks(
+    config: EvalConfig, subject: _Subject, tasks: "Mapping[str, Task]", progress: Progress
+) -> list[TaskScore]:
+    if not tasks:
+        return []
+    device = pick_device(config.device)
+    dtype = compute_dtype(config.dtype, device, subject.source)
+    progress.begin(f"tasks of {title(subject.name)}", 1)
+    scores = score_tasks(
+        subject.source.path,
+        tasks,
+        limit=config.limit,
+        batch_size=config.batch_size or BATCH_SIZE,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        seed=config.seed,
+    )
+    progress.step(", ".join(score.task for score in scores))
+    progress.end()
+    return scores
+
+
+def _compared(score: Score, baseline: Score) -> Score:
+    """The score with its sample-by-sample difference to the baseline."""
+    difference: dict[str, dict[str, Any]] = {}
+    ours, theirs = score.perplexity, baseline.perplexity
+    if ours and theirs:
+        paired = paired_difference(ours.losses, theirs.losses)
+        difference["log_perplexity"] = _told(paired, theirs.log, mean_stderr(theirs.losses))
+    for mine, other in zip(score.tasks, baseline.tasks, strict=True):
+        for metric, paired in compare_tasks(mine, other).items():
+            own = other.metrics[metric]
+            difference[f"{mine.task}.{metric}"] = _told(paired, own.value, own.stderr)
+    return Score(model=score.model, perplexity=ours, tasks=score.tasks, difference=difference)
+
+
+def _told(paired: PairedDifference, value: float, stderr: float | None) -> dict[str, Any]:
+    """A difference as JSON, with the value and standard error of the baseline itself."""
+    own = {"value": value, "stderr": stderr}
+    return {**asdict(paired), "stderr": _number(paired.stderr), "baseline": own}
+
+
+def _number(value: float) -> float | None:
+    """NaN is not JSON."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,184 @@
+"""lm-eval's tasks, and a checkpoint as lm-eval runs it, loaded without what it does on the side."""
+
+import contextlib
+import functools
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.folder import load_tokenizer
+from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.model.full_model import load_whole
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+
+# Why a task needs the whole model in memory, and what can be had without.
+NEED = {
+    "purpose": "scoring lm-eval tasks",
+    "way_out": "a narrower --dtype takes less; perplexity (--text) is measured block by block",
+}
+
+
+def load_tasks(
+    names: Sequence[str], include_path: Path | None = None, seed: int = 0
+) -> "dict[str, Task]":
+    """The tasks behind the names, with their data, each once and in the order asked for.
+
+    Args:
+        names: Tasks, groups or tags that lm-eval knows.
+        include_path: Folder of further task files; they win over stock tasks of the same name.
+        seed: Seeds what a task draws while it loads.
+
+    Raises:
+        UsageError: A name is unknown, none is given, or `include_path` is no folder.
+        DataError: A task's data cannot be had.
+    """
+    with seeded(seed), quiet(logging.ERROR):
+        manager = _task_manager(names, include_path)
+        tasks: dict[str, Task] = {}
+        for name in names:
+            # What a task draws while it loads does not depend on the tasks before it.
+            _seed(seed)
+            for leaf, task in _load(manager, name).items():
+                _add_task(tasks, leaf, task)
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+    return tasks
+
+
+def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManager":
+    """lm-eval's index of the tasks, which holds every name asked for."""
+    from lm_eval.tasks import TaskManager
+
+    if not names:
+        raise UsageError("no task is named", "give at least one")
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise UsageError(f"{include_path} is not a folder of lm-eval tasks")
+        local = TaskManager(include_path=include_path, include_defaults=False)
+        # Reading the thousands of stock files takes 10 s; a local task needs none of them, but a
+        # group or a tag may have members there.
+        if set(names) <= set(local.all_subtasks):
+            return local
+    manager = _stock() if include_path is None else TaskManager(include_path=include_path)
+    unknown = [name for name in names if name not in manager.task_index]
+    if unknown:
+        raise UsageError(
+            f"lm-eval knows no task {' or '.join(repr(name) for name in unknown)}",
+            "; ".join(did_you_mean(name, manager.all_tasks) for name in unknown),
+        )
+    return manager
+
+
+@functools.cache
+def _stock() -> "TaskManager":
+    """The index of the tasks that come with lm-eval, which takes 10 s to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load(manager: "TaskManager", name: str) -> "Mapping[str, Task]":
+    """The tasks that one name stands for, with their data."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return manager.load([name])["tasks"]
+    except (OSError, DatasetsError) as error:
+        raise DataError(
+            f"the data of task '{name}' cannot be had: {error}",
+            "stock tasks load their data from the Hugging Face hub; without it, put task "
+            "files that read local data in a folder and name it with --include-path",
+        ) from error
+    except (ImportError, ValueError) as error:
+        raise DataError(f"task '{name}' cannot be loaded: {error}") from error
+
+
+def _add_task(tasks: dict[str, "Task"], name: str, task: "Task") -> None:
+    """Add a task that is not there yet."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UsageError(f"task '{name}' runs code that the model writes", "use lm_eval itself")
+    if getattr(task, "MULTIMODAL", False):
+        raise UsageError(f"task '{name}' is not a task on text alone", "use lm_eval itself")
+    # A group may set options of its members.
+    if name in tasks and tasks[name].dump_config() != task.dump_config():
+        raise UsageError(f"task '{name}' is asked for twice, with different options")
+    tasks.setdefault(name, task)
+
+
+def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM":
+    """The checkpoint as lm-eval runs it.
+
+    Raises:
+        UsageError: There is no such device or dtype.
+        DataError: The checkpoint lacks weights or a tokenizer, or cannot be read.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = load_tokenizer(path)
+    # HFLM gets loaded objects: from a path it takes another device in silence when it does not
+    # know the one named, and asks the hub about the path.
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
+    model = load_whole(Checkpoint.open(path), wanted, **NEED)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the model cannot be put on device '{device}': {error}") from error
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that lm-eval and its tasks draw from; restore them after."""
+    import numpy as np
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        _seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def quiet(level: int) -> Iterator[None]:
+    """Show only messages of this level on, and send what lm-eval prints to stderr."""
+    # Both set their level when they are first imported.
+    import lm_eval
+    import transformers
+
+    loggers = [logging.getLogger(module.__name__) for module in (lm_eval, transformers)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(level)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for logger, old in zip(loggers, levels, strict=True):
+            logger.setLevel(old)

@@ -1,0 +1,115 @@
+"""What was measured of a checkpoint, told in its model card."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsekit.checkpoint.folder import PROVENANCE
+from sparsekit.files import write_atomic
+from sparsekit.scoring.quality import Quality, TaskSet, headings, perplexity_of, qualities
+from sparsekit.scoring.standard_error import Figure
+
+# Between these lines of the card is what this module writes.
+BEGIN, END = "<!-- sparsekit: scores -->", "<!-- sparsekit: end of scores -->"
+SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
+HEAD = """\
+| measured on | baseline | this checkpoint | difference |
+|---|---|---|---|"""
+
+
+def tell_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Put a table of scores at the end of a folder's card, in the place of an older one.
+
+    What else the card says stays. A folder that sparsekit did not write, or that has no card, is
+    left as it is.
+
+    Args:
+        folder: Of the checkpoint.
+        entries: As of `read_scores`.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    card = folder / "README.md"
+    if not (folder / PROVENANCE).is_file() or not card.is_file():
+        return
+    text = SECTION.sub("\n", card.read_text(encoding="utf-8")).rstrip("\n")
+    table = scores_table(entries)
+    write_atomic(card, f"{text}\n\n{BEGIN}\n{table}\n{END}\n".encode())
+
+
+def scores_table(entries: Iterable[Mapping[str, Any]]) -> str:
+    """A section in Markdown: for each text and set of tasks the model, and its baselines.
+
+    A value is told with its standard error, and so are the paired difference to a baseline and the
+    baseline's own value; where that was not kept, it is the value less the difference.
+    """
+    found = qualities(entries)
+    rows = []
+    for heading, (key, quality) in zip(headings(list(found)), found.items(), strict=True):
+        rows += _task_rows(heading, quality) if isinstance(key, TaskSet) else []
+        rows += _text_rows(heading, quality) if not isinstance(key, TaskSet) else []
+    lines = "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
+    return (
+        f"## Scores\n\n{HEAD}\n{lines}\n\nAfter ± stands a standard error; differences are paired, "
+        "over the same windows or samples."
+    )
+
+
+def _text_rows(heading: str, quality: Quality) -> list[tuple[str, str, str, str]]:
+    """The perplexity on a text, and its difference in nats to each baseline."""
+    figure = quality.figure
+    here = _of_log(figure)
+    rows = []
+    for name, difference in quality.differences.items():
+        before = f"{_of_log(_before(quality, name))} ({_name(name)})"
+        told = f"{_figure(difference, signed=True)} in log perplexity"
+        rows.append((f"perplexity, {heading}", before, here, told))
+    return rows or [(f"perplexity, {heading}", "-", here, "-")]
+
+
+def _task_rows(heading: str, quality: Quality) -> list[tuple[str, str, str, str]]:
+    """The mean accuracy with its difference to each baseline, and the accuracy in each task."""
+    figure = quality.figure
+    rows = []
+    for name, difference in quality.differences.items():
+        before = f"{_figure(_before(quality, name))} ({_name(name)})"
+        told = _figure(difference, signed=True)
+        rows.append((f"mean accuracy, {heading}", before, _figure(figure), told))
+    rows = rows or [(f"mean accuracy, {heading}", "-", _figure(figure), "-")]
+    tasks = quality.tasks if len(quality.tasks) > 1 else {}
+    return rows + [(f"accuracy, {name}", "", _figure(task), "") for name, task in tasks.items()]
+
+
+def _before(quality: Quality, name: str) -> Figure:
+    """What a baseline has itself; without a standard error where that was not kept."""
+    value = quality.figure.value - quality.differences[name].value
+    return quality.baselines.get(name, Figure(value=value, stderr=None))
+
+
+def _of_log(figure: Figure) -> str:
+    """A perplexity with its standard error, from those of its logarithm."""
+    value = perplexity_of(figure.value)
+    if figure.stderr is None or not math.isfinite(value):
+        return f"{value:.2f}"
+    return f"{value:.2f} ± {value * figure.stderr:.2f}"
+
+
+def _figure(figure: Figure, *, signed: bool = False) -> str:
+    """A number with its standard error."""
+    value = f"{figure.value:+.4f}" if signed else f"{figure.value:.4f}"
+    return value if figure.stderr is None else f"{value} ± {figure.stderr:.4f}"
+
+
+def _name(baseline: str) -> str:
+    """The last part of a folder's path; a hub id stays."""
+    return Path(baseline).name if Path(baseline).is_absolute() or baseline[:1] == "." else baseline
+
+
+def _cell(text: str) -> str:
+    """A text that stays in one cell."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""Recipes: stages, variants, each step done once."""

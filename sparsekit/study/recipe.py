@@ -1,0 +1,194 @@
+"""A recipe: which stages are done to a model, in which variants, checked before all else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.study.schema import TOP, VERBS, VERSION, defaults, read_yaml, write_yaml
+from sparsekit.study.steps import Draft, Step, is_seed, read_stage, refuse_one_place
+
+# In a checkout a link to the folder of the same name at its top.
+SHIPPED = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A checked recipe."""
+
+    model: str
+    steps: Sequence[Step]
+    """In an order in which each comes after what it reads."""
+    stages: int
+    names: Mapping[str, int]
+    """The stages that were given names."""
+    text: str
+    """What was written."""
+
+    def steps_of(self, name: str) -> list[Step]:
+        """What a word names: a step, or all steps of a stage by its place, verb or name.
+
+        Raises:
+            UsageError: There is none, or there are several stages.
+        """
+        makers = [step for step in self.steps if step.verb != "eval"]  # others bear their names
+        if found := [step for step in makers if step.name == name]:
+            return found
+        stages = {step.stage for step in self.steps if name in (step.verb, str(step.stage))}
+        stages = {self.names[name]} if name in self.names else stages
+        if len(stages) == 1:
+            return [step for step in self.steps if step.stage in stages]
+        known = sorted({s.verb for s in self.steps} | {s.name for s in makers} | set(self.names))
+        reason = "names several stages" if stages else "names no stage"
+        hint = f"stages are counted from 0 to {self.stages - 1}; " + did_you_mean(name, known)
+        raise UsageError(f"--from {name} {reason}", hint)
+
+
+def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with some of its words replaced.
+
+    Args:
+        file: A YAML file.
+        overrides: As `model=demo` or `prune.samples=8`, the latter where the word is, else in all
+            stages of the verb.
+
+    Raises:
+        DataError: The file cannot be read.
+        UsageError: Says everything that is wrong, each with its place.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise DataError(f"the recipe {file} cannot be read: {reason}") from error
+    try:
+        return parse(text, overrides)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error.message}", error.hint) from error
+
+
+def parse(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a text; arguments and errors as of `read_recipe`."""
+    return checked(read_yaml(text), text, overrides)
+
+
+def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a value of YAML is; `text` is how it was written.
+
+    Raises:
+        UsageError: Says everything that is wrong, each with its place.
+    """
+    if not isinstance(told, dict):
+        raise UsageError("a recipe is a mapping with the keys model and stages")
+    version = told.get("version", VERSION)
+    if type(version) is int and version > VERSION:
+        raise UsageError(
+            f"version {version} is of a newer sparsekit, this one reads up to {VERSION}",
+            "update sparsekit",
+        )
+    draft, stages = Draft(), told.get("stages")
+    stages = list(stages) if isinstance(stages, list) else []
+    stages = [{stage: {}} if isinstance(stage, str) else stage for stage in stages]
+    for override in overrides:
+        _override(told, stages, override, draft)
+    _check_top(told, draft)
+    for number, stage in enumerate(stages):
+        read_stage(number, stage, {**told, "stages": stages}, draft)
+    refuse_one_place(draft)
+    if draft.errors:
+        many = f"{len(draft.errors)} errors:\n  " if len(draft.errors) > 1 else ""
+        raise UsageError(many + "\n  ".join(draft.errors))
+    return Recipe(
+        model=told["model"],
+        steps=draft.steps,
+        stages=len(stages),
+        names=draft.names,
+        text=write_yaml({**told, "stages": stages}) if overrides else text,
+    )
+
+
+def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft: Draft) -> None:
+    """Replace a word, in the recipe that was read."""
+    key, equals, text = override.partition("=")
+    try:
+        value = read_yaml(text)
+    except UsageError as error:
+        draft.errors.append(f"{override!r}: {error.message}")
+        return
+    verb, dot, word = key.partition(".")
+    if not dot and equals and key in ("model", "seed"):
+        told[key] = value
+        return
+    if not dot or not equals or verb not in VERBS:
+        hint = did_you_mean(verb, [*VERBS, "model", "seed"])
+        draft.errors.append(f"{override!r}: write it as model=…, seed=… or VERB.WORD=…; {hint}")
+        return
+    if isinstance(defaults(verb).get(word), list | tuple) and not isinstance(value, list | dict):
+        value = [value]  # as on the command line, where the flag can be given again
+    written: list[dict[str, Any]] = []
+    for stage in stages:
+        if isinstance(stage, dict) and verb in stage:
+            stage[verb] = stage[verb] if stage[verb] is not None else {}
+            given = stage[verb] if isinstance(stage[verb], list) else [stage[verb]]
+            written += [one for one in given if isinstance(one, dict)]
+    if not written:
+        draft.errors.append(f"{override!r}: the recipe has no stage {verb!r} with words")
+    # Where some have the word, others may have no use for it.
+    having = [one for one in written if word in one or f"{word}s" in one]
+    for one in having or written:
+        one.pop(f"{word}s", None)  # which it stands in the place of
+        if word.endswith("s"):
+            one.pop(word.removesuffix("s"), None)
+        one[word] = value
+
+
+def _check_top(told: Mapping[str, Any], draft: Draft) -> None:
+    """What is wrong beside the stages."""
+    for key in told:
+        if key not in TOP:
+            draft.errors.append(f"{key}: unknown; {did_you_mean(str(key), TOP)}")
+    if type(told.get("version", VERSION)) is not int or told.get("version", VERSION) < 1:
+        draft.errors.append(f"version: a number is wanted, not {told['version']!r}")
+    if not isinstance(told.get("model"), str):
+        draft.errors.append("model: the name of a model is wanted: a folder, a hub id or demo")
+    if "seed" in told and not is_seed(told["seed"]):
+        draft.errors.append(f"seed: a number that is not negative is wanted, not {told['seed']!r}")
+    if not isinstance(told.get("stages"), list) or not told["stages"]:
+        draft.errors.append("stages: a list of stages is wanted, as - prune: {method: wanda}")
+
+
+def shipped() -> dict[str, Path]:
+    """The files of all recipes, by name.
+
+    Raises:
+        DataError: The installation lacks them.
+    """
+    if found := {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}:
+        return found
+    raise DataError(f"the recipes are not in {SHIPPED}", "install sparsekit again")
+
+
+def recipe_file(word: str) -> Path:
+    """The file of a recipe: a path, or the name of one that is shipped.
+
+    Raises:
+        UsageError: There is no such recipe.
+    """
+    path = Path(word)
+    if path.is_file():
+        return path
+    known = shipped()
+    if word in known:
+        return known[word]
+    if path.suffix in (".yaml", ".yml") or "/" in word:
+        raise UsageError(f"there is no recipe {word}", "see 'sparsekit recipe ls'")
+    raise UsageError(f"no recipe {word!r}", did_you_mean(word, known))
+
+
+def summary(file: Path) -> str:
+    """What a recipe says of itself in its first line."""
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()

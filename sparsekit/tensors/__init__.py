@@ -1,1 +1,0 @@
-"""Pure tensor mathematics: no modules, no files, no configuration."""

@@ -1,0 +1,139 @@
+"""Token rows sampled from the dense model itself, where there is no text.
+
+Every row is exactly as long as asked for: the end-of-text token is drawn like any other and does
+not stop a row, as it would not stop a window cut from concatenated documents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsekit.errors import DataError
+from sparsekit.files import CACHED, storage_errors, write_atomic
+from sparsekit.progress import SILENT, Progress
+from sparsekit.text.rows import fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsekit.checkpoint.checkpoint import Checkpoint
+
+
+# Fixed, because the random numbers of a row depend on the rows drawn beside it.
+BATCH = 8
+# Why sampling needs the whole model in memory, and what can be had without.
+NEED = {"purpose": "text of 'self'", "way_out": "take builtin or a file in its place"}
+
+
+def require_room(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose float32 weights do not fit into the available memory.
+
+    Raises:
+        DataError: They do not.
+    """
+    import torch
+
+    from sparsekit.model.full_model import require_memory
+
+    require_memory(checkpoint, torch.float32, **NEED)
+
+
+def sample_rows(
+    checkpoint: Checkpoint,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress = SILENT,
+    *,
+    kept: Path | None = None,
+) -> Tensor:
+    """Token ids [samples, length] drawn from the model, in float32 on the CPU.
+
+    Plain ancestral sampling: temperature 1, no top-k, no top-p, none of the checkpoint's own
+    generation settings. A row opens with the BOS token of tokenizer or config, else with EOS, else
+    with a random id. The global random generators are left as they were. With `kept` every batch
+    goes to this file, from which an interrupted run goes on to the same rows.
+
+    Raises:
+        DataError: The float32 model does not fit into the available memory.
+        StorageError: A batch cannot be kept.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from sparsekit.model.full_model import load_whole
+
+    model = load_whole(checkpoint, torch.float32, **NEED)
+    sampling = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
+    )
+    # generate() fills what is unset here from the model's own settings, EOS among them.
+    model.generation_config = sampling
+    start = start_token(checkpoint)
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    found = _read(kept) if kept else None
+    rows, state = found or (torch.empty(0, length, dtype=torch.int64), None)
+    progress.begin("sampling rows from the model", -(-samples // BATCH), len(rows) // BATCH)
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the CUDA generators too, and nothing would restore those.
+        torch.default_generator.manual_seed(seed)
+        if state is not None:
+            torch.default_generator.set_state(state)
+        while len(rows) < samples:
+            first = torch.randint(vocabulary, (min(BATCH, samples - len(rows)), 1))
+            if start is not None:
+                first.fill_(start)
+            mask = torch.ones_like(first)
+            drawn = model.generate(first, attention_mask=mask, generation_config=sampling)
+            rows = torch.cat([rows, drawn])
+            if kept:
+                _write(kept, rows, torch.default_generator.get_state())
+            progress.step(f"{len(rows)} of {samples} rows")
+    progress.end()
+    return rows
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Rows that an interrupted run has drawn, and the generator's state after them."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            rows, state = file.get_tensor("rows"), file.get_tensor("state")
+            told = (file.metadata() or {}).get("fingerprint")
+    except SafetensorError:
+        return None  # damaged: they are drawn again
+    return (rows, state) if told == _fingerprint(rows, state) else None
+
+
+def _write(path: Path, rows: Tensor, state: Tensor) -> None:
+    """Keep what `_read` gives."""
+    from safetensors.torch import save
+
+    with storage_errors(path, CACHED):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"fingerprint": _fingerprint(rows, state)}
+    write_atomic(path, save({"rows": rows, "state": state}, told), CACHED)
+
+
+def _fingerprint(rows: Tensor, state: Tensor) -> str:
+    return f"{fingerprint(rows)} {fingerprint(state)}"
+
+
+def start_token(checkpoint: Checkpoint) -> int | None:
+    """The id that opens every row: BOS, else EOS; None when tokenizer and config have neither."""
+    config = checkpoint.config.get_text_config()
+    try:
+        holders = [checkpoint.tokenizer(), config]
+    except DataError:
+        holders = [config]  # sampling needs the ids only, so a missing tokenizer is no obstacle
+    for field in ("bos_token_id", "eos_token_id"):
+        for holder in holders:
+            token = getattr(holder, field, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int) and 0 <= token < config.vocab_size:
+                return token
+    return None

@@ -1,0 +1,1 @@
+"""What one linear weight can be."""

@@ -1,0 +1,622 @@
+"""The report's page: whole in itself, safe whatever names are in it, and the same each time.
+
+That a browser shows it is tried in Chromium, where there is one.
+"""
+
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from fractions import Fraction
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import typer
+from matplotlib.image import imread
+from scorings import (
+    UP,
+    checkpoint,
+    pruned_entry,
+    recovered_entry,
+    run_directory,
+    score,
+    scored,
+    task,
+    training_log,
+    windows,
+)
+
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.cli.app import app
+from sparsekit.errors import DataError, UsageError
+from sparsekit.packing.convert import convert, convert_packed
+from sparsekit.packing.pack import pack
+from sparsekit.packing.unpack import unpack
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.pruning.prune import prune
+from sparsekit.reporting.commands import commands
+from sparsekit.reporting.compare import compare
+from sparsekit.reporting.drawing import COLOURS, bars, styles
+from sparsekit.reporting.figures import QUICKEST
+from sparsekit.reporting.page import CSS, page, report
+from sparsekit.reporting.table import BEST
+from sparsekit.reporting.traces import errors_by_block, sparsity_by_block, trainings
+from sparsekit.scoring.saved_scores import read_scores
+from sparsekit.scoring.standard_error import Figure
+from sparsekit.text.calibration import Calibration
+
+LEGACY = Path(__file__).parents[1] / "data" / "legacy" / "sparse-24-bitmask"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+EVIL = "<script>alert(1)<"
+QUOTED = "\"><img src=x onerror='alert(2)'>"
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--enable-logging=stderr", "--v=0"),
+)
+# Elements that a page without scripts, forms and loads has.
+ELEMENTS = {
+    *("html", "head", "meta", "title", "style", "body", "main", "footer", "section"),
+    *("h1", "h2", "h3", "p", "ul", "li", "div", "table", "thead", "tbody", "tr", "th", "td"),
+    *("figure", "figcaption", "pre", "details", "summary"),
+    *("svg", "g", "path", "use", "defs", "text", "clippath", "rect"),
+}
+
+
+class Elements(HTMLParser):
+    """All elements of a page with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return run_directory(tmp_path / "run")
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A run whose names, texts and tasks all try to be HTML."""
+    root = tmp_path / "hostile"
+    for name in (EVIL, QUOTED.replace("/", "")):
+        entry = pruned_entry(f"wanda{QUOTED}", calibration=None)
+        trained = {**recovered_entry(), "text": f"{EVIL}/script>"}
+        folder = checkpoint(root / name, entry, trained)
+        training_log(folder)
+        told = score(
+            windows(3.0, text=QUOTED),
+            [task(f"</text></svg>{EVIL}/script>$x$", 0.5, 0.1)],
+            {"log_perplexity": {"value": 1.0, "stderr": 0.1}},
+            QUOTED,
+        )
+        scored(folder, told)
+    return root
+
+
+# What is on it
+
+
+def test_page_has_the_table_and_every_picture(run):
+    found = Elements(page(compare([run])))
+    headings = ("Quality against size and cost", "By block", "Training", "Zero-shot accuracy")
+    for heading in (*headings, "Made with"):
+        assert heading in found.text
+    titles = [a["aria-label"] for tag, a in found.found if tag == "svg" and a.get("role") == "img"]
+    assert titles == [
+        "Perplexity (wikitext2, 16 × 1024 tokens) against size",
+        "Perplexity (wikitext2, 16 × 1024 tokens) against cost",
+        "Relative error of pruning",
+        "Relative error of quantization",
+        "Sparsity",
+        "KL from the teacher on builtin",
+        "Cross entropy on builtin",
+        "Perplexity on the way (8 x 1024 of wikitext2)",
+        "Mask entries that changed sides",
+        "Accuracy by task",
+    ]
+    for text in ("wanda + ast + int4-g64 gptq", "148.41", "0.5000 ± 0.0250", "-0.2000 ± 0.0141"):
+        assert text in found.text  # exp(5); 0.4 and 0.6 with 0.03 and 0.04; 0.02 twice
+
+
+def test_the_best_by_size_and_the_best_by_time_are_ringed(tmp_path):
+    """By size b, the smallest, and d; by time b and a, as d was not made here and c is no match."""
+    for name, log, seconds, rows in (("a", 4.0, 10, 8), ("b", 3.0, 100, 2), ("c", 5.0, 50, 4)):
+        made = checkpoint(tmp_path / name, pruned_entry(seconds=seconds), rows=rows)
+        scored(made, score(windows(log)))
+    scored(checkpoint(tmp_path / "d"), score(windows(2.0)))
+    found = compare([tmp_path])
+    (on,) = found.windows
+    assert found.best(on) == [False, True, False, True]
+    assert found.best_by_time(on) == [True, True, False, False]
+    text = page(found)
+    size, cost = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)[:2]
+    assert "against size" in size
+    assert "against cost" in cost
+    for picture, told in ((size, BEST), (cost, QUICKEST)):
+        assert f"Ringed: {told}." in picture
+        assert rings(picture) == 2
+    assert "the model was not made here" in cost
+
+
+def rings(picture: str) -> int:
+    """How many markers of the page's colour are not filled."""
+    uses = re.findall(r'<use [^>]*style="([^"]*)"', picture)
+    return sum("fill-opacity: 0" in style and "stroke: currentColor" in style for style in uses)
+
+
+def test_best_rows_stand_out(run):
+    text = page(compare([run]))
+    marked = re.findall(r'<tr class="best"><th scope="row">(.*?)</th>', text)
+    assert marked == ["wanda.ast", "wanda.ast.int4"]  # the dense one has no size
+
+
+def test_different_windows_have_pictures_of_their_own_and_a_note(tmp_path):
+    for name, change in (("a", {}), ("b", {"length": 512})):
+        scored(checkpoint(tmp_path / name, pruned_entry()), score(windows(3.0, **change)))
+    found = Elements(page(compare([tmp_path])))
+    assert "do not compare with each other" in found.text
+    assert "perplexity (wikitext2, 16 × 512 tokens)" in found.text
+    drawn = [a["aria-label"] for tag, a in found.found if a.get("role") == "img"]
+    assert sum("against size" in title for title in drawn) == 2
+
+
+def test_model_without_anything_still_makes_a_page(tmp_path):
+    found = Elements(page(compare([checkpoint(tmp_path / "bare")])))
+    assert "bare has no scores" in found.text
+    assert "bare has no history" in found.text
+
+
+def test_perplexity_that_no_float_holds_is_told_and_not_drawn(tmp_path):
+    scored(checkpoint(tmp_path / "m", pruned_entry()), score(windows(709.0, log_perplexity=1e4)))
+    found = Elements(page(compare([tmp_path])))
+    assert "inf" in found.text
+    assert not any("against size" in str(a.get("aria-label")) for _, a in found.found)
+
+
+# What its pictures are drawn from
+
+
+def test_errors_are_means_over_a_block_and_zeros_are_shares_of_it(tmp_path):
+    entry = pruned_entry()
+    second = {**entry["weights"][0], "name": UP.format(0).replace("up", "down"), "error": 0.3}
+    entry["weights"].append({**second, "zeros": 32, "size": 96})
+    rows = compare([checkpoint(tmp_path / "m", entry)]).rows
+    [errors] = errors_by_block(rows)["prune"]
+    assert (errors.across, errors.up) == ([0, 1], pytest.approx([0.2, 0.2]))
+    [zeros] = sparsity_by_block(rows)
+    assert zeros.up == [48 / 128, 16 / 32]
+
+
+def test_log_gives_losses_perplexities_and_flips(run):
+    [log] = trainings(compare([run]).rows)
+    assert log.losses("divergence").up == pytest.approx([1 / step for step in range(1, 13)])
+    assert log.perplexities("8 x 1024 of wikitext2").up == [90.0, 60.0]
+    assert log.perplexities("another text") is None
+    assert log.flips().across == [3072, 6144, 9216, 12288]
+
+
+@pytest.mark.parametrize("line", ["{", '{"tokens": 3}', '{"step": 1, "tokens": 3}', "3"])
+def test_damaged_log_is_named(run, line):
+    file = run / "wanda.ast/sparsekit-training.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=re.escape(str(file))):
+        page(compare([run]))
+
+
+def test_bars_are_as_long_as_the_values_with_whiskers_of_the_error():
+    def shapes(figure: Figure) -> tuple[float, float, list[float]]:
+        """The lengths of two bars, and those of the whiskers."""
+        values = {"piqa": {0: Figure(value=0.8, stderr=None), 1: figure}}
+        svg = bars(values, styles(2), "accuracy")
+        paths = re.findall(r'<path d="([^"]*)"[^>]*style="(.*?)"', svg)
+        spans = [
+            (max(xs) - min(xs), style)
+            for shape, style in paths
+            if (xs := [float(x) for x in re.findall(r"[ML] (\S+) ", shape)])
+        ]
+        [first] = [span for span, style in spans if "fill: #0072b2" in style]
+        [second] = [span for span, style in spans if "fill: #d55e00" in style]
+        black = [span for span, style in spans if span and "stroke-width: 1.5" in style]
+        return first, second, black
+
+    first, second, whiskers = shapes(Figure(value=0.4, stderr=None))
+    assert second == pytest.approx(first / 2, rel=1e-3)
+    assert whiskers == []
+    first, _, [whisker] = shapes(Figure(value=0.4, stderr=0.05))
+    assert whisker == pytest.approx(first * 0.1 / 0.8, rel=1e-3)  # one error to each side
+
+
+def test_styles_of_many_models_all_differ():
+    drawn = styles(42)
+    assert len({(s.colour, s.marker) for s in drawn}) == 42
+    assert len({(s.colour, s.dash) for s in drawn[:24]}) == 24
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours, by the formulas of WCAG 2.2 ("relative luminance")."""
+
+    def luminance(colour: str) -> float:
+        digits = colour.lstrip("#") if len(colour) == 7 else "".join(c + c for c in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast("#000", "#ffffff") == pytest.approx(21.0)
+    assert contrast("#777777", "#fff") == pytest.approx(4.48, abs=0.005)  # WebAIM's checker
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["light", "dark"])
+def test_colours_stand_out_from_the_page(which):
+    """What WCAG 2.2 asks of level AA: 3 for graphics (1.4.11), 4.5 for text (1.4.3)."""
+    schemes = [dict(re.findall(r"--(\w+): (#\w+)", s)) for s in CSS.split("@media")[:2]]
+    assert schemes[0] != schemes[1]
+    colours = schemes[which]
+    for drawn in COLOURS:
+        assert contrast(drawn, colours["paper"]) >= 3, drawn
+    for behind in (colours["paper"], colours["soft"]):
+        assert contrast(colours["best"], behind) >= 3
+        assert min(contrast(colours[text], behind) for text in ("ink", "faint")) >= 4.5
+
+
+# What it needs
+
+
+@pytest.mark.parametrize("which", ["run", "hostile"])
+def test_page_loads_and_runs_nothing(which, request):
+    text = page(compare([request.getfixturevalue(which)]))
+    found = Elements(text).found
+    assert {tag for tag, _ in found} <= ELEMENTS
+    for tag, attributes in found:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith("#")
+        for address in re.findall(r"url\(([^)]*)\)", str(attributes)):
+            assert address.strip("'\"").startswith("#")
+    [style] = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
+    assert "url(" not in style
+    assert "@import" not in style
+    policies = [a["content"] for tag, a in found if a.get("http-equiv")]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_names_are_shown_and_never_parsed(hostile):
+    text = page(compare([hostile]))
+    found = Elements(text)
+    assert EVIL in found.text
+    assert QUOTED in found.text
+    assert f"{EVIL}/script>$x$" in found.text  # in a picture
+    assert EVIL not in text
+    assert "<img" not in text
+
+
+def test_pictures_take_the_colour_of_the_page_and_share_no_ids(run):
+    text = page(compare([run]))
+    found = Elements(text).found
+    ids = [attributes["id"] for _, attributes in found if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 100
+    used = {a["href"][1:] for tag, a in found if tag == "use"}
+    used |= set(re.findall(r"url\(#([^)]*)\)", text))
+    assert used <= set(ids)
+    assert "currentColor" in text
+    assert "#000000" not in text
+    assert "DejaVu" not in text
+
+
+def test_page_of_the_same_models_has_the_same_bytes(run):
+    assert page(compare([run])) == page(compare([run]))
+
+
+# The file
+
+
+def test_earlier_page_is_replaced_and_nothing_else_is(run, tmp_path):
+    out = tmp_path / "new/report.html"
+    report([run], out)
+    before = out.read_bytes()
+    scored(run / "wanda", score(windows(4.5)))
+    report([run], out)
+    assert out.read_bytes() != before
+    for other in (tmp_path / "notes.html", tmp_path / "new"):
+        if other.suffix:
+            other.write_text("<!doctype html><p>mine")
+        with pytest.raises(UsageError, match=re.escape(str(other))):
+            report([run], other)
+    assert (tmp_path / "notes.html").read_text() == "<!doctype html><p>mine"
+
+
+# How to make the models again
+
+
+def test_commands_make_the_same_bytes_again(cli, pruned, tmp_path, monkeypatch):
+    [row] = compare([pruned]).rows
+    [line] = commands(row)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)
+    assert words[0] == "sparsekit"
+    found = cli(*words[1:])
+    assert found.code == 0, found.stderr
+    again = Checkpoint.open(tmp_path / words[words.index("-o") + 1])
+    assert again.fingerprint == Checkpoint.open(pruned).fingerprint
+
+
+@pytest.fixture
+def rewritten(family, pruned, row_file, tmp_path):
+    """Gives the folder of a tiny model that went through stages that write another form."""
+
+    def folder(*stages: str) -> Path:
+        made = pruned
+        for index, stage in enumerate(stages):
+            out = tmp_path / "made" / f"{index}-{stage}"
+            out.parent.mkdir(exist_ok=True)
+            if stage in ("products", "factored"):
+                form = "dense" if stage == "products" else stage
+                rows = Calibration(source=str(row_file))
+                config = PruneConfig(compensate="lowrank", format=form, calibration=rows)
+                made = prune(config, str(family("llama")), out).out
+            elif stage == "convert":
+                made = convert(str(LEGACY), out).out
+            elif stage == "convert_packed":
+                made = convert_packed(str(LEGACY), out).out
+            else:
+                made = {"pack": pack, "unpack": unpack}[stage](str(made), out).out
+        return made
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stages", "verbs"),
+    [
+        (["pack"], "prune pack"),
+        (["pack", "unpack"], "prune pack unpack"),
+        (["pack", "unpack", "pack"], "prune pack unpack pack"),
+        (["pack", "unpack", "pack", "unpack"], "prune pack unpack pack unpack"),
+        (["factored", "unpack"], "prune unpack"),
+        (["factored", "unpack", "pack", "unpack"], "prune unpack pack unpack"),
+        (["products", "pack", "unpack"], "prune pack unpack"),
+        (["convert"], "convert"),
+        (["convert", "pack", "unpack"], "convert pack unpack"),
+        (["convert_packed"], "convert pack"),
+        (["convert_packed", "unpack"], "convert pack unpack"),
+    ],
+    ids=str,
+)
+def test_commands_of_other_forms_make_the_same_bytes_again(
+    cli, rewritten, tmp_path, monkeypatch, stages, verbs
+):
+    """`unpack` takes the packing out of the history; without it, it would have nothing to do."""
+    made = rewritten(*stages)
+    lines = [shlex.split(line) for line in commands(compare([made]).rows[0])]
+    assert [words[1] for words in lines] == verbs.split()
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    for words in lines:
+        found = cli(*words[1:])
+        assert found.code == 0, found.stderr
+    assert Checkpoint.open(Path(made.name)).fingerprint == Checkpoint.open(made).fingerprint
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["made by us", "made by others"])
+def test_commands_of_a_given_mask_make_the_same_bytes_again(
+    cli, family, pruned, row_file, tmp_path, monkeypatch, told
+):
+    given, dense = shutil.copytree(pruned, tmp_path / "given"), str(family("llama"))
+    if not told:
+        (given / "sparsekit.json").unlink()
+    rows = Calibration(source=str(row_file))
+    config = PruneConfig(refine="dsnot", dense=dense, pattern="2:4", calibration=rows)
+    made = prune(config, str(given), tmp_path / "refined").out
+    lines = [shlex.split(line) for line in commands(compare([made]).rows[0])]
+    assert len(lines) == 1 + told
+    sparse = "refined-1" if told else str(given)
+    assert lines[-1][:5] == ["sparsekit", "prune", sparse, "--dense", dense]
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    for words in lines:
+        found = cli(*words[1:])
+        assert found.code == 0, found.stderr
+    assert Checkpoint.open(Path("refined")).fingerprint == Checkpoint.open(made).fingerprint
+
+
+def test_commands_of_a_given_mask_take_the_dense_model_that_was_made_before(tmp_path):
+    mask = {"path": "sparse", "fingerprint": "e" * 64, "history": []}
+    first, entry = recovered_entry(), pruned_entry("dsnot from the given mask", mask=mask)
+    [row] = compare([checkpoint(tmp_path / "m", first, entry)]).rows
+    _, line = commands(row)
+    assert line.startswith("sparsekit prune sparse --dense m-1 --refine dsnot --pattern 2:4 ")
+
+
+@pytest.mark.parametrize(
+    "rank", ["5%", "100%", "12.5%", "3.3333333%", "0.00001%", f"7.{'123456789' * 6}%"]
+)
+def test_rank_of_a_command_is_the_share_that_was_asked_for(tmp_path, rank):
+    share = PruneConfig(compensate="lowrank", rank=rank).share
+    entry = pruned_entry()
+    entry["recipe"]["compensate"] = str(share)
+    [line] = commands(compare([checkpoint(tmp_path / "m", entry)]).rows[0])
+    words = shlex.split(line)
+    again = words[words.index("--rank") + 1]
+    assert PruneConfig(compensate="lowrank", rank=again).share == share
+
+
+def test_rank_without_an_end_gives_every_weight_the_same_rank(tmp_path):
+    for share in (Fraction(1, 3), Fraction(2, 3), Fraction(5, 7)):  # no `--rank` writes these
+        entry = pruned_entry()
+        entry["recipe"]["compensate"] = str(share)
+        [line] = commands(compare([checkpoint(tmp_path / str(share.numerator), entry)]).rows[0])
+        words = shlex.split(line)
+        told = words[words.index("--rank") + 1]
+        again = PruneConfig(compensate="lowrank", rank=told).share
+        for side in (576, 21_000, 131_072):
+            assert math.ceil(again * side) == math.ceil(share * side)
+
+
+def test_commands_that_score_keep_the_scores_where_they_were(
+    cli, family, pruned, row_file, tmp_path, monkeypatch
+):
+    made = shutil.copytree(pruned, tmp_path / "made")
+    words = ("eval", made, "--baseline", family("llama"), "--text", row_file, "--save")
+    assert cli(*words).code == 0
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    for line in commands(compare([made]).rows[0]):
+        assert cli(*shlex.split(line)[1:]).code == 0
+    [score], [again] = (read_scores(folder) for folder in (made, Path("made")))
+    assert again["perplexity"] == score["perplexity"]
+    assert again["difference"] == score["difference"]
+
+
+def test_command_that_scores_a_model_of_others_keeps_nothing_beside_it(run):
+    [line] = commands(next(row for row in compare([run]).rows if row.name == "dense"))
+    assert line.startswith("sparsekit eval ")
+    assert "--save" not in line
+
+
+def test_commands_are_a_chain_that_the_command_line_takes(run):
+    group = typer.main.get_command(app)
+    for row in compare([run]).rows:
+        made = [shlex.split(line) for line in commands(row)]
+        assert len(made) == len(row.history) + 1  # and its score
+        model = None
+        for words in made:
+            context = group.commands[words[1]].make_context(words[1], words[2:])
+            named = context.params.get("model") or context.params["models"][0]
+            assert model is None or named == model
+            if words[1] != "eval":
+                model = str(context.params["out"])
+        assert model in (None, row.name)
+
+
+def test_commands_have_only_the_options_of_their_method(tmp_path):
+    entry = recovered_entry("ast", 4096)
+    entry["recipe"]["options"] = {"spans": 0, "refresh": 5, "decay": 0.0}
+    entry["recipe"] |= {"metric": "activation", "mixed_precision": "bf16"}
+    [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), entry)]).rows
+    _, line = commands(row)
+    assert "-O refresh=5" in line
+    assert "--metric activation" in line
+    assert "--mixed-precision bf16" in line
+    assert "spans" not in line  # of cast
+
+
+def test_commands_name_what_a_recipe_asked_for(tmp_path):
+    entry = pruned_entry("dsnot from alps")
+    entry["recipe"] |= {
+        "options": {"cycles": "7"},
+        "initial_options": {"damping": "0.05", "penalty": "0.1"},
+        "compensate": "1/20",
+        "skip": ["down_proj", "layers.0"],
+        "propagate": False,
+    }
+    [row] = compare([checkpoint(tmp_path / "my model", entry)]).rows
+    [line] = commands(row)
+    for text in (
+        "sparsekit prune demo --method dsnot --initial alps --pattern 2:4",
+        "-O alps.damping=0.05",
+        "--compensate lowrank --rank 5%",
+        "--skip down_proj --skip layers.0",
+        "--calibration builtin --samples 32 --length 512 --seed 0 --no-propagate",
+        "-o 'my model'",
+    ):
+        assert text in line
+    assert "penalty" not in line  # it is the default
+
+
+def test_stage_that_is_not_all_recorded_is_told(tmp_path):
+    old = {"stage": "prune", "recipe": {}, "source": {}, "weights": []}
+    other = {"stage": "distil"}
+    [row] = compare([checkpoint(tmp_path / "m", old, other)]).rows
+    assert [line[:3] for line in commands(row)] == ["# '", "# '"]
+    assert "not all recorded" in page(compare([tmp_path / "m"]))
+
+
+# In a browser
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("which", ["run", "hostile"])
+def test_chromium_shows_the_page_and_has_nothing_to_complain_of(which, request, tmp_path):
+    out = tmp_path / "report.html"
+    report([request.getfixturevalue(which)], out)
+    shown = chromium(out, tmp_path / "profile")
+    assert "Quality against size and cost" in shown.stdout
+    assert shown.stdout.count("<figure>") == out.read_text().count("<figure>") > 5
+    assert "CONSOLE" not in shown.stderr
+    # The browser's own parser finds no element that the page does not have.
+    assert "<script" not in shown.stdout
+    assert "<img" not in shown.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_chromium_would_tell_of_a_load(run, tmp_path):
+    text = page(compare([run])).replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">')
+    (tmp_path / "bad.html").write_text(text)
+    assert "CONSOLE" in chromium(tmp_path / "bad.html", tmp_path / "profile").stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("which", ["run", "hostile"])
+def test_a_phone_shows_the_page_without_scrolling_sideways(which, request, tmp_path):
+    """390 px wide; with something wider in the page it would be told."""
+    text = page(compare([request.getfixturevalue(which)]))
+    wide = text.replace("<main>", '<main><div style="width: 500px">')
+    assert width_on_a_phone(text, tmp_path) <= 390
+    assert width_on_a_phone(wide, tmp_path) > 390
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_screenshots_of_both_themes(run, tmp_path):
+    """To look at: `pytest tests/reporting/test_page.py -k screenshots --basetemp shots`."""
+    out = tmp_path / "report.html"
+    report([run], out)
+    for theme, (number, background) in {"light": (1, 0xFF), "dark": (0, 0x16)}.items():
+        shot = tmp_path / f"{theme}.png"
+        flags = (f"--screenshot={shot}", "--window-size=1280,5000", "--hide-scrollbars")
+        chromium(
+            out, tmp_path / "profile", *flags, f"--blink-settings=preferredColorScheme={number}"
+        )
+        pixels = imread(shot)
+        assert pixels.shape[:2] == (5000, 1280)
+        assert pixels[2, 2, :3] * 255 == pytest.approx([background] * 3, abs=1)
+        assert len({tuple(pixel) for pixel in pixels[::7, ::7, :3].reshape(-1, 3)}) > 20
+
+
+def width_on_a_phone(text: str, folder: Path) -> int:
+    """How wide a page is in a window of 390 px, which no browser itself makes as narrow."""
+    file = folder / "phone.html"
+    file.write_text(
+        f'<iframe id="phone" width="390" height="800" srcdoc="{escape(text)}"></iframe>'
+        "<output></output><script>onload = () => { document.querySelector('output').textContent ="
+        " phone.contentDocument.documentElement.scrollWidth }</script>"
+    )
+    found = re.search(r"<output>(\d+)</output>", chromium(file, folder / "profile").stdout)
+    assert found is not None
+    return int(found[1])
+
+
+def chromium(file: Path, profile: Path, *more: str) -> subprocess.CompletedProcess:
+    """What the browser makes of a page: its elements on stdout, messages on stderr."""
+    flags = (*FLAGS, f"--user-data-dir={profile}", *(more or ("--dump-dom",)))
+    words = [CHROMIUM, *flags, file.as_uri()]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
