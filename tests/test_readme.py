@@ -15,19 +15,23 @@ from sparsekit.cli.app import app
 from sparsekit.study.recipe import parse
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, RECIPES = (
+    (ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "recipes/README.md")
+)
+LONGEST = 250
 
 
-def blocks(kind: str) -> list[str]:
+def blocks(kind: str, text: str = README) -> list[str]:
     """The fenced blocks of a kind."""
-    return re.findall(rf"```{kind}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def lines() -> list[str]:
     """Every command in a block or between backticks, from the word after `sparsekit`."""
-    shell = "\n".join(blocks("sh")).replace("\\\n", " ")
+    shown = [line.removeprefix("$ ") for block in blocks("text") for line in block.splitlines()]
+    shell = "\n".join([*shown, *blocks("sh"), *blocks("sh", RECIPES)]).replace("\\\n", " ")
     found = re.findall(r"(?<![\w/.])sparsekit (\S.*)", "\n".join(re.split(r"[\n|]|&&", shell)))
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```", "", README + RECIPES, flags=re.DOTALL)
     for code in re.findall(r"`([^`]+)`", prose):
         first, *rest = code.split()
         if rest and (first == "sparsekit" or first in typer.main.get_command(app).commands):
@@ -47,9 +51,14 @@ def unknown(line: str) -> list[str]:
     return sorted(options - {name for p in command.params for name in (*p.opts, *p.secondary_opts)})
 
 
+def test_readme_is_short():
+    assert len(README.splitlines()) <= LONGEST
+
+
 def test_there_are_commands_to_check():
-    assert len(lines()) >= 30
     assert {"recipe ls", "bench infer pruned packed", "eval --save"} <= set(lines())
+    assert "verify pruned --pattern 2:4" in lines()  # of a block of text
+    assert "bench recover demo --batch 8 --length 256" in lines()  # of recipes/README.md
 
 
 @pytest.mark.parametrize("line", lines())
