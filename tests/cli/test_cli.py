@@ -700,17 +700,6 @@ def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tm
     assert_one_line_error(cli(*command[:-1], 0), 2, r"--repeat must be at least 1, not 0")
 
 
-def test_bench_generate_writes_a_checkpoint_that_prune_takes(cli, tmp_path):
-    folder = tmp_path / "random"
-    command = ("bench", "generate", "-o", folder, "--blocks", 1, "--hidden", 64)
-    found = cli(*command)
-    assert (found.code, found.stdout) == (0, f"{folder}\n")
-    assert cli("prune", folder, "-o", tmp_path / "out", "--method", "magnitude").code == 0
-    assert_one_line_error(cli(*command), 2, r"random exists")
-    odd = cli("bench", "generate", "-o", tmp_path / "odd", "--hidden", 65)
-    assert_one_line_error(odd, 2, r"--hidden a multiple of 64")
-
-
 def test_demo_prunes_three_ways_scores_each_and_keeps_the_checkpoints(cli, family, tmp_path):
     command = ("demo", family("llama"), "-o", tmp_path / "demo")
     found = cli(*command, "--json")
@@ -843,24 +832,3 @@ def test_armor_refuses_patterns_and_blocks_that_it_cannot_have(cli, family, row_
     ]:
         found = cli(*command, "--calibration", row_file, *arguments)
         assert_one_line_error(found, 2, match)
-
-
-def test_bench_armor_races_both_solvers(cli, family, row_file):
-    command = ("bench", "armor", family("llama"), "--calibration", row_file, "--decoder-block", 1)
-    weights = ("--weights", "mlp.up_proj,self_attn.q_proj", "--blocks", "8,16")
-    found = cli(*command, *weights, "--iterations", 5, "--json")
-    rows = strict_json(found.stdout)
-    assert [(row["weight"].rpartition(".")[2], row["block"]) for row in rows] == [
-        *(("q_proj", 8), ("q_proj", 16), ("up_proj", 8), ("up_proj", 16))
-    ]
-    for row in rows:
-        assert row["als_loss"] <= row["adam_loss"] < row["first_loss"]
-        assert row["ratio"] == pytest.approx(row["adam_seconds"] / row["als_seconds"])
-    for arguments, match in [
-        (("--weights", "mlp.up"), "no weight 'mlp.up' in a block"),
-        (("--blocks", "7"), "blocks of 7 do not divide"),
-        (("--blocks", "many"), "--blocks takes numbers"),
-        (("--decoder-block", 9), "has 2 decoder blocks, so no 9"),
-        (("--iterations", 0), "--iterations must be at least 1"),
-    ]:
-        assert_one_line_error(cli(*command, *arguments), 2, match)
