@@ -72,6 +72,7 @@ from sparsekit.text.calibration import Calibration
 from sparsekit.progress import Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
+from sparsekit.pruning.prune import prune
 from sparsekit.memory import peak_memory
 
 resident = []
