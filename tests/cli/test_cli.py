@@ -700,34 +700,45 @@ def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tm
     assert_one_line_error(cli(*command[:-1], 0), 2, r"--repeat must be at least 1, not 0")
 
 
-def test_demo_prunes_three_ways_scores_each_and_keeps_the_checkpoints(cli, family, tmp_path):
-    command = ("demo", family("llama"), "-o", tmp_path / "demo")
+def test_demo_prunes_three_ways_keeps_scores_and_writes_the_page(cli, family, tmp_path):
+    out = tmp_path / "demo"
+    command = ("demo", family("llama"), "-o", out)
     found = cli(*command, "--json")
     assert found.code == 0, found.stderr
     value = strict_json(found.stdout)
-    made = ["magnitude-2of4", "wanda-2of4", "sparsegpt-2of4"]
-    assert [Path(row["model"]).name for row in value["models"]] == ["llama", *made]
-    assert [row["prune_seconds"] is None for row in value["models"]] == [True, False, False, False]
-    for row in value["models"][1:]:
-        assert row["difference"]["log_perplexity"]["n"] == row["perplexity"]["windows"]
-        assert cli("verify", row["model"], "--pattern", "2:4").code == 0
-    before = {name: sha256_file(tmp_path / "demo" / name / WEIGHTS) for name in made}
-    stamps = {name: (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns for name in made}
-    again = cli(*command)
-    assert again.stdout == f"{tmp_path / 'demo'}\n"
-    assert again.stderr.count("is there from an earlier demo and is kept") == 3
+    made = ["magnitude", "sparsegpt", "wanda"]
+    assert value["out"] == str(out)
+    assert [row["name"] for row in value["models"]] == ["dense", *made]
+    assert [row["seconds"] is None for row in value["models"]] == [True, False, False, False]
+    for row in value["models"]:
+        (perplexity,) = row["perplexity"]
+        assert perplexity["perplexity"] > 1
+        differences = list(perplexity["log_differences"].values())
+        assert len(differences) == (row["name"] != "dense")
+        assert all(difference["stderr"] > 0 for difference in differences)
     for name in made:
-        assert sha256_file(tmp_path / "demo" / name / WEIGHTS) == before[name]
-        assert (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
-    other = cli("demo", family("llama_tied"), "-o", tmp_path / "demo")
-    assert_one_line_error(other, 2, r"was made in another way")
-    record = tmp_path / "demo" / made[1] / "sparsekit.json"
-    value = json.loads(record.read_text())
-    value["history"][-1]["recipe"]["calibration"] = "of other rows"
-    record.write_text(json.dumps(value))
-    found = cli(*command)
-    assert found.code == 2
-    assert re.search(rf"{made[1]} was made in another way; choose another --out", found.stderr)
+        assert cli("verify", out / name, "--pattern", "2:4").code == 0
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in ("dense", *made))
+    reported = cli("report", *sorted(out.iterdir()), "-o", tmp_path / "again.html", "--json")
+    assert strict_json(reported.stdout)["models"] == value["models"]
+    assert "no scores" not in reported.stderr
+    before = {name: sha256_file(out / name / WEIGHTS) for name in made}
+    stamps = {name: (out / name / WEIGHTS).stat().st_mtime_ns for name in made}
+    again = cli(*command)
+    assert again.stdout == f"{out}\n"
+    assert again.stderr.count(": kept") == 3
+    for name in made:
+        assert sha256_file(out / name / WEIGHTS) == before[name]
+        assert (out / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
+    other = cli("demo", family("llama_tied"), "-o", out)
+    assert_one_line_error(other, 2, r"was made by another recipe: .*choose another --out")
+
+
+def test_demo_is_the_recipe_quickstart(cli, family, tmp_path):
+    assert cli("demo", family("llama"), "-o", tmp_path / "demo").code == 0
+    found = cli("run", "quickstart", f"model={family('llama')}", "-o", tmp_path / "demo", "--json")
+    assert {step["state"] for step in strict_json(found.stdout)["steps"]} == {"kept"}
 
 
 def test_demo_checks_every_method_before_the_first_is_run(cli, family, tmp_path):
