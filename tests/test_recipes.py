@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from sparsekit import registry as methods
@@ -24,7 +23,7 @@ from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.saved_scores import read_scores
 from sparsekit.study.recipe import parse, read_recipe, shipped
 from sparsekit.study.run import run
-from sparsekit.study.schema import read_yaml, schema
+from sparsekit.study.schema import read_yaml, schema, write_yaml
 from sparsekit.text.calibration import Calibration
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +176,7 @@ def shrunken(name: str, model: Path, rows: Path) -> str:
         for verb, words in told["stages"][number].items():
             for given in words if isinstance(words, list) else [words]:
                 shrink(verb, given, str(rows))
-    return yaml.safe_dump(told)
+    return write_yaml(told)
 
 
 def shrink(verb: str, given: dict, rows: str) -> None:
@@ -228,12 +227,12 @@ def test_it_runs_on_a_tiny_model(family, row_file, tmp_path, name):
 
 
 def test_a_recipe_says_each_trap_of_yaml_as_it_is_meant():
-    told = read_yaml("{a: 2:4, b: 50%, c: 1e-4, d: 12, e: 0x1f, f: 1.5, g: .5, h: 1:30, i: 5m}")
+    told = read_yaml("{a: 2:4, b: 50%, c: 1e-4, d: 12, e: no, f: 1.5, g: .5, h: 1:30, i: 5m}")
     assert told == {
-        **{"a": "2:4", "b": "50%", "c": 1e-4, "d": 12, "e": "0x1f", "f": 1.5, "g": 0.5},
+        **{"a": "2:4", "b": "50%", "c": 1e-4, "d": 12, "e": "no", "f": 1.5, "g": 0.5},
         **{"h": "1:30", "i": "5m"},
     }
-    with pytest.raises(UsageError, match="line 2: 'a' is there twice"):
+    with pytest.raises(UsageError, match=r"line 2: .*\"a\""):
         read_yaml("a: 1\na: 2")
 
 
