@@ -164,7 +164,8 @@ def recover_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 def _own_options(recipe: Mapping[str, Any]) -> str:
     """The options that a recoverer has, but for the decay, which is told as it was chosen."""
     names = [option.name for option in methods.describe("recoverers", recipe["method"]).options]
-    told = [f"{n}={recipe['options'][n]}" for n in names if n in recipe["options"] and n != "decay"]
+    options = recipe["options"]
+    told = [f"{n}={methods.as_text(options[n])}" for n in names if n in options and n != "decay"]
     return f"({', '.join(told)})" if told else ""
 
 
