@@ -49,7 +49,7 @@ weights are exact zeros; they make it neither smaller nor faster than other weig
 PACKED = """\
 Not a plain checkpoint: each sparse weight is kept as its values and their places, or as factors.
 `sparsekit.load` and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back;
-after `import sparsekit` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
+after `import sparsekit.hf` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
 finds no weights and says so. It saves space and costs time: each layer unpacks its weight
 whenever it is called."""
 UNPACKED = """\
