@@ -142,6 +142,21 @@ def test_bar_names_the_step_what_is_left_and_the_memory():
     assert "note: something to know\n" in text
 
 
+def test_columns_of_numbers_are_right_aligned_and_names_that_begin_with_a_digit_are_not():
+    shown, terminal = io.StringIO(), Terminal()
+    terminal.stderr = Console(file=shown, width=120)
+    rows = [
+        ("7b-pruned", "2:4", "1,234.5", "+0.1355 ± 0.0795", "50.00%", "12 s", "1e-05", "-"),
+        ("70b", "16", "8", None, "5%", "1 s", "1", "0.25"),
+    ]
+    terminal.table("title", ("model", "ab", "cd", "ef", "gh", "ij", "kl", "mn"), rows)
+    assert [line.rstrip() for line in shown.getvalue().splitlines()[1:]] == [
+        "model       ab       cd                ef      gh    ij     kl    mn",
+        "7b-pruned  2:4  1,234.5  +0.1355 ± 0.0795  50.00%  12 s  1e-05     -",
+        "70b         16        8                        5%   1 s      1  0.25",
+    ]
+
+
 def test_time_left_goes_by_what_this_run_has_done(monkeypatch):
     """Of 1000 steps 900 were done before; one more in 10 s leaves 99 of them."""
     shown, clock = io.StringIO(), iter([0.0, 10.0])
