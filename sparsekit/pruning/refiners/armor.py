@@ -114,19 +114,18 @@ class Armor(Refiner):
         """The factors by coordinate descent, and what to tell of it."""
         fit = BlockFit(weight, core, metric, block=block, keep=pattern.keep, group=pattern.group)
         first = loss = fit.loss()
-        done = singular = 0
+        done = 0
         fall: float | None = None
         while done < self.sweeps and go_on(fall):
             done += 1
             before, loss = loss, fit.sweep()
-            singular = max(singular, fit.singular)
             fall = before - loss
             if fall <= self.tolerance * before:
                 break
         if done:
             fit.fit_left()
             fit.fit_right()
-        return fit, {"sweeps": done, "first_loss": first, "singular_supports": singular}
+        return fit, {"sweeps": done, "first_loss": first}
 
     def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
         """The largest block that divides both sides and holds whole groups; 0: none does.
