@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from sparsekit.model.hf_hook import register
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["evaluate", "load", "masked", "prune", "quantize", "recover", "run"]
-
-
-register()
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ FOLDERS = {
     "recoverers": "recovery/methods",
     "quantizers": "quantization/methods",
 }
+# How an option that holds or does not is given.
+BOOLS = {"yes": True, "no": False, "true": True, "false": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +134,20 @@ def check(
     return values
 
 
+def as_text(value: Any) -> str:
+    """The value of an option as it is written on the command line."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 def _parse(text: str, option: Option, method: str) -> Any:
     kinds = {"int": int, "float": float, "str": str}
+    if option.type == "bool":
+        if text not in BOOLS:
+            raise UsageError(
+                f"option {option.name} of {method} is one of {', '.join(BOOLS)}, not {text!r}",
+                f"its default is {option.default}",
+            )
+        return BOOLS[text]
     if option.type.startswith("Literal["):
         choices = ast.literal_eval(option.type.removeprefix("Literal"))
         if text not in choices:
@@ -188,11 +202,18 @@ def _options(body: list[ast.stmt]) -> list[Option]:
             Option(
                 name=_field(node),
                 type=ast.unparse(node.annotation),
-                default=ast.unparse(node.value) if node.value else "",
+                default=_default(node.value) if node.value else "",
                 help=text,
             )
         )
     return found
+
+
+def _default(value: ast.expr) -> str:
+    """A default as the source has it, and truth values as they are given."""
+    if isinstance(value, ast.Constant) and isinstance(value.value, bool):
+        return as_text(value.value)
+    return ast.unparse(value)
 
 
 def _field(node: ast.stmt) -> str:

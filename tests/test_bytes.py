@@ -82,7 +82,7 @@ def same(table, cli):
 def test_prune_writes_the_same_tensors(same, family, row_file, tmp_path, model, method):
     out = tmp_path / "out"
     rows = () if method == "magnitude" else ("--calibration", row_file)
-    rounds = ("-O", "iterations=8", "-O", "block=8") if method == "armor" else ()
+    rounds = ("-O", "block=8") if method == "armor" else ()
     words = ("prune", family(model), "-o", out, "--method", method, *rows, *rounds)
     same(f"prune {method} {model}", out, *words)
 

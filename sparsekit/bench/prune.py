@@ -1,10 +1,9 @@
 """What pruning costs: time against one plain forward pass, and peak memory."""
 
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import psutil
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import INDEX
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
 from sparsekit.memory import peak_memory
@@ -25,12 +23,8 @@ from sparsekit.pruning.prune import prune
 from sparsekit.text.calibration import Calibration
 from sparsekit.text.rows import TokenRows
 
-# A generated shard is written when it has grown to this size.
-SHARD_BYTES = 1 << 28
 # Why the floor needs the whole model in memory, and what can be had without.
 NEED = {"purpose": "the plain forward", "way_out": "leave it out with --no-floor"}
-# Random token rows beside a generated model, which has no tokenizer.
-ROWS = "rows.safetensors"
 
 
 def bench_prune(
@@ -113,74 +107,3 @@ def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, A
         decoder(input_ids=row[None], use_cache=False)
     wait()
     return time.perf_counter() - started
-
-
-def generate(out: Path, *, blocks: int, hidden: int, seed: int = 0, vocabulary: int = 4096) -> Path:
-    """Write a Llama checkpoint of random bfloat16 weights, shard by shard, for memory benches.
-
-    Token rows to calibrate on lie beside the weights, in `rows.safetensors`.
-
-    Args:
-        out: The folder to make.
-        blocks: Number of decoder blocks.
-        hidden: Hidden size, a multiple of 64; a block has about 25 bytes for each hidden².
-        seed: Seeds the weights.
-        vocabulary: Number of tokens.
-
-    Raises:
-        UsageError: The folder exists or a size does not fit.
-    """
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    if out.exists():
-        raise UsageError(f"the output {out} exists", "choose another folder")
-    if blocks < 1 or hidden < 64 or hidden % 64:
-        raise UsageError("--blocks must be at least 1 and --hidden a multiple of 64")
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    out.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    shapes = list(_llama_shapes(config))
-    number = 1
-    for name, shape in shapes:
-        tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        shard[name] = (tensor if len(shape) == 2 else torch.ones(shape)).bfloat16()
-        weight_map[name] = f"model-{number:05d}.safetensors"
-        if sum(t.nbytes for t in shard.values()) > SHARD_BYTES or name == shapes[-1][0]:
-            save_file(shard, out / weight_map[name], metadata={"format": "pt"})
-            shard = {}
-            number += 1
-    config.save_pretrained(out)
-    rows = torch.randint(vocabulary, (8, 256), generator=generator)
-    save_file({"tokens": rows}, out / ROWS)
-    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return out
-
-
-def _llama_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama checkpoint's tensors."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for index in range(config.num_hidden_layers):
-        block = f"model.layers.{index}"
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{block}.{name}.weight", (hidden,)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{block}.self_attn.{name}.weight", (hidden, hidden)
-        for name in ("gate_proj", "up_proj"):
-            yield f"{block}.mlp.{name}.weight", (wide, hidden)
-        yield f"{block}.mlp.down_proj.weight", (hidden, wide)
-    yield "model.norm.weight", (hidden,)

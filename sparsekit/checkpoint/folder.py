@@ -26,6 +26,11 @@ PACKED_INDEX = "sparsekit-weights.safetensors.index.json"
 PACKED_METHOD = "sparsekit"
 
 
+def config_of(source: PretrainedConfig) -> dict[str, Any]:
+    """A configuration without the place that it was read from."""
+    return {key: value for key, value in source.to_dict().items() if key != "_name_or_path"}
+
+
 def is_packed(told: Any) -> bool:
     """Whether a `quantization_config` is that of a checkpoint whose weights are factors only."""
     return isinstance(told, Mapping) and told.get("quant_method") == PACKED_METHOD

@@ -28,10 +28,8 @@ from sparsekit.cli.options import (
     Source,
     named,
 )
-from sparsekit.errors import UsageError
 from sparsekit.pruning.config import prune_config
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.text.calibration import Calibration
 
 app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
@@ -90,79 +88,6 @@ def bench_prune(
         name = named(model)
         result = stage(config, name, repeat=repeat, floor=floor, scratch=scratch, progress=progress)
         show_bench(terminal, result)
-
-
-@app.command("generate")
-def bench_generate(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    blocks: Annotated[int, typer.Option(help="Decoder blocks.")] = 132,
-    hidden: Annotated[int, typer.Option(help="Hidden size; 132 blocks of 1024 are 3.2 GB.")] = 1024,
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Write a Llama checkpoint of random weights for memory benches.
-
-    Example: sparsekit bench generate -o random-3gb; then sparsekit bench prune random-3gb
-    --calibration random-3gb/rows.safetensors --no-floor --repeat 1
-    """
-    terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working():
-        from sparsekit.bench.prune import generate
-
-        path = generate(out, blocks=blocks, hidden=hidden, seed=seed)
-        terminal.result(path, {"out": str(path)})
-
-
-@app.command("armor")
-def bench_armor(
-    model: Model = "demo",
-    weights: Annotated[
-        str, typer.Option(help="Modules of the decoder block, comma-separated.")
-    ] = "self_attn.k_proj,self_attn.q_proj,mlp.up_proj",
-    blocks: Annotated[str, typer.Option(help="Sides of the blocks, comma-separated.")] = "32,64",
-    decoder_block: Annotated[int, typer.Option(help="Number of the decoder block.")] = 10,
-    iterations: Annotated[int, typer.Option(help="Published iterations to run.")] = 1500,
-    calibration: Source = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration rows. Default: 8 of builtin.")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a row. Default: 512 of builtin.")
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Race ARMOR's two solvers: Adam as published, and coordinate descent to the same loss.
-
-    Example: sparsekit bench armor demo
-    """
-    terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working() as progress:
-        try:
-            sides = [int(side) for side in blocks.split(",")]
-        except ValueError as error:
-            raise UsageError(f"--blocks takes numbers, not {blocks!r}") from error
-        if calibration is None:
-            samples = 8 if samples is None else samples
-            length = 512 if length is None else length
-        rows = Calibration(source=calibration or "builtin", samples=samples, length=length)
-        rows.check()
-        name = named(model)
-        from sparsekit.bench.armor import race as stage
-
-        result = stage(
-            name,
-            weights=[weight.strip() for weight in weights.split(",")],
-            blocks=sides,
-            decoder_block=decoder_block,
-            iterations=iterations,
-            calibration=rows,
-            progress=progress,
-        )
-        show_race(terminal, result)
 
 
 @app.command("recover")
@@ -312,29 +237,3 @@ def show_bench(terminal: Terminal, result: dict[str, Any]) -> None:
     ]
     terminal.table(f"{result['method']} {result['pattern']}", ("", ""), rows)
     terminal.result("-" if ratio is None else f"{ratio:.3f}", result)
-
-
-def show_race(terminal: Terminal, rows: list[dict[str, Any]]) -> None:
-    """Both solvers of ARMOR, one line for each weight and side; stdout has the least ratio."""
-    terminal.table(
-        "the loss of Adam, and coordinate descent until it is as low",
-        ("weight", "block", "NoWag-P", "Adam", "its s", "its steps", "als", "its s", "sweeps", "x"),
-        [
-            (
-                row["weight"],
-                row["block"],
-                f"{row['first_loss']:.5f}",
-                f"{row['adam_loss']:.5f}",
-                f"{row['adam_seconds']:.1f}",
-                row["adam_iterations"],
-                f"{row['als_loss']:.5f}",
-                f"{row['als_seconds']:.2f}",
-                row["als_sweeps"],
-                "not reached" if row["ratio"] is None else f"{row['ratio']:.1f}",
-            )
-            for row in rows
-        ],
-    )
-    ratios = [row["ratio"] for row in rows]
-    least = None if None in ratios else min(ratios)
-    terminal.result("-" if least is None else f"{least:.1f}", rows)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ FEWER_ROWS = "fewer --samples or a shorter --length take less"
 SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
 FILE_WIDTH = 160
+# A cell of a column of numbers: nothing, or one with its unit and standard error, 2:4 and 1/8 too.
+NUMBER = re.compile(r"(-|[-+]?[\d.,:/]+(e[-+]?\d+)?%?( ± [\d.,]+)?( (s|MB|GB))?)?\Z")
 
 
 class Terminal:
@@ -63,7 +66,7 @@ class Terminal:
             show_header=any(columns),
         )
         for index, column in enumerate(columns):
-            numeric = all(row[index][:1] in "+-0123456789" for row in cells)
+            numeric = all(NUMBER.match(row[index]) for row in cells)
             table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(Text, row))

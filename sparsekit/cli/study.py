@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsekit.cli import complete
-from sparsekit.cli.console import Terminal, paired_text
+from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, named, refuse_timed
 from sparsekit.cli.plan import plan_costs, plans_together
 from sparsekit.cli.report import show_table
@@ -15,7 +15,6 @@ from sparsekit.errors import UsageError
 from sparsekit.files import write_atomic
 
 if TYPE_CHECKING:
-    from sparsekit.study.demo import DemoRow
     from sparsekit.study.run import Done
 
 
@@ -177,16 +176,22 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a small real model to 2:4 three ways, score each, and leave the checkpoints.
+    """Prune a small real model to 2:4 three ways, score each, and write a page on them.
+
+    This is the recipe quickstart; an interrupted run is resumed.
 
     Example: sparsekit demo
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(resumable=True) as progress:
         name = named(model)
+        from sparsekit.study.demo import PAGE
         from sparsekit.study.demo import demo as stage
 
-        show_demo(terminal, stage(name, out, progress), out)
+        comparison = stage(name, out, progress)
+        show_table(terminal, comparison)
+        terminal.note(f"the same with pictures: {out / PAGE}")
+        terminal.result(out, {"out": str(out), **comparison.to_json()})
 
 
 def show_run(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
@@ -217,25 +222,3 @@ def _seconds(done: "Done") -> str | None:
     if done.plan is not None and (seconds := done.plan.get("seconds_estimate")) is not None:
         return f"about {seconds:.0f}"
     return f"{done.seconds:.0f}" if done.state == "made" else None
-
-
-def show_demo(terminal: Terminal, rows: "Sequence[DemoRow]", out: Path) -> None:
-    """The demo's table."""
-    cells, values = [], []
-    for row in rows:
-        measured = row.score.perplexity
-        assert measured is not None
-        cells.append(
-            (
-                row.name,
-                f"{measured.value:.2f}",
-                paired_text(row.score.difference.get("log_perplexity")),
-                "" if row.seconds is None else f"{row.seconds:.0f} s",
-            )
-        )
-        values.append({**row.score.to_json(), "prune_seconds": row.seconds})
-    first = rows[0].score.perplexity
-    assert first is not None
-    title = f"perplexity on {first.text}: {first.windows} windows of {first.length} tokens"
-    terminal.table(title, ("model", "perplexity", "log difference", "pruned in"), cells)
-    terminal.result(out, {"out": str(out), "models": values})

@@ -171,7 +171,7 @@ def _unread(form: Form) -> Verdict:
 
 def _transformers(form: Form) -> Verdict:
     if form.kind == "packed":
-        reason = "after import sparsekit; each layer unpacks its weight whenever it is called"
+        reason = "after import sparsekit.hf; each layer unpacks its weight whenever it is called"
         return Verdict("yes", "yes", "no", reason)
     if form.kind == "quantized":
         reason = "smaller on disk; the first forward pass expands the weights in memory"

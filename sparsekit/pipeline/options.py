@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any, Protocol, TypeVar
 
 from sparsekit.errors import UsageError
+from sparsekit.registry import as_text
 from sparsekit.text.calibration import Calibration
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -82,7 +83,7 @@ def parsed(option: MethodOptions) -> dict[str, str]:
         UsageError: One has no value, or is given twice.
     """
     if isinstance(option, Mapping):
-        return {key: _text(value) for key, value in option.items()}
+        return {key: as_text(value) for key, value in option.items()}
     options: dict[str, str] = {}
     for item in option:
         key, equals, value = item.partition("=")
@@ -92,11 +93,6 @@ def parsed(option: MethodOptions) -> dict[str, str]:
             raise UsageError(f"option {key.strip()!r} is given twice", "leave out one")
         options[key.strip()] = value.strip()
     return options
-
-
-def _text(value: object) -> str:
-    """A value of YAML as one would write it on the command line; its `yes` is a truth value."""
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def seconds(text: str, flag: str = "--budget") -> float:

@@ -49,7 +49,7 @@ weights are exact zeros; they make it neither smaller nor faster than other weig
 PACKED = """\
 Not a plain checkpoint: each sparse weight is kept as its values and their places, or as factors.
 `sparsekit.load` and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back;
-after `import sparsekit` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
+after `import sparsekit.hf` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
 finds no weights and says so. It saves space and costs time: each layer unpacks its weight
 whenever it is called."""
 UNPACKED = """\
@@ -164,7 +164,8 @@ def recover_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 def _own_options(recipe: Mapping[str, Any]) -> str:
     """The options that a recoverer has, but for the decay, which is told as it was chosen."""
     names = [option.name for option in methods.describe("recoverers", recipe["method"]).options]
-    told = [f"{n}={recipe['options'][n]}" for n in names if n in recipe["options"] and n != "decay"]
+    options = recipe["options"]
+    told = [f"{n}={methods.as_text(options[n])}" for n in names if n in options and n != "decay"]
     return f"({', '.join(told)})" if told else ""
 
 

@@ -188,9 +188,6 @@ class PruneConfig:
         told = methods.describe("refiners", self.refiner) if self.refiner else None
         if self.budget is not None and not (told and told.rounds):
             raise UsageError(f"--budget has no effect on {self.title}", "armor takes one")
-        solver = self.options_of("refiners").get("solver", "als" if self.preset is None else "adam")
-        if self.budget is not None and solver == "adam":
-            raise UsageError("--budget has no effect on solver=adam", "give it -O iterations=500")
         if self.refiner is None and self.preset is not None:
             raise UsageError("--preset has no effect without a refinement", "pass --refine dsnot")
 

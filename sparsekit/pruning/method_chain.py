@@ -95,7 +95,7 @@ class Chain:
         """The options of each method, as text."""
         told = {}
         for kind, step in zip(("options", "initial_options"), reversed(self.steps), strict=False):
-            told[kind] = {key: str(value) for key, value in asdict(step).items()}
+            told[kind] = {key: methods.as_text(value) for key, value in asdict(step).items()}
         return told
 
     def block_of(self, target: Target, pattern: Pattern) -> int:

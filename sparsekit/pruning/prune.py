@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.folder import config_of
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
@@ -149,7 +150,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
         "stage": "prune",
         "numerics": NUMERICS,
         "source": fingerprint,
-        "config": sha256_json(_config(job)),
+        "config": sha256_json(config_of(job.source.config)),
         "layout": job.source.layout,
         "method": job.config.title,
         "pattern": str(job.pattern),
@@ -187,7 +188,6 @@ def _entry(
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
         "versions": recipe["versions"],
         "calibration": rows.to_json(job.calibration.seed) if rows and job.calibration else None,
-        "tested_family": job.stream.tested,
         "totals": totals(weights),
         "weights": weights,
         "skipped": job.skipped,
@@ -200,12 +200,6 @@ def _mask_source(job: Job, model: str) -> dict[str, Any] | None:
         return None
     made = [{k: v for k, v in e.items() if k != "weights"} for e in job.chain.given.pruned()]
     return {"path": model, "fingerprint": job.chain.given.fingerprint, "history": made}
-
-
-def _config(job: Job) -> dict[str, Any]:
-    """The model's configuration without the place that it was read from."""
-    found = job.source.config.to_dict()
-    return {key: value for key, value in found.items() if key != "_name_or_path"}
 
 
 def _tell_trouble(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:

@@ -128,7 +128,6 @@ def _entry(
         "recipe": {key: value for key, value in recipe.items() if key not in UNTOLD},
         "versions": recipe["versions"],
         "calibration": rows.to_json(job.calibration.seed) if rows and job.calibration else None,
-        "tested_family": job.stream.tested,
         "totals": {
             "weights": len(weights),
             "size": size,

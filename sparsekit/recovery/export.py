@@ -43,7 +43,7 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
     settles = optimizer.rule.frees and not optimizer.rule.hides
     flips = optimizer.refresh() if training.refresh else 0
     (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
-    found = {"last_flips": flips, "sparsity_measure": sparsity_measure(optimizer)}
+    found = {"sparsity_measure": sparsity_measure(optimizer)}
     tokens = training.rows.take(0, 1).to(training.student.device)
     before = hidden_states(training.student, tokens) if settles else None
     for weight in optimizer.sparse.values():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsekit.checkpoint.folder import config_of
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
 from sparsekit.model.device import pick_device
@@ -137,7 +138,7 @@ def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
         if key not in ("data", "teacher", "save_every", "eval_every", "eval_text", "dtype")
     }
     own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
-    model = {k: v for k, v in job.source.config.to_dict().items() if k != "_name_or_path"}
+    model = config_of(job.source.config)
     return {
         "stage": "recover",
         "numerics": NUMERICS,

@@ -59,6 +59,9 @@ class MaskedAdam:
         settings: The constants.
         sum_shards: Replaces a tensor by its sum over all processes, where parameters are sharded
             over these by rows (as `fully_shard` does); what is here are then the rows of this one.
+
+    Raises:
+        NumericalError: A mask does not fit its weight.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class MaskedAdam:
         self.settings = settings
         self.steps = 0
         """Steps taken."""
+        for name, weight in self.sparse.items():
+            _require_mask(name, weight)
         self._first = {name: pack_bits(weight.mask) for name, weight in self.sparse.items()}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, weight in self.sparse.items():
@@ -183,7 +188,7 @@ class MaskedAdam:
         """Go on from an earlier `state`, after so many steps.
 
         Raises:
-            NumericalError: The state does not fit, or its second moments are all zero.
+            NumericalError: The state does not fit.
         """
         own = self.state()
         wrong = sorted(own.keys() ^ state.keys())
@@ -192,8 +197,6 @@ class MaskedAdam:
         ]
         if wrong:
             raise NumericalError(f"the saved state does not fit this run: {wrong[0]}")
-        if steps and not any(state[f"{name}.square"].any() for name in self._moments):
-            raise NumericalError("the second moments of the saved state are all zero")
         for name, tensor in own.items():
             if not name.endswith(".mask"):
                 tensor.copy_(state[name])
@@ -242,17 +245,8 @@ class MaskedAdam:
         done: float,
     ) -> None:
         """One step of a sparse weight and its scale."""
-        mask, values = weight.mask, weight.weight
-        if not isinstance(mask, Tensor):
-            raise NumericalError(f"{name}: the mask is {mask!r}, no tensor")
-        fits = mask.shape == values.shape and mask.device == values.device
-        if not fits or mask.dtype != torch.bool:
-            raise NumericalError(
-                f"{name}: a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} does not fit "
-                f"a weight {tuple(values.shape)} on {values.device}"
-            )
         decay = self.settings.weight_decay
-        self._adam(name, values, gradients[name], factor, rate, decay, mask, done)
+        self._adam(name, weight.weight, gradients[name], factor, rate, decay, weight.mask, done)
         if weight.scale is not None:
             self._adam(name + SCALE, weight.scale, gradients[name + SCALE], factor, rate, 0.0)
         weight.publish(hides=self.rule.hides)
@@ -287,6 +281,20 @@ class MaskedAdam:
             size = (square / (1 - beta2**self.steps)).add_(NEXT_TO_NOTHING).sqrt_()
             size += self.settings.epsilon
             w.addcdiv_(mixed, size, value=-rate / (1 - beta1**self.steps))
+
+
+def _require_mask(name: str, weight: SparseWeight) -> None:
+    """Refuse a mask that does not fit its weight.
+
+    Raises:
+        NumericalError: Names the weight.
+    """
+    mask, values = weight.mask, weight.weight
+    if mask.shape != values.shape or mask.device != values.device or mask.dtype != torch.bool:
+        raise NumericalError(
+            f"{name}: a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} does not fit "
+            f"a weight {tuple(values.shape)} on {values.device}"
+        )
 
 
 def _pieces(tensor: Tensor) -> list[slice | EllipsisType]:

@@ -17,7 +17,7 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import Patterns, family_notes
 from sparsekit.pipeline.source import open_source, refuse_packed, require_room
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
@@ -299,12 +299,7 @@ def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> li
                 f"products in bfloat16 take {times:.1f} times as long as in float32 on this "
                 "machine: --mixed-precision no is faster"
             )
-    if not stream.tested:
-        found.append(
-            f"{source.config.model_type!r} is not among the tested families: compare the output's "
-            "perplexity with the source's"
-        )
-    return found
+    return [*found, *family_notes(stream)]
 
 
 def chosen(config: RecoverConfig) -> tuple[RecoverConfig, str]:

@@ -102,10 +102,7 @@ def recover(
             return None
         name = title(model)
         log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
-        entry = _entry(work, model, training, finished, weights) | {
-            "kept_mass": log.kept_mass,
-            "resumed_steps": log.earlier_steps,
-        }
+        entry = _entry(work, model, training, finished, weights) | {"kept_mass": log.kept_mass}
         told = work.cost.told()
         entry |= told | {"seconds": round(told["seconds"] + log.earlier_seconds, 3)}
         origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsekit.checkpoint.folder import config_of
 from sparsekit.errors import DataError, NumericalError, StorageError
 from sparsekit.files import (
     CACHED,
@@ -69,13 +70,12 @@ class TopTeacher:
         cls, job: Recovery, rows: TrainingRows, load: Callable[[], PreTrainedModel]
     ) -> TopTeacher:
         """The teacher of a run with `--teacher-top`; no file is looked at yet."""
-        config = job.teacher.config.to_dict()
         on_cpu = job.device.type == "cpu"
         key = {
             "format": CACHE_FORMAT,
             "numerics": NUMERICS,
             "teacher": job.teacher.fingerprint,
-            "config": sha256_json({k: v for k, v in config.items() if k != "_name_or_path"}),
+            "config": sha256_json(config_of(job.teacher.config)),
             "count": job.config.teacher_top,
             "temperature": float(job.config.temperature),
             "versions": [version(name) for name in ("torch", "transformers")],

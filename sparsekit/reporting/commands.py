@@ -171,12 +171,12 @@ def _options(kind: str, method: str, options: Mapping[str, Any], prefix: str = "
         if is_known and name not in default:
             continue
         if _plain(value) != _plain(default.get(name, "")):
-            yield from ("-O", f"{prefix}{name}={value}")
+            yield from ("-O", f"{prefix}{name}={methods.as_text(value)}")
 
 
 def _plain(value: Any) -> str:
     """A value as text, the same for all spellings of a number."""
-    text = str(value).strip("'\"")
+    text = methods.as_text(value).strip("'\"")
     try:
         return repr(float(text))
     except ValueError:

@@ -82,13 +82,14 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
     Args:
         folders: Each a checkpoint, or a folder that holds checkpoints: those directly in it count,
-            by name, and before them what is only scored, as the dense model.
+            by name, and before them what is only scored, as the dense model. Files among folders
+            are left out, so that `study/*` names the models of a run.
 
     Raises:
         DataError: A folder is no checkpoint and holds none, or a file in one is damaged.
     """
     places: dict[Path, Path] = {}
-    for folder in folders:
+    for folder in [f for f in folders if not f.is_file()] or folders:
         for place in _places(folder):
             places.setdefault(place.resolve(), place)
     rows = _named([read_row(place) for place in places.values()])

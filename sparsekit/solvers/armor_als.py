@@ -29,8 +29,6 @@ DEAD = 1e-12
 GROUP_RIDGE = 1e-9
 # The way that is tried beyond a sweep grows by the first factor when it helped, else by the second.
 LONGER, SHORTER = 1.3, 0.5
-# Below this reciprocal condition a group's matrix counts as singular.
-SINGULAR = 1e-7
 
 
 class BlockFit:
@@ -69,8 +67,6 @@ class BlockFit:
         self._supports = torch.tensor(supports, device=weight.device)  # [supports, N]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
         self._reach = 1.0  # how far to go beyond a sweep, in units of its way
-        self.singular = 0
-        """Supports of groups whose matrix was singular in the last core step."""
 
     def product(self) -> Tensor:
         """A S B, `[out, in]`."""
@@ -148,7 +144,6 @@ class BlockFit:
         pull = _rows(pull, b) / diagonal[:, :, None]
         core = _rows(self.core, b)
         solve = _GroupSolver(inner, self._supports, self.group)
-        self.singular = solve.singular
         for i in range(b):
             slope = (curve[:, i : i + 1] @ image)[:, 0] - pull[:, i]  # half the gradient [J, in]
             change = solve.row(core[:, i], slope)
@@ -172,7 +167,6 @@ class _GroupSolver:
             metric[:, :stop, stop - group : stop].contiguous()
             for stop in range(group, self.side + 1, group)
         ]
-        self.singular = 0
         self.maps = self._maps(metric, supports)
 
     def row(
@@ -207,8 +201,6 @@ class _GroupSolver:
         ridge = GROUP_RIDGE * torch.eye(keep, device=device, dtype=torch.float64)
         inverse, _ = torch.linalg.inv_ex(parts / size + ridge)
         inverse = inverse.masked_fill(dead, 0.0) / size
-        self.singular = int(((inverse * size).abs().amax((-1, -2)) > 1 / SINGULAR).sum())
-        self.singular += int(dead.sum())
         maps = torch.zeros(*parts.shape[:3], group, group, device=device)
         index = torch.arange(count, device=device)[:, None, None]
         into = index, supports[:, :, None], supports[:, None, :]

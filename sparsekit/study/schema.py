@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from io import StringIO
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
 
 from sparsekit.errors import UsageError, did_you_mean
 from sparsekit.pruning.config import prune_config
@@ -34,67 +36,28 @@ BESIDE = ("name", "from")
 MORE = {"eval": {"baseline": (str | None, None)}}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2:4 and 50% are text, 1e-4 is a number, a key comes once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node.
-
-        Raises:
-            UsageError: A key comes twice.
-        """
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise UsageError(f"line {key.start_mark.line + 1}: a key is not a word")
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise UsageError(f"line {line}: {key.value!r} is there twice", "leave out one")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+class _Texts(SafeConstructor):
+    """Leaves a date as text."""
 
 
-OTHER = ("int", "float", "timestamp")
-# YAML 1.1 reads 2:4 as a number to the base of 60, and 1e-4 as text.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in OTHER]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})\Z"), list("-+0123456789")
-)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?\Z"),
-    list("-+.0123456789"),
-)
+_Texts.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """The value of a YAML 1.2 text: 2:4, 50%, yes and no are text, 1e-4 is a number.
 
     Raises:
         UsageError: It is not YAML, or a key comes twice; the line is told.
     """
     try:
-        return yaml.load(text, _Loader)
+        return _yaml().load(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"not valid YAML: {str(error)[:80]}") from error
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or str(error).split("\n")[0]
         raise UsageError(f"{place}not valid YAML: {reason}") from error
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would read as something else than text."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def write_yaml(value: Any) -> str:
@@ -103,10 +66,21 @@ def write_yaml(value: Any) -> str:
     Raises:
         UsageError: It holds what YAML has no form for.
     """
+    text = StringIO()
     try:
-        return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    except yaml.YAMLError as error:
+        _yaml().dump(value, text)
+    except YAMLError as error:
         raise UsageError(f"a recipe holds text, numbers and lists: {error}"[:200]) from error
+    return text.getvalue()
+
+
+def _yaml() -> YAML:
+    """A reader and writer, of which each use needs a new one."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Texts
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    return yaml
 
 
 def _fields(verb: str) -> dict[str, tuple[Any, Any]]:
@@ -189,9 +163,7 @@ def _told(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any], path: s
         else:
             wanted = " or ".join(dict.fromkeys(error["msg"].lower() for error in same))
             given = same[0]["input"]
-            text = isinstance(given, bool) and "string" in wanted
-            quoted = " (YAML reads no, off, yes and on as that: quote the word)" if text else ""
-            found.append(f"{path}.{key}: {wanted}, not {given!r}{quoted}")
+            found.append(f"{path}.{key}: {wanted}, not {given!r}")
     return found
 
 

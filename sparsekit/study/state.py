@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.folder import config_of
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import DataError, UsageError
@@ -252,8 +253,7 @@ def _print_of_all(source: Checkpoint, progress: Progress) -> str:
     Raises:
         DataError: The model cannot be read.
     """
-    config = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
-    told = json.dumps(config, sort_keys=True, default=str)
+    told = json.dumps(config_of(source.config), sort_keys=True, default=str)
     return sha256_json([source.scan(progress), told, tokenizer_key(source)])
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Patterns that `inspect` looks for, besides those of the history; the strictest first.
+# Patterns that `inspect` looks for, besides those of the history, and `pack` tries; the strictest
+# first.
 SOUGHT = ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")
 # Up to this group length, comparing all pairs of a group beats sorting it (12x at 4).
 PAIRWISE_GROUP = 16

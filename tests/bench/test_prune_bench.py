@@ -1,4 +1,4 @@
-"""The benches: a ratio of measured times, and a checkpoint of random weights."""
+"""The bench of pruning: a ratio of measured times, and memory that does not grow with the depth."""
 
 import json
 import math
@@ -10,14 +10,13 @@ from statistics import median
 
 import pytest
 import torch
+from random_llama import random_llama
 
 from sparsekit.bench import prune as bench
-from sparsekit.bench.prune import bench_prune, generate
+from sparsekit.bench.prune import bench_prune
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import INDEX
 from sparsekit.errors import DataError, UsageError
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.prune import prune
 from sparsekit.text.calibration import Calibration
 
 
@@ -103,7 +102,7 @@ def watched(folder: Path, row_file: Path, out: Path, method: str) -> dict:
 
 
 def test_memory_of_a_fresh_process_does_not_grow_with_the_depth(tmp_path, row_file):
-    folder = generate(tmp_path / "random", blocks=32, hidden=512, vocabulary=300)
+    folder = random_llama(tmp_path / "random", blocks=32, hidden=512, vocabulary=300)
     each = Checkpoint.open(folder).n_bytes // 32  # 6 MB
     resident = watched(folder, row_file, tmp_path / "out", "wanda")["resident"]
     assert len(resident) == 32
@@ -117,51 +116,7 @@ def test_memory_of_a_fresh_process_does_not_grow_with_the_depth(tmp_path, row_fi
     ("method", "blocks"), [("magnitude", 3), ("wanda", 3), ("sparsegpt", 3), ("alps", 1)]
 )
 def test_memory_estimate_of_the_plan_holds(tmp_path, row_file, method, blocks):
-    folder = generate(tmp_path / "random", blocks=blocks, hidden=768, vocabulary=300)
+    folder = random_llama(tmp_path / "random", blocks=blocks, hidden=768, vocabulary=300)
     found = watched(folder, row_file, tmp_path / "out", method)
     # An estimate that is too low is of no use; one that is four times too high neither.
     assert found["estimate"] / 4 < found["peak"] < found["estimate"]
-
-
-@pytest.mark.parametrize("shard", [1 << 29, 100_000])
-def test_generated_checkpoint_loads_and_can_be_pruned(tmp_path, monkeypatch, rows, shard):
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setattr(bench, "SHARD_BYTES", shard)
-    folder = generate(tmp_path / "random", blocks=3, hidden=64, vocabulary=300)
-    index = json.loads((folder / INDEX).read_text())
-    assert (len(set(index["weight_map"].values())) > 1) == (shard == 100_000)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert model.dtype == torch.bfloat16
-    assert len(model.model.layers) == 3
-    with torch.no_grad():
-        assert model(input_ids=rows).logits.isfinite().all()
-    weight = model.model.layers[2].mlp.down_proj.weight
-    assert weight.float().std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.05)
-    made = prune(PruneConfig(method="magnitude"), str(folder), tmp_path / "out")
-    assert made.entry["totals"]["weights"] == 21
-
-
-def test_generated_weights_depend_on_the_seed_alone(tmp_path):
-    def fingerprint(name: str, seed: int) -> str:
-        return Checkpoint.open(
-            generate(tmp_path / name, blocks=1, hidden=64, vocabulary=64, seed=seed)
-        ).scan()
-
-    first = fingerprint("a", 1)
-    assert fingerprint("b", 1) == first
-    assert fingerprint("c", 2) != first
-
-
-@pytest.mark.parametrize(("blocks", "hidden"), [(0, 64), (1, 0), (1, 100), (1, -64)])
-def test_sizes_that_do_not_fit_are_refused(tmp_path, blocks, hidden):
-    with pytest.raises(UsageError, match="--blocks must be at least 1 and --hidden a multiple"):
-        generate(tmp_path / "random", blocks=blocks, hidden=hidden)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_existing_folder_is_not_generated_over(tmp_path):
-    with pytest.raises(UsageError, match="exists"):
-        generate(tmp_path, blocks=1, hidden=64)

@@ -1,6 +1,7 @@
 """Every command as a user meets it: exit codes, the one result on stdout, tables on stderr."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from verbs import commands
 
@@ -121,6 +123,21 @@ def test_memory_that_runs_out_is_told_with_a_way_out(capsys, error):
         raise error
     assert caught.value.exit_code == 1
     assert re.fullmatch(r"error: out of memory; fewer --samples [^\n]+\n", capsys.readouterr().err)
+
+
+def test_columns_of_numbers_are_right_aligned_and_names_that_begin_with_a_digit_are_not():
+    shown, terminal = io.StringIO(), Terminal()
+    terminal.stderr = Console(file=shown, width=120)
+    rows = [
+        ("7b-pruned", "2:4", "1,234.5", "+0.1355 ± 0.0795", "50.00%", "12 s", "1e-05", "-"),
+        ("70b", "16", "8", None, "5%", "1 s", "1", "0.25"),
+    ]
+    terminal.table("title", ("model", "ab", "cd", "ef", "gh", "ij", "kl", "mn"), rows)
+    assert [line.rstrip() for line in shown.getvalue().splitlines()[1:]] == [
+        "model       ab       cd                ef      gh    ij     kl    mn",
+        "7b-pruned  2:4  1,234.5  +0.1355 ± 0.0795  50.00%  12 s  1e-05     -",
+        "70b         16        8                        5%   1 s      1  0.25",
+    ]
 
 
 def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file, tmp_path):
@@ -668,45 +685,45 @@ def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tm
     assert_one_line_error(cli(*command[:-1], 0), 2, r"--repeat must be at least 1, not 0")
 
 
-def test_bench_generate_writes_a_checkpoint_that_prune_takes(cli, tmp_path):
-    folder = tmp_path / "random"
-    command = ("bench", "generate", "-o", folder, "--blocks", 1, "--hidden", 64)
-    found = cli(*command)
-    assert (found.code, found.stdout) == (0, f"{folder}\n")
-    assert cli("prune", folder, "-o", tmp_path / "out", "--method", "magnitude").code == 0
-    assert_one_line_error(cli(*command), 2, r"random exists")
-    odd = cli("bench", "generate", "-o", tmp_path / "odd", "--hidden", 65)
-    assert_one_line_error(odd, 2, r"--hidden a multiple of 64")
-
-
-def test_demo_prunes_three_ways_scores_each_and_keeps_the_checkpoints(cli, family, tmp_path):
-    command = ("demo", family("llama"), "-o", tmp_path / "demo")
+def test_demo_prunes_three_ways_keeps_scores_and_writes_the_page(cli, family, tmp_path):
+    out = tmp_path / "demo"
+    command = ("demo", family("llama"), "-o", out)
     found = cli(*command, "--json")
     assert found.code == 0, found.stderr
     value = strict_json(found.stdout)
-    made = ["magnitude-2of4", "wanda-2of4", "sparsegpt-2of4"]
-    assert [Path(row["model"]).name for row in value["models"]] == ["llama", *made]
-    assert [row["prune_seconds"] is None for row in value["models"]] == [True, False, False, False]
-    for row in value["models"][1:]:
-        assert row["difference"]["log_perplexity"]["n"] == row["perplexity"]["windows"]
-        assert cli("verify", row["model"], "--pattern", "2:4").code == 0
-    before = {name: sha256_file(tmp_path / "demo" / name / WEIGHTS) for name in made}
-    stamps = {name: (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns for name in made}
-    again = cli(*command)
-    assert again.stdout == f"{tmp_path / 'demo'}\n"
-    assert again.stderr.count("is there from an earlier demo and is kept") == 3
+    made = ["magnitude", "sparsegpt", "wanda"]
+    assert value["out"] == str(out)
+    assert [row["name"] for row in value["models"]] == ["dense", *made]
+    assert [row["seconds"] is None for row in value["models"]] == [True, False, False, False]
+    for row in value["models"]:
+        (perplexity,) = row["perplexity"]
+        assert perplexity["perplexity"] > 1
+        differences = list(perplexity["log_differences"].values())
+        assert len(differences) == (row["name"] != "dense")
+        assert all(difference["stderr"] > 0 for difference in differences)
     for name in made:
-        assert sha256_file(tmp_path / "demo" / name / WEIGHTS) == before[name]
-        assert (tmp_path / "demo" / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
-    other = cli("demo", family("llama_tied"), "-o", tmp_path / "demo")
-    assert_one_line_error(other, 2, r"was made in another way")
-    record = tmp_path / "demo" / made[1] / "sparsekit.json"
-    value = json.loads(record.read_text())
-    value["history"][-1]["recipe"]["calibration"] = "of other rows"
-    record.write_text(json.dumps(value))
-    found = cli(*command)
-    assert found.code == 2
-    assert re.search(rf"{made[1]} was made in another way; choose another --out", found.stderr)
+        assert cli("verify", out / name, "--pattern", "2:4").code == 0
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in ("dense", *made))
+    reported = cli("report", *sorted(out.glob("[!.]*")), "-o", tmp_path / "again.html", "--json")
+    assert strict_json(reported.stdout)["models"] == value["models"]
+    assert "no scores" not in reported.stderr
+    before = {name: sha256_file(out / name / WEIGHTS) for name in made}
+    stamps = {name: (out / name / WEIGHTS).stat().st_mtime_ns for name in made}
+    again = cli(*command)
+    assert again.stdout == f"{out}\n"
+    assert again.stderr.count(": kept") == 3
+    for name in made:
+        assert sha256_file(out / name / WEIGHTS) == before[name]
+        assert (out / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
+    other = cli("demo", family("llama_tied"), "-o", out)
+    assert_one_line_error(other, 2, r"was made by another recipe: .*choose another --out")
+
+
+def test_demo_is_the_recipe_quickstart(cli, family, tmp_path):
+    assert cli("demo", family("llama"), "-o", tmp_path / "demo").code == 0
+    found = cli("run", "quickstart", f"model={family('llama')}", "-o", tmp_path / "demo", "--json")
+    assert {step["state"] for step in strict_json(found.stdout)["steps"]} == {"kept"}
 
 
 def test_demo_checks_every_method_before_the_first_is_run(cli, family, tmp_path):
@@ -811,24 +828,3 @@ def test_armor_refuses_patterns_and_blocks_that_it_cannot_have(cli, family, row_
     ]:
         found = cli(*command, "--calibration", row_file, *arguments)
         assert_one_line_error(found, 2, match)
-
-
-def test_bench_armor_races_both_solvers(cli, family, row_file):
-    command = ("bench", "armor", family("llama"), "--calibration", row_file, "--decoder-block", 1)
-    weights = ("--weights", "mlp.up_proj,self_attn.q_proj", "--blocks", "8,16")
-    found = cli(*command, *weights, "--iterations", 5, "--json")
-    rows = strict_json(found.stdout)
-    assert [(row["weight"].rpartition(".")[2], row["block"]) for row in rows] == [
-        *(("q_proj", 8), ("q_proj", 16), ("up_proj", 8), ("up_proj", 16))
-    ]
-    for row in rows:
-        assert row["als_loss"] <= row["adam_loss"] < row["first_loss"]
-        assert row["ratio"] == pytest.approx(row["adam_seconds"] / row["als_seconds"])
-    for arguments, match in [
-        (("--weights", "mlp.up"), "no weight 'mlp.up' in a block"),
-        (("--blocks", "7"), "blocks of 7 do not divide"),
-        (("--blocks", "many"), "--blocks takes numbers"),
-        (("--decoder-block", 9), "has 2 decoder blocks, so no 9"),
-        (("--iterations", 0), "--iterations must be at least 1"),
-    ]:
-        assert_one_line_error(cli(*command, *arguments), 2, match)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import sparsekit
+import sparsekit.hf
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import FACTORS, PROVENANCE
 from sparsekit.errors import CheckFailedError, DataError
@@ -135,12 +135,13 @@ def test_expanded_weights_are_saved_as_those_of_a_plain_model(sparse, tmp_path, 
 
 
 @pytest.mark.parametrize("order", ["first", "after", "never"])
-def test_importing_sparsekit_is_what_lets_transformers_load_it(sparse, tmp_path, order):
+def test_importing_sparsekit_hf_is_what_lets_transformers_load_it(sparse, tmp_path, order):
     packed = pack(str(sparse()), tmp_path / "packed").out
-    lines = ["from transformers import AutoModelForCausalLM", "import sparsekit"]
+    lines = ["from transformers import AutoModelForCausalLM", "import sparsekit.hf"]
     if order != "after":
         lines.reverse()
-    lines = [line for line in lines if order != "never" or "sparsekit" not in line]
+    if order == "never":  # sparsekit alone changes nothing of transformers
+        lines[0] = "import sparsekit.model.factored_linear"
     load = f"AutoModelForCausalLM.from_pretrained({str(packed)!r}, output_loading_info=True)"
     code = "\n".join([*lines, f"print(sorted(map(len, {load}[1].values())))"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

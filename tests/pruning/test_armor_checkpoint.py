@@ -505,9 +505,8 @@ def test_sides_of_another_shape_are_an_offender(damaged, form):
         verify(str(folder))
 
 
-@pytest.mark.parametrize("solver", ["als", "adam"])
 @every_form
-def test_untouched_output_of_a_weight_with_zero_rows_passes(run, copy_of, tmp_path, solver, form):
+def test_untouched_output_of_a_weight_with_zero_rows_passes(run, copy_of, tmp_path, form):
     source = copy_of("llama_tied")
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -517,10 +516,7 @@ def test_untouched_output_of_a_weight_with_zero_rows_passes(run, copy_of, tmp_pa
                 tensors[name][:, 4:8] = 0
 
     edit(source / "model.safetensors", change)
-    options = OPTIONS
-    if solver == "adam":
-        options = {"block": "8", "solver": "adam", "iterations": "20"}
-    out = run(source, tmp_path / "out", options=options, format=form).out
+    out = run(source, tmp_path / "out", options=OPTIONS, format=form).out
     assert verify(str(out))["weights"] == 14
 
 
@@ -697,7 +693,7 @@ def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
     }
     entry = run(family("llama"), method="armor", initial="sparsegpt", **options)
     card = (entry.out / "README.md").read_text()
-    assert "| method | armor from sparsegpt {'solver': 'als', 'block': '8'," in card
+    assert "| method | armor from sparsegpt {'block': '8'," in card
     assert "| begun with | {'damping': '0.01'" in card
     assert "| rank of the compensation | 0.1 of a side |" in card
     assert "| time limit | 5 s |" in card
@@ -735,7 +731,6 @@ def test_history_tells_options_and_form(made):
         (entry,) = Checkpoint.open(report.out).pruned()
         recipe = entry["recipe"]
         assert (recipe["method"], recipe["format"]) == ("armor from nowag", form)
-        assert recipe["options"]["solver"] == "als"
         assert (recipe["options"]["block"], recipe["options"]["sweeps"]) == ("8", "4")
         assert recipe["propagate"] is False
         for row in entry["weights"]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from random_llama import random_llama
 
 ROWS = Path(__file__).parents[3] / "shared/parity/smollm2/calibration_c4_32x512.safetensors"
 
@@ -45,8 +46,7 @@ def test_peak_memory_is_below_a_gigabyte_whatever_the_depth(tmp_path):
     peaks = []
     for blocks in (132, 264):
         model = tmp_path / f"random-{blocks}"
-        bench("generate", "-o", model, "--blocks", blocks)
-        rows = model / "rows.safetensors"
+        rows = random_llama(model, blocks=blocks, hidden=1024) / "rows.safetensors"
         found = bench(
             *("prune", model, "--calibration", rows, "--no-floor", "--repeat", 1),
             *("--scratch", tmp_path),
@@ -61,7 +61,7 @@ def test_peak_memory_is_below_a_gigabyte_whatever_the_depth(tmp_path):
 def test_armor_takes_less_than_a_gigabyte_too(tmp_path):
     """One sweep on each weight of 3 GB: the memory does not depend on how many there are."""
     model = tmp_path / "random"
-    bench("generate", "-o", model, "--blocks", 132)
+    random_llama(model, blocks=132, hidden=1024)
     found = bench(
         *("prune", model, "--method", "armor", "--option", "sweeps=1"),
         *("--calibration", model / "rows.safetensors", "--no-floor", "--repeat", 1),

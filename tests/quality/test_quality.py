@@ -95,15 +95,6 @@ def test_dsnot_is_told_beside_wanda(measured, pattern):
     assert dsnot["zeros"] == wanda["zeros"]
 
 
-def test_coordinate_descent_takes_a_twentieth_of_the_time_of_adam():
-    weights = "self_attn.q_proj,mlp.up_proj"
-    options = ("--calibration", ROWS, "--weights", weights, "--blocks", "32,64")
-    for row in sparsekit("bench", "armor", "demo", *options):
-        print(row)
-        assert row["als_loss"] <= row["adam_loss"]
-        assert row["ratio"] >= 20
-
-
 def test_armor_is_far_below_sparsegpt_and_better_with_more_time(measured):
     found = {n: measured("--method", "armor", "--budget", f"{n}m") for n in (4, 8, 12)}
     others = [measured("--method", m) for m in ("wanda", "nowag", "sparsegpt", "alps")]

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from sparsekit.bench.prune import generate
+from random_llama import random_llama
 
 WITHIN = 0.3
 RUNS = {
@@ -40,7 +39,7 @@ def told(*words: object) -> tuple[dict, float]:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """1.1 billion random numbers in 22 blocks, with token rows beside them."""
-    return generate(tmp_path_factory.mktemp("large") / "model", blocks=22, hidden=2048)
+    return random_llama(tmp_path_factory.mktemp("large") / "model", blocks=22, hidden=2048)
 
 
 def compared(out: Path, verb: str, model: object, *flags: object) -> dict[str, float]:

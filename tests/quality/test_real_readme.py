@@ -1,7 +1,7 @@
 """The commands of README's quick start print what it shows.
 
-Slow: `pytest -m slow tests/quality/test_real_readme.py` (three minutes on two quiet cores). The reference
-text of Python 3.11, on which the figures were taken, is another in other versions.
+Slow: `pytest -m slow tests/quality/test_real_readme.py` (three minutes on two quiet cores). The
+figures were taken with Python 3.11; other versions have another reference text.
 """
 
 import os

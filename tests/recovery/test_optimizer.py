@@ -260,19 +260,8 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
     """D1."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
     weight.mask = mask
-    weight.parameter.grad = torch.ones(4, 8)
     with pytest.raises(NumericalError, match="w: a mask of"):
-        optimizer(weight, Hiding()).step(1e-2, 0.0)
-
-
-def test_a_mask_that_was_lost_is_refused():
-    """D1."""
-    weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
-    adam = optimizer(weight, Hiding())
-    weight.mask = None
-    weight.parameter.grad = torch.ones(4, 8)
-    with pytest.raises(NumericalError, match="w: the mask is None, no tensor"):
-        adam.step(1e-2, 0.0)
+        optimizer(weight, Hiding())
 
 
 def test_a_weight_without_a_gradient_is_refused():
@@ -331,12 +320,10 @@ def test_a_saved_state_goes_on_to_the_same_bits(spans):
         assert torch.equal(tensor, whole.state()[name]), name
 
 
-def test_a_state_whose_second_moments_are_zero_or_that_does_not_fit_is_refused():
+def test_a_state_that_does_not_fit_is_refused():
     """R2."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Held())
     mine = optimizer(weight)
-    with pytest.raises(NumericalError, match="all zero"):
-        mine.load_state(mine.state(), 3)
     state = mine.state()
     with pytest.raises(NumericalError, match=r"does not fit this run: w\.mean"):
         mine.load_state({n: t for n, t in state.items() if n != "w.mean"}, 3)

@@ -311,27 +311,24 @@ def test_block_may_be_a_single_group(kind: str) -> None:
 
 
 @every_metric
-def test_parallel_rows_of_a_block_are_solved_and_counted(kind: str) -> None:
+def test_parallel_rows_of_a_block_are_solved(kind: str) -> None:
     """Inputs 0 and 1 of a block act alike: every support with both is singular."""
     fit, weight, metric = fit_of(kind), weight_of(ROWS, COLUMNS), metric_of(kind)
     fit.fit_core()
-    assert fit.singular == 0
     fit.right[0, 1] = 2 * fit.right[0, 0]
     before = dense_loss(fit, weight, metric)
     fit.fit_core()
-    assert fit.singular == 1  # of six supports of this group
     assert fit.core.isfinite().all()
     assert dense_loss(fit, weight, metric) <= before + ROUNDING
     assert ((fit.core != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
 
 
 @every_metric
-def test_rows_that_are_zero_in_a_block_are_solved_and_counted(kind: str) -> None:
+def test_rows_that_are_zero_in_a_block_are_solved(kind: str) -> None:
     fit, weight, metric = fit_of(kind), weight_of(ROWS, COLUMNS), metric_of(kind)
     fit.right[0, 1] = 0
     before = dense_loss(fit, weight, metric)
     fit.fit_core()
-    assert fit.singular == 3  # the supports of the group that have this place
     assert fit.core.isfinite().all()
     assert dense_loss(fit, weight, metric) <= before + ROUNDING
 
@@ -342,7 +339,6 @@ def test_whole_group_without_effect_gives_finite_values(kind: str) -> None:
     fit.right[0, :4] = 0
     before = dense_loss(fit, weight, metric)
     fit.fit_core()
-    assert fit.singular == 6
     assert fit.core.isfinite().all()
     assert dense_loss(fit, weight, metric) <= before + ROUNDING
 

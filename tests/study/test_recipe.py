@@ -6,7 +6,7 @@ import typer
 from sparsekit.cli.app import app
 from sparsekit.errors import DataError, UsageError
 from sparsekit.study.recipe import parse, read_recipe
-from sparsekit.study.schema import MORE, VERBS, defaults
+from sparsekit.study.schema import MORE, VERBS, defaults, read_yaml, write_yaml
 
 HEAD = "model: demo\nstages:\n"
 
@@ -137,7 +137,8 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
         ("- prune: {1: 2}\n", "stages[0].prune: words are written as {key: value}, not {1: 2}"),
         ("- prune: {option: 5}\n", "stages[0].prune.option: "),
         ("- prune: {seed: true}\n", "stages[0].prune.seed: input should be a valid integer"),
-        ("- recover: {mixed_precision: no}\n", "not False (YAML reads no, off, yes and on as that"),
+        ("- recover: {mixed_precision: false}\n", "input should be a valid string, not False"),
+        ("- prune: {propagate: yes}\n", "input should be a valid boolean, not 'yes'"),
         ("- prune: [7]\n", "stages[0].prune[0]: words are written as {key: value}, not 7"),
         ("- recover: {method: ast}\n", "stages[0].recover: recover needs to know how long"),
         (
@@ -191,7 +192,7 @@ def test_a_recipe_of_a_newer_version_is_refused_for_that_alone():
     assert "version 2 is of a newer sparsekit" in errors("version: 2\nnew: things\n")[0]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "prune", "a: [", "a: 1\na: 2", "[1]: 2"])
+@pytest.mark.parametrize("text", ["", "[1]", "prune", "a: [", "a: 1\na: 2"])
 def test_what_is_no_recipe_is_one_error(text):
     assert len(errors(text)) == 1
 
@@ -226,10 +227,24 @@ def test_the_recipe_that_is_kept_has_the_words_that_were_replaced():
     assert again.steps[0].words["option"] == {"power": "1e-1"}
 
 
-@pytest.mark.parametrize("value", ["08", "010", "2020-99-99", "1_000"])
-def test_what_looks_like_a_number_of_old_is_text(value):
+@pytest.mark.parametrize("value", ["2:4", "1:30", "yes", "no", "on", "5m", "2020-01-01"])
+def test_what_looks_like_a_number_or_a_date_of_old_is_text(value):
     (found,) = errors(HEAD + f"- prune: {{samples: {value}}}\n")
     assert f"not '{value}'" in found
+    assert read_yaml(f"a: {value}") == {"a": value} == read_yaml(write_yaml({"a": value}))
+
+
+def test_what_is_written_is_read_as_the_same():
+    value = {
+        **{"model": "a é b", "z": ["2:4", "1e-1", "true", "null", "08", "0x1f", "", "- a", "a: b"]},
+        **{"stages": [{"prune": {"methods": ["ria"], "lr": 1e-05}}, {"pack": {}}], "c": [True]},
+        **{"d": None, "long": "word " * 60},
+    }
+    text = write_yaml(value)
+    assert read_yaml(text) == value
+    assert text.index("model:") < text.index("stages:")
+    with pytest.raises(UsageError, match="a recipe holds text, numbers and lists"):
+        write_yaml({"a": object()})
 
 
 @pytest.mark.parametrize("text", ["!!int abc", "!!float abc", "[" * 5000])

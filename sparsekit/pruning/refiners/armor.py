@@ -2,9 +2,9 @@
 
 Source: Liu et al. 2025, "ARMOR: High-Performance Semi-Structured Pruning via Adaptive Matrix
 Factorization", section 3; LawrenceRLiu/ARMOR@3977e54.
-Differs: the default solver minimises over A, over B and over the groups of the core in turn (see
-`solvers/armor_als.py`), instead of Adam steps with one group of each block at a time
-(`solver=adam`). Biases are kept.
+Differs: the solver minimises over A, over B and over the groups of the core in turn (see
+`solvers/armor_als.py`), instead of Adam steps with one group of each block at a time. Biases are
+kept.
 
 The loss stays the published diagonal one. In the whole Gram matrix of the inputs, its off-diagonal
 halved, a sweep takes 1.7 times as long: SmolLM2-135M at 2:4 (32 x 512 tokens of C4, WikiText-2
@@ -17,13 +17,12 @@ minutes, 31.3 in 8); from those of ALPS it is 41.2 after 4 minutes.
 
 from dataclasses import dataclass
 from math import comb, gcd
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
 from sparsekit.pruning.refiners import GoOn, Refiner, always
-from sparsekit.solvers.armor_adam import BlockAdam
 from sparsekit.solvers.armor_als import BlockFit
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.solvers.nowag_scaling import importance, normalise
@@ -34,8 +33,6 @@ from sparsekit.weights.patterns import Pattern
 EPSILON = 1e-5
 # With `block=0`: the largest block, and the share of a weight's numbers that A and B may add.
 LARGEST_BLOCK, MOST_ADDED = 128, 0.25
-# Adam stops when so many iterations in a row gained neither of these, relative and absolute.
-PATIENCE, RELATIVE_GAIN, LEAST_GAIN = 100, 1e-6, 1e-8
 # Supports of a group above which the user is told what they cost, and above which they are refused.
 MANY_SUPPORTS, MOST_SUPPORTS = 100, 1000
 
@@ -46,23 +43,14 @@ class Armor(Refiner):
 
     needs: ClassVar[Want] = Want.NORMS
     initial: ClassVar[str] = "nowag"
-    rounds: ClassVar[dict[str, Any]] = {"sweeps": 10000, "iterations": 1000000, "tolerance": 0.0}
+    rounds: ClassVar[dict[str, Any]] = {"sweeps": 10000, "tolerance": 0.0}
     propagate: ClassVar[bool] = False
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {"solver": "adam", "block": 128, "iterations": 20000}
-    }
-    solver: Literal["als", "adam"] = "als"
-    """Coordinate descent, or the published iterations."""
     block: int = 0
     """Side of the blocks, at most; 0: up to 128 and a quarter more numbers than the weight has."""
     sweeps: int = 10
     """At most this many rounds of one step for each of A, B and the core."""
     tolerance: float = 0.005
     """Stop when a sweep lowers the loss by a smaller share than this."""
-    iterations: int = 3000
-    """Of `adam`: at most this many."""
-    rate: float = 1e-4
-    """Of `adam`: step size."""
 
     def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
         """See `Refiner.misfit`."""
@@ -97,10 +85,7 @@ class Armor(Refiner):
         normal, columns, rows = normalise(weight, EPSILON)
         metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
-        if self.solver == "adam":
-            fit, told = self._train(normal, core, start.mask, metric, block, pattern, go_on)
-        else:
-            fit, told = self._fit(normal, core, metric, block, pattern, go_on)
+        fit, told = self._fit(normal, core, metric, block, pattern, go_on)
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
         factors = Factored(
@@ -129,48 +114,18 @@ class Armor(Refiner):
         """The factors by coordinate descent, and what to tell of it."""
         fit = BlockFit(weight, core, metric, block=block, keep=pattern.keep, group=pattern.group)
         first = loss = fit.loss()
-        done = singular = 0
+        done = 0
         fall: float | None = None
         while done < self.sweeps and go_on(fall):
             done += 1
             before, loss = loss, fit.sweep()
-            singular = max(singular, fit.singular)
             fall = before - loss
             if fall <= self.tolerance * before:
                 break
         if done:
             fit.fit_left()
             fit.fit_right()
-        return fit, {"sweeps": done, "first_loss": first, "singular_supports": singular}
-
-    def _train(
-        self,
-        weight: Tensor,
-        core: Tensor,
-        mask: Tensor,
-        importance: Tensor,
-        block: int,
-        pattern: Pattern,
-        go_on: GoOn,
-    ) -> tuple[BlockAdam, dict[str, float]]:
-        """The factors by the published iterations, and what to tell of it."""
-        fit = BlockAdam(
-            *(weight, core, mask, importance),
-            block=block,
-            keep=pattern.keep,
-            group=pattern.group,
-            rate=self.rate,
-        )
-        first = loss = fit.loss()
-        done = idle = 0
-        fall: float | None = None
-        while done < self.iterations and idle < PATIENCE and go_on(fall):
-            fit.step()
-            done += 1
-            before, loss = loss, fit.loss()
-            fall = before - loss
-            idle = idle + 1 if fall <= max(RELATIVE_GAIN * before, LEAST_GAIN) else 0
-        return fit, {"iterations": done, "first_loss": first}
+        return fit, {"sweeps": done, "first_loss": first}
 
     def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
         """The largest block that divides both sides and holds whole groups; 0: none does.

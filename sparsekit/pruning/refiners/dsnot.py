@@ -36,7 +36,7 @@ class Dsnot(Refiner):
     needs: ClassVar[Want] = Want.MOMENTS
     initial: ClassVar[str] = "wanda"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {"units": "sequence", "same_sign": "no"}
+        "published": {"units": "sequence", "same_sign": False}
     }
     rowwise: ClassVar[bool] = True
     cycles: int = 50
@@ -47,7 +47,7 @@ class Dsnot(Refiner):
     """Of the threshold: share of the row's first error, mean output, sum over a row of tokens."""
     power: float = 1.0
     """Of the input variance that the gain of a grown weight is divided by."""
-    same_sign: Literal["yes", "no"] = "yes"
+    same_sign: bool = True
     """Whether a row stops before its expected error changes sign (N:M: always)."""
     modules: Literal["all", "attention"] = "attention"
     """Which weights are refined; the others keep the initial mask."""
@@ -96,7 +96,7 @@ class _Rows:
         self.given = weight * (sums.totals / sums.tokens)  # [out, in]: share of the mean output
         self.missing = keep_on(~self.mask, self.given).sum(1, keepdim=True)  # [out, 1]
         self.first = self.missing.sign()
-        self.keeps_sign = method.same_sign == "yes"
+        self.keeps_sign = method.same_sign
         self.enough = (
             method.threshold
             * {

@@ -39,7 +39,7 @@ class Ast(Recoverer):
     """λ: strength of the decay at its plateau; 0: by the size of gradients and weights."""
     ramp: float = 0.25
     """Share of the steps in which the decay rises from 0 to its plateau."""
-    coupled: Literal["no", "yes"] = "no"
+    coupled: bool = False
     """Whether the decay is part of the gradient, as in the released LLaMA code."""
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Ast(Recoverer):
 
     def rule(self, decay: float) -> Rule:
         """See `Recoverer.rule`."""
-        return Annealed(decay, self.ramp, coupled=self.coupled == "yes")
+        return Annealed(decay, self.ramp, coupled=self.coupled)
 
     def decay_of(self, scale: Scale) -> float:
         """See `Recoverer.decay_of`."""

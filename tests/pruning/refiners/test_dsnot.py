@@ -520,7 +520,7 @@ def test_preset_has_the_published_values() -> None:
     """The defaults of the published `main.py`; attention only is its `--skip_layer mlp`."""
     dsnot = methods.load("refiners", "dsnot", {}, "published")
     assert (dsnot.cycles, dsnot.threshold, dsnot.power) == (50, 0.1, 1.0)
-    assert (dsnot.units, dsnot.same_sign, dsnot.modules) == ("sequence", "no", "attention")
+    assert (dsnot.units, dsnot.same_sign, dsnot.modules) == ("sequence", False, "attention")
     assert dsnot.initial == "wanda"
     assert dsnot != methods.load("refiners", "dsnot", {})
 
@@ -548,7 +548,7 @@ def test_pruner_whose_values_are_lost_is_named() -> None:
     ("option", "value", "match"),
     [
         ("units", "tokens", "units of dsnot is one of relative, token, sequence, not 'tokens'"),
-        ("same_sign", "true", "same_sign of dsnot is one of yes, no"),
+        ("same_sign", "1", "same_sign of dsnot is one of yes, no, true, false, not '1'"),
         ("modules", "mlp", "modules of dsnot is one of all, attention"),
         ("cycles", "1.5", "cycles of dsnot takes int"),
         ("threshold", "-1", "threshold of dsnot must be a number at or above 0"),

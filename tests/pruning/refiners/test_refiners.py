@@ -243,7 +243,12 @@ def test_description_matches_the_class(name: str) -> None:
     fields = dataclasses.fields(refiner)
     assert [option.name for option in method.options] == [field.name for field in fields]
     for option, field in zip(method.options, fields, strict=True):
-        assert ast.literal_eval(option.default) == field.default == getattr(refiner, field.name)
+        default = getattr(refiner, field.name)
+        assert field.default == default
+        if option.type == "bool":
+            assert option.default == {True: "yes", False: "no"}[default]
+        else:
+            assert ast.literal_eval(option.default) == default
         if choices := choices_of(name, option.name):
             assert field.default in choices
             assert tuple(ast.literal_eval(option.type.removeprefix("Literal"))) == choices
@@ -273,11 +278,13 @@ def test_no_method_is_a_pruner_and_a_refiner(name: str) -> None:
 @every_refiner
 def test_options_arrive_as_text_and_are_checked(name: str) -> None:
     for option in methods.describe("refiners", name).options:
-        choices = choices_of(name, option.name)
-        number = "0" if getattr(load(name), option.name) == 1 else "1"
-        for text in choices or (number,):
+        number = 0 if getattr(load(name), option.name) == 1 else 1
+        values = {text: text for text in choices_of(name, option.name)} or {str(number): number}
+        if option.type == "bool":
+            values = {"yes": True, "true": True, "no": False, "false": False}
+        for text, value in values.items():
             refiner = methods.load("refiners", name, {option.name: text})
-            assert getattr(refiner, option.name) == (text if choices else int(number))
+            assert getattr(refiner, option.name) == value
             assert type(getattr(refiner, option.name)).__name__ in (option.type, "str")
         with pytest.raises(UsageError, match=f"option {option.name} of {name}"):
             methods.load("refiners", name, {option.name: "many"})
@@ -290,7 +297,7 @@ def test_presets_set_options_that_there_are_to_values_that_they_take(name: str) 
     method = methods.describe("refiners", name)
     for preset, values in method.presets.items():
         refiner = methods.load("refiners", name, {}, preset)
-        texts = {option: str(value) for option, value in values.items()}
+        texts = {option: methods.as_text(value) for option, value in values.items()}
         assert methods.load("refiners", name, texts) == refiner
         for option, value in values.items():
             taken = getattr(refiner, option)
@@ -303,9 +310,9 @@ def test_presets_set_options_that_there_are_to_values_that_they_take(name: str) 
 def test_option_goes_before_the_preset(name: str) -> None:
     for preset, values in methods.describe("refiners", name).presets.items():
         for option in values:
-            default = str(getattr(load(name), option))
-            refiner = methods.load("refiners", name, {option: default}, preset)
-            assert str(getattr(refiner, option)) == default
+            default = getattr(load(name), option)
+            refiner = methods.load("refiners", name, {option: methods.as_text(default)}, preset)
+            assert getattr(refiner, option) == default
 
 
 @every_refiner

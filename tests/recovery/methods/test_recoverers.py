@@ -10,6 +10,7 @@ import torch
 
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.errors import UsageError
 from sparsekit.inspection.verify import verify
 from sparsekit.recovery import export as trainwrite
 from sparsekit.recovery.config import SCHEDULES, RecoverConfig
@@ -73,6 +74,19 @@ def test_rates_and_shares_are_those_of_the_specification(name, rates, shares):
     scales = [Scale(parameters=size, weight=0.05, masked_gradient=1e-3) for size in SIZES]
     assert tuple(method.rate_of(scale) for scale in scales) == rates
     assert tuple(method.share_of(scale) for scale in scales) == shares
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("true", True), ("no", False), ("false", False)]
+)
+def test_an_option_that_holds_or_not_is_a_truth_value(text, value):
+    assert methods.load("recoverers", "ast", {"coupled": text}).coupled is value
+    told = {option.name: option for option in methods.describe("recoverers", "ast").options}
+    assert (told["coupled"].type, told["coupled"].default) == ("bool", "no")
+    with pytest.raises(UsageError, match="is one of yes, no, true, false, not 'maybe'"):
+        methods.load("recoverers", "ast", {"coupled": "maybe"})
+    with pytest.raises(UsageError, match="is one of yes, no, true, false, not '1'"):
+        methods.load("recoverers", "ast", {"coupled": "1"})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,8 +1,8 @@
-"""W ≈ A S B by Adam steps and one re-solved group of each block at a time, as ARMOR publishes it.
+"""ARMOR's published solver: W ≈ A S B by Adam and one re-solved group of each block at a time.
 
-The same factors as in `blockfit`, with a diagonal quadratic form. One iteration is an Adam step on
-A, B and the values of S together; then in every block of S one group of M inputs, drawn with
-probability ∝ the L1 norm of its gradient, gets its best support and values.
+An oracle for `sparsekit.solvers.armor_als`, which fits the same factors. One iteration is an Adam
+step on A, B and the values of S together; then in every block of S one group of M inputs, drawn
+with probability ∝ the L1 norm of its gradient, gets its best support and values.
 
 Source: Liu et al. 2025, ARMOR, section 3 and algorithm 1; LawrenceRLiu/ARMOR@3977e54.
 Differs: gradients are written out, and the group's system is taken from the gradient instead of a

@@ -1,4 +1,7 @@
-"""What transformers needs to load a packed checkpoint; importing it registers it."""
+"""Lets transformers load packed checkpoints: `import sparsekit.hf` registers the loader.
+
+After it `AutoModelForCausalLM.from_pretrained` takes them; `sparsekit.load` needs no import.
+"""
 
 from __future__ import annotations
 
