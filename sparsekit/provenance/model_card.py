@@ -155,8 +155,7 @@ def recover_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
         done=f"trained at {recipe['pattern']}",
         text=_what_it_is(recipe["format"], summary["bits_per_weight"]),
         rows=[(name, value) for name, value in rows if value != "-"],
-        end="![Training](sparsekit-training.png)\n\n"
-        "The whole history, with one row for each weight, is in `sparsekit.json`; the log of "
+        end="The whole history, with one row for each weight, is in `sparsekit.json`; the log of "
         "training is in\n`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.",
     )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sparsekit.checkpoint.resolve import title
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import (
     CheckFailedError,
@@ -100,8 +99,7 @@ def recover(
         if writer is None:
             ranks.leave()
             return None
-        name = title(model)
-        log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
+        log.publish(writer.partial)
         entry = _entry(work, model, training, finished, weights) | {
             "kept_mass": log.kept_mass,
             "resumed_steps": log.earlier_steps,
