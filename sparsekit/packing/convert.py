@@ -30,7 +30,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import convert_card
+from sparsekit.provenance.model_card import model_card
 from sparsekit.weights.patterns import SOUGHT, patterns_of
 
 
@@ -78,7 +78,7 @@ def convert(
             **cost.told(),
         }
         origin, history = Origin.of(model, source.path), source.provenance()["history"]
-        writer.commit(entry, convert_card(entry, origin, history), told)
+        writer.commit(entry, model_card(entry, origin, history), told)
     return Report(out=out, entry=entry)
 
 

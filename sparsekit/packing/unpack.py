@@ -26,7 +26,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import unpack_card
+from sparsekit.provenance.model_card import model_card
 
 
 def unpack(
@@ -84,7 +84,7 @@ def unpack(
             **cost.told(),
         }
         writer.commit(
-            *(entry, unpack_card(entry, Origin.of(model, source.path), job.history), job.config),
+            *(entry, model_card(entry, Origin.of(model, source.path), job.history), job.config),
             history=job.history,
         )
     return Report(out=out, entry=entry)
