@@ -25,7 +25,7 @@ from sparsekit.packing.legacy_formats import (
 from sparsekit.packing.pack import pack
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
-from sparsekit.pipeline.source import open_source, require_room
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
@@ -120,7 +120,7 @@ def prepare(
     prefixes = _prefixes(source, form)
     weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}
     layout = Layout.plain(_tensors(source, form, weights), SHARD_BYTES)
-    require_room(out, layout)
+    require_disk(out, layout)
     return Conversion(source=source, config=config, form=form, weights=weights, layout=layout)
 
 

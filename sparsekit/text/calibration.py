@@ -110,7 +110,7 @@ class Calibration:
         if is_kind(self.source, ROW_FILE):
             self._stored(checkpoint.config)
         elif self.source == "self":
-            selftext.require_room(checkpoint)
+            selftext.require_memory(checkpoint)
         else:
             checkpoint.tokenizer()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import DataError
+from sparsekit.memory import MemoryUse
 from sparsekit.progress import SILENT, Progress
 from sparsekit.text import cache_file
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 # Fixed, because the random numbers of a row depend on the rows drawn beside it.
 BATCH = 8
 # Why sampling needs the whole model in memory, and what can be had without.
-NEED = {"purpose": "text of 'self'", "way_out": "take builtin or a file in its place"}
+SAMPLING = MemoryUse("text of 'self'", hint="take builtin or a file in its place")
 
 
-def require_room(checkpoint: Checkpoint) -> None:
+def require_memory(checkpoint: Checkpoint) -> None:
     """Refuse a model whose float32 weights do not fit into the available memory.
 
     Raises:
@@ -33,9 +34,9 @@ def require_room(checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    from sparsekit.model.full_model import require_memory
+    from sparsekit.model import full_model
 
-    require_memory(checkpoint, torch.float32, **NEED)
+    full_model.require_memory(checkpoint, torch.float32, SAMPLING)
 
 
 def sample_rows(
@@ -63,7 +64,7 @@ def sample_rows(
 
     from sparsekit.model.full_model import load_whole
 
-    model = load_whole(checkpoint, torch.float32, **NEED)
+    model = load_whole(checkpoint, torch.float32, SAMPLING)
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
     )
