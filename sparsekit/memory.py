@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 # glibc up to 2.37 cannot use a freed piece for an aligned one of the same size (glibc bug 14581),
@@ -22,6 +23,15 @@ PEAK_RESET = Path("/proc/self/clear_refs")
 # Which control groups this process is in, and where their limits lie.
 GROUPS = Path("/proc/self/cgroup")
 GROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Work that holds a whole model in memory."""
+
+    purpose: str
+    hint: str
+    """What to do where the model does not fit."""
 
 
 def peak_memory() -> int:

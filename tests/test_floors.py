@@ -60,6 +60,7 @@ LIGHT = {
     "quantization/config",
     "recovery/config",
     "scoring/config",
+    "text/cache_file",
     "text/calibration",
     "text/rows",
     "text/sources",

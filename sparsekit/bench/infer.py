@@ -12,14 +12,14 @@ import torch
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
-from sparsekit.memory import peak_memory
+from sparsekit.memory import MemoryUse, peak_memory
 from sparsekit.model.device import pick_device
 from sparsekit.model.factored_linear import expand
 from sparsekit.model.full_model import RESIDENT, Resident, load_whole, new_cache, own_dtype
 from sparsekit.pipeline.options import one_of
 from sparsekit.progress import SILENT, Progress
 
-NEED = {"purpose": "bench infer", "way_out": "sparsekit eval streams it"}
+BENCH_INFER = MemoryUse("bench infer", hint="sparsekit eval streams it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     prompt = torch.arange(config.batch * config.prompt).view(config.batch, -1) % vocabulary
     prompt = prompt.to(device)
     before, started = process.memory_info().rss, time.perf_counter()
-    model = load_whole(source, own_dtype(source), **NEED).to(device)
+    model = load_whole(source, own_dtype(source), BENCH_INFER).to(device)
     if config.resident == "expand":
         expand(model)
     model(input_ids=prompt[:, :1], use_cache=False)

@@ -13,7 +13,7 @@ import torch
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
-from sparsekit.memory import peak_memory
+from sparsekit.memory import MemoryUse, peak_memory
 from sparsekit.model.architecture import build_without_weights
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.model.full_model import load_whole, require_memory
@@ -24,7 +24,7 @@ from sparsekit.text.calibration import Calibration
 from sparsekit.text.rows import TokenRows
 
 # Why the floor needs the whole model in memory, and what can be had without.
-NEED = {"purpose": "the plain forward", "way_out": "leave it out with --no-floor"}
+PLAIN_FORWARD = MemoryUse("the plain forward", hint="leave it out with --no-floor")
 
 
 def bench_prune(
@@ -58,7 +58,7 @@ def bench_prune(
     source = Checkpoint.open(resolve(model, progress))
     if floor:
         dtype = compute_dtype(config.dtype, pick_device(config.device), source)
-        require_memory(source, dtype, **NEED)
+        require_memory(source, dtype, PLAIN_FORWARD)
     rows = (config.rows or Calibration()).rows(source, progress)
     build_without_weights(source, torch.float32)  # transformers' code of this family is loaded
     before = psutil.Process().memory_info().rss
@@ -97,7 +97,7 @@ def bench_prune(
 def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, Any]) -> float:
     """Seconds of the plain forward, on the device and in the type that pruning used."""
     dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
-    model = load_whole(source, dtype, **NEED).to(device)
+    model = load_whole(source, dtype, PLAIN_FORWARD).to(device)
     tokens, decoder = rows.tokens.to(device), model.base_model
     decoder(input_ids=tokens[:1], use_cache=False)  # not timed: first-call set-up
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

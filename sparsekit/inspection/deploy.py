@@ -1,12 +1,13 @@
 """Where a checkpoint runs, whether it is smaller and faster there, and why: facts, no promises.
 
-What is said of other programs was read in their sources and release notes in November 2026, or
-tried; the versions are those that were looked at.
+What is known of other programs is in the table `runtimes.toml`.
 """
 
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,11 +29,13 @@ Kind = Literal["plain", "quantized", "packed", "factored"]
 Answer = Literal["yes", "no", "part", "unknown"]
 # Sides of a weight that torch's sparse kernels need a multiple of, for 16-bit numbers.
 SEMI_STRUCTURED = 64
+TABLE = Path(__file__).with_name("runtimes.toml")
+# The row of a program that has none for a form.
+UNREAD = ("", "no no no", "it knows no {kind} weights; sparsekit unpack gives {unpacked}")
 # Zeros of 16-bit weights of which a mask would take more than they save.
 FEW = 1 / 16
 # Inputs that share a scale, of weights that vLLM's kernels take; 0: a row does.
 MARLIN_GROUPS = (0, 32, 64, 128)
-NOT_TRIED = "not tried: take the plain model there, and quantize it there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +112,12 @@ def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> Dep
     device = pick_device(device)
     form = _form(model, progress)
     speeds, unmeasured = _measured(model, form, device, progress)
-    rules: list[tuple[str, str, Callable[[Form], Verdict], tuple[Kind, ...]]] = [
-        ("transformers", version("transformers"), _transformers, ("packed",)),
-        ("vLLM", "0.32", _vllm, ()),
-        ("torch semi-structured (CUDA)", version("torch"), _torch, ()),
-        ("llama.cpp", "looked at 2026-11", _llama_cpp, ()),
-        ("OpenVINO (CPU)", "2026.4", _openvino, ()),
-        ("TensorRT core (by ONNX)", "looked at 2026-09", _tensorrt, ()),
-        ("sparsekit", version("sparsekit"), _sparsekit, ("packed", "factored")),
+    runtimes = [
+        (runtime["name"], _seen(runtime), verdict(runtime, form))
+        for runtime in tomllib.loads(TABLE.read_text(encoding="utf-8"))["runtime"]
     ]
-    found = []
-    for name, seen, rule, reads in rules:
-        known = form.kind in ("plain", "quantized", *reads)
-        found.append((name, seen, rule(form) if known else _unread(form)))
     return DeployReport(
-        model=model, form=form, runtimes=found, speeds=speeds, unmeasured=unmeasured
+        model=model, form=form, runtimes=runtimes, speeds=speeds, unmeasured=unmeasured
     )
 
 
@@ -162,107 +156,40 @@ def _form(model: str, progress: Progress) -> Form:
     )
 
 
-def _unread(form: Form) -> Verdict:
-    """Of a program that does not read the form."""
-    left = "one in the format of compressed-tensors" if form.grid else "a plain checkpoint"
-    reason = f"it knows no {form.kind} weights; sparsekit unpack gives {left}"
-    return Verdict("no", "no", "no", reason)
+def _seen(runtime: Mapping[str, Any]) -> str:
+    """The version that is installed or was looked at, or the month in which that was."""
+    if "package" in runtime:
+        return version(runtime["package"])
+    return runtime.get("version") or f"looked at {runtime['looked_at']}"
 
 
-def _transformers(form: Form) -> Verdict:
-    if form.kind == "packed":
-        reason = "after import sparsekit.hf; each layer unpacks its weight whenever it is called"
-        return Verdict("yes", "yes", "no", reason)
-    if form.kind == "quantized":
-        reason = "smaller on disk; the first forward pass expands the weights in memory"
-        return Verdict("yes", "part", "no", reason)
-    return Verdict("yes", "no", "no", "zeros are numbers like others to it")
+def verdict(runtime: Mapping[str, Any], form: Form) -> Verdict:
+    """What becomes of a checkpoint in one program, by the first row that fits."""
+    known = traits(form)
+    rows = (row for row in (*runtime["rows"], UNREAD) if known.issuperset(row[0].split()))
+    _, answers, reason = next(rows)
+    grid = Grid.parse(form.grid) if form.grid else None
+    words = {
+        "kind": form.kind,
+        "pattern": form.pattern,
+        "unpacked": "one in the format of compressed-tensors" if grid else "a plain checkpoint",
+        "group": grid and grid.group,
+        "bits": grid and grid.bits,
+        "side": SEMI_STRUCTURED,
+    }
+    return Verdict(*answers.split(), reason.format_map(words))
 
 
-def _vllm(form: Form) -> Verdict:
-    if form.kind == "quantized" and form.grid:
-        grid = Grid.parse(form.grid)
-        if grid.group not in MARLIN_GROUPS:
-            reason = (
-                f"its Marlin kernels take groups of 32, 64 and 128 and whole rows, not of "
-                f"{grid.group}: whether another kernel does depends on the device"
-            )
-            return Verdict("part", "part", "part", reason)
-        device = " (of CPUs, on those with AMX)" if grid.floating else ""
-        reason = f"it has kernels for this grid{device}; the zeros add nothing, 2:4 ones are gone"
-        return Verdict("yes", "yes", "yes", reason)
-    return Verdict("yes", "no", "no", "its 2:4 kernels were removed in March 2026 (#36799)")
-
-
-def _torch(form: Form) -> Verdict:
-    if form.kind == "quantized":
-        reason = "takes plain weights: quantize with --format dense, or not at all"
-        return Verdict("no", "no", "no", reason)
-    if not form.two_of_four:
-        return Verdict("no", "no", "no", f"takes 2:4 only, the weights are {form.pattern}")
-    if not form.fits_kernels:
-        reason = (
-            f"some weight has a side that is no multiple of {SEMI_STRUCTURED}, or is no nn.Linear's"
-        )
-        return Verdict("part", "part", "part", reason)
-    reason = (
-        "torch.sparse.to_sparse_semi_structured, layer by layer and in process, 16-bit, on GPUs "
-        "since Ampere; faster for large batches, not for one token at a time: measure it"
-    )
-    return Verdict("yes", "yes", "part", reason)
-
-
-def _llama_cpp(form: Form) -> Verdict:
-    if form.kind == "quantized" and form.grid:
-        grid = Grid.parse(form.grid)
-        if grid.activations or grid.group:
-            reason = (
-                "its converter makes plain numbers of the codes (#17069) and writes types of its "
-                "own: Q4_0 and Q8_0 keep zeros"
-            )
-            return Verdict("yes", "no", "no", reason)
-        reason = (
-            f"its converter takes packed codes with groups only: quantize to int{grid.bits}-g32, "
-            "or with --format dense"
-        )
-        return Verdict("no", "no", "no", reason)
-    reason = "GGUF has no sparse form (#3594); Q4_0 and Q8_0 keep zeros, K-quants need not"
-    return Verdict("yes", "no", "no", reason)
-
-
-def _openvino(form: Form) -> Verdict:
-    if form.kind == "quantized":
-        return Verdict("unknown", "no", "unknown", NOT_TRIED)
-    reason = (
-        "faster only with 8-bit weights of its own and far more than half of them zero, on Xeons "
-        "with AMX (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE)"
-    )
-    return Verdict("yes", "no", "no", reason)
-
-
-def _tensorrt(form: Form) -> Verdict:
-    if form.kind == "quantized":
-        return Verdict("unknown", "no", "unknown", NOT_TRIED)
-    if not form.two_of_four:
-        return Verdict("yes", "no", "no", f"takes 2:4 only, the weights are {form.pattern}")
-    reason = (
-        "trtexec --sparsity=enable takes a sparse kernel only where it is faster, mostly with "
-        "8-bit inputs; TensorRT-LLM has no such path any more"
-    )
-    return Verdict("yes", "no", "part", reason)
-
-
-def _sparsekit(form: Form) -> Verdict:
-    if form.kind in ("packed", "factored"):
-        reason = "sparsekit.load and eval keep weights packed; a layer unpacks its own when called"
-        return Verdict("yes", "yes", "no", reason)
-    if form.kind == "quantized":
-        return Verdict("yes", "part", "no", "eval expands a block at a time")
-    if form.composed:
-        reason = (
-            "its weights are products; sparsekit pack keeps the factors alone, which are sparse"
-        )
-        return Verdict("yes", "no", "no", reason)
-    if form.pattern == "dense":
-        return Verdict("yes", "no", "no", "nothing is sparse")
-    return Verdict("yes", "no", "no", "sparsekit pack makes it smaller, on disk and loaded")
+def traits(form: Form) -> set[str]:
+    """The words of the table that hold of a checkpoint."""
+    grid = Grid.parse(form.grid) if form.grid else None
+    words = {
+        "2:4": form.two_of_four,
+        "dense": form.pattern == "dense",
+        "composed": form.composed,
+        "odd-shape": not form.fits_kernels,
+        "odd-group": grid is not None and grid.group not in MARLIN_GROUPS,
+        "grouped": grid is not None and bool(grid.activations or grid.group),
+        "float": grid is not None and grid.floating,
+    }
+    return {form.kind, *(word for word, holds in words.items() if holds)}

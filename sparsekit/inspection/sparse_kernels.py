@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.memory import MemoryUse
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.full_model import load_whole, new_cache, own_dtype
 from sparsekit.progress import Progress
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 BATCHES = (1, 16, 256)
 # Tokens of a prompt; passes that only warm up, and passes of which the median counts.
 PROMPT, WARM, TIMED = 128, 3, 10
-NEED = {"purpose": "measuring the 2:4 kernels", "way_out": "--device cpu looks at the form alone"}
+MEASURING = MemoryUse("measuring the 2:4 kernels", hint="--device cpu looks at the form alone")
 Phase = Literal["prefill", "decode"]
 
 
@@ -70,7 +71,7 @@ def measure_kernels(
     dtype = own_dtype(source)
     dtype = torch.float16 if dtype == torch.float32 else dtype  # the kernels take 16 bits
     names = {t.name for t in BlockStream(source, device="cpu", dtype=torch.float32).targets()}
-    model = load_whole(source, dtype, **NEED).to(device)
+    model = load_whole(source, dtype, MEASURING).to(device)
     layers = [
         module
         for name, module in model.named_modules()

@@ -15,7 +15,7 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import is_packed
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import DataError, UsageError
-from sparsekit.memory import available_memory
+from sparsekit.memory import MemoryUse, available_memory
 from sparsekit.model.architecture import refuse_foreign
 from sparsekit.model.factored_linear import expand
 from sparsekit.model.skeleton import Skeleton
@@ -29,14 +29,13 @@ Resident = Literal["packed", "expand"]
 RESIDENT = get_args(Resident)
 
 
-def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str) -> None:
+def require_memory(source: Checkpoint, dtype: torch.dtype, use: MemoryUse) -> None:
     """Refuse what would need more memory than there is.
 
     Args:
         source: The checkpoint.
         dtype: The type of its weights in memory.
-        purpose: What needs the whole model.
-        way_out: What to do instead.
+        use: What needs the whole model.
 
     Raises:
         DataError: The model does not fit into the available memory.
@@ -47,15 +46,13 @@ def require_memory(source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_
     )
     if needed > (free := available_memory()):
         raise DataError(
-            f"{purpose} needs {needed / 1e9:.1f} GB of memory for the whole model of "
+            f"{use.purpose} needs {needed / 1e9:.1f} GB of memory for the whole model of "
             f"{source.path}, {free / 1e9:.1f} GB are available",
-            way_out,
+            use.hint,
         )
 
 
-def load_whole(
-    source: Checkpoint, dtype: torch.dtype, *, purpose: str, way_out: str
-) -> PreTrainedModel:
+def load_whole(source: Checkpoint, dtype: torch.dtype, use: MemoryUse) -> PreTrainedModel:
     """The model as transformers loads it, on the CPU; arguments as of `require_memory`.
 
     Raises:
@@ -67,7 +64,7 @@ def load_whole(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     refuse_foreign(source)  # transformers would look for what its configuration names
-    require_memory(source, dtype, purpose=purpose, way_out=way_out)
+    require_memory(source, dtype, use)
     if source.factored:
         skeleton = Skeleton(source, torch.device("cpu"), dtype)
         source.scan()  # only now: what does not fit together is named before
@@ -110,7 +107,7 @@ def load(path: str | Path, dtype: str, resident: Resident) -> PreTrainedModel:
         wanted = getattr(torch, dtype)
     else:
         raise UsageError(f"dtype {dtype!r} is not known", "float32, bfloat16, float16 or auto")
-    model = load_whole(source, wanted, purpose="load", way_out="sparsekit eval streams it")
+    model = load_whole(source, wanted, MemoryUse("load", hint="sparsekit eval streams it"))
     if resident == "expand":
         expand(model)
         if source.factored and is_packed(getattr(model.config, "quantization_config", None)):

@@ -25,12 +25,12 @@ from sparsekit.packing.legacy_formats import (
 from sparsekit.packing.pack import pack
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
-from sparsekit.pipeline.source import open_source, require_room
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import convert_card
+from sparsekit.provenance.model_card import model_card
 from sparsekit.weights.patterns import SOUGHT, patterns_of
 
 
@@ -78,7 +78,7 @@ def convert(
             **cost.told(),
         }
         origin, history = Origin.of(model, source.path), source.provenance()["history"]
-        writer.commit(entry, convert_card(entry, origin, history), told)
+        writer.commit(entry, model_card(entry, origin, history), told)
     return Report(out=out, entry=entry)
 
 
@@ -120,7 +120,7 @@ def prepare(
     prefixes = _prefixes(source, form)
     weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}
     layout = Layout.plain(_tensors(source, form, weights), SHARD_BYTES)
-    require_room(out, layout)
+    require_disk(out, layout)
     return Conversion(source=source, config=config, form=form, weights=weights, layout=layout)
 
 

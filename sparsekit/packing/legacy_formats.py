@@ -56,6 +56,18 @@ def marlin_shape(meta: tuple[int, ...]) -> tuple[int, int]:
     return meta[1] // 2, meta[0] * 2 * TILE
 
 
+def _require(name: str, part: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse a part of another type or shape.
+
+    Raises:
+        DataError: It has another.
+    """
+    if part.dtype != dtype or part.shape != shape:
+        raise DataError(
+            f"{name} is {part.dtype} of {tuple(part.shape)}, not {dtype} of {tuple(shape)}"
+        )
+
+
 def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
     """The weight `[out, in]` of values and a bit for each entry that says whether it has one.
 
@@ -67,12 +79,10 @@ def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
         DataError: The parts do not fit together.
     """
     rows, columns = bitmask_shape(parts["shape"], tuple(parts["bitmask"].shape))
-    if parts["bitmask"].dtype != torch.uint8:
-        raise DataError(f"a bit mask is {parts['bitmask'].dtype}, not {torch.uint8}")
-    mask = unpack_bits(parts["bitmask"], columns).bool()
     values = parts["compressed"].flatten()
-    if int(mask.sum()) != len(values):
-        raise DataError(f"a bit mask with {int(mask.sum())} bits set has {len(values)} values")
+    _require("bitmask", parts["bitmask"], torch.uint8, parts["bitmask"].shape)
+    mask = unpack_bits(parts["bitmask"], columns).bool()
+    _require("compressed", values, values.dtype, (int(mask.sum()),))
     if halves and (columns % 4 or (mask.unflatten(1, (-1, 4)).sum(-1) != 2).any()):
         raise DataError("a bit mask of 2:4 has not two bits set in each four")
     # By bits: 8-bit floats cannot be scattered.
@@ -99,17 +109,15 @@ def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Te
     )
 
     packed, meta, scale = parts["weight_packed"], parts["meta"], parts["scale_packed"]
+    if bits not in (4, 8):
+        raise DataError(f"codes of {bits} bits: this form has 4 or 8")
     rows, columns = marlin_shape(tuple(meta.shape))
     half = columns // 2
-    for part, dtype in (("meta", torch.int16), ("weight_packed", torch.int32)):
-        if parts[part].dtype != dtype:
-            raise DataError(f"{part} is {parts[part].dtype}, not {dtype}")
-    if bits not in (4, 8) or packed.shape != (half // TILE, rows * TILE * bits // 32):
-        raise DataError(f"{bits}-bit codes {tuple(packed.shape)} do not fit {tuple(meta.shape)}")
     several = bool(group) and group < half  # in the order of the scales, of what is kept
     groups = max(1, columns // group) if group else 1
-    if scale.shape != (groups, rows):
-        raise DataError(f"scales {tuple(scale.shape)} are not those of {groups} groups")
+    _require("meta", meta, torch.int16, meta.shape)
+    _require("weight_packed", packed, torch.int32, (half // TILE, rows * TILE * bits // 32))
+    _require("scale_packed", scale, scale.dtype, (groups, rows))
     order, grouped, single = get_permutations_24(bits)
     places = torch.tensor(grouped if several else single)
     if half * rows % len(order) or groups * rows % len(places):

@@ -22,7 +22,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import pack_card
+from sparsekit.provenance.model_card import model_card
 from sparsekit.weights.factored import first_off
 from sparsekit.weights.packed import pack_weight, theory
 from sparsekit.weights.packed_codes import pack_grid
@@ -72,7 +72,7 @@ def pack(
             **cost.told(),
         }
         origin, history = Origin.of(called or model, source.path), source.provenance()["history"]
-        writer.commit(entry, pack_card(entry, origin, history), _config_json(source))
+        writer.commit(entry, model_card(entry, origin, history), _config_json(source))
     return Report(out=out, entry=entry)
 
 

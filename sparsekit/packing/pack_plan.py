@@ -17,7 +17,7 @@ from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.pipeline.loops import PACKING_BYTES
-from sparsekit.pipeline.source import open_source, require_room
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.weights.factored import PARTS
 from sparsekit.weights.packed import exact_pattern, packing, stored_shapes
@@ -100,7 +100,7 @@ def prepare(
     types = {name: plan.types for name, plan in plans.items()}
     told = {name: plan.told for name, plan in plans.items()}
     layout = Layout.with_factors(source, types, told, alone=True)
-    require_room(out, layout)
+    require_disk(out, layout)
     return PackJob(source=source, fingerprint=fingerprint, plans=plans, layout=layout)
 
 

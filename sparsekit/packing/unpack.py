@@ -21,12 +21,12 @@ from sparsekit.model.factored_linear import FactoredLinear
 from sparsekit.packing.pack_plan import digest
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
-from sparsekit.pipeline.source import open_source, require_room
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import unpack_card
+from sparsekit.provenance.model_card import model_card
 
 
 def unpack(
@@ -84,7 +84,7 @@ def unpack(
             **cost.told(),
         }
         writer.commit(
-            *(entry, unpack_card(entry, Origin.of(model, source.path), job.history), job.config),
+            *(entry, model_card(entry, Origin.of(model, source.path), job.history), job.config),
             history=job.history,
         )
     return Report(out=out, entry=entry)
@@ -128,7 +128,7 @@ def prepare(
     if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
         raise CheckFailedError(f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN)
     layout = _layout(source, layers)
-    require_room(out, layout)
+    require_disk(out, layout)
     return Unpacking(
         source=source, config=config, history=history, sums=sums, layers=layers, layout=layout
     )

@@ -40,7 +40,7 @@ def refuse_packed(source: Checkpoint) -> None:
         raise DataError(f"{source.path} is packed", "sparsekit unpack makes it plain")
 
 
-def require_room(out: Path, layout: Layout, beside: int = 0) -> None:
+def require_disk(out: Path, layout: Layout, beside: int = 0) -> None:
     """Refuse an output that the disk has no room for, unless its room is taken already.
 
     Args:

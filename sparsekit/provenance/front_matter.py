@@ -1,20 +1,15 @@
 """What a model card begins with: where a checkpoint comes from, in YAML that the hub reads."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from sparsekit.checkpoint.demo_model import SMOLLM2
 from sparsekit.checkpoint.resolve import DEMO, hub_id, title
 
 OWN_TAG = "sparsekit"
 LICENSE = ("license", "license_name", "license_link")
-# More than any front matter has.
-MOST_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +26,8 @@ class Origin:
     @classmethod
     def of(cls, model: str, folder: Path) -> "Origin":
         """What a model's name and the card in its folder tell."""
-        told = read_front_matter(folder / "README.md")
-        known = {key: value for key, value in told.items() if _is_words(value)}
+        card = read_front_matter(folder / "README.md")
+        known = {key: value for key, value in card.items() if _is_words(value)}
         base = hub_id(model)
         if base is None and OWN_TAG in known.get("tags", ()):
             base = known.get("base_model")
@@ -50,25 +45,26 @@ def front_matter(origin: Origin, tags: Sequence[str], library: str | None) -> st
         tags: What it is found by on the hub.
         library: Which library loads it as it is; None: the tag alone says what does.
     """
-    told: dict[str, Any] = {"tags": [OWN_TAG, *tags]}
-    if library is not None:
-        told["library_name"] = library
-    if origin.base_model is not None:
-        told["base_model"] = origin.base_model
-    text = yaml.safe_dump(told | dict(origin.license), sort_keys=False, allow_unicode=True)
-    return f"---\n{text}---\n"
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        tags=[OWN_TAG, *tags],
+        library_name=library,
+        base_model=origin.base_model,
+        **origin.license,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
     """What the YAML block of a card says; nothing where there is none, or none that can be read."""
+    from huggingface_hub import RepoCard
+    from yaml import YAMLError
+
     try:
-        with card.open(encoding="utf-8-sig", errors="replace") as file:
-            text = file.read(MOST_CHARACTERS)
-        block = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
-        told = yaml.safe_load(block[1]) if block else None
-    except (OSError, ValueError, yaml.YAMLError):
+        return RepoCard(card.read_text(encoding="utf-8-sig", errors="replace")).data.to_dict()
+    except (OSError, ValueError, TypeError, YAMLError):  # of authors who write other things there
         return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _is_words(value: Any) -> bool:

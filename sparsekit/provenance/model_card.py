@@ -1,6 +1,6 @@
 """The README of each checkpoint that a stage writes, from its entry of the history."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,8 +14,8 @@ from sparsekit.provenance.history import (
     training_text,
 )
 
-WEIGHTS = "The whole history, with one row for each weight, is in `sparsekit.json`."
 Entry = Mapping[str, Any]
+Rows = Sequence[tuple[str, str | None]]
 # How each form is loaded, from its folder.
 STOCK = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,52 +27,124 @@ import sparsekit
 
 model = sparsekit.load(".")"""
 PLAIN = """\
-A plain Hugging Face checkpoint of the same size as its source: the pruned weights are exact
-zeros in dense tensors. It loads with `AutoModelForCausalLM.from_pretrained`. No common server
-runs faster because of the zeros; torch's 2:4 kernels may, on GPUs with large batches
-(`sparsekit deploy` tells where)."""
+A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its zeros
+stand in dense weights and take their space and time. No common server runs faster because of
+zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit deploy` shows where)."""
+ROUNDED = """\
+A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
+numbers of the grid: for scoring, or for a converter that takes it from there. It is neither
+smaller nor faster than its source."""
 PRODUCTS = """\
 A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its pruned
 weights are put together from factors: a sparse core with block-diagonal or low-rank matrices.
-**They are not sparse themselves**, and take the space and time of dense ones. The factors lie in
+**They are not sparse themselves**, and take the space and time of dense ones. The factors are in
 `sparsekit-factors.safetensors`."""
-FACTORED = """\
-Not a plain checkpoint: each pruned weight is kept as factors, a packed sparse core with
-block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run them product by
-product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so. It is smaller on
-disk and in memory; no server runs it, and nothing runs faster because of it."""
 CODED = """\
 A Hugging Face checkpoint in the format of compressed-tensors: it loads with
 `AutoModelForCausalLM.from_pretrained` where that package is installed, and in vLLM, which has
 kernels for such grids; transformers expands the weights in memory and is not faster. Pruned
 weights are exact zeros; they make it neither smaller nor faster than other weights on this grid."""
+FACTORED = """\
+Not a plain checkpoint: each pruned weight is kept as factors, a packed sparse core with
+block-diagonal or low-rank matrices. `sparsekit.load` and `sparsekit eval` run them product by
+product; `AutoModelForCausalLM.from_pretrained` finds no weights and says so. It is smaller on
+disk and in memory; no server runs it, and nothing runs faster because of it."""
 PACKED = """\
 Not a plain checkpoint: each sparse weight is kept as its values and their places, or as factors.
 `sparsekit.load` and `sparsekit eval` run it; `sparsekit unpack` gives every tensor back;
 after `import sparsekit.hf` `AutoModelForCausalLM.from_pretrained` loads it too, and without that it
 finds no weights and says so. It saves space and costs time: each layer unpacks its weight
 whenever it is called."""
-UNPACKED = """\
-A Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`, unpacked from a
-smaller form of it. It takes the space and time that it took before it was packed. No common server
-runs faster because of zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit
-deploy` tells where)."""
-CONVERTED = """\
-A Hugging Face checkpoint with dense weights, converted from a form that no library reads any more.
-It takes the space and time of dense weights: no common server runs faster because of zeros."""
-ROUNDED = """\
-A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
-numbers of the grid: for scoring, or for a converter that takes it from there. It is neither
-smaller nor faster than its source."""
+HISTORY = "The whole history, with one row for each weight, is in `sparsekit.json`."
+LOG = " The log of\ntraining is in `sparsekit-training.jsonl`."
 
 
-def _what_it_is(form: str, bits: float | None, grid: str | None = None) -> str:
-    """The first paragraph of the card."""
-    if grid is not None:
+def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
+    """The README of a checkpoint: what it is, how it is loaded, how it was made.
+
+    Args:
+        entry: Of the stage that made it.
+        origin: What the stage began with.
+        history: The entries before.
+    """
+    entries = [*history, entry]
+    rows = [
+        *stages_before(entries),
+        *STAGES[entry["stage"]](entry),
+        ("made with", ", ".join(f"{name} {v}" for name, v in entry["versions"].items())),
+    ]
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows if value)
+    form = _form(entry)
+    library = None if form == FACTORED else "transformers"
+    return f"""{front_matter(origin, tags(entries), library)}
+# {_line(origin.title)}, {_done(entry)}
+
+{form}
+
+```python
+{OWN if form in (FACTORED, PACKED) else STOCK}
+```
+
+| | |
+|---|---|
+{table}
+
+{_end(entry)}
+"""
+
+
+def _form(entry: Entry) -> str:
+    """The paragraph on what the checkpoint is."""
+    stage, recipe, totals = entry["stage"], entry["recipe"], entry["totals"]
+    if stage == "pack":
+        return PACKED
+    if stage == "convert":
+        return CODED if entry["quantized"] else PLAIN
+    if stage == "quantize":
+        return ROUNDED if recipe["format"] == "dense" else CODED
+    if recipe.get("then") or (stage == "unpack" and recipe.get("grid")):
         return CODED
-    if bits is None:
+    if stage == "unpack":
+        return PRODUCTS if totals["products"] else PLAIN
+    if totals["bits_per_weight"] is None:
         return PLAIN
-    return FACTORED if form == "factored" else PRODUCTS
+    return FACTORED if recipe["format"] == "factored" else PRODUCTS
+
+
+def _done(entry: Entry) -> str:
+    """What the stage did, for the heading."""
+    recipe = entry["recipe"]
+    return {
+        "prune": f"pruned to {recipe.get('pattern')}",
+        "recover": f"trained at {recipe.get('pattern')}",
+        "quantize": f"quantized to {recipe.get('grid')}",
+    }.get(entry["stage"]) or f"{entry['stage']}ed"
+
+
+def _end(entry: Entry) -> str:
+    """What stands last: where the rest is recorded, and which weights were left out."""
+    text = HISTORY + (LOG if entry["stage"] == "recover" else "")
+    if entry["stage"] in ("prune", "recover"):
+        text += " Check the zeros with\n`sparsekit verify .`."
+    if "skipped" not in entry:
+        return text
+    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    return f"{text}\n\nMatrices left as they were:{skipped or ' none'}"
+
+
+def _prune_rows(entry: Entry) -> Rows:
+    recipe, totals, rows = entry["recipe"], entry["totals"], entry["calibration"]
+    bits = totals["bits_per_weight"]
+    zero = f"{totals['sparsity']:.2%} of {'them' if bits is None else 'their cores'} zero"
+    return [
+        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
+        *_asked(recipe),
+        ("pattern", recipe["pattern"]),
+        ("pruned", f"{totals['weights']} linear weights, {zero}"),
+        ("calibration", calibration_text(rows) if rows else "none (the method needs no data)"),
+        ("bits of a pruned weight as factors", None if bits is None else f"{bits:.2f}"),
+        ("mean relative output error", _error(totals)),
+    ]
 
 
 def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -89,76 +161,35 @@ def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in told.items() if value and value != "none"]
 
 
-def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
-    """The README of a pruned checkpoint."""
-    recipe, summary = entry["recipe"], entry["totals"]
-    error, bits = summary["mean_error"], summary["bits_per_weight"]
-    calibration = entry["calibration"]
-    text = calibration_text(calibration) if calibration else "none (the method needs no data)"
-    counted = "them" if bits is None else "their cores"
-    rows = [
-        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
-        *_asked(recipe),
-        ("pattern", recipe["pattern"]),
-        (
-            "pruned",
-            f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of {counted} zero",
-        ),
-        ("calibration", text),
-        ("bits of a pruned weight as factors", "-" if bits is None else f"{bits:.2f}"),
-        ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
-    ]
-    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
-    return _card(
-        [*history, entry],
-        origin,
-        done=f"pruned to {recipe['pattern']}",
-        text=_what_it_is(recipe["format"], bits, recipe["then"]),
-        rows=rows,
-        end=f"{WEIGHTS} Check the zeros with\n`sparsekit verify .`.\n\n"
-        f"Matrices left dense:{skipped or ' none'}",
-    )
-
-
-def recover_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
-    """The README of a trained checkpoint."""
-    recipe, summary, plan = entry["recipe"], entry["totals"], entry["plan"]
+def _recover_rows(entry: Entry) -> Rows:
+    recipe, totals, plan = entry["recipe"], entry["totals"], entry["plan"]
     kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
     flipped = sum(row["flipped"] for row in entry["weights"])
     moved = entry["finished"].get("moved")
     loss = "CE"
     if plan["share"]:
         loss = f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"
-    rows = [
+    by_input = recipe["metric"] != "magnitude"
+    return [
         ("method", f"{recipe['method']} {_own_options(recipe)}".strip()),
-        ("decay", f"{plan['decay']:.3g}" if plan.get("decay") else "-"),
+        ("decay", f"{plan['decay']:.3g}" if plan.get("decay") else None),
         ("pattern", recipe["pattern"]),
-        ("kept by", "-" if recipe["metric"] == "magnitude" else "|w| times the norm of its input"),
-        ("sparse", f"{summary['weights']} linear weights, {summary['sparsity']:.2%} of them zero"),
+        ("kept by", "|w| times the norm of its input" if by_input else None),
+        ("sparse", f"{totals['weights']} linear weights, {totals['sparsity']:.2%} of them zero"),
         ("trained on", training_text(entry)),
-        ("evaluated on the way on", entry["evaluated_on"] or "-"),
+        ("evaluated on the way on", entry["evaluated_on"]),
         ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
         ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
         ("loss", loss),
-        ("multiplied in", "bfloat16" if recipe.get("mixed_precision") == "bf16" else "-"),
-        ("of the teacher", "-" if kept is None else f"{largest}, {kept:.2%} of its mass"),
-        ("entries that changed sides", f"{flipped / summary['size']:.4%}"),
+        ("multiplied in", "bfloat16" if recipe.get("mixed_precision") == "bf16" else None),
+        ("of the teacher", None if kept is None else f"{largest}, {kept:.2%} of its mass"),
+        ("entries that changed sides", f"{flipped / totals['size']:.4%}"),
         (
             "last hidden states, moved by leaving out what is off the masks",
-            "-" if moved is None else f"{moved:.2%}",
+            None if moved is None else f"{moved:.2%}",
         ),
-        ("inputs of a span of the branches", str(recipe["slorb"] or "-")),
+        ("inputs of a span of the branches", recipe["slorb"] and str(recipe["slorb"])),
     ]
-    return _card(
-        [*history, entry],
-        origin,
-        done=f"trained at {recipe['pattern']}",
-        text=_what_it_is(recipe["format"], summary["bits_per_weight"]),
-        rows=[(name, value) for name, value in rows if value != "-"],
-        end="![Training](sparsekit-training.png)\n\n"
-        "The whole history, with one row for each weight, is in `sparsekit.json`; the log of "
-        "training is in\n`sparsekit-training.jsonl`. Check the zeros with `sparsekit verify .`.",
-    )
 
 
 def _own_options(recipe: Mapping[str, Any]) -> str:
@@ -169,116 +200,65 @@ def _own_options(recipe: Mapping[str, Any]) -> str:
     return f"({', '.join(told)})" if told else ""
 
 
-def quantize_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
-    """The README of a quantized checkpoint."""
-    recipe, summary, calibration = entry["recipe"], entry["totals"], entry["calibration"]
-    error = summary["mean_error"]
-    dense = recipe["format"] == "dense"
-    rows = [
+def _quantize_rows(entry: Entry) -> Rows:
+    recipe, totals, rows = entry["recipe"], entry["totals"], entry["calibration"]
+    return [
         ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
         ("grid", recipe["grid"]),
-        ("quantized", f"{summary['weights']} linear weights"),
-        ("bits of such a weight on disk", f"{summary['bits_per_weight']:.2f}"),
+        ("quantized", f"{totals['weights']} linear weights"),
+        ("bits of such a weight on disk", f"{totals['bits_per_weight']:.2f}"),
         (
             "zeros",
-            f"{summary['zeros'] / summary['size']:.2%}, "
-            f"{summary['zeros_before'] / summary['size']:.2%} before; none was given a value",
+            f"{totals['zeros'] / totals['size']:.2%}, "
+            f"{totals['zeros_before'] / totals['size']:.2%} before; none was given a value",
         ),
-        ("calibration", calibration_text(calibration) if calibration else "none"),
-        ("mean relative output error", "not measured" if error is None else f"{error:.4f}"),
+        ("calibration", calibration_text(rows) if rows else "none"),
+        ("mean relative output error", _error(totals)),
     ]
-    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
-    return _card(
-        [*history, entry],
-        origin,
-        done=f"quantized to {recipe['grid']}",
-        text=ROUNDED if dense else CODED,
-        rows=rows,
-        end=f"{WEIGHTS}\n\nMatrices left as they were:{skipped or ' none'}",
-    )
 
 
-def unpack_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
-    """The README of a checkpoint that was unpacked."""
-    summary = entry["totals"]
-    rows = [
-        ("unpacked weights", str(summary["weights"])),
-        ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
+def _pack_rows(entry: Entry) -> Rows:
+    totals = entry["totals"]
+    return [
+        ("packed weights", str(totals["weights"])),
+        ("zeros in them", f"{totals['zeros'] / totals['size']:.2%}"),
+        ("bits of such a weight", f"{totals['bits_per_weight']:.3f}"),
+        _bytes(totals),
     ]
-    text = PRODUCTS if summary["products"] else UNPACKED
-    text = CODED if entry["recipe"].get("grid") else text
-    return _card([*history, entry], origin, done="unpacked", text=text, rows=rows)
 
 
-def pack_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
-    """The README of a packed checkpoint."""
-    summary = entry["totals"]
-    rows = [
-        ("packed weights", str(summary["weights"])),
-        ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
-        ("bits of such a weight", f"{summary['bits_per_weight']:.3f}"),
-        ("bytes", f"{summary['bytes']:,} ({summary['bytes_before']:,} before)"),
+def _unpack_rows(entry: Entry) -> Rows:
+    return [("unpacked weights", str(entry["totals"]["weights"])), _bytes(entry["totals"])]
+
+
+def _convert_rows(entry: Entry) -> Rows:
+    recipe, totals = entry["recipe"], entry["totals"]
+    return [
+        ("form before", recipe["form"]),
+        ("pattern", recipe.get("pattern", "none that all weights have")),
+        ("converted weights", str(totals["weights"])),
+        ("zeros in them", f"{totals['zeros'] / totals['size']:.2%}"),
     ]
-    return _card([*history, entry], origin, done="packed", text=PACKED, rows=rows)
 
 
-def convert_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
-    """The README of a converted checkpoint."""
-    summary = entry["totals"]
-    rows = [
-        ("form before", entry["recipe"]["form"]),
-        ("pattern", entry["recipe"].get("pattern", "none that all weights have")),
-        ("converted weights", str(summary["weights"])),
-        ("zeros in them", f"{summary['zeros'] / summary['size']:.2%}"),
-    ]
-    return _card(
-        [*history, entry],
-        origin,
-        done="converted",
-        text=CODED if entry["quantized"] else CONVERTED,
-        rows=rows,
-    )
+# The rows of the card's table that are of one stage alone; those without a value are left out.
+STAGES: Mapping[str, Callable[[Entry], Rows]] = {
+    "prune": _prune_rows,
+    "recover": _recover_rows,
+    "quantize": _quantize_rows,
+    "pack": _pack_rows,
+    "unpack": _unpack_rows,
+    "convert": _convert_rows,
+}
 
 
-def _card(
-    entries: Sequence[Entry],
-    origin: Origin,
-    *,
-    done: str,
-    text: str,
-    rows: Sequence[tuple[str, str]],
-    end: str = "The whole history is in `sparsekit.json`.",
-) -> str:
-    """A README: what the checkpoint is, how it is loaded, how it was made.
+def _bytes(totals: Mapping[str, Any]) -> tuple[str, str]:
+    return "bytes", f"{totals['bytes']:,} ({totals['bytes_before']:,} before)"
 
-    Args:
-        entries: Of the whole history; the last is that of this stage.
-        origin: What the stage began with.
-        done: What it did, for the heading.
-        text: What the checkpoint is.
-        rows: What is told of the stage.
-        end: What stands last.
-    """
-    versions = entries[-1]["versions"].items()
-    made_with = ", ".join(f"{name} {version}" for name, version in versions)
-    told = (*stages_before(entries), *rows, ("made with", made_with))
-    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in told)
-    library = None if text == FACTORED else "transformers"
-    return f"""{front_matter(origin, tags(entries), library)}
-# {_line(origin.title)}, {done}
 
-{text}
-
-```python
-{OWN if text in (FACTORED, PACKED) else STOCK}
-```
-
-| | |
-|---|---|
-{table}
-
-{end}
-"""
+def _error(totals: Mapping[str, Any]) -> str:
+    error = totals["mean_error"]
+    return "not measured" if error is None else f"{error:.4f}"
 
 
 def _line(text: str) -> str:

@@ -16,7 +16,7 @@ from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import Patterns, family_notes, select
-from sparsekit.pipeline.source import open_source, refuse_packed, require_room
+from sparsekit.pipeline.source import open_source, refuse_packed, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import Chain, require_shapes
@@ -109,7 +109,7 @@ def prepare(
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)
-    require_room(out, layout)
+    require_disk(out, layout)
     calibration = config.rows
     if calibration is not None:
         calibration.require(source)

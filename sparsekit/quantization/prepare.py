@@ -12,7 +12,7 @@ from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import select
-from sparsekit.pipeline.source import open_source, refuse_packed, require_room
+from sparsekit.pipeline.source import open_source, refuse_packed, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.methods import Quantizer
@@ -78,7 +78,7 @@ def prepare(
     layout = Layout.of(source)
     if config.format != "dense":
         layout = coded_layout(source, targets, grid)
-    require_room(out, layout)
+    require_disk(out, layout)
     calibration = config.rows
     if calibration is not None:
         calibration.require(source)

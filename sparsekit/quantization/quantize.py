@@ -17,7 +17,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import NUMERICS, Report, damping_notes
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import quantize_card
+from sparsekit.provenance.model_card import model_card
 from sparsekit.quantization.block import quantize_block, restore
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.prepare import QuantizeJob, prepare
@@ -89,7 +89,7 @@ def quantize(
         }
         config_json = coded_config(job.stream, job.targets, job.grid) if job.coded else None
         origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
-        writer.commit(entry, quantize_card(entry, origin, history), config_json)
+        writer.commit(entry, model_card(entry, origin, history), config_json)
     return Report(out=out, entry=entry)
 
 

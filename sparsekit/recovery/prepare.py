@@ -18,7 +18,7 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
 from sparsekit.pipeline.selection import Patterns, family_notes
-from sparsekit.pipeline.source import open_source, refuse_packed, require_room
+from sparsekit.pipeline.source import open_source, refuse_packed, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
     refuse_cuts,
@@ -119,7 +119,7 @@ def prepare(
     if ranks.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
-    require_room(out, layout, state_bytes(source) if saves else 0)
+    require_disk(out, layout, state_bytes(source) if saves else 0)
     teacher, teacher_name = None, ""
     if config.share != 0 or config.slorb is not None or config.data == "self":
         teacher_name = config.teacher or _parent(source) or model

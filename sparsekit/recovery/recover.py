@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sparsekit.checkpoint.resolve import title
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import (
     CheckFailedError,
@@ -23,7 +22,7 @@ from sparsekit.files import KEPT, read_json, write_json
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import Report, totals
 from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import recover_card
+from sparsekit.provenance.model_card import model_card
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import Deadline, saving_seconds
 from sparsekit.recovery.export import finish, write_tensors
@@ -100,13 +99,12 @@ def recover(
         if writer is None:
             ranks.leave()
             return None
-        name = title(model)
-        log.publish(writer.partial, f"{name}, {job.config.method} {job.patterns.base}")
+        log.publish(writer.partial)
         entry = _entry(work, model, training, finished, weights) | {"kept_mass": log.kept_mass}
         told = work.cost.told()
         entry |= told | {"seconds": round(told["seconds"] + log.earlier_seconds, 3)}
         origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
-        writer.commit(entry, recover_card(entry, origin, history))
+        writer.commit(entry, model_card(entry, origin, history))
         _forget(out)  # only now: until the output stands, all must be found again
     ranks.leave()
     return Report(out=out, entry=entry)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
-from sparsekit.memory import keep_heap
+from sparsekit.memory import MemoryUse, keep_heap
 from sparsekit.model.architecture import find_blocks
 from sparsekit.model.full_model import hidden_states, load_whole, require_plain_head
 from sparsekit.model.skeleton import Skeleton
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Batches that input norms are measured on, and steps at rate 0 that measure speed and gradients.
 PROBED = 8
-NEED = {"purpose": "training", "way_out": "train it where there is more memory"}
+TRAINING = MemoryUse("training", hint="train it where there is more memory")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +153,7 @@ def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
     """
     if job.config.share == 0:
         return None
-    teacher = load_whole(job.teacher, torch.float32, **NEED).to(job.device).requires_grad_(False)
+    teacher = load_whole(job.teacher, torch.float32, TRAINING).to(job.device).requires_grad_(False)
     require_plain_head(teacher)
     if job.config.teacher_top is None:
         # Not its buffers: rotary frequencies of 8 bits turn far tokens by whole radians.

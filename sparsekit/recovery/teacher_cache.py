@@ -24,27 +24,26 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.folder import config_of
-from sparsekit.errors import DataError, NumericalError, StorageError
+from sparsekit.errors import NumericalError, StorageError
 from sparsekit.files import (
     CACHED,
     cache_dir,
     existing_parent,
     sha256_json,
-    storage_errors,
-    write_atomic,
 )
 from sparsekit.model.full_model import hidden_states
 from sparsekit.progress import Progress
 from sparsekit.provenance.entry import NUMERICS
 from sparsekit.recovery.distillation import Top, chunk_positions
 from sparsekit.recovery.prepare import Recovery
+from sparsekit.text import cache_file
 from sparsekit.text.training_rows import TrainingRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 # A position takes a float32 and an int32 for each probability.
 ENTRY_BYTES = 8
 # Of a file: its header, and what the disk rounds up.
@@ -105,7 +104,7 @@ class TopTeacher:
             if not file.is_file():
                 found.append(number)
             elif file.stat().st_size <= self._row_bytes:
-                raise _damaged(file, "it is too short")
+                raise cache_file.damaged(file, "it is too short")
         return found
 
     def announce(self, positions: int, progress: Progress) -> None:
@@ -160,16 +159,14 @@ class TopTeacher:
         """One row, on the CPU; written at once when it is not on disk."""
         file = self._file(number)
         if self.reads and file.is_file():
-            return _read(file)
+            return Top(**cache_file.read(file))
         found = self._computed(tokens)
         if not found.log_probabilities.isfinite().all():
             raise NumericalError(
                 f"the teacher's probabilities of row {number} are not finite",
                 "name another dense model with --teacher, or leave out this text",
             )
-        with storage_errors(file, CACHED):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, _packed(found), CACHED)
+        cache_file.write(file, {"log_probabilities": found.log_probabilities, "ids": found.ids})
         return found
 
     @torch.no_grad()
@@ -180,44 +177,3 @@ class TopTeacher:
         chunks = states.split(chunk_positions(head.weight.shape[0]))
         parts = [Top.of(head(chunk), self.count, self.temperature) for chunk in chunks]
         return Top.joined(parts).to(torch.device("cpu"))
-
-
-def _packed(top: Top) -> bytes:
-    """The bytes of a file."""
-    from safetensors.torch import save
-
-    tensors = {"log_probabilities": top.log_probabilities, "ids": top.ids}
-    return save(tensors, {"fingerprint": _fingerprint(top)})
-
-
-def _read(file: Path) -> Top:
-    """What is in a file.
-
-    Raises:
-        DataError: It is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            told = (opened.metadata() or {}).get("fingerprint")
-            found = Top(
-                log_probabilities=opened.get_tensor("log_probabilities"),
-                ids=opened.get_tensor("ids"),
-            )
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, str(error)) from error
-    if told != _fingerprint(found):
-        raise _damaged(file, "its numbers are not those that were written")
-    return found
-
-
-def _fingerprint(top: Top) -> str:
-    """The sha256 of the numbers, to tell later damage."""
-    digest = hashlib.sha256(top.log_probabilities.numpy())
-    digest.update(top.ids.numpy())
-    return digest.hexdigest()
-
-
-def _damaged(file: Path, reason: str) -> DataError:
-    return DataError(f"{file} is damaged: {reason}", "delete it, and the row is computed again")

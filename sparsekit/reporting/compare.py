@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparsekit.checkpoint.resolve import at_hand
 from sparsekit.errors import DataError
-from sparsekit.reporting.model_row import Row, is_checkpoint, read_row
+from sparsekit.reporting.model_row import Row, baseline_row, is_checkpoint, read_row
 from sparsekit.scoring.quality import (
     Measured,
     Quality,
@@ -82,8 +83,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
     Args:
         folders: Each a checkpoint, or a folder that holds checkpoints: those directly in it count,
-            by name, and before them what is only scored, as the dense model. Files among folders
-            are left out, so that `study/*` names the models of a run.
+            by name, and before them models that are only scored, such as the dense one. Files
+            among the folders are left out, so that `study/*` names the models of a run.
 
     Raises:
         DataError: A folder is no checkpoint and holds none, or a file in one is damaged.
@@ -92,7 +93,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     for folder in [f for f in folders if not f.is_file()] or folders:
         for place in _places(folder):
             places.setdefault(place.resolve(), place)
-    rows = _named([read_row(place) for place in places.values()])
+    rows = _named(_with_baselines([read_row(place) for place in places.values()]))
     return Comparison(rows=rows, notes=_notes(rows))
 
 
@@ -131,6 +132,36 @@ def _places(folder: Path) -> list[Path]:
     return [*scored, *found]
 
 
+def _with_baselines(rows: Sequence[Row]) -> list[Row]:
+    """The rows after those of the models that they were compared with, as far as these are known.
+
+    A baseline that is a row already gets the figures that it has no scores of its own for.
+    """
+    known: dict[str, dict[Measured, Quality]] = {}
+    for row in rows:
+        for key, quality in row.quality.items():
+            for name, figure in quality.baselines.items():
+                known.setdefault(name, {})[key] = Quality(
+                    figure=figure, differences={}, dtype=quality.dtype
+                )
+    found, added = list(rows), []
+    for name, qualities in known.items():
+        own = [index for index, row in enumerate(rows) if _is_model(row, name)]
+        for index in own:
+            found[index] = replace(found[index], quality={**qualities, **found[index].quality})
+        if not own:
+            added.append(baseline_row(name, qualities))
+    return [*added, *found]
+
+
+def _is_model(row: Row, name: str) -> bool:
+    """Whether a row is of the model that `eval` knew by a name."""
+    if not row.stored:
+        return any(entry.get("model") == name for entry in row.scores)
+    folder = at_hand(name)
+    return folder is not None and folder.resolve() == row.path.resolve()
+
+
 def _named(rows: Sequence[Row]) -> list[Row]:
     """The rows, those that share a name by their whole paths."""
     count = Counter(row.name for row in rows)
@@ -163,7 +194,7 @@ def _notes_of(row: Row) -> list[str]:
             f"{row.name}: {row.stale} scores in {SCORES} are of other weights, and left out: "
             "sparsekit eval --save takes new ones"
         )
-    if not row.scores:
+    if not row.quality and not row.scores:
         notes.append(f"{row.name} has no scores: sparsekit eval --save keeps them")
     parts = {str(entry.get("stage")) for entry in row.history if entry.get("resumed_blocks")}
     if parts:

@@ -1,11 +1,11 @@
-"""Pictures as SVG for a page: its text and lines take the colour of the text around them."""
+"""Pictures as SVG files whose colours can be read on a light page and on a dark one."""
 
 import io
 import math
-import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsekit.reporting.traces import Trace
@@ -18,24 +18,16 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours that stand out from a white page and from a dark one, and two more that
 # do, which the colour-blind can tell from them and from each other.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6B38", "#9B61F2")
+# Of text, axes and the model that all others come from.
+GREY = "#767676"
 MARKERS = "os^DvPX"
-# The same in a box of 28 by 12.
-SHAPES = (
-    "M14 2a4 4 0 1 0 .01 0z",
-    "M10 2h8v8h-8z",
-    "M14 1l5 9h-10z",
-    "M14 1l5 5-5 5-5-5z",
-    "M14 11l5-9h-10z",
-    "M12.5 1.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
-    "M11 1l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z",
-)
 DASHES = ("solid", "dashed", "dotted", "dashdot")
-# What matplotlib draws in black becomes the colour of the page's text.
-INK = "#000000"
 # The largest value of an axis as a multiple of the smallest, from which it is logarithmic.
 LOGARITHMIC = 5.0
 # In inches of 72 points: as wide as a phone, so that the text keeps its size there.
 WIDTH, HEIGHT = 5.0, 3.1
+# Of a line of the legend, in characters and inches.
+LEGEND_CHARACTERS, LEGEND_HEIGHT = 60, 0.19
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sparsekit",
@@ -43,27 +35,32 @@ SETTINGS = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How a model is drawn in every picture."""
+    """A model's name in legends, and its colour, marker and dashes, the same in every picture."""
 
+    name: str
     colour: str
     marker: str
     dash: str
 
 
-def styles(count: int) -> list[Style]:
-    """So many styles that all differ, up to 42; colours alone differ only in the first six."""
+def styles(names: Sequence[str]) -> list[Style]:
+    """Styles that all differ, up to 42; colours alone differ only in the first six."""
     return [
         Style(
+            name=name,
             colour=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             dash=DASHES[index // len(COLOURS) % len(DASHES)],
         )
-        for index in range(count)
+        for index, name in enumerate(names)
     ]
 
 
@@ -72,29 +69,31 @@ def scatter(
     best: Sequence[int],
     drawn: Sequence[Style],
     across: str,
+    flat: Sequence[int] = (),
 ) -> str:
-    """Perplexity against what it takes.
+    """Perplexity against a cost.
 
     Args:
-        points: For each model what it takes, and its perplexity; a line over the whole width
-            where the first is None.
+        points: For each model its cost, if it is known, and its perplexity.
         best: The models that a line joins from left to right.
         drawn: The style of each model.
-        across: What the first numbers are.
+        across: What the cost is.
+        flat: The models whose perplexity is also a line over the whole width.
     """
-    with _picture() as (axes, out):
+    with _picture([drawn[model] for model in points]) as (axes, out):
         joined = sorted(points[model] for model in best)
         axes.plot(
             [x for x, _ in joined], [y for _, y in joined],
-            color=INK, linewidth=0.8, linestyle="dashed", drawstyle="steps-post",
+            color=GREY, linewidth=0.8, linestyle="dotted", drawstyle="steps-post",
         )  # fmt: skip
         for model, (x, y) in points.items():
             style = drawn[model]
-            if x is None:
+            if x is None or model in flat:
                 axes.axhline(y, color=style.colour, linestyle=style.dash, linewidth=1)
+            if x is None:
                 continue
             if model in best:
-                axes.plot(x, y, marker="o", markersize=13, fillstyle="none", color=INK)
+                axes.plot(x, y, marker="o", markersize=13, fillstyle="none", color=GREY)
             axes.plot(x, y, marker=style.marker, markersize=7, color=style.colour)
         _scale(axes, "x", [x for x, _ in points.values() if x is not None])
         _scale(axes, "y", [y for _, y in points.values()])
@@ -106,7 +105,7 @@ def scatter(
 def lines(
     traces: Sequence[Trace], drawn: Sequence[Style], across: str, up: str, *, share: bool = False
 ) -> str:
-    """Traces over the same axis; markers show where few points are.
+    """Traces over the same axis, those that are equal as one line; few points have markers.
 
     Args:
         traces: The lines.
@@ -115,9 +114,15 @@ def lines(
         up: What is up.
         share: Whether that is a share of a whole, so that the axis goes from 0 to 1.
     """
-    with _picture() as (axes, out):
-        for trace in traces:
-            style = drawn[trace.model]
+    groups: dict[tuple[tuple[float, ...], tuple[float, ...]], list[Trace]] = {}
+    for trace in traces:
+        groups.setdefault((tuple(trace.across), tuple(trace.up)), []).append(trace)
+    legend = [
+        replace(drawn[group[0].model], name=", ".join(drawn[trace.model].name for trace in group))
+        for group in groups.values()
+    ]
+    with _picture(legend) as (axes, out):
+        for (trace, *_), style in zip(groups.values(), legend, strict=True):
             few = len(trace.across) <= 40
             axes.plot(
                 trace.across, trace.up, color=style.colour, linestyle=style.dash, linewidth=1.4,
@@ -137,7 +142,8 @@ def bars(values: Mapping[str, Mapping[int, Figure]], drawn: Sequence[Style], acr
     """A group of bars for each name, with a bar for each model; whiskers are one standard error."""
     count = sum(map(len, values.values()))
     height = max(HEIGHT, 0.9 + 0.2 * count + 0.2 * len(values))
-    with _picture(height) as (axes, out):
+    models = dict.fromkeys(model for figures in values.values() for model in figures)
+    with _picture([drawn[model] for model in models], height) as (axes, out):
         place, ticks = 0.0, []
         for figures in values.values():
             first = place
@@ -145,12 +151,10 @@ def bars(values: Mapping[str, Mapping[int, Figure]], drawn: Sequence[Style], acr
                 style = drawn[model]
                 axes.barh(
                     place, figure.value, height=0.8, color=style.colour,
-                    alpha=0.5 if style.colour == INK else 1.0,
-                    xerr=figure.stderr, ecolor=INK, capsize=2,
+                    alpha=0.5 if style.colour == GREY else 1.0,
+                    xerr=figure.stderr, ecolor=GREY, capsize=2,
                 )  # fmt: skip
-                axes.plot(
-                    0.0, place, marker=drawn[model].marker, markersize=5, color=INK, clip_on=False
-                )
+                axes.plot(0, place, marker=style.marker, markersize=5, color=GREY, clip_on=False)
                 place += 1
             ticks.append((first + place - 1) / 2)
             place += 1
@@ -164,22 +168,33 @@ def bars(values: Mapping[str, Mapping[int, Figure]], drawn: Sequence[Style], acr
 
 
 @contextmanager
-def _picture(height: float = HEIGHT) -> Iterator[tuple["Axes", list[str]]]:
+def _picture(legend: Sequence[Style], height: float = HEIGHT) -> Iterator[tuple["Axes", list[str]]]:
     """Axes to draw on, and where the picture will be when that is done."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
 
+    handles = [
+        Line2D(
+            [], [], color=style.colour, marker=style.marker, linestyle=style.dash, markersize=5,
+            label=textwrap.fill(" ".join(style.name.split()), LEGEND_CHARACTERS),
+        )
+        for style in legend
+    ]  # fmt: skip
+    height += LEGEND_HEIGHT * sum(handle.get_label().count("\n") + 1 for handle in handles)
     with matplotlib.rc_context(SETTINGS):
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasSVG(canvas)
         axes, out = canvas.subplots(), []
-        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.grid(color=GREY, alpha=0.3, linewidth=0.6)
         axes.set_axisbelow(True)
         yield axes, out
+        canvas.legend(
+            handles=handles, loc="outside lower left", frameon=False, handlelength=2.6,
+            labelspacing=0.25, borderpad=0,
+        )  # fmt: skip
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    out.append(_inline(file.getvalue()))
+    out.append(file.getvalue())
 
 
 def _scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
@@ -202,37 +217,3 @@ def plain(value: float) -> str:
         if abs(value) >= bound:
             return f"{value / (1e3 if letter == 'K' else bound):.4g}{letter}"
     return f"{value:.4g}"
-
-
-def _inline(svg: str) -> str:
-    """An SVG file as a part of a page: without addresses, and in the page's colour and type."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| width="[^"]*pt"| height="[^"]*pt"', "", svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = svg.replace("xlink:href=", "href=").replace(INK, "currentColor")
-    return re.sub(r"\n\s*", "\n", svg)
-
-
-def numbered(svg: str, number: int, title: str) -> str:
-    """A picture whose ids are its own on a page with others.
-
-    Args:
-        svg: The picture.
-        number: Its number on the page.
-        title: What it shows, as escaped text, for those who do not see it.
-    """
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{number}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def key(style: Style) -> str:
-    """The sign of a style, to stand before the name of its model."""
-    dash = dict(zip(DASHES, ("none", "5 3", "1 3", "5 2 1 2"), strict=True))[style.dash]
-    shape = dict(zip(MARKERS, SHAPES, strict=True))[style.marker]
-    colour = style.colour.replace(INK, "currentColor")
-    return (
-        f'<svg class="sign" viewBox="0 0 28 12" aria-hidden="true" style="color: {colour}">'
-        f'<path d="M0 6h28" stroke="currentColor" stroke-dasharray="{dash}" stroke-width="1.4"/>'
-        f'<path d="{shape}" fill="currentColor"/></svg>'
-    )

@@ -1,19 +1,22 @@
-"""The pictures of a report's page, each with its heading and the key to its models."""
+"""The pictures of a report's page, each with its heading."""
 
+import base64
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from sparsekit.reporting.compare import Comparison
-from sparsekit.reporting.drawing import INK, Style, bars, key, lines, numbered, scatter, styles
+from sparsekit.reporting.drawing import GREY, Style, bars, lines, scatter, styles
 from sparsekit.reporting.table import BEST, short
 from sparsekit.reporting.traces import Trace, errors_by_block, sparsity_by_block, trainings
 from sparsekit.scoring.quality import Windows, headings, perplexity_of
 
-ZEROS = "share of zeros"
 ERROR = "Of the output on calibration tokens, a mean over the weights of a block."
 QUICKEST = "no other model took less time and is at least as good, or is better and took no longer"
+UNMADE = "A dashed line over the whole width: a model that was not made here."
+# Lines of training with fewer points than this are not worth a picture.
+FEWEST_POINTS = 10
 STAGES = {"prune": "pruning", "recover": "training", "quantize": "quantization"}
 
 
@@ -23,10 +26,8 @@ class Drawing:
 
     title: str
     svg: str
-    models: Sequence[tuple[int, ...]]
-    """What the key tells: models that are drawn as one line, or one by one."""
     text: str = ""
-    """What has to be known of it."""
+    """What a reader of it has to know."""
 
 
 def figures(comparison: Comparison) -> str:
@@ -38,39 +39,30 @@ def figures(comparison: Comparison) -> str:
         "Training": _training(comparison, drawn),
         "Zero-shot accuracy": _zero_shot(comparison, drawn),
     }
-    parts, number = [], 0
-    for title, drawings in sections.items():
-        shown = []
-        for drawing in drawings:
-            number += 1
-            shown.append(_figure(comparison, drawing, drawn, number))
-        if shown:
-            inside = "\n".join(shown)
-            parts.append(
-                f'<section>\n<h2>{title}</h2>\n<div class="figures">\n{inside}\n</div>\n</section>'
-            )
-    return "\n".join(parts)
+    return "\n".join(
+        f'<section>\n<h2>{title}</h2>\n<div class="figures">\n{inside}\n</div>\n</section>'
+        for title, drawings in sections.items()
+        if (inside := "\n".join(map(_figure, drawings)))
+    )
 
 
 def _styles(comparison: Comparison) -> list[Style]:
     """The style of each model; what was not made by any stage is drawn as the axes are."""
-    made = iter(styles(len(comparison.rows)))
-    plain = Style(colour=INK, marker="o", dash="dashed")
-    return [next(made) if row.history else plain for row in comparison.rows]
+    made = iter(styles([row.name for row in comparison.rows if row.history]))
+    return [
+        next(made) if row.history else Style(name=row.name, colour=GREY, marker="o", dash="dashed")
+        for row in comparison.rows
+    ]
 
 
-def _figure(comparison: Comparison, drawing: Drawing, drawn: Sequence[Style], number: int) -> str:
-    """A picture as HTML."""
-    names = [", ".join(comparison.rows[model].name for model in group) for group in drawing.models]
-    signs = [key(drawn[group[0]]) for group in drawing.models]
-    items = "".join(
-        f"<li>{sign}{escape(name)}</li>" for sign, name in zip(signs, names, strict=True)
-    )
+def _figure(drawing: Drawing) -> str:
+    """A picture as HTML; as an image of its own, nothing in it can act on the page."""
     text = f"<p>{escape(drawing.text)}</p>" if drawing.text else ""
     title = escape(drawing.title)
+    data = base64.b64encode(drawing.svg.encode()).decode()
     return (
-        f"<figure>\n<figcaption>{title}</figcaption>\n{numbered(drawing.svg, number, title)}\n"
-        f'<ul class="key">{items}</ul>\n{text}</figure>'
+        f"<figure>\n<figcaption>{title}</figcaption>\n"
+        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n{text}</figure>'
     )
 
 
@@ -85,28 +77,22 @@ def _quality(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing
             [model for model, marked in enumerate(marks) if marked and model in values]
             for marks in (comparison.best(windows), comparison.best_by_time(windows))
         )
-        if any(sizes[model] for model in values):
-            points = {m: (sizes[m], value) for m, value in values.items() if sizes[m] is not None}
-            yield Drawing(
-                title=f"Perplexity ({title}) against size",
-                svg=scatter(points, best, drawn, "size on disk, MB"),
-                models=[(model,) for model in points],
-                text=f"Ringed: {BEST}.",
-            )
-        if any(seconds[model] for model in values):
+        flat = [model for model in values if not rows[model].history]
+        for taken, what, across, marked, meaning in (
+            (sizes, "size", "size on disk, MB", best, BEST),
+            (seconds, "cost", "seconds of all stages", quickest, QUICKEST),
+        ):
+            if not any(taken[model] for model in values):
+                continue
             points = {
-                model: (seconds[model], value)
+                model: (taken[model], value)
                 for model, value in values.items()
-                if seconds[model] is not None or not rows[model].history
+                if taken[model] is not None or model in flat
             }
-            told = [f"Ringed: {QUICKEST}."]
-            if any(x is None for x, _ in points.values()):
-                told.append("A line over the whole width: the model was not made here.")
             yield Drawing(
-                title=f"Perplexity ({title}) against cost",
-                svg=scatter(points, quickest, drawn, "seconds of all stages"),
-                models=[(model,) for model in points],
-                text=" ".join(told),
+                title=f"Perplexity ({title}) against {what}",
+                svg=scatter(points, marked, drawn, across, flat),
+                text=f"Ringed: {meaning}." + (f" {UNMADE}" if flat else ""),
             )
 
 
@@ -124,9 +110,11 @@ def _blocks(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]
     """Errors and zeros by block."""
     for stage, traces in errors_by_block(comparison.rows).items():
         title = f"Relative error of {STAGES.get(stage, stage)}"
-        yield _traced(title, traces, drawn, "block", "relative error", ERROR)
-    if traces := sparsity_by_block(comparison.rows):
-        yield _traced("Sparsity", traces, drawn, "block", ZEROS)
+        yield Drawing(title=title, svg=lines(traces, drawn, "block", "relative error"), text=ERROR)
+    traces = sparsity_by_block(comparison.rows)
+    if len({round(share, 3) for trace in traces for share in trace.up}) > 1:
+        svg = lines(traces, drawn, "block", "share of zeros", share=True)
+        yield Drawing(title="Sparsity", svg=svg)
 
 
 def _training(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]:
@@ -147,9 +135,10 @@ def _training(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawin
 def _drawn(
     title: str, traces: Sequence[Trace | None], drawn: Sequence[Style], up: str
 ) -> Iterator[Drawing]:
-    """A picture of training, if there is anything to draw."""
-    if there := [trace for trace in traces if trace is not None]:
-        yield _traced(title, there, drawn, "tokens", up)
+    """A picture of training, if any line has enough points."""
+    there = [trace for trace in traces if trace is not None]
+    if any(len(trace.up) >= FEWEST_POINTS for trace in there):
+        yield Drawing(title=title, svg=lines(there, drawn, "tokens", up))
 
 
 def _zero_shot(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]:
@@ -163,26 +152,5 @@ def _zero_shot(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawi
         yield Drawing(
             title="Accuracy by task",
             svg=bars(values, drawn, "accuracy"),
-            models=[(model,) for model in models],
             text=f"{title}. Whiskers are one standard error.",
         )
-
-
-def _traced(
-    title: str,
-    traces: Sequence[Trace],
-    drawn: Sequence[Style],
-    across: str,
-    up: str,
-    text: str = "",
-) -> Drawing:
-    """A picture of lines, with one line for all models whose lines are the same."""
-    groups: dict[tuple[tuple[float, ...], tuple[float, ...]], list[Trace]] = {}
-    for trace in traces:
-        groups.setdefault((tuple(trace.across), tuple(trace.up)), []).append(trace)
-    return Drawing(
-        title=title,
-        svg=lines([g[0] for g in groups.values()], drawn, across, up, share=up == ZEROS),
-        models=[tuple(trace.model for trace in group) for group in groups.values()],
-        text=text,
-    )

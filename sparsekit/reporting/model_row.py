@@ -66,22 +66,56 @@ def read_row(folder: Path) -> Row:
     """
     there = read_scores(folder)
     stored = is_checkpoint(folder)
-    model = folder if stored else _scored_model(there)
-    source = None if model is None else Checkpoint.open(model)
-    told = {"history": []} if source is None else source.provenance()
-    history = unfolded(told["history"])
+    source = _opened(folder if stored else _scored_model(there))
     weights = None
     if source is not None and stored and there:
         weights = source.scan()  # of what lies there, whatever the history says
     scores = [entry for entry in there if not stored or is_of(entry, weights)]
+    return _row(
+        source,
+        name=folder.resolve().name,
+        path=folder,
+        scores=scores,
+        quality=qualities(scores),
+        stored=stored,
+        stale=len(there) - len(scores),
+    )
+
+
+def baseline_row(name: str, quality: Mapping[Measured, Quality]) -> Row:
+    """A model that others were compared with when they were scored.
+
+    Args:
+        name: As it was given to `eval`; its size is known if it is on this machine.
+        quality: What the scores of the others record of it.
+
+    Raises:
+        DataError: A file of the model is damaged.
+    """
+    return _row(
+        _opened(at_hand(name)),
+        name=Path(name).name or name,
+        path=Path(name),
+        scores=(),
+        quality=quality,
+        stored=False,
+        stale=0,
+    )
+
+
+def _opened(folder: Path | None) -> Checkpoint | None:
+    return None if folder is None else Checkpoint.open(folder)
+
+
+def _row(source: Checkpoint | None, *, stored: bool, **known: Any) -> Row:
+    """A row with what the history and the files of its model tell, where that is at hand."""
+    history = unfolded([] if source is None else source.provenance()["history"])
     seconds, tokens, peaks = (
         [entry[key] for entry in history if entry.get(key) is not None]
         for key in ("seconds", "tokens", "peak_memory_bytes")
     )
     return Row(
-        name=folder.resolve().name,
-        path=folder,
-        n_bytes=None if model is None else _size(model),
+        n_bytes=None if source is None else _size(source.path),
         method=" + ".join(map(stage_words, history)) or ("" if stored else DENSE),
         pattern=_pattern(history),
         bits=None if source is None else _bits(source, history),
@@ -89,10 +123,8 @@ def read_row(folder: Path) -> Row:
         tokens=sum(tokens) if tokens else None,
         peak_bytes=max(peaks, default=None),
         history=history,
-        scores=scores,
-        quality=qualities(scores),
         stored=stored,
-        stale=len(there) - len(scores),
+        **known,
     )
 
 

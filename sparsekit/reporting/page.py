@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from sparsekit.errors import UsageError
 from sparsekit.files import storage_errors, write_atomic
@@ -12,12 +14,12 @@ from sparsekit.reporting.commands import commands
 from sparsekit.reporting.compare import Comparison, compare
 from sparsekit.reporting.figures import figures
 from sparsekit.reporting.model_row import Row
-from sparsekit.reporting.table import Column, captions, columns
+from sparsekit.reporting.table import Column, captions, columns, summary
 
 CSS = """\
 :root { color-scheme: light; --ink: #1a1a1a; --paper: #fff; --line: #d4d4d4; --soft: #f3f3f3;
   --best: #0072b2; --faint: #595959; }
-@media screen and (prefers-color-scheme: dark) {
+@media (prefers-color-scheme: dark) {
   :root { color-scheme: dark; --ink: #e8e8e8; --paper: #161616; --line: #444; --soft: #242424;
     --best: #56b4e9; --faint: #a8a8a8; }
 }
@@ -27,7 +29,7 @@ body { margin: 0 auto; max-width: 90rem; padding: 1rem; color: var(--ink);
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0.5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.2rem 0 0.3rem; overflow-wrap: anywhere; }
-p, .notes, .key { color: var(--faint); font-size: 0.875rem; margin: 0.4rem 0; }
+p, .notes { color: var(--faint); font-size: 0.875rem; margin: 0.4rem 0; }
 .notes { padding-left: 1.2rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; font-size: 0.8125rem;
@@ -38,37 +40,18 @@ td { white-space: nowrap; }
 thead th { min-width: 3.5rem; }
 .number { text-align: right; }
 tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 600;
-  max-width: 40vw; overflow-wrap: break-word; }
+  min-width: min(40vw, 10rem); max-width: 40vw; overflow-wrap: break-word; }
 .best > * { background: var(--soft); }
 .best > th { background: var(--soft); box-shadow: inset 3px 0 var(--best); }
 .figures { display: grid; gap: 1.5rem 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; min-width: 0; max-width: 40rem; }
 figcaption { font-weight: 600; font-size: 0.9rem; overflow-wrap: anywhere; }
-figure > svg { display: block; width: 100%; height: auto; fill: currentColor;
-  font-family: system-ui, sans-serif; }
-figure > svg * { stroke-linejoin: round; stroke-linecap: butt; }
-.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; }
-.key li { overflow-wrap: anywhere; }
-.sign { width: 1.75rem; height: 0.75rem; margin-right: 0.4rem; vertical-align: -0.05rem;
-  fill: none; }
+img { display: block; width: 100%; height: auto; }
 pre { background: var(--soft); padding: 0.6rem 0.8rem; margin: 0.3rem 0; font-size: 0.8rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+.summary { color: var(--ink); font-size: 1rem; }
 summary { cursor: pointer; font-size: 0.875rem; }
-@page { size: landscape; margin: 12mm; }
-@media print {
-  :root { font-size: 9pt; }
-  body { max-width: none; padding: 0; }
-  .scroll { overflow: visible; }
-  table { font-size: 6.5pt; width: 100%; }
-  th, td { padding: 1pt 2pt; line-height: 1.2; white-space: normal; }
-  thead th { min-width: 0; }
-  tbody th { position: static; max-width: none; }
-  .figures { grid-template-columns: 1fr 1fr 1fr; }
-  figure, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  details { display: none; }
-}
 """
 # A page with this may be replaced.
 MARK = '<meta name="generator" content="sparsekit report">'
@@ -97,11 +80,17 @@ def report(folders: Sequence[Path], out: Path) -> Comparison:
     return comparison
 
 
-def page(comparison: Comparison) -> str:
-    """The page as HTML; the same models give the same bytes."""
+def page(comparison: Comparison, day: date | None = None) -> str:
+    """The page as HTML; the same models on the same day give the same bytes.
+
+    Args:
+        comparison: The models.
+        day: The date at the end of the page; None: today's.
+    """
     count = len(comparison.rows)
     title = f"{count} model{'s' if count != 1 else ''}, measured by sparsekit"
-    told = [*captions(comparison), *comparison.notes]
+    day = day or date.today()
+    notes = [*captions(comparison), *comparison.notes]
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -116,17 +105,24 @@ def page(comparison: Comparison) -> str:
 <body>
 <main>
 <h1>{title}</h1>
+{_summary(comparison)}
 {_table(columns(comparison), comparison)}
-<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in told)}</ul>
+<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>
 {figures(comparison)}
 <section>
 <h2>Made with</h2>
-{"".join(_made(row) for row in comparison.rows)}</section>
+{"".join(map(_made, comparison.rows))}</section>
 </main>
-<footer><p>Written by sparsekit {escape(importlib.metadata.version("sparsekit"))}.</p></footer>
+<footer><p>Written by sparsekit {escape(importlib.metadata.version("sparsekit"))} on
+{day.isoformat()}.</p></footer>
 </body>
 </html>
 """
+
+
+def _summary(comparison: Comparison) -> str:
+    text = summary(comparison)
+    return f'<p class="summary">{escape(text)}</p>' if text else ""
 
 
 def _table(made: Sequence[Column], comparison: Comparison) -> str:
@@ -153,17 +149,28 @@ def _kind(column: Column) -> str:
 
 def _made(row: Row) -> str:
     """How to make a model again: its commands, and all that its history and scores record."""
+    if not (row.history or row.scores or row.stored):
+        return ""  # a baseline, of which others' scores tell all that is known
     lines = "\n".join(commands(row)) or "# nothing is known"
     history = [
         {k: v for k, v in entry.items() if k not in ("weights", "mask")} for entry in row.history
     ]
-    told = json.dumps(
-        {"history": history, "scores": list(row.scores)}, indent=1, ensure_ascii=False
+    details = json.dumps(
+        _rounded({"history": history, "scores": list(row.scores)}), indent=1, ensure_ascii=False
     )
     return (
-        f"<h3>{escape(row.name)}</h3>\n<pre>{escape(lines)}</pre>\n"
-        f"<details><summary>all options and versions</summary><pre>{escape(told)}</pre></details>\n"
+        f"<h3>{escape(row.name)}</h3>\n<pre>{escape(lines)}</pre>\n<details>"
+        f"<summary>all options and versions</summary><pre>{escape(details)}</pre></details>\n"
     )
+
+
+def _rounded(value: Any) -> Any:
+    """A JSON value with numbers of six digits, which are enough for a reader."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _refuse(out: Path) -> None:

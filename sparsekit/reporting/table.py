@@ -10,7 +10,8 @@ from typing import Any
 
 from sparsekit.reporting.compare import Comparison
 from sparsekit.reporting.model_row import Row
-from sparsekit.scoring.quality import Measured, headings, perplexity_of
+from sparsekit.scoring.quality import Measured, Windows, headings, perplexity_of
+from sparsekit.scoring.standard_error import Figure
 
 # Signs of Markdown that change the text around them.
 SIGNS = re.compile(r"([\\|<*`\[])")
@@ -49,11 +50,13 @@ def columns(comparison: Comparison, *, brief: bool = False) -> list[Column]:
     rows = comparison.rows
     made = [
         _plain(rows, "model", lambda row: row.name, str, numeric=False),
+        *_perplexities(comparison, brief),
+        *_times(comparison, brief),
         _plain(rows, "method", lambda row: row.method or None, str, numeric=False),
         _plain(rows, "pattern", lambda row: row.pattern, str, numeric=False),
         _plain(rows, "bytes", lambda row: row.n_bytes, lambda n: f"{n / 1e6:,.1f}", "size, MB"),
         _plain(rows, "bits_per_weight", lambda row: row.bits, "{:.2f}".format, "bits per weight"),
-        *_perplexities(comparison, brief),
+        *_log_differences(comparison, brief),
         *_means(comparison, brief),
         _plain(rows, "seconds", lambda row: row.seconds, _seconds),
         _plain(rows, "tokens", lambda row: row.tokens, "{:,}".format, "tokens trained on"),
@@ -80,6 +83,44 @@ def captions(comparison: Comparison, *, brief: bool = False) -> list[str]:
     if any(any(comparison.best(windows)) for windows in comparison.windows):
         told.append(f"*: {BEST}")
     return told
+
+
+def summary(comparison: Comparison) -> str:
+    """One sentence: the best model and the smallest, against the one they were compared with.
+
+    It is empty where no two models have a perplexity on the same windows.
+    """
+    measured = {
+        key: [row for row in comparison.rows if row.history and key in row.quality]
+        for key in comparison.windows
+    }
+    if not (found := max(measured.items(), key=lambda item: len(item[1]), default=None)):
+        return ""
+    key, rows = found
+    if not rows or sum(key in row.quality for row in comparison.rows) < 2:
+        return ""
+    best = min(rows, key=lambda row: row.quality[key].figure.value)
+    told = f"Best: {best.name}, {_worth(best, key)}"
+    sized = [row for row in rows if row.n_bytes is not None]
+    if sized:
+        smallest = min(sized, key=lambda row: (row.n_bytes, row.quality[key].figure.value))
+        size = f"{smallest.n_bytes / 1e6:,.1f} MB"
+        told += (
+            f"; it is also the smallest, {size}"
+            if smallest is best
+            else (f"; smallest: {smallest.name}, {size}, {_worth(smallest, key)}")
+        )
+    return f"{told}; on {key.title}."
+
+
+def _worth(row: Row, key: Windows) -> str:
+    """The perplexity of a row, and what it is against that of the models it was compared with."""
+    quality = row.quality[key]
+    against = "".join(
+        f", {perplexity_of(difference.value):,.2f} times {short(name)}"
+        for name, difference in quality.differences.items()
+    )
+    return f"perplexity {perplexity_of(quality.figure.value):,.2f}{against}"
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -136,7 +177,7 @@ def _plain(
 
 
 def _perplexities(comparison: Comparison, brief: bool) -> Iterator[Column]:
-    """For all windows the perplexity, which rows are best, and the differences."""
+    """For all windows the perplexity, and which rows are best."""
     keys = comparison.windows
     for key, suffix in _suffixes(keys, brief):
         told = [row.quality.get(key) for row in comparison.rows]
@@ -159,6 +200,24 @@ def _perplexities(comparison: Comparison, brief: bool) -> Iterator[Column]:
             form=lambda best: "*" if best == "yes" else "",
             numeric=False,
         )
+
+
+def _times(comparison: Comparison, brief: bool) -> Iterator[Column]:
+    """For all windows the perplexity as a multiple of that of each baseline."""
+    for key, suffix in _suffixes(comparison.windows, brief):
+        for name, called in _baselines(comparison, key):
+            differences = _differences_to(comparison, key, name)
+            yield Column(
+                title=f"times {called}{suffix}",
+                names=(f"perplexity_times {called}{suffix}",),
+                values=[(None if d is None else perplexity_of(d.value),) for d in differences],
+                form="{:,.2f}".format,
+            )
+
+
+def _log_differences(comparison: Comparison, brief: bool) -> Iterator[Column]:
+    """For all windows the differences of the logarithm of the perplexity."""
+    for key, suffix in _suffixes(comparison.windows, brief):
         yield from _differences(comparison, key, "log", suffix)
 
 
@@ -177,22 +236,32 @@ def _means(comparison: Comparison, brief: bool) -> Iterator[Column]:
 
 def _differences(comparison: Comparison, key: Measured, what: str, suffix: str) -> Iterator[Column]:
     """The paired differences, to each baseline in a column of its own."""
-    baselines = comparison.baselines(key)
-    shown = [short(name) for name in baselines]
-    alike = len(set(shown)) < len(shown)
-    for name, called in zip(baselines, baselines if alike else shown, strict=True):
-        told = [
-            row.quality[key].differences.get(name) if key in row.quality else None
-            for row in comparison.rows
-        ]
+    for name, called in _baselines(comparison, key):
+        differences = _differences_to(comparison, key, name)
         plain = f"{what.replace('-', '_')}_difference"
         to = f" to {called}"
         yield Column(
             title=f"{what} difference{to}{suffix}",
             names=(f"{plain}{to}{suffix}", f"{plain}_stderr{to}{suffix}"),
-            values=[(None, None) if d is None else (d.value, d.stderr) for d in told],
+            values=[(None, None) if d is None else (d.value, d.stderr) for d in differences],
             form=lambda value, stderr: with_error(value, stderr, "+"),
         )
+
+
+def _baselines(comparison: Comparison, key: Measured) -> Iterator[tuple[str, str]]:
+    """Each baseline with its name in titles: the whole one where short ones are equal."""
+    names = comparison.baselines(key)
+    shown = [short(name) for name in names]
+    alike = len(set(shown)) < len(shown)
+    yield from zip(names, names if alike else shown, strict=True)
+
+
+def _differences_to(comparison: Comparison, key: Measured, name: str) -> list[Figure | None]:
+    """The difference of each row to one baseline, where it was measured."""
+    return [
+        row.quality[key].differences.get(name) if key in row.quality else None
+        for row in comparison.rows
+    ]
 
 
 def _suffixes(keys: Sequence[Measured], brief: bool) -> Iterator[tuple[Any, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import DataError
-from sparsekit.recovery.log import LOG, smoothed
+from sparsekit.recovery.log import LOG
 from sparsekit.reporting.model_row import Row
 
 # The number of a weight's block in its name.
@@ -81,7 +81,7 @@ class Training:
 
     def losses(self, name: str) -> Trace | None:
         """A column of losses, smoothed; None where it was not computed."""
-        across, up = smoothed(self.steps, name, POINTS) if self.steps else ([], [])
+        across, up = smoothed(self.steps, name) if self.steps else ([], [])
         return Trace(model=self.model, across=across, up=up) if any(up) else None
 
     def perplexities(self, text: str) -> Trace | None:
@@ -98,6 +98,17 @@ class Training:
         return (
             Trace(model=self.model, across=across, up=[row[name] for row in rows]) if rows else None
         )
+
+
+def smoothed(log: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Tokens and values of a column, as means of neighbours where there are many."""
+    width = -(-len(log) // POINTS)
+    tokens, values = [], []
+    for start in range(0, len(log), width):
+        part = log[start : start + width]
+        tokens.append(sum(row["tokens"] for row in part) / len(part))
+        values.append(sum(row[name] for row in part) / len(part))
+    return tokens, values
 
 
 def trainings(rows: Sequence[Row]) -> list[Training]:

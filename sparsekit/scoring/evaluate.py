@@ -13,7 +13,7 @@ from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.model.full_model import require_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.scoring.config import BATCH_SIZE, EvalConfig
-from sparsekit.scoring.harness import NEED, load_tasks
+from sparsekit.scoring.harness import SCORING_TASKS, load_tasks
 from sparsekit.scoring.perplexity import Perplexity, perplexity
 from sparsekit.scoring.standard_error import PairedDifference, mean_stderr, paired_difference
 from sparsekit.scoring.tasks import TaskScore, compare_tasks, score_tasks
@@ -133,7 +133,7 @@ def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
     dtype = compute_dtype(config.dtype, device, source)
     if config.tasks:
         source.tokenizer()
-        require_memory(source, dtype, **NEED)
+        require_memory(source, dtype, SCORING_TASKS)
     rows = None
     if config.windows_of is not None:
         # Refuses what cannot be streamed; that takes a moment and little memory.

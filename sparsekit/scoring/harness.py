@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import load_tokenizer
 from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.memory import MemoryUse
 from sparsekit.model.full_model import load_whole
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 # Why a task needs the whole model in memory, and what can be had without.
-NEED = {
-    "purpose": "scoring lm-eval tasks",
-    "way_out": "a narrower --dtype takes less; perplexity (--text) is measured block by block",
-}
+SCORING_TASKS = MemoryUse(
+    "scoring lm-eval tasks",
+    hint="a narrower --dtype takes less; perplexity (--text) is measured block by block",
+)
 
 
 def load_tasks(
@@ -131,7 +132,7 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype):
         raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
-    model = load_whole(Checkpoint.open(path), wanted, **NEED)
+    model = load_whole(Checkpoint.open(path), wanted, SCORING_TASKS)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import cache_dir, sha256_file, sha256_json
 from sparsekit.progress import SILENT, Progress
+from sparsekit.text import cache_file
 from sparsekit.text import self_text as selftext
-from sparsekit.text.rows import TokenRows, capped, cut_row_file, read_cache, token_rows, write_cache
+from sparsekit.text.rows import TokenRows, capped, cut_row_file, token_rows
 from sparsekit.text.sources import (
     ROW_FILE,
     SOURCES,
@@ -89,11 +90,13 @@ class Calibration:
         length, notes = capped(self.length or LENGTH, checkpoint.config)
         samples = self.samples or SAMPLES
         path = cache_dir() / "tokens" / f"{self._key(checkpoint, samples, length)}.safetensors"
-        tokens = read_cache(path)
-        if tokens is None:
+        stored = cache_file.read_or_remove(path)
+        if stored is not None:
+            tokens = stored["tokens"]
+        else:
             kept = path.with_suffix(".unfinished")
             tokens = self._draw(checkpoint, samples, length, progress, kept)
-            write_cache(path, tokens)
+            cache_file.write(path, {"tokens": tokens})
             kept.unlink(missing_ok=True)
         return token_rows(tokens, self.source, checkpoint.config, notes)
 
@@ -107,7 +110,7 @@ class Calibration:
         if is_kind(self.source, ROW_FILE):
             self._stored(checkpoint.config)
         elif self.source == "self":
-            selftext.require_room(checkpoint)
+            selftext.require_memory(checkpoint)
         else:
             checkpoint.tokenizer()
 

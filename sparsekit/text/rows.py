@@ -1,4 +1,4 @@
-"""Rows of token ids: checked, fingerprinted, read from a row file, and kept in the cache."""
+"""Rows of token ids: checked, fingerprinted, and read from a row file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.errors import DataError
-from sparsekit.files import CACHED, storage_errors, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,33 +218,3 @@ def _digest(*shape: int) -> Any:
 def _bytes(tokens: Tensor) -> bytes:
     """Ids as little-endian int64."""
     return tokens.contiguous().numpy().astype("<i8", copy=False).tobytes()
-
-
-def read_cache(path: Path) -> Tensor | None:
-    """The rows stored at `path`; None when there are none. A damaged file is removed."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            tokens = file.get_tensor("tokens")
-            if (file.metadata() or {}).get("fingerprint") == fingerprint(tokens):
-                return tokens
-    except SafetensorError:
-        tokens = None  # as with a wrong fingerprint, the rows are drawn again
-    path.unlink(missing_ok=True)
-    return None
-
-
-def write_cache(path: Path, tokens: Tensor) -> None:
-    """Store rows at `path`, with their fingerprint to tell later damage.
-
-    Raises:
-        StorageError: They could not be written.
-    """
-    from safetensors.torch import save
-
-    with storage_errors(path, CACHED):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save({"tokens": tokens}, {"fingerprint": fingerprint(tokens)}), CACHED)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekit.errors import DataError
-from sparsekit.files import CACHED, storage_errors, write_atomic
+from sparsekit.memory import MemoryUse
 from sparsekit.progress import SILENT, Progress
-from sparsekit.text.rows import fingerprint
+from sparsekit.text import cache_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 # Fixed, because the random numbers of a row depend on the rows drawn beside it.
 BATCH = 8
 # Why sampling needs the whole model in memory, and what can be had without.
-NEED = {"purpose": "text of 'self'", "way_out": "take builtin or a file in its place"}
+SAMPLING = MemoryUse("text of 'self'", hint="take builtin or a file in its place")
 
 
-def require_room(checkpoint: Checkpoint) -> None:
+def require_memory(checkpoint: Checkpoint) -> None:
     """Refuse a model whose float32 weights do not fit into the available memory.
 
     Raises:
@@ -34,9 +34,9 @@ def require_room(checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    from sparsekit.model.full_model import require_memory
+    from sparsekit.model import full_model
 
-    require_memory(checkpoint, torch.float32, **NEED)
+    full_model.require_memory(checkpoint, torch.float32, SAMPLING)
 
 
 def sample_rows(
@@ -64,7 +64,7 @@ def sample_rows(
 
     from sparsekit.model.full_model import load_whole
 
-    model = load_whole(checkpoint, torch.float32, **NEED)
+    model = load_whole(checkpoint, torch.float32, SAMPLING)
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
     )
@@ -72,14 +72,14 @@ def sample_rows(
     model.generation_config = sampling
     start = start_token(checkpoint)
     vocabulary = checkpoint.config.get_text_config().vocab_size
-    found = _read(kept) if kept else None
-    rows, state = found or (torch.empty(0, length, dtype=torch.int64), None)
+    stored = cache_file.read_or_remove(kept) if kept else None
+    rows = stored["rows"] if stored else torch.empty(0, length, dtype=torch.int64)
     progress.begin("sampling rows from the model", -(-samples // BATCH), len(rows) // BATCH)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the CUDA generators too, and nothing would restore those.
         torch.default_generator.manual_seed(seed)
-        if state is not None:
-            torch.default_generator.set_state(state)
+        if stored:
+            torch.default_generator.set_state(stored["state"])
         while len(rows) < samples:
             first = torch.randint(vocabulary, (min(BATCH, samples - len(rows)), 1))
             if start is not None:
@@ -88,39 +88,11 @@ def sample_rows(
             drawn = model.generate(first, attention_mask=mask, generation_config=sampling)
             rows = torch.cat([rows, drawn])
             if kept:
-                _write(kept, rows, torch.default_generator.get_state())
+                state = torch.default_generator.get_state()
+                cache_file.write(kept, {"rows": rows, "state": state})
             progress.step(f"{len(rows)} of {samples} rows")
     progress.end()
     return rows
-
-
-def _read(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Rows that an interrupted run has drawn, and the generator's state after them."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            rows, state = file.get_tensor("rows"), file.get_tensor("state")
-            told = (file.metadata() or {}).get("fingerprint")
-    except SafetensorError:
-        return None  # damaged: they are drawn again
-    return (rows, state) if told == _fingerprint(rows, state) else None
-
-
-def _write(path: Path, rows: Tensor, state: Tensor) -> None:
-    """Keep what `_read` gives."""
-    from safetensors.torch import save
-
-    with storage_errors(path, CACHED):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"fingerprint": _fingerprint(rows, state)}
-    write_atomic(path, save({"rows": rows, "state": state}, told), CACHED)
-
-
-def _fingerprint(rows: Tensor, state: Tensor) -> str:
-    return f"{fingerprint(rows)} {fingerprint(state)}"
 
 
 def start_token(checkpoint: Checkpoint) -> int | None:

@@ -6,7 +6,8 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
@@ -84,17 +85,12 @@ def training_texts(source: str) -> Iterator[str]:
     that is held out for evaluation.
     """
     if source == "wikitext2":  # its rows are the lines of one text
-        yield "\n\n".join(hub_texts(*TRAIN_FILES[source]))
-    elif source in TRAIN_FILES:
-        yield from hub_texts(*TRAIN_FILES[source])
-    elif source == "builtin":
-        yield builtin_text(held_out=False)
-    elif is_kind(source, *TEXT_FILES):
-        yield from text_pieces(Path(source))
-    elif is_kind(source, ".parquet"):
-        yield from parquet_texts(Path(source))
-    else:
-        yield from json_texts(Path(source))
+        return iter(["\n\n".join(hub_texts(*TRAIN_FILES[source]))])
+    if source in TRAIN_FILES:
+        return iter(hub_texts(*TRAIN_FILES[source]))
+    if source == "builtin":
+        return iter([builtin_text(held_out=False)])
+    return READERS[_ending(source)](Path(source))
 
 
 def text_pieces(path: Path) -> Iterator[str]:
@@ -178,7 +174,7 @@ def file_texts(path: Path) -> list[str]:
     """
     if is_kind(path.name, *TEXT_FILES):
         return [decode(path.read_bytes(), path, 0)]
-    texts = list(parquet_texts(path) if is_kind(path.name, ".parquet") else json_texts(path))
+    texts = list(READERS[_ending(path.name)](path))
     if not texts:
         raise DataError(f"{path} holds no documents")
     return texts
@@ -227,18 +223,16 @@ def parquet_texts(path: Path) -> Iterator[str]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    row = 0
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             if "text" not in names:
                 raise DataError(f"{path} has no column 'text'", f"its columns: {', '.join(names)}")
-            for batch in file.iter_batches(columns=["text"]):
-                for text in batch["text"].to_pylist():
-                    if not isinstance(text, str):
-                        raise DataError(f"{path}, row {row}: no field 'text' that is a string")
-                    yield text
-                    row += 1
+            batches = (batch["text"].to_pylist() for batch in file.iter_batches(columns=["text"]))
+            for row, text in enumerate(chain.from_iterable(batches)):
+                if not isinstance(text, str):
+                    raise DataError(f"{path}, row {row}: no field 'text' that is a string")
+                yield text
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a valid parquet file: {error}") from error
 
@@ -255,3 +249,17 @@ def decode(data: bytes, path: Path, offset: int) -> str:
         raise DataError(
             f"{path}: not UTF-8 at byte {offset + error.start}", "convert it with iconv"
         ) from error
+
+
+# The documents of a file by the end of its name, read one after another.
+READERS: Mapping[str, Callable[[Path], Iterator[str]]] = {
+    **dict.fromkeys(TEXT_FILES, text_pieces),
+    ".jsonl": json_texts,
+    ".json.gz": json_texts,
+    ".parquet": parquet_texts,
+}
+
+
+def _ending(source: str) -> str:
+    """The end of a file's name that says what kind of text it holds."""
+    return next(ending for ending in READERS if is_kind(source, ending))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from sparsekit.errors import DataError
 from sparsekit.files import CACHED, replacing, storage_errors
 from sparsekit.progress import Progress
+from sparsekit.text import cache_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,11 +52,11 @@ class Stored:
         Raises:
             DataError: It is damaged.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            file = safe_open(path, "pt")
-            stream, told = file.get_slice("tokens"), file.metadata()
+            file, told = cache_file.opened(path)
+            stream = file.get_slice("tokens")
             return cls(
                 path=path,
                 stream=stream,
@@ -65,8 +65,8 @@ class Stored:
                 complete=told["complete"] == "yes",
                 fingerprint=told["fingerprint"],
             )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error}", "delete it") from error
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise cache_file.damaged(path, error) from error
 
     def reaches(self, tokens: int | None) -> bool:
         """Whether there are so many tokens (None: all), or the text has no more."""
@@ -141,7 +141,12 @@ def write_tokens(
         count, taken, digest = added.whole
         file.truncate(HEADER_BYTES + 4 * count)
         file.seek(0)
-        file.write(_header(count, read + taken, complete, digest.hexdigest()))
+        metadata = {
+            "fingerprint": digest.hexdigest(),
+            "documents": str(read + taken),
+            "complete": "yes" if complete else "no",
+        }
+        file.write(cache_file.header(HEADER_BYTES, "tokens", [count], metadata))
     if interrupt is not None:
         raise interrupt
 
@@ -196,20 +201,4 @@ class _Added:
 
 
 def _changed(path: Path) -> DataError:
-    return DataError(f"{path} is damaged: its tokens are others", "delete it")
-
-
-def _header(count: int, documents: int, complete: bool, fingerprint: str) -> bytes:
-    """What precedes the data of a token file, `HEADER_BYTES` long."""
-    text = json.dumps(
-        {
-            "__metadata__": {
-                "fingerprint": fingerprint,
-                "documents": str(documents),
-                "complete": "yes" if complete else "no",
-            },
-            "tokens": {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]},
-        }
-    ).encode()
-    size = HEADER_BYTES - 8
-    return size.to_bytes(8, "little") + text.ljust(size)
+    return cache_file.damaged(path, "its tokens are others")

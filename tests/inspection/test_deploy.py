@@ -1,5 +1,7 @@
 """What is said of each runtime follows from the form of the checkpoint."""
 
+import re
+import tomllib
 from itertools import product
 
 import pytest
@@ -7,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.inspection import sparse_kernels as sparsespeed
-from sparsekit.inspection.deploy import deploy
+from sparsekit.inspection.deploy import TABLE, deploy
 from sparsekit.inspection.sparse_kernels import measure_kernels
 from sparsekit.packing.pack import pack
 from sparsekit.progress import SILENT
@@ -102,6 +104,18 @@ def test_codes_that_the_converter_of_llama_cpp_refuses_are_told_with_what_it_tak
 def test_a_date_is_not_told_as_a_version(family):
     for _, seen, _ in deploy(str(family("llama"))).runtimes:
         assert seen.startswith("looked at ") == ("2026-" in seen)
+
+
+def test_every_row_has_a_date_a_source_and_known_traits():
+    known = {"plain", "quantized", "packed", "factored", "2:4", "dense", "composed", "odd-shape"}
+    known |= {"odd-group", "grouped", "float"}
+    for runtime in tomllib.loads(TABLE.read_text())["runtime"]:
+        assert re.fullmatch(r"20\d\d-\d\d", runtime["looked_at"])
+        assert runtime["source"]
+        for words, answers, reason in runtime["rows"]:
+            assert set(words.split()) <= known
+            assert len(answers.split()) == 3
+            assert reason
 
 
 def test_shapes_that_kernels_do_not_take_are_told(forms):

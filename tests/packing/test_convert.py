@@ -267,11 +267,11 @@ def broken(tmp_path: Path, name: str, change) -> Path:
 @pytest.mark.parametrize(
     ("name", "part", "words"),
     [
-        ("sparse-24-bitmask", "bitmask", "bits set has 2048 values"),
-        ("sparse-bitmask", "bitmask", "bits set has 2048 values"),
+        ("sparse-24-bitmask", "bitmask", r"compressed is .* of \(2048,\), not"),
+        ("sparse-bitmask", "bitmask", r"compressed is .* of \(2048,\), not"),
         ("sparse-24-bitmask", "shape", "is none of a weight"),
-        ("marlin-24-int4", "weight_packed", "4-bit codes .* do not fit"),
-        ("marlin-24-int4", "scale_packed", "are not those of 1 groups"),
+        ("marlin-24-int4", "weight_packed", "weight_packed is .* not"),
+        ("marlin-24-int4", "scale_packed", r"scale_packed is .* not .* of \(1, 64\)"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(tmp_path, name, part, words):

@@ -61,7 +61,7 @@ CARDS = {
     ),
     "unpack_plain": (["pruned"], "transformers", STOCK, "No common server runs faster"),
     "unpack_products": (["pruned"], "transformers", STOCK, "take the space and time of dense ones"),
-    "convert": ([], "transformers", STOCK, "no common server runs faster"),
+    "convert": ([], "transformers", STOCK, "No common server runs faster"),
     "convert_packed": (["packed"], "transformers", 'sparsekit.load(".")', "costs time"),
 }
 

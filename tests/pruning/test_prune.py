@@ -373,7 +373,7 @@ def test_history_is_carried_when_an_output_is_pruned_again(run, pruned):
 
 def test_model_card_tells_how_it_was_made(run, family, rows, row_file):
     text = (run(family("llama"), skip=["layers.1.mlp.*"]).out / "README.md").read_text()
-    assert text.startswith("---\ntags:\n- sparsekit\n")
+    assert text.startswith("---\nlibrary_name: transformers\ntags:\n- sparsekit\n")
     assert "# llama, pruned to 2:4" in text
     assert "| method | wanda |" in text
     assert "11 linear weights, 50.00% of them zero" in text

@@ -23,7 +23,7 @@ from sparsekit.recovery import tuning as trainplan
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import CLOSING, PLANNED, steps_within
 from sparsekit.recovery.distributed import Ranks
-from sparsekit.recovery.log import LOG, draw
+from sparsekit.recovery.log import LOG
 from sparsekit.recovery.loop import Plan, Training
 from sparsekit.recovery.methods.cast import Continuous
 from sparsekit.recovery.recover import recover
@@ -48,7 +48,7 @@ def test_time_is_kept_for_evaluations_saved_states_and_writing():
     assert steps_within(SHORT, 1.0, 2.0, 0.0, 0.0) < 1
 
 
-def test_perplexity_before_training_begins_the_log_and_the_picture(pruned, tmp_path):
+def test_perplexity_before_training_begins_the_log(pruned, tmp_path):
     notes = Notes()
     config = replace(SHORT, eval_every=6)
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
@@ -59,24 +59,6 @@ def test_perplexity_before_training_begins_the_log_and_the_picture(pruned, tmp_p
     measured = [row["evaluated_on"] for row in log if "perplexity" in row]
     assert measured == ["8 x 16 tokens of builtin"] * 3
     assert [row["step"] for row in log if "perplexity" in row] == [0, 6, 12]
-    assert draw(log, "title") != draw(log[1:], "title")
-
-
-def test_without_a_teacher_the_picture_has_no_divergence(pruned, tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    drawn, real = [], Axes.plot
-
-    def spy(axes, *values, **style):
-        drawn.append(style.get("label"))
-        return real(axes, *values, **style)
-
-    monkeypatch.setattr(Axes, "plot", spy)
-    recover(replace(SHORT, share=0.0), str(pruned), tmp_path / "without")
-    assert drawn == ["CE with the text"]
-    drawn.clear()
-    recover(SHORT, str(pruned), tmp_path / "with")
-    assert drawn == ["KL from the teacher", "CE with the text"]
 
 
 def test_the_bar_tells_loss_parts_flips_and_sparsity(pruned, tmp_path):

@@ -31,7 +31,7 @@ from sparsekit.packing.unpack import unpack
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.reporting.compare import compare, pareto
-from sparsekit.reporting.table import captions, columns, to_csv, to_markdown
+from sparsekit.reporting.table import captions, columns, summary, to_csv, to_markdown
 from sparsekit.scoring.saved_scores import SCORES, add_score, read_scores
 from sparsekit.text.calibration import Calibration
 
@@ -411,3 +411,52 @@ def test_captions_say_what_one_column_is_of(tmp_path):
     found = captions(compare([run_directory(tmp_path / "run")]))
     assert found[0] == "perplexity: wikitext2, 16 × 1024 tokens"
     assert "arc_easy v1.0 (acc_norm, 0-shot, 100 samples)" in found[1]
+
+
+# The baseline
+
+
+def differing(value: float, baseline: float) -> dict:
+    """A paired difference of log perplexity, with the baseline's own value."""
+    own = {"value": baseline, "stderr": 0.1}
+    return {"log_perplexity": {"value": value, "stderr": 0.1, "baseline": own}}
+
+
+def test_baseline_is_a_row_of_its_own(tmp_path):
+    base = checkpoint(tmp_path / "models/base", dtype=torch.bfloat16)
+    for name in ("a", "b"):
+        entry = score(windows(3.0), difference=differing(1.0, 2.0), baseline=str(base))
+        scored(checkpoint(tmp_path / "run" / name, pruned_entry()), entry)
+    found = compare([tmp_path / "run"])
+    cells = texts(found)
+    assert cells["model"] == ["base", "a", "b"]
+    assert cells["perplexity"] == ["7.39", "20.09", "20.09"]  # exp(2), exp(3)
+    assert cells["times base"] == ["", "2.72", "2.72"]  # exp(1)
+    assert cells["bits per weight"] == ["16.00", "32.00", "32.00"]
+    assert [row.stored for row in found.rows] == [False, True, True]
+    assert not [note for note in found.notes if note.startswith("base")]
+    assert [column.title for column in columns(found)][:2] == ["model", "perplexity"]
+    assert [model["name"] for model in found.to_json()["models"]] == ["base", "a", "b"]
+
+
+def test_baseline_that_is_a_row_already_is_no_second_one(tmp_path):
+    base = checkpoint(tmp_path / "base")
+    entry = score(windows(3.0), difference=differing(1.0, 2.0), baseline=str(base))
+    scored(checkpoint(tmp_path / "a", pruned_entry()), entry)
+    found = compare([tmp_path / "a", base])
+    assert texts(found)["perplexity"] == ["20.09", "7.39"]
+    assert not [note for note in found.notes if "no scores" in note]
+    scored(tmp_path / "run/dense", score(windows(2.0), model=str(base)))
+    assert texts(compare([tmp_path / "a", tmp_path / "run"]))["model"] == ["a", "dense"]
+
+
+def test_summary_names_the_best_and_the_smallest(tmp_path):
+    for name, log, rows in (("good", 3.0, 8), ("small", 4.0, 2), ("neither", 5.0, 4)):
+        entry = score(windows(log), difference=differing(log - 2, 2.0), baseline="org/base")
+        scored(checkpoint(tmp_path / name, pruned_entry(), rows=rows), entry)
+    text = summary(compare([tmp_path]))
+    assert text.startswith("Best: good, perplexity 20.09, 2.72 times base; smallest: small, ")
+    assert "perplexity 54.60, 7.39 times base; on wikitext2" in text
+    [only] = (row.path for row in compare([tmp_path / "small"]).rows if row.stored)
+    assert "it is also the smallest" in summary(compare([only]))
+    assert summary(compare([checkpoint(tmp_path / "bare", pruned_entry())])) == ""

@@ -3,11 +3,14 @@
 That a browser shows it is tried in Chromium, where there is one.
 """
 
+import base64
+import json
 import math
 import re
 import shlex
 import shutil
 import subprocess
+from datetime import date
 from fractions import Fraction
 from html import escape
 from html.parser import HTMLParser
@@ -39,7 +42,7 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.reporting.commands import commands
 from sparsekit.reporting.compare import compare
-from sparsekit.reporting.drawing import COLOURS, bars, styles
+from sparsekit.reporting.drawing import COLOURS, GREY, bars, styles
 from sparsekit.reporting.figures import QUICKEST
 from sparsekit.reporting.page import CSS, page, report
 from sparsekit.reporting.table import BEST
@@ -57,12 +60,12 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--enable-logging=stderr", "--v=0"),
 )
+SVG = "data:image/svg+xml;base64,"
 # Elements that a page without scripts, forms and loads has.
 ELEMENTS = {
     *("html", "head", "meta", "title", "style", "body", "main", "footer", "section"),
     *("h1", "h2", "h3", "p", "ul", "li", "div", "table", "thead", "tbody", "tr", "th", "td"),
-    *("figure", "figcaption", "pre", "details", "summary"),
-    *("svg", "g", "path", "use", "defs", "text", "clippath", "rect"),
+    *("figure", "figcaption", "img", "pre", "details", "summary"),
 }
 
 
@@ -83,6 +86,15 @@ class Elements(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """The SVG files in the page by what they show."""
+        images = [attributes for tag, attributes in self.found if tag == "img"]
+        return {
+            a["alt"]: base64.b64decode(a["src"].removeprefix(SVG), validate=True).decode()
+            for a in images
+        }
 
 
 @pytest.fixture
@@ -117,17 +129,13 @@ def test_page_has_the_table_and_every_picture(run):
     headings = ("Quality against size and cost", "By block", "Training", "Zero-shot accuracy")
     for heading in (*headings, "Made with"):
         assert heading in found.text
-    titles = [a["aria-label"] for tag, a in found.found if tag == "svg" and a.get("role") == "img"]
-    assert titles == [
+    assert list(found.pictures) == [
         "Perplexity (wikitext2, 16 × 1024 tokens) against size",
         "Perplexity (wikitext2, 16 × 1024 tokens) against cost",
         "Relative error of pruning",
         "Relative error of quantization",
-        "Sparsity",
         "KL from the teacher on builtin",
         "Cross entropy on builtin",
-        "Perplexity on the way (8 x 1024 of wikitext2)",
-        "Mask entries that changed sides",
         "Accuracy by task",
     ]
     for text in ("wanda + ast + int4-g64 gptq", "148.41", "0.5000 ± 0.0250", "-0.2000 ± 0.0141"):
@@ -144,20 +152,69 @@ def test_the_best_by_size_and_the_best_by_time_are_ringed(tmp_path):
     (on,) = found.windows
     assert found.best(on) == [False, True, False, True]
     assert found.best_by_time(on) == [True, True, False, False]
-    text = page(found)
-    size, cost = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)[:2]
-    assert "against size" in size
-    assert "against cost" in cost
-    for picture, told in ((size, BEST), (cost, QUICKEST)):
-        assert f"Ringed: {told}." in picture
+    shown = Elements(page(found))
+    size, cost = list(shown.pictures.values())[:2]
+    for picture, meaning in ((size, BEST), (cost, QUICKEST)):
+        assert f"Ringed: {meaning}." in shown.text
         assert rings(picture) == 2
-    assert "the model was not made here" in cost
+        assert dashed(picture) == 1
 
 
 def rings(picture: str) -> int:
-    """How many markers of the page's colour are not filled."""
+    """How many grey markers are not filled."""
     uses = re.findall(r'<use [^>]*style="([^"]*)"', picture)
-    return sum("fill-opacity: 0" in style and "stroke: currentColor" in style for style in uses)
+    return sum("fill-opacity: 0" in style and f"stroke: {GREY}" in style for style in uses)
+
+
+def dashed(picture: str) -> int:
+    """How many grey dashed lines of 1 point are in a picture, not counting those of its legend."""
+    return len(re.findall(rf"stroke-dasharray: 3\.7,1\.6; [^\"]*stroke: {GREY}", picture))
+
+
+def test_baseline_is_a_row_and_a_dashed_line(tmp_path):
+    difference = {
+        "log_perplexity": {"value": 1.0, "stderr": 0.1, "baseline": {"value": 2.0, "stderr": 0.1}}
+    }
+    for name, log in (("a", 3.0), ("b", 3.5)):
+        made = score(windows(log), difference=difference, baseline="org/base")
+        scored(checkpoint(tmp_path / name, pruned_entry()), made)
+    shown = Elements(page(compare([tmp_path])))
+    assert "base" in re.findall(r'<th scope="row">(.*?)</th>', page(compare([tmp_path])))
+    for picture in shown.pictures.values():
+        if "perplexity" in picture:
+            assert ">base<" in picture
+            assert dashed(picture) == 1
+    assert "base has no" not in shown.text
+    assert "Best: a, perplexity 20.09, 2.72 times base" in shown.text  # exp(3), exp(1)
+
+
+def test_pictures_that_show_nothing_are_left_out(tmp_path):
+    """All shares of zeros are equal; the log has fewer than ten steps."""
+    folder = training_log(checkpoint(tmp_path / "m", pruned_entry(), recovered_entry()))
+    log = folder / "sparsekit-training.jsonl"
+    assert "KL from the teacher on builtin" in Elements(page(compare([folder]))).pictures
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:10]))
+    assert list(Elements(page(compare([folder]))).pictures) == ["Relative error of pruning"]
+
+
+def test_training_that_was_measured_often_is_drawn(tmp_path):
+    entry = recovered_entry()
+    entry["weights"][0]["zeros"] = 8
+    folder = training_log(checkpoint(tmp_path / "m", pruned_entry(), entry))
+    log = folder / "sparsekit-training.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        row |= {"perplexity": 90.0 - row["step"], "evaluated_on": "some text", "flips": 3}
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = list(Elements(page(compare([folder]))).pictures)
+    assert drawn[1] == "Sparsity"
+    assert drawn[-2:] == ["Perplexity on the way (some text)", "Mask entries that changed sides"]
+
+
+def test_numbers_of_the_history_have_six_digits(tmp_path):
+    entry = pruned_entry(seconds=0.1 + 0.2)
+    text = page(compare([checkpoint(tmp_path / "m", entry)]))
+    assert not re.search(r"\d\.\d{8}", Elements(text).text)
 
 
 def test_best_rows_stand_out(run):
@@ -172,8 +229,7 @@ def test_different_windows_have_pictures_of_their_own_and_a_note(tmp_path):
     found = Elements(page(compare([tmp_path])))
     assert "do not compare with each other" in found.text
     assert "perplexity (wikitext2, 16 × 512 tokens)" in found.text
-    drawn = [a["aria-label"] for tag, a in found.found if a.get("role") == "img"]
-    assert sum("against size" in title for title in drawn) == 2
+    assert sum("against size" in title for title in found.pictures) == 2
 
 
 def test_model_without_anything_still_makes_a_page(tmp_path):
@@ -186,7 +242,7 @@ def test_perplexity_that_no_float_holds_is_told_and_not_drawn(tmp_path):
     scored(checkpoint(tmp_path / "m", pruned_entry()), score(windows(709.0, log_perplexity=1e4)))
     found = Elements(page(compare([tmp_path])))
     assert "inf" in found.text
-    assert not any("against size" in str(a.get("aria-label")) for _, a in found.found)
+    assert not any("against size" in title for title in found.pictures)
 
 
 # What its pictures are drawn from
@@ -223,7 +279,7 @@ def test_bars_are_as_long_as_the_values_with_whiskers_of_the_error():
     def shapes(figure: Figure) -> tuple[float, float, list[float]]:
         """The lengths of two bars, and those of the whiskers."""
         values = {"piqa": {0: Figure(value=0.8, stderr=None), 1: figure}}
-        svg = bars(values, styles(2), "accuracy")
+        svg = bars(values, styles(["a", "b"]), "accuracy")
         paths = re.findall(r'<path d="([^"]*)"[^>]*style="(.*?)"', svg)
         spans = [
             (max(xs) - min(xs), style)
@@ -232,8 +288,8 @@ def test_bars_are_as_long_as_the_values_with_whiskers_of_the_error():
         ]
         [first] = [span for span, style in spans if "fill: #0072b2" in style]
         [second] = [span for span, style in spans if "fill: #d55e00" in style]
-        black = [span for span, style in spans if span and "stroke-width: 1.5" in style]
-        return first, second, black
+        grey = f"stroke: {GREY}; stroke-width: 1.5"
+        return first, second, [span for span, style in spans if span and grey in style]
 
     first, second, whiskers = shapes(Figure(value=0.4, stderr=None))
     assert second == pytest.approx(first / 2, rel=1e-3)
@@ -243,7 +299,7 @@ def test_bars_are_as_long_as_the_values_with_whiskers_of_the_error():
 
 
 def test_styles_of_many_models_all_differ():
-    drawn = styles(42)
+    drawn = styles([str(number) for number in range(42)])
     assert len({(s.colour, s.marker) for s in drawn}) == 42
     assert len({(s.colour, s.dash) for s in drawn[:24]}) == 24
 
@@ -272,7 +328,7 @@ def test_colours_stand_out_from_the_page(which):
     schemes = [dict(re.findall(r"--(\w+): (#\w+)", s)) for s in CSS.split("@media")[:2]]
     assert schemes[0] != schemes[1]
     colours = schemes[which]
-    for drawn in COLOURS:
+    for drawn in (*COLOURS, GREY):
         assert contrast(drawn, colours["paper"]) >= 3, drawn
     for behind in (colours["paper"], colours["soft"]):
         assert contrast(colours["best"], behind) >= 3
@@ -289,10 +345,13 @@ def test_page_loads_and_runs_nothing(which, request):
     assert {tag for tag, _ in found} <= ELEMENTS
     for tag, attributes in found:
         assert not [name for name in attributes if name.startswith("on")], tag
-        assert "src" not in attributes
+        assert (attributes.get("src") or SVG).startswith(SVG)
         assert (attributes.get("href") or "#").startswith("#")
         for address in re.findall(r"url\(([^)]*)\)", str(attributes)):
             assert address.strip("'\"").startswith("#")
+    for picture in Elements(text).pictures.values():
+        assert {a.get("href", "#")[0] for _, a in Elements(picture).found} == {"#"}
+        assert "<script" not in picture
     [style] = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
     assert "url(" not in style
     assert "@import" not in style
@@ -305,26 +364,25 @@ def test_names_are_shown_and_never_parsed(hostile):
     found = Elements(text)
     assert EVIL in found.text
     assert QUOTED in found.text
-    assert f"{EVIL}/script>$x$" in found.text  # in a picture
+    assert f"{EVIL}/script>$x$" in Elements(found.pictures["Accuracy by task"]).text
     assert EVIL not in text
-    assert "<img" not in text
+    assert "<img src=x" not in text
 
 
-def test_pictures_take_the_colour_of_the_page_and_share_no_ids(run):
-    text = page(compare([run]))
-    found = Elements(text).found
-    ids = [attributes["id"] for _, attributes in found if "id" in attributes]
-    assert len(ids) == len(set(ids)) > 100
-    used = {a["href"][1:] for tag, a in found if tag == "use"}
-    used |= set(re.findall(r"url\(#([^)]*)\)", text))
-    assert used <= set(ids)
-    assert "currentColor" in text
-    assert "#000000" not in text
-    assert "DejaVu" not in text
+def test_text_and_axes_of_pictures_have_no_colour_of_one_theme(run):
+    """Black is matplotlib's own, which a dark page would hide."""
+    for picture in Elements(page(compare([run]))).pictures.values():
+        assert f"fill: {GREY}" in picture
+        assert "#000000" not in picture
+        assert "#ffffff" not in picture
 
 
-def test_page_of_the_same_models_has_the_same_bytes(run):
-    assert page(compare([run])) == page(compare([run]))
+def test_page_of_the_same_models_and_day_has_the_same_bytes(run):
+    day = date(2026, 2, 3)
+    text = page(compare([run]), day)
+    assert text == page(compare([run]), day)
+    assert "2026-02-03" in text
+    assert date.today().isoformat() in page(compare([run]))
 
 
 # The file
@@ -480,7 +538,7 @@ def test_commands_that_score_keep_the_scores_where_they_were(
     assert cli(*words).code == 0
     (tmp_path / "again").mkdir()
     monkeypatch.chdir(tmp_path / "again")
-    for line in commands(compare([made]).rows[0]):
+    for line in commands(compare([made]).rows[-1]):  # the first is the baseline
         assert cli(*shlex.split(line)[1:]).code == 0
     [score], [again] = (read_scores(folder) for folder in (made, Path("made")))
     assert again["perplexity"] == score["perplexity"]
@@ -565,7 +623,8 @@ def test_chromium_shows_the_page_and_has_nothing_to_complain_of(which, request, 
     assert "CONSOLE" not in shown.stderr
     # The browser's own parser finds no element that the page does not have.
     assert "<script" not in shown.stdout
-    assert "<img" not in shown.stdout
+    assert "<img src=" not in shown.stdout
+    assert shown.stdout.count("<img ") == out.read_text().count("<img ")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import cache_dir
-from sparsekit.text import calibration
+from sparsekit.text import cache_file, calibration
 from sparsekit.text import self_text as selftext
 from sparsekit.text import sources as texts
 from sparsekit.text.calibration import Calibration, evaluation_rows
@@ -569,7 +569,7 @@ def test_a_damaged_cache_file_is_rebuilt(home, checkpoint, damage):
     first = wanted.rows(checkpoint)
     (file,) = cached_files()
     damage(file)
-    assert calibration.read_cache(file) is None
+    assert cache_file.read_or_remove(file) is None
     assert not file.exists()
     file.write_bytes(b"damaged once more")
     again = wanted.rows(checkpoint)
