@@ -31,6 +31,8 @@ from sparsekit.checkpoint.folder import (
     load_tokenizer,
     weight_files,
 )
+from sparsekit.checkpoint.foreign import named_format
+from sparsekit.checkpoint.kind import Kind, kind_of, refusal
 from sparsekit.checkpoint.safetensors_file import (
     TensorPlace,
     is_finite,
@@ -41,7 +43,6 @@ from sparsekit.checkpoint.safetensors_file import (
 from sparsekit.errors import DamagedError, DataError, FactorsError, UsageError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.progress import SILENT, Progress
-from sparsekit.weights.factored import PARTS
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.packed_codes import CodeForm
 from sparsekit.weights.patterns import Pattern
@@ -160,16 +161,27 @@ class Checkpoint:
         files = {*self.headers, *({FACTORS} if self.factors else ())}
         return sum((self.path / file).stat().st_size for file in files)
 
-    @property
-    def factored(self) -> bool:
-        """Whether factors stand for weights that are not there."""
-        return UNFACTORED in self.headers
+    @cached_property
+    def kind(self) -> Kind:
+        """How the linear weights are stored."""
+        return kind_of(
+            read_json(self.path / "config.json"),
+            on_grid=self.grid is not None,
+            factors=bool(self.factor_patterns),
+            alone=UNFACTORED in self.headers,
+        )
 
-    @property
-    def packed(self) -> bool:
-        """Whether that is so, and no weight has other factors than values and places."""
-        sides = tuple(f".{part}" for part in PARTS[2:])
-        return self.factored and not any(name.endswith(sides) for name in self.factors)
+    def require(self, verb: str) -> None:
+        """Refuse this checkpoint for a verb that does not take its kind.
+
+        Raises:
+            DataError: Says what to do instead.
+        """
+        detail = f" to {self.grid}" if self.grid else ""
+        if self.kind in (Kind.LEGACY, Kind.FOREIGN):
+            detail = named_format(read_json(self.path / "config.json"))
+        if (error := refusal(verb, self.kind, self.path, detail)) is not None:
+            raise error
 
     @property
     def layout(self) -> str:
@@ -282,7 +294,7 @@ class Checkpoint:
             hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
-                AGAIN if self.packed else hint,
+                AGAIN if self.kind is Kind.PACKED else hint,
             )
         return fingerprint
 

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.compressed_tensors import quantization
-from sparsekit.checkpoint.folder import is_packed
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import DataError
 from sparsekit.inspection.inspect import inspect
@@ -24,7 +23,6 @@ from sparsekit.pipeline.options import DEVICES, one_of
 from sparsekit.progress import SILENT, Progress
 from sparsekit.weights.grids import Grid
 
-Kind = Literal["plain", "quantized", "packed", "factored"]
 Answer = Literal["yes", "no", "part", "unknown"]
 # Sides of a weight that torch's sparse kernels need a multiple of, for 16-bit numbers.
 SEMI_STRUCTURED = 64
@@ -36,14 +34,12 @@ NOT_TRIED = "not tried: take the plain model there, and quantize it there"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class Traits:
     """What matters of a checkpoint."""
 
     kind: Kind
     pattern: str
     """The strictest pattern that all weights share; `unstructured` or `dense`."""
-    composed: bool = False
-    """Whether plain weights are products of sparse factors beside them: those are not sparse."""
     grid: str | None
     fits_kernels: bool
     """Whether every weight has a shape that torch's 2:4 kernels take."""
@@ -52,6 +48,16 @@ class Form:
     def two_of_four(self) -> bool:
         """Whether every weight has the pattern that there are kernels for."""
         return self.pattern in ("2:4", "1:4")
+
+    @property
+    def stored_as(self) -> str:
+        """The kind in a word; products are plain weights."""
+        return str(Kind.PLAIN if self.kind is Kind.PRODUCTS else self.kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        composed = self.kind is Kind.PRODUCTS
+        return asdict(self) | {"kind": self.stored_as, "composed": composed}
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class DeployReport:
     """The outcome of `deploy`."""
 
     model: str
-    form: Form
+    form: Traits
     runtimes: Sequence[tuple[str, str, Verdict]]
     """Name, version (the installed one, or the one or the month that was looked at), and what
     becomes there."""
@@ -86,7 +92,7 @@ class DeployReport:
         speeds = [asdict(speed) | {"gain": speed.gain} for speed in self.speeds]
         return {
             "model": self.model,
-            "form": asdict(self.form),
+            "form": self.form.to_json(),
             "runtimes": rows,
             "speeds": speeds,
             "unmeasured": self.unmeasured,
@@ -109,18 +115,18 @@ def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> Dep
     device = pick_device(device)
     form = _form(model, progress)
     speeds, unmeasured = _measured(model, form, device, progress)
-    rules: list[tuple[str, str, Callable[[Form], Verdict], tuple[Kind, ...]]] = [
-        ("transformers", version("transformers"), _transformers, ("packed",)),
+    rules: list[tuple[str, str, Callable[[Traits], Verdict], Sequence[Kind]]] = [
+        ("transformers", version("transformers"), _transformers, (Kind.PACKED,)),
         ("vLLM", "0.32", _vllm, ()),
         ("torch semi-structured (CUDA)", version("torch"), _torch, ()),
         ("llama.cpp", "looked at 2026-11", _llama_cpp, ()),
         ("OpenVINO (CPU)", "2026.4", _openvino, ()),
         ("TensorRT core (by ONNX)", "looked at 2026-09", _tensorrt, ()),
-        ("sparsekit", version("sparsekit"), _sparsekit, ("packed", "factored")),
+        ("sparsekit", version("sparsekit"), _sparsekit, (Kind.PACKED, Kind.FACTORED)),
     ]
     found = []
     for name, seen, rule, reads in rules:
-        known = form.kind in ("plain", "quantized", *reads)
+        known = form.kind in (Kind.PLAIN, Kind.PRODUCTS, Kind.QUANTIZED, *reads)
         found.append((name, seen, rule(form) if known else _unread(form)))
     return DeployReport(
         model=model, form=form, runtimes=found, speeds=speeds, unmeasured=unmeasured
@@ -128,12 +134,12 @@ def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> Dep
 
 
 def _measured(
-    model: str, form: Form, device: str, progress: Progress
+    model: str, form: Traits, device: str, progress: Progress
 ) -> tuple[Sequence[Speed], str]:
     """How fast torch's 2:4 kernels are here, or why that was not measured."""
     if device != "cuda":
         return (), "no CUDA device"
-    if form.kind != "plain" or not (form.two_of_four and form.fits_kernels):
+    if form.kind is not Kind.PLAIN or not (form.two_of_four and form.fits_kernels):
         return (), "the kernels do not take this checkpoint"
     try:
         return measure_kernels(Checkpoint.open(resolve(model)), device, progress), ""
@@ -141,20 +147,16 @@ def _measured(
         return (), f"the kernels could not be measured: {str(error).splitlines()[0]}"
 
 
-def _form(model: str, progress: Progress) -> Form:
+def _form(model: str, progress: Progress) -> Traits:
     source = Checkpoint.open(resolve(model, progress))
     targets = BlockStream(source, device="cpu", dtype=torch.float32).targets()
-    kind: Kind = "quantized" if source.grid is not None else "plain"
-    if source.factored:
-        kind = "packed" if is_packed(quantization(source.path)) else "factored"
     total = inspect(model, progress).total
     grid = next((form.grid for form in source.factor_codes.values()), source.grid)
-    composed = bool(source.factor_patterns) and not source.factored
-    sparse = not composed and total["sparsity"] > FEW  # `inspect` counts the factors' cores
-    return Form(
-        kind=kind,
+    products = source.kind is Kind.PRODUCTS
+    sparse = not products and total["sparsity"] > FEW  # `inspect` counts the factors' cores
+    return Traits(
+        kind=source.kind,
         pattern=total["pattern"] if sparse else "dense",
-        composed=composed,
         grid=str(grid) if grid else None,
         fits_kernels=all(
             side % SEMI_STRUCTURED == 0 and not t.transposed for t in targets for side in t.shape
@@ -162,25 +164,25 @@ def _form(model: str, progress: Progress) -> Form:
     )
 
 
-def _unread(form: Form) -> Verdict:
+def _unread(form: Traits) -> Verdict:
     """Of a program that does not read the form."""
     left = "one in the format of compressed-tensors" if form.grid else "a plain checkpoint"
     reason = f"it knows no {form.kind} weights; sparsekit unpack gives {left}"
     return Verdict("no", "no", "no", reason)
 
 
-def _transformers(form: Form) -> Verdict:
-    if form.kind == "packed":
+def _transformers(form: Traits) -> Verdict:
+    if form.kind is Kind.PACKED:
         reason = "after import sparsekit; each layer unpacks its weight whenever it is called"
         return Verdict("yes", "yes", "no", reason)
-    if form.kind == "quantized":
+    if form.kind is Kind.QUANTIZED:
         reason = "smaller on disk; the first forward pass expands the weights in memory"
         return Verdict("yes", "part", "no", reason)
     return Verdict("yes", "no", "no", "zeros are numbers like others to it")
 
 
-def _vllm(form: Form) -> Verdict:
-    if form.kind == "quantized" and form.grid:
+def _vllm(form: Traits) -> Verdict:
+    if form.kind is Kind.QUANTIZED and form.grid:
         grid = Grid.parse(form.grid)
         if grid.group not in MARLIN_GROUPS:
             reason = (
@@ -194,8 +196,8 @@ def _vllm(form: Form) -> Verdict:
     return Verdict("yes", "no", "no", "its 2:4 kernels were removed in March 2026 (#36799)")
 
 
-def _torch(form: Form) -> Verdict:
-    if form.kind == "quantized":
+def _torch(form: Traits) -> Verdict:
+    if form.kind is Kind.QUANTIZED:
         reason = "takes plain weights: quantize with --format dense, or not at all"
         return Verdict("no", "no", "no", reason)
     if not form.two_of_four:
@@ -212,8 +214,8 @@ def _torch(form: Form) -> Verdict:
     return Verdict("yes", "yes", "part", reason)
 
 
-def _llama_cpp(form: Form) -> Verdict:
-    if form.kind == "quantized" and form.grid:
+def _llama_cpp(form: Traits) -> Verdict:
+    if form.kind is Kind.QUANTIZED and form.grid:
         grid = Grid.parse(form.grid)
         if grid.activations or grid.group:
             reason = (
@@ -230,8 +232,8 @@ def _llama_cpp(form: Form) -> Verdict:
     return Verdict("yes", "no", "no", reason)
 
 
-def _openvino(form: Form) -> Verdict:
-    if form.kind == "quantized":
+def _openvino(form: Traits) -> Verdict:
+    if form.kind is Kind.QUANTIZED:
         return Verdict("unknown", "no", "unknown", NOT_TRIED)
     reason = (
         "faster only with 8-bit weights of its own and far more than half of them zero, on Xeons "
@@ -240,8 +242,8 @@ def _openvino(form: Form) -> Verdict:
     return Verdict("yes", "no", "no", reason)
 
 
-def _tensorrt(form: Form) -> Verdict:
-    if form.kind == "quantized":
+def _tensorrt(form: Traits) -> Verdict:
+    if form.kind is Kind.QUANTIZED:
         return Verdict("unknown", "no", "unknown", NOT_TRIED)
     if not form.two_of_four:
         return Verdict("yes", "no", "no", f"takes 2:4 only, the weights are {form.pattern}")
@@ -252,13 +254,13 @@ def _tensorrt(form: Form) -> Verdict:
     return Verdict("yes", "no", "part", reason)
 
 
-def _sparsekit(form: Form) -> Verdict:
-    if form.kind in ("packed", "factored"):
+def _sparsekit(form: Traits) -> Verdict:
+    if form.kind.alone:
         reason = "sparsekit.load and eval keep weights packed; a layer unpacks its own when called"
         return Verdict("yes", "yes", "no", reason)
-    if form.kind == "quantized":
+    if form.kind is Kind.QUANTIZED:
         return Verdict("yes", "part", "no", "eval expands a block at a time")
-    if form.composed:
+    if form.kind is Kind.PRODUCTS:
         reason = (
             "its weights are products; sparsekit pack keeps the factors alone, which are sparse"
         )

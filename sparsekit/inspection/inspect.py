@@ -57,7 +57,7 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
         DataError: The folder is no readable checkpoint, or what is packed in it is damaged.
     """
     source = Checkpoint.open(resolve(model, progress))
-    if source.factored:
+    if source.kind.alone:
         source.scan(progress)  # zeros of a damaged one mean nothing
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     provenance = source.provenance()

@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import is_packed
-from sparsekit.checkpoint.foreign import compression, not_read
 from sparsekit.errors import DataError
-from sparsekit.files import read_json
 from sparsekit.model.factored_linear import FactoredLinear, use_factors
 
 
@@ -38,7 +35,7 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = source.config
-    refuse_foreign(source)
+    source.require("load")
     try:
         # Buffers are made for real: rotary tables are computed, not stored.
         with init_empty_weights(include_buffers=False):
@@ -48,22 +45,9 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
         raise DataError(
             f"{source.path}: no causal language model for {config.model_type!r}: {reason}"
         ) from error
-    if source.factored:
+    if source.kind.alone:
         use_factors(model, source)
     return model.eval().requires_grad_(False)
-
-
-def refuse_foreign(source: Checkpoint) -> None:
-    """Refuse a checkpoint that is quantized, or stored, in another way than ours.
-
-    Raises:
-        DataError: Names the way.
-    """
-    told = getattr(source.config, "quantization_config", None)
-    told = told or compression(read_json(source.path / "config.json"))
-    ours = source.grid is not None or (source.factored and is_packed(told))
-    if told and not ours:
-        raise not_read(source.path, told)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -93,8 +93,7 @@ def prepare(
         StorageError: The disk has no room for the output.
     """
     source = open_source(model, out, overwrite=overwrite, progress=progress)
-    if source.factored:
-        raise DataError(f"{source.path} is packed already", "sparsekit unpack makes it plain")
+    source.require("pack")
     fingerprint = source.scan(progress)
     plans = _plans(source, progress)
     types = {name: plan.types for name, plan in plans.items()}

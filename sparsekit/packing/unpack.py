@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsekit.checkpoint.checkpoint import AGAIN, Checkpoint
 from sparsekit.checkpoint.compressed_tensors import Shapes, encode, part_name, stored_shapes
 from sparsekit.checkpoint.factor_file import factor_parts, factors_of, packed_codes, packed_weight
-from sparsekit.checkpoint.folder import FACTORS, factor_name, is_packed
+from sparsekit.checkpoint.folder import FACTORS, factor_name
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, DamagedError, DataError, FactorsError
@@ -120,6 +121,7 @@ def prepare(
 ) -> Unpacking:
     """Check everything that needs no weights; arguments and errors as of `unpack`."""
     source = open_source(model, out, overwrite=overwrite, progress=progress)
+    source.require("unpack")
     config, history, sums = _origin(source)
     try:
         layers = {layer.weight_name: layer for layer in _layers(source)}
@@ -142,14 +144,12 @@ def _origin(
     Of factors that `prune` wrote alone there are no checksums.
 
     Raises:
-        DataError: It is no packed checkpoint, or nothing tells how it was packed.
+        DataError: Nothing tells how it was packed.
     """
     config = read_json(source.path / "config.json")
     history = source.provenance()["history"]
     told = config.get("quantization_config")
-    if not source.factored:
-        raise DataError(f"{source.path} is not packed", "name a folder that pack wrote")
-    if not is_packed(told):
+    if source.kind is not Kind.PACKED:
         return config, history, None
     if not history or history[-1].get("stage") != "pack":
         raise DataError(

@@ -10,13 +10,13 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.layout import Layout, factor_types
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import Patterns, family_notes, select
-from sparsekit.pipeline.source import open_source, refuse_packed, require_room
+from sparsekit.pipeline.source import open_source, require_room
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import Chain, require_shapes
@@ -90,13 +90,7 @@ def prepare(
         source = Checkpoint.open(resolve(config.dense, progress))
         refuse_source(out, source.path)
     for folder in (source, given):
-        refuse_packed(folder)
-        if folder.factored:
-            raise DataError(f"{folder.path} holds factors only", "name the model it comes from")
-        if folder.grid is not None:
-            raise DataError(
-                f"{folder.path} is quantized to {folder.grid}", "prune the model it comes from"
-            )
+        folder.require("prune")
     chain = Chain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import PROVENANCE, factor_name
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import at_hand
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.provenance.history import stage_words, unfolded
@@ -122,8 +123,8 @@ def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | N
     beside their products: both are there then.
     """
     told = [entry["totals"] for entry in history if "bits_per_weight" in entry.get("totals", {})]
-    beside = bool(source.factors) and not source.factored
-    if told and told[-1]["bits_per_weight"] is not None and not beside:
+    products = source.kind is Kind.PRODUCTS
+    if told and told[-1]["bits_per_weight"] is not None and not products:
         return float(told[-1]["bits_per_weight"])
     changed = {row["name"] for entry in history for row in entry.get("weights", ())}
     names = [name for name in changed if name in source.places]

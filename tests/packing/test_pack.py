@@ -536,10 +536,10 @@ def test_factors_that_were_written_alone_are_multiplied_out(composed, tmp_path):
 
 def test_what_is_in_the_other_form_already_is_refused(sparse, tmp_path):
     source = sparse()
-    with pytest.raises(DataError, match=r"is not packed; name a folder that pack wrote"):
+    with pytest.raises(DataError, match=r"is plain, which unpack .*; name a folder"):
         unpack(str(source), tmp_path / "out")
     packed = pack(str(source), tmp_path / "packed").out
-    with pytest.raises(DataError, match=r"is packed already; sparsekit unpack"):
+    with pytest.raises(DataError, match=r"is packed, which pack .*; sparsekit unpack"):
         pack(str(packed), tmp_path / "out")
     (packed / PROVENANCE).unlink()
     with pytest.raises(DataError, match="has no history of its packing"):
@@ -554,6 +554,6 @@ def test_stages_that_take_plain_models_say_how_to_make_one(sparse, tmp_path):
         lambda: recover(RecoverConfig(tokens=2048), packed, out),
     )
     for run in runs:
-        with pytest.raises(DataError, match="is packed; sparsekit unpack makes it plain"):
+        with pytest.raises(DataError, match=r"is packed, which .*; sparsekit unpack makes"):
             run()
     assert not out.exists()

@@ -587,7 +587,7 @@ def test_one_form_can_take_the_place_of_the_other(family, made, row_file, tmp_pa
 def test_factored_form_cannot_be_pruned(run, made, tmp_path):
     folder = made("llama", "factored").out
     for method in ("armor", "wanda"):
-        with pytest.raises(DataError, match="holds factors only; name the model it comes"):
+        with pytest.raises(DataError, match=r"holds factors only.*; name the model it comes"):
             run(folder, tmp_path / "out", method=method, options={})
     with pytest.raises(DataError, match="holds factors only"):
         plan(PruneConfig(method="magnitude"), str(folder), tmp_path / "out")
