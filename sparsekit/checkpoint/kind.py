@@ -53,7 +53,9 @@ UNREAD = {
     Kind.FOREIGN: "take the model it was quantized from",
 }
 PACKED_ONLY = "name a folder that pack wrote, or one with --format factored"
-LOADS = f"it takes {', '.join(LEGACY_PARTS)}; other formats still load in transformers"
+LOADS = (
+    f"sparsekit convert takes {', '.join(LEGACY_PARTS)}; other formats still load in transformers"
+)
 
 
 def _takes(refused: Mapping[Kind, str], unread: Mapping[Kind, str] = UNREAD) -> dict[Kind, str]:

@@ -151,7 +151,8 @@ def _form(model: str, progress: Progress) -> Traits:
     source = Checkpoint.open(resolve(model, progress))
     targets = BlockStream(source, device="cpu", dtype=torch.float32).targets()
     total = inspect(model, progress).total
-    grid = next((form.grid for form in source.factor_codes.values()), source.grid)
+    grids = (stored.format.grid for stored in source.packed.values())
+    grid = next(filter(None, grids), source.grid)
     products = source.kind is Kind.PRODUCTS
     sparse = not products and total["sparsity"] > FEW  # `inspect` counts the factors' cores
     return Traits(

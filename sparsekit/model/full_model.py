@@ -16,7 +16,7 @@ from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import available_memory
-from sparsekit.model.factored_linear import expand
+from sparsekit.model.form_linear import expand
 from sparsekit.model.skeleton import Skeleton
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from sparsekit.pruning.method_chain import Chain, require_shapes
 from sparsekit.quantization.storage import coded_layout, refuse_misfits
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.calibration import Calibration
+from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.patterns import Pattern
 
 
@@ -146,12 +147,12 @@ def _refuse_what_does_not_go(
         raise UsageError("--then writes codes, not factors", "leave out --format factored")
     for target in targets:
         pattern = patterns.of(target)
-        if chain.grid is not None and chain.stored_shapes(target, pattern):
+        if chain.grid is not None and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--then does not go with the factors of {cause}", "leave out one")
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
-        if config.allocate != "none" and chain.stored_shapes(target, pattern):
+        if config.allocate != "none" and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
         if config.reconstruct == "cg" and chain.block_of(target, pattern):
@@ -166,7 +167,7 @@ def _layout(
     patterns: Patterns,
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
-    parts = {t.name: chain.stored_shapes(t, patterns.of(t)) for t in targets}
+    parts = {t.name: chain.factor_shapes(t, patterns.of(t)) for t in targets}
     parts = {
         name: factor_types(shapes, source.places[name].dtype)
         for name, shapes in parts.items()
@@ -178,7 +179,7 @@ def _layout(
         if chain.grid is not None:
             return coded_layout(source, targets, chain.grid)
         return Layout.of(source)
-    cores = {t.name: str(patterns.of(t)) for t in targets if t.name in parts}
+    cores = {t.name: CoreFormat(pattern=patterns.of(t)) for t in targets if t.name in parts}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 

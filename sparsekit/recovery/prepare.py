@@ -40,7 +40,8 @@ from sparsekit.recovery.memory_needs import (
 from sparsekit.recovery.methods import Recoverer
 from sparsekit.recovery.targets import patterns_of, sparse_targets, told_patterns
 from sparsekit.text.rows import capped
-from sparsekit.weights.packed import stored_shapes
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.packed import factor_shapes
 from sparsekit.weights.patterns import Pattern
 
 # What `auto` stands for.
@@ -247,12 +248,12 @@ def _layout(
         return Layout.of(source)
     parts = {
         t.name: factor_types(
-            stored_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb),
+            factor_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb),
             source.places[t.name].dtype,
         )
         for t in targets
     }
-    cores = {target.name: str(patterns.of(target)) for target in targets}
+    cores = {t.name: CoreFormat(pattern=patterns.of(t)) for t in targets}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 

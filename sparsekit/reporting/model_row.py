@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import PROVENANCE, factor_name
+from sparsekit.checkpoint.folder import PROVENANCE
 from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import at_hand
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.provenance.history import stage_words, unfolded
 from sparsekit.scoring.quality import Measured, Quality, qualities
 from sparsekit.scoring.saved_scores import DENSE, is_of, read_scores
-from sparsekit.weights.factored import PARTS
 
 # Stages whose pattern is the one that was asked for; the others tell what they found.
 PATTERNING = ("prune", "recover")
@@ -138,6 +137,7 @@ def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | N
 
 def _places(source: Checkpoint, name: str) -> Iterator[TensorPlace]:
     """Where a weight lies, or what it is stored as, and the factors that lie beside it."""
-    yield from source.coded[name].values() if name in source.coded else [source.places[name]]
-    factors = [factor_name(name, part) for part in PARTS]
-    yield from (source.factors[factor] for factor in factors if factor in source.factors)
+    quantized = source.quantized.get(name)
+    yield from quantized.places.values() if quantized else [source.places[name]]
+    if name in source.packed:
+        yield from source.packed[name].places.values()
