@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import PACKED_INDEX, PACKED_METHOD
-from sparsekit.model.factored_linear import FactoredLinear, use_factors
+from sparsekit.model.form_linear import FormLinear, use_forms
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -42,12 +42,12 @@ class PackedLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         source = Checkpoint.open(Path(model.config.name_or_path))
-        use_factors(model, source)
+        use_forms(model, source)
         with torch.device("cpu"):  # transformers is building on meta
             source.scan()
         for module in model.modules():
             # GPT-2's would be initialised by the `weight` of layers that have none any more.
-            if any(isinstance(child, FactoredLinear) for child in module.children()):
+            if any(isinstance(child, FormLinear) for child in module.children()):
                 module._is_hf_initialized = True
 
     @property

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from sparsekit.weights.factored import times_left, times_right
+from sparsekit.weights.block_diagonal import times_left, times_right
 
 # Added to a group's matrix, and to the square of its column of A.
 RIDGE, FLOOR = 1e-9, 1e-8

@@ -51,6 +51,7 @@ LIGHT = {
     "checkpoint/demo_model",
     "checkpoint/folder",
     "checkpoint/hub",
+    "checkpoint/kind",
     "checkpoint/output_folder",
     "checkpoint/resolve",
     "pipeline/options",

@@ -14,7 +14,7 @@ from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
 from sparsekit.memory import MemoryUse, peak_memory
 from sparsekit.model.device import pick_device
-from sparsekit.model.factored_linear import expand
+from sparsekit.model.form_linear import expand
 from sparsekit.model.full_model import RESIDENT, Resident, load_whole, new_cache, own_dtype
 from sparsekit.pipeline.options import one_of
 from sparsekit.progress import SILENT, Progress

@@ -14,9 +14,9 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
 from sparsekit.memory import MemoryUse, peak_memory
-from sparsekit.model.architecture import build_without_weights
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.model.full_model import load_whole, require_memory
+from sparsekit.model.skeleton import build_without_weights
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune

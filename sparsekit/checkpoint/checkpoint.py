@@ -14,37 +14,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.compressed_tensors import (
-    decode,
-    grid_of,
-    part_name,
-    quantization,
-    with_weights,
-)
+from sparsekit.checkpoint.compressed_tensors import grid_of, quantization, with_weights
 from sparsekit.checkpoint.folder import (
     FACTORS,
     INDEX,
+    OTHER_WEIGHTS,
     PROVENANCE,
     SINGLE,
-    UNFACTORED,
     load_config,
     load_tokenizer,
     weight_files,
 )
+from sparsekit.checkpoint.foreign import named_format
+from sparsekit.checkpoint.kind import Kind, kind_of, refusal
 from sparsekit.checkpoint.safetensors_file import (
     TensorPlace,
     is_finite,
-    metadata,
     read_header,
     read_into,
+    read_tensor,
 )
-from sparsekit.errors import DamagedError, DataError, FactorsError, UsageError
+from sparsekit.checkpoint.stored_form import StoredForm, packed_forms
+from sparsekit.errors import DamagedError, DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.progress import SILENT, Progress
-from sparsekit.weights.factored import PARTS
-from sparsekit.weights.grids import Codes, Grid
-from sparsekit.weights.packed_codes import CodeForm
-from sparsekit.weights.patterns import Pattern
+from sparsekit.weights.form import Form
+from sparsekit.weights.grids import Grid
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -64,20 +59,19 @@ class Checkpoint:
 
     path: Path
     places: Mapping[str, TensorPlace]
-    """Every tensor by name, in name order."""
+    """Every tensor of the model by name, in name order; a weight on a grid has the type that it is
+    computed in, and the place of its codes."""
+    tensors: Mapping[str, TensorPlace]
+    """Every tensor of the files by its name there, in name order."""
     headers: Mapping[str, int]
     """Weight files by name, with the length in bytes of what precedes their data."""
-    factors: Mapping[str, TensorPlace] = field(default_factory=dict)
-    """The factors of weights, by name; where they stand for the weights, `places` has them too."""
-    factor_patterns: Mapping[str, str] = field(default_factory=dict)
-    """For each weight with factors the pattern of its core."""
-    factor_codes: Mapping[str, CodeForm] = field(default_factory=dict)
-    """For each of them that is packed as codes what those stand for."""
+    packed: Mapping[str, StoredForm] = field(default_factory=dict)
+    """Each weight with a packed core, alone or next to its product."""
     grid: Grid | None = None
-    """Of the weights in `coded`; None without such, or where their format is not one of ours."""
-    coded: Mapping[str, Mapping[str, TensorPlace]] = field(default_factory=dict)
-    """For each weight on a grid the tensors it is stored as, by the last part of their names. In
-    `places` is the weight itself, in the type that it is computed in, at the place of its codes."""
+    """Of the weights in `quantized`; None without such, or if sparsekit does not read their
+    format."""
+    quantized: Mapping[str, StoredForm] = field(default_factory=dict)
+    """Each weight on a grid in the format of compressed-tensors."""
     _fingerprint: str = field(default="", init=False, repr=False)
 
     @classmethod
@@ -107,34 +101,22 @@ class Checkpoint:
             for name in found.keys() & places.keys():
                 raise DataError(f"{path}: {name} is in {places[name].file} and again in {file}")
             places |= found
-        factors: dict[str, TensorPlace] = {}
-        patterns: dict[str, str] = {}
-        codes: dict[str, CodeForm] = {}
+        tensors, packed, quantized = dict(places), {}, {}
         if (path / FACTORS).is_file():
             factors, _ = read_header(path / FACTORS)
-            for name, told in metadata(path / FACTORS).items():
-                patterns[name], _, form = told.partition(" ")
-                try:
-                    Pattern.parse(patterns[name])
-                    if form:
-                        codes[name] = CodeForm.parse(form)
-                except UsageError as error:
-                    raise FactorsError(
-                        f"{path / FACTORS}: {name}: {error.message}", "copy or make it again"
-                    ) from error
+            tensors |= factors
+            packed = packed_forms(path, factors)
         grid = grid_of(quantization(path))
-        coded: dict[str, dict[str, TensorPlace]] = {}
         if grid is not None:
-            places, coded = with_weights(path, places, grid)
+            places, quantized = with_weights(path, places, grid)
         return cls(
             path=path,
             places=dict(sorted(places.items())),
+            tensors=dict(sorted(tensors.items())),
             headers=headers,
-            factors=factors,
-            factor_patterns=patterns,
-            factor_codes=codes,
+            packed=packed,
             grid=grid,
-            coded=coded,
+            quantized=quantized,
         )
 
     @cached_property
@@ -157,19 +139,30 @@ class Checkpoint:
     @property
     def n_bytes(self) -> int:
         """Size of all weight files."""
-        files = {*self.headers, *({FACTORS} if self.factors else ())}
+        files = {*self.headers, *(place.file for place in self.tensors.values())}
         return sum((self.path / file).stat().st_size for file in files)
 
-    @property
-    def factored(self) -> bool:
-        """Whether factors stand for weights that are not there."""
-        return UNFACTORED in self.headers
+    @cached_property
+    def kind(self) -> Kind:
+        """How the linear weights are stored."""
+        return kind_of(
+            read_json(self.path / "config.json"),
+            on_grid=self.grid is not None,
+            factors=bool(self.packed),
+            alone=OTHER_WEIGHTS in self.headers,
+        )
 
-    @property
-    def packed(self) -> bool:
-        """Whether that is so, and no weight has other factors than values and places."""
-        sides = tuple(f".{part}" for part in PARTS[2:])
-        return self.factored and not any(name.endswith(sides) for name in self.factors)
+    def require(self, verb: str) -> None:
+        """Refuse this checkpoint for a verb that does not take its kind.
+
+        Raises:
+            DataError: Says what to do instead.
+        """
+        detail = f" to {self.grid}" if self.grid else ""
+        if self.kind in (Kind.LEGACY, Kind.FOREIGN):
+            detail = named_format(read_json(self.path / "config.json"))
+        if (error := refusal(verb, self.kind, self.path, detail)) is not None:
+            raise error
 
     @property
     def layout(self) -> str:
@@ -209,33 +202,25 @@ class Checkpoint:
         """The named tensors, in their dtype on disk, in memory of their own."""
         tensors = {}
         for name in names:
-            if name in self.coded:
-                tensors[name] = self.codes_of(name).dense()
+            if name in self.quantized:
+                form = self.quantized[name].form(self.path, self.places[name].shape)
+                tensors[name] = form.dense()
             else:
-                tensors[name] = self._read(self.places.get(name) or self.factors[name])
+                tensors[name] = read_tensor(self.path, self.tensors[name])
         return tensors
 
-    def codes_of(self, name: str) -> Codes:
-        """The codes of a weight on a grid.
+    def form(self, name: str, shape: tuple[int, int]) -> Form:
+        """A weight `[out, in]` with a packed core, or one on a grid.
 
         Raises:
-            DataError: Its tensors do not fit together.
+            FactorsError: A part is missing, or the parts do not fit together.
+            DataError: The same of a weight on a grid.
         """
-        assert self.grid is not None
-        try:
-            return decode(self.grid, self.stored(name), self.places[name].shape)
-        except DataError as error:
-            raise DataError(f"{self.path}: {name}: {error.message}", error.hint) from error
+        return self.stored(name).form(self.path, shape)
 
-    def stored(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a weight on a grid, by the last part of their names."""
-        return {part: self._read(place) for part, place in self.coded[name].items()}
-
-    def _read(self, place: TensorPlace) -> Tensor:
-        data = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        with self._opened(place.file) as handle:
-            read_into(handle, data, place.start, self.path / place.file)
-        return data.view(place.dtype).view(place.shape)
+    def stored(self, name: str) -> StoredForm:
+        """Where such a weight lies."""
+        return self.packed.get(name) or self.quantized[name]
 
     def scan(self, progress: Progress = SILENT) -> str:
         """The fingerprint, after making sure that all numbers are finite.
@@ -257,15 +242,10 @@ class Checkpoint:
         """See `scan`."""
         if self.n_bytes < SOON_READ:
             progress = SILENT
-        places = {**self.places, **self.factors}
-        for name, parts in self.coded.items():
-            del places[name]
-            places |= {part_name(name, part): place for part, place in parts.items()}
-        places = dict(sorted(places.items()))
-        progress.begin(f"read and check {self.path.name}", len(places))
+        progress.begin(f"read and check {self.path.name}", len(self.tensors))
         digest = hashlib.sha256()
         buffer = torch.empty(CHUNK, dtype=torch.uint8)
-        for name, place in places.items():
+        for name, place in self.tensors.items():
             digest.update(name.encode())
             with self._opened(place.file) as handle:
                 for start in range(place.start, place.stop, CHUNK):
@@ -282,7 +262,7 @@ class Checkpoint:
             hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
-                AGAIN if self.packed else hint,
+                AGAIN if self.kind is Kind.PACKED else hint,
             )
         return fingerprint
 
@@ -306,7 +286,7 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except DataError as error:
         plain = (path / SINGLE).is_file() or (path / INDEX).is_file()
-        ours = (path / FACTORS).is_file() or (path / UNFACTORED).is_file()
+        ours = (path / FACTORS).is_file() or (path / OTHER_WEIGHTS).is_file()
         if ours and not plain and (path / PROVENANCE).is_file():
             raise DamagedError(error.message, error.hint or AGAIN) from error
         raise

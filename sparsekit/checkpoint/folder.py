@@ -20,7 +20,7 @@ PROVENANCE = "sparsekit.json"
 # Factors of weights, beside their products or instead of them. In the second case the other tensors
 # lie in a file that no stock loader looks for: it raises, where it would else draw random weights.
 FACTORS = "sparsekit-factors.safetensors"
-UNFACTORED = "sparsekit-weights.safetensors"
+OTHER_WEIGHTS = "sparsekit-weights.safetensors"
 # Which file has which tensor there, for transformers, and the method by which it knows the form.
 PACKED_INDEX = "sparsekit-weights.safetensors.index.json"
 PACKED_METHOD = "sparsekit"
@@ -36,8 +36,8 @@ def is_packed(told: Any) -> bool:
     return isinstance(told, Mapping) and told.get("quant_method") == PACKED_METHOD
 
 
-def factor_name(weight: str, part: str) -> str:
-    """The name of a part of a weight's factors."""
+def part_name(weight: str, part: str) -> str:
+    """The name of one of the tensors that a weight is stored as."""
     return f"{weight.removesuffix('.weight')}.{part}"
 
 
@@ -51,10 +51,10 @@ def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
         raise DataError(f"no such model folder: {path}")
     if not (path / "config.json").is_file():
         raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
-    if (path / UNFACTORED).is_file():
-        return {FACTORS: None, UNFACTORED: None}
+    if (path / OTHER_WEIGHTS).is_file():
+        return {FACTORS: None, OTHER_WEIGHTS: None}
     if (path / FACTORS).is_file() and not ((path / SINGLE).is_file() or (path / INDEX).is_file()):
-        raise DataError(f"{path} lacks {UNFACTORED}", "copy or make the folder again")
+        raise DataError(f"{path} lacks {OTHER_WEIGHTS}", "copy or make the folder again")
     if (path / INDEX).is_file():
         files = indexed_files(path)
         for file in files:

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsekit.errors import DataError
-
 BITMASKS, MARLIN = ("sparse-24-bitmask", "sparse-bitmask"), "marlin-24"
 # The last parts of the names of what a weight consists of; the first tells that it has the form.
-PARTS = {
+LEGACY_PARTS = {
     "sparse-24-bitmask": ("bitmask", "compressed", "shape"),
     "sparse-bitmask": ("bitmask", "compressed", "shape", "row_offsets"),
     MARLIN: ("meta", "weight_packed", "scale_packed"),
@@ -30,23 +28,12 @@ def legacy_format(config: Mapping[str, Any]) -> str | None:
     told = compression(config)
     sparsity = told.get("sparsity_config")
     inner = sparsity.get("format") if isinstance(sparsity, Mapping) else None
-    return next((form for form in (inner, told.get("format")) if form in PARTS), None)
+    return next((form for form in (inner, told.get("format")) if form in LEGACY_PARTS), None)
 
 
-def not_read(name: object, told: Any) -> DataError:
-    """What to raise of a checkpoint that is stored in another way than ours.
-
-    Args:
-        name: Its folder or hub id.
-        told: What its config.json says of that.
-    """
-    told = told if isinstance(told, Mapping) else {}
-    form = legacy_format({"quantization_config": told})
-    words = [str(word) for word in (told.get("quant_method"), form or told.get("format")) if word]
-    how = f" ({' '.join(', '.join(words).split())})" if words else ""
-    return DataError(
-        f"{name} is quantized{how} in a way that sparsekit does not read",
-        "sparsekit convert makes a plain one of its folder"
-        if form
-        else "take the model it was quantized from",
-    )
+def named_format(config: Mapping[str, Any]) -> str:
+    """How a config.json names a format that is not ours, as ` (gptq)`; empty when it does not."""
+    told = compression(config)
+    form = legacy_format(config) or told.get("format")
+    words = [str(word) for word in (told.get("quant_method"), form) if word]
+    return f" ({' '.join(', '.join(words).split())})" if words else ""

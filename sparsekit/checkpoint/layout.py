@@ -11,9 +11,10 @@ from itertools import accumulate, pairwise
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.compressed_tensors import Shapes, part_name
-from sparsekit.checkpoint.folder import FACTORS, SINGLE, UNFACTORED, factor_name
+from sparsekit.checkpoint.folder import FACTORS, OTHER_WEIGHTS, SINGLE, part_name
 from sparsekit.checkpoint.safetensors_file import DTYPES, TensorPlace
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.quantized import Shapes
 
 # Bytes of one weight file, where the source's files are not kept.
 SHARD_BYTES = 5 << 30
@@ -75,7 +76,7 @@ class Layout:
         cls,
         source: Checkpoint,
         parts: Mapping[str, Shapes],
-        patterns: Mapping[str, str],
+        formats: Mapping[str, CoreFormat],
         *,
         alone: bool,
     ) -> Layout:
@@ -84,19 +85,23 @@ class Layout:
         Args:
             source: The checkpoint.
             parts: For each weight that gets factors the type and shape of each.
-            patterns: For each of these weights what to tell of its core.
+            formats: For each of these weights how its core is packed.
             alone: Whether factors stand for the weights, or lie beside them.
         """
         shapes = {
-            factor_name(name, part): found
+            part_name(name, part): found
             for name, those in parts.items()
             for part, found in those.items()
         }
         base = cls.of(source)
         if alone:
             left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
-            base = cls({}, {}).with_file(UNFACTORED, left, {"format": "pt"})
-        return base.with_file(FACTORS, shapes, patterns)
+            base = cls({}, {}).with_file(OTHER_WEIGHTS, left, {"format": "pt"})
+        return base.with_packed(shapes, formats)
+
+    def with_packed(self, tensors: Shapes, formats: Mapping[str, CoreFormat]) -> Layout:
+        """One more file, for packed cores and the factors around them."""
+        return self.with_file(FACTORS, tensors, {name: str(fmt) for name, fmt in formats.items()})
 
     @classmethod
     def plain(cls, tensors: Shapes, shard_bytes: int) -> Layout:

@@ -94,3 +94,14 @@ def is_finite(values: Tensor) -> bool:
         values = values.to(torch.float16)
     low, high = values.aminmax()  # NaN spreads to both
     return bool(low.isfinite() & high.isfinite())
+
+
+def read_tensor(folder: Path, place: TensorPlace) -> Tensor:
+    """A tensor of a folder, in memory of its own."""
+    data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+    handle = os.open(folder / place.file, os.O_RDONLY)
+    try:
+        read_into(handle, data, place.start, folder / place.file)
+    finally:
+        os.close(handle)
+    return data.view(place.dtype).view(place.shape)

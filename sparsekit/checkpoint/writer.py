@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import INDEX, PACKED_INDEX, PROVENANCE, SINGLE, UNFACTORED
+from sparsekit.checkpoint.folder import INDEX, OTHER_WEIGHTS, PACKED_INDEX, PROVENANCE, SINGLE
 from sparsekit.checkpoint.layout import Layout
 from sparsekit.checkpoint.output_folder import (
     LOCK,
@@ -29,6 +29,7 @@ from sparsekit.checkpoint.output_folder import (
     refuse_source,
     require_space,
 )
+from sparsekit.checkpoint.safetensors_file import read_tensor
 from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.files import (
     CHUNK,
@@ -131,9 +132,8 @@ class CheckpointWriter:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of finished parts, as they were written."""
-        lengths = {file: len(header) for file, header in self.layout.headers.items()}
-        written = Checkpoint(self.partial, self.layout.places, lengths)
-        return written.read(names)
+        places = self.layout.places
+        return {name: read_tensor(self.partial, places[name]) for name in names}
 
     def commit(
         self,
@@ -249,7 +249,7 @@ class CheckpointWriter:
     def _write_index(self) -> None:
         """The index of the weight files, where loaders look for one."""
         files = self.layout.headers.keys()
-        if UNFACTORED in files:
+        if OTHER_WEIGHTS in files:
             write_json(self.partial / PACKED_INDEX, self.layout.index())
             return
         index = self.source.path / INDEX

@@ -118,7 +118,8 @@ def show_deployment(terminal: Terminal, report: "DeployReport") -> None:
     """Where a checkpoint runs; stdout has a runtime a line, with the three answers."""
     form = report.form
     terminal.table(
-        f"{report.model}: {form.kind}, {form.pattern}" + (f", {form.grid}" if form.grid else ""),
+        f"{report.model}: {form.stored_as}, {form.pattern}"
+        + (f", {form.grid}" if form.grid else ""),
         ("runtime", "version", "loads", "smaller", "faster", "reason"),
         [(n, seen, v.loads, v.smaller, v.faster, v.reason) for n, seen, v in report.runtimes],
     )

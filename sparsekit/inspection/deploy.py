@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.compressed_tensors import quantization
-from sparsekit.checkpoint.folder import is_packed
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import DataError
 from sparsekit.inspection.inspect import inspect
@@ -25,7 +24,6 @@ from sparsekit.pipeline.options import DEVICES, one_of
 from sparsekit.progress import SILENT, Progress
 from sparsekit.weights.grids import Grid
 
-Kind = Literal["plain", "quantized", "packed", "factored"]
 Answer = Literal["yes", "no", "part", "unknown"]
 # Sides of a weight that torch's sparse kernels need a multiple of, for 16-bit numbers.
 SEMI_STRUCTURED = 64
@@ -39,14 +37,12 @@ MARLIN_GROUPS = (0, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class Traits:
     """What matters of a checkpoint."""
 
     kind: Kind
     pattern: str
     """The strictest pattern that all weights share; `unstructured` or `dense`."""
-    composed: bool = False
-    """Whether plain weights are products of sparse factors beside them: those are not sparse."""
     grid: str | None
     fits_kernels: bool
     """Whether every weight has a shape that torch's 2:4 kernels take."""
@@ -55,6 +51,16 @@ class Form:
     def two_of_four(self) -> bool:
         """Whether every weight has the pattern that there are kernels for."""
         return self.pattern in ("2:4", "1:4")
+
+    @property
+    def stored_as(self) -> str:
+        """The kind in a word; products are plain weights."""
+        return str(Kind.PLAIN if self.kind is Kind.PRODUCTS else self.kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        composed = self.kind is Kind.PRODUCTS
+        return asdict(self) | {"kind": self.stored_as, "composed": composed}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class DeployReport:
     """The outcome of `deploy`."""
 
     model: str
-    form: Form
+    form: Traits
     runtimes: Sequence[tuple[str, str, Verdict]]
     """Name, version (the installed one, or the one or the month that was looked at), and what
     becomes there."""
@@ -89,7 +95,7 @@ class DeployReport:
         speeds = [asdict(speed) | {"gain": speed.gain} for speed in self.speeds]
         return {
             "model": self.model,
-            "form": asdict(self.form),
+            "form": self.form.to_json(),
             "runtimes": rows,
             "speeds": speeds,
             "unmeasured": self.unmeasured,
@@ -122,12 +128,12 @@ def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> Dep
 
 
 def _measured(
-    model: str, form: Form, device: str, progress: Progress
+    model: str, form: Traits, device: str, progress: Progress
 ) -> tuple[Sequence[Speed], str]:
     """How fast torch's 2:4 kernels are here, or why that was not measured."""
     if device != "cuda":
         return (), "no CUDA device"
-    if form.kind != "plain" or not (form.two_of_four and form.fits_kernels):
+    if form.kind is not Kind.PLAIN or not (form.two_of_four and form.fits_kernels):
         return (), "the kernels do not take this checkpoint"
     try:
         return measure_kernels(Checkpoint.open(resolve(model)), device, progress), ""
@@ -135,20 +141,17 @@ def _measured(
         return (), f"the kernels could not be measured: {str(error).splitlines()[0]}"
 
 
-def _form(model: str, progress: Progress) -> Form:
+def _form(model: str, progress: Progress) -> Traits:
     source = Checkpoint.open(resolve(model, progress))
     targets = BlockStream(source, device="cpu", dtype=torch.float32).targets()
-    kind: Kind = "quantized" if source.grid is not None else "plain"
-    if source.factored:
-        kind = "packed" if is_packed(quantization(source.path)) else "factored"
     total = inspect(model, progress).total
-    grid = next((form.grid for form in source.factor_codes.values()), source.grid)
-    composed = bool(source.factor_patterns) and not source.factored
-    sparse = not composed and total["sparsity"] > FEW  # `inspect` counts the factors' cores
-    return Form(
-        kind=kind,
+    grids = (stored.format.grid for stored in source.packed.values())
+    grid = next(filter(None, grids), source.grid)
+    products = source.kind is Kind.PRODUCTS
+    sparse = not products and total["sparsity"] > FEW  # `inspect` counts the factors' cores
+    return Traits(
+        kind=source.kind,
         pattern=total["pattern"] if sparse else "dense",
-        composed=composed,
         grid=str(grid) if grid else None,
         fits_kernels=all(
             side % SEMI_STRUCTURED == 0 and not t.transposed for t in targets for side in t.shape
@@ -163,14 +166,14 @@ def _seen(runtime: Mapping[str, Any]) -> str:
     return runtime.get("version") or f"looked at {runtime['looked_at']}"
 
 
-def verdict(runtime: Mapping[str, Any], form: Form) -> Verdict:
+def verdict(runtime: Mapping[str, Any], form: Traits) -> Verdict:
     """What becomes of a checkpoint in one program, by the first row that fits."""
     known = traits(form)
     rows = (row for row in (*runtime["rows"], UNREAD) if known.issuperset(row[0].split()))
     _, answers, reason = next(rows)
     grid = Grid.parse(form.grid) if form.grid else None
     words = {
-        "kind": form.kind,
+        "kind": form.stored_as,
         "pattern": form.pattern,
         "unpacked": "one in the format of compressed-tensors" if grid else "a plain checkpoint",
         "group": grid and grid.group,
@@ -180,16 +183,16 @@ def verdict(runtime: Mapping[str, Any], form: Form) -> Verdict:
     return Verdict(*answers.split(), reason.format_map(words))
 
 
-def traits(form: Form) -> set[str]:
+def traits(form: Traits) -> set[str]:
     """The words of the table that hold of a checkpoint."""
     grid = Grid.parse(form.grid) if form.grid else None
     words = {
         "2:4": form.two_of_four,
         "dense": form.pattern == "dense",
-        "composed": form.composed,
+        "composed": form.kind is Kind.PRODUCTS,
         "odd-shape": not form.fits_kernels,
         "odd-group": grid is not None and grid.group not in MARLIN_GROUPS,
         "grouped": grid is not None and bool(grid.activations or grid.group),
         "float": grid is not None and grid.floating,
     }
-    return {form.kind, *(word for word, holds in words.items() if holds)}
+    return {form.stored_as, *(word for word, holds in words.items() if holds)}

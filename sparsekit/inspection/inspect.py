@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.factor_file import factors_of
 from sparsekit.checkpoint.resolve import resolve
+from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
-from sparsekit.model.factored_linear import FactoredLinear
+from sparsekit.model.form_linear import form_layers
 from sparsekit.progress import SILENT, Progress
 from sparsekit.weights.patterns import SOUGHT, _looseness, patterns_of
 
@@ -57,7 +57,7 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
         DataError: The folder is no readable checkpoint, or what is packed in it is damaged.
     """
     source = Checkpoint.open(resolve(model, progress))
-    if source.factored:
+    if source.kind.alone:
         source.scan(progress)  # zeros of a damaged one mean nothing
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     provenance = source.provenance()
@@ -96,16 +96,19 @@ def _weights(
     for index in range(len(stream)):
         block = stream.block(index)
         for target in block.targets:
-            if target.name in source.factor_patterns:
-                yield block.name, target.name, factors_of(source, target.name, target.shape[1]).core
+            if target.name in source.packed:
+                yield block.name, target.name, _core(source, target)
             else:
                 weight = source.read([target.name])[target.name]
-                yield block.name, target.name, weight.T if target.transposed else weight
-        for layer in block.module.modules():
-            if isinstance(layer, FactoredLinear):
-                name = layer.weight_name
-                yield block.name, name, factors_of(source, name, layer.in_features).core
+                yield block.name, target.name, target.from_disk(weight)
+        for layer in form_layers(block.module):
+            yield block.name, layer.target.name, _core(source, layer.target)
         progress.step(block.name)
+
+
+def _core(source: Checkpoint, target: Target) -> torch.Tensor:
+    """The core `[out, in]` of a weight, in float32."""
+    return source.form(target.name, target.shape).core.dense().float()
 
 
 def _sum(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.factor_file import factors_of
 from sparsekit.checkpoint.folder import FACTORS, PROVENANCE
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import CheckFailedError, DataError, UsageError
 from sparsekit.inspection.inspect import _weights
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.progress import SILENT, Progress
-from sparsekit.weights.factored import first_off
+from sparsekit.weights.form import first_off
 from sparsekit.weights.patterns import Pattern
 
 
@@ -117,7 +116,7 @@ def _latest(pruned: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
 def _require_factors(source: Checkpoint, told: Mapping[str, Mapping[str, Any]]) -> None:
     """Factors must be there where the history says so."""
     factored = {name for name, row in told.items() if row.get("bits") is not None}
-    if missing := sorted(factored - source.factor_patterns.keys()):
+    if missing := sorted(factored - source.packed.keys()):
         raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
 
 
@@ -125,12 +124,11 @@ def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
     """Factors must multiply to the weights beside them."""
     for target in stream.targets():
         name = target.name
-        if name not in source.factor_patterns:
+        if name not in source.packed:
             continue
         weight = source.read([name])[name]
-        weight = weight.T if target.transposed else weight
-        product = factors_of(source, name, target.shape[1]).dense()
-        if off := first_off(product, weight):
+        product = source.form(name, target.shape).dense().float()
+        if off := first_off(product, target.from_disk(weight)):
             raise CheckFailedError(
                 f"{name}: its factors do not multiply to it at {list(off)}",
                 "the weights were changed after pruning",

@@ -6,15 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import is_packed
-from sparsekit.checkpoint.foreign import compression, not_read
 from sparsekit.errors import DataError
-from sparsekit.files import read_json
-from sparsekit.model.factored_linear import FactoredLinear, use_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,44 +21,26 @@ class Target:
     transposed: bool  # stored as [in, out] (GPT-2's Conv1D)
     shape: tuple[int, int]
 
+    @classmethod
+    def of(cls, name: str, module: str, layer: nn.Module) -> Target:
+        """The weight of a linear layer."""
+        rows, columns = layer.weight.shape
+        if isinstance(layer, nn.Linear):
+            return cls(name, module, False, (rows, columns))
+        return cls(name, module, True, (columns, rows))
 
-def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The model with every parameter on the meta device and every buffer computed.
+    @property
+    def disk_shape(self) -> tuple[int, int]:
+        """Its shape on disk."""
+        return self.shape[::-1] if self.transposed else self.shape
 
-    Raises:
-        DataError: The checkpoint is quantized in another way than ours, or is no causal language
-            model.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    def from_disk(self, tensor: Tensor) -> Tensor:
+        """Its weight `[out, in]`, a view of the tensor on disk."""
+        return tensor.T if self.transposed else tensor
 
-    config = source.config
-    refuse_foreign(source)
-    try:
-        # Buffers are made for real: rotary tables are computed, not stored.
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{source.path}: no causal language model for {config.model_type!r}: {reason}"
-        ) from error
-    if source.factored:
-        use_factors(model, source)
-    return model.eval().requires_grad_(False)
-
-
-def refuse_foreign(source: Checkpoint) -> None:
-    """Refuse a checkpoint that is quantized, or stored, in another way than ours.
-
-    Raises:
-        DataError: Names the way.
-    """
-    told = getattr(source.config, "quantization_config", None)
-    told = told or compression(read_json(source.path / "config.json"))
-    ours = source.grid is not None or (source.factored and is_packed(told))
-    if told and not ours:
-        raise not_read(source.path, told)
+    def to_disk(self, weight: Tensor) -> Tensor:
+        """The tensor on disk, a view of its weight `[out, in]`."""
+        return weight.T if self.transposed else weight
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -117,26 +94,6 @@ def match_names(model: nn.Module, source: Checkpoint) -> dict[str, str]:
     return matched
 
 
-def refuse_hidden_weights(
-    model: nn.Module, blocks: list[nn.Module], prefix: str, source: Checkpoint
-) -> None:
-    """Refuse blocks with matrices outside linear layers: they would be left dense unnoticed."""
-    left = []
-    for index, block in enumerate(blocks):
-        known = {id(m.weight) for m in block.modules() if _is_linear(m)}
-        layers = (m for m in block.modules() if isinstance(m, FactoredLinear))
-        known |= {id(parameter) for layer in layers for parameter in layer.parameters()}
-        for name, parameter in block.named_parameters():
-            if parameter.ndim >= 2 and id(parameter) not in known:
-                left.append(f"{prefix}.{index}.{name}")
-    if left:
-        raise DataError(
-            f"{source.path}: {model.config.model_type!r} keeps weights outside plain linear "
-            f"layers, which sparsekit cannot prune yet; would be left alone: {families(left)}",
-            "mixture-of-experts models and linear layers of their own kind are not supported",
-        )
-
-
 def find_targets(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[Target]:
     """The linear weights below a block, in the order of its modules.
 
@@ -147,15 +104,13 @@ def find_targets(module: nn.Module, prefix: str, names: Mapping[str, str]) -> li
     """
     found = []
     for name, child in module.named_modules():
-        if _is_linear(child):
-            transposed = not isinstance(child, nn.Linear)
-            rows, columns = child.weight.shape
-            shape = (columns, rows) if transposed else (rows, columns)
-            found.append(Target(names[f"{prefix}.{name}.weight"], name, transposed, shape))
+        if is_linear(child):
+            found.append(Target.of(names[f"{prefix}.{name}.weight"], name, child))
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module has a plain weight and bias."""
     from transformers.pytorch_utils import Conv1D
 
     return type(module) in (nn.Linear, Conv1D)

@@ -207,7 +207,7 @@ class Block:
     def weight(self, target: Target) -> Tensor:
         """A target's weight, `[out, in]` float32 on the device."""
         weight = self._disk[target.name].to(self.stream.device, torch.float32)
-        return weight.T.contiguous() if target.transposed else weight
+        return target.from_disk(weight).contiguous()
 
     def replace(self, target: Target, weight: Tensor) -> Tensor:
         """Put a new weight `[out, in]` in place, as it will be on disk, and give that back.
@@ -218,7 +218,7 @@ class Block:
             NumericalError: The weight is not finite in the dtype on disk.
         """
         old = self._disk[target.name]
-        cast = (weight.T if target.transposed else weight).to("cpu", old.dtype).contiguous()
+        cast = target.to_disk(weight).to("cpu", old.dtype).contiguous()
         if old.dtype == torch.float64:  # a weight that stays as it is keeps all of its digits
             cast = torch.where(cast == old.float(), old, cast)
         cast = cast.masked_fill(cast == 0, 0.0)
@@ -228,7 +228,7 @@ class Block:
         self._disk[target.name] = cast
         name = next(n for n, on_disk in self._names.items() if on_disk == target.name)
         self.stream.skeleton.hold(self.name, {name: cast})
-        return cast.T if target.transposed else cast
+        return target.from_disk(cast)
 
     def stored(self, name: str) -> Tensor:
         """A tensor by its name in the block, as it is on disk."""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import is_packed
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import MemoryUse, available_memory
-from sparsekit.model.architecture import refuse_foreign
-from sparsekit.model.factored_linear import expand
+from sparsekit.model.form_linear import expand
 from sparsekit.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -63,9 +62,9 @@ def load_whole(source: Checkpoint, dtype: torch.dtype, use: MemoryUse) -> PreTra
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    refuse_foreign(source)  # transformers would look for what its configuration names
+    source.require("load")  # transformers would look for what its configuration names
     require_memory(source, dtype, use)
-    if source.factored:
+    if source.kind.alone:
         skeleton = Skeleton(source, torch.device("cpu"), dtype)
         source.scan()  # only now: what does not fit together is named before
         model = skeleton.fill()
@@ -110,9 +109,9 @@ def load(path: str | Path, dtype: str, resident: Resident) -> PreTrainedModel:
     model = load_whole(source, wanted, MemoryUse("load", hint="sparsekit eval streams it"))
     if resident == "expand":
         expand(model)
-        if source.factored and is_packed(getattr(model.config, "quantization_config", None)):
+        if source.kind is Kind.PACKED:
             del model.config.quantization_config  # its weights are plain now, and are saved so
-    elif source.factored:
+    elif source.kind.alone:
         model.save_pretrained = partial(_refuse_to_save, source.path)
     return model
 

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.errors import DataError
 from sparsekit.memory import steady_heap, trim_heap
-from sparsekit.model.architecture import (
-    build_without_weights,
-    find_blocks,
-    match_names,
-    refuse_hidden_weights,
-)
+from sparsekit.model.architecture import families, find_blocks, is_linear, match_names
+from sparsekit.model.form_linear import form_layers, use_forms
 
 # What is free in the heap goes back to the system after this many bytes of weights.
 TRIM_BYTES = 24 << 20
@@ -56,7 +53,7 @@ class Skeleton:
         if grid is None or not grid.activations:
             return
         for name, on_disk in self.on_disk.items():
-            if on_disk in self.source.coded:
+            if on_disk in self.source.quantized:
                 layer = self.model.get_submodule(name.removesuffix(".weight"))
                 layer.register_forward_pre_hook(lambda _, args: grid.round_inputs(args[0]))
 
@@ -157,3 +154,49 @@ class Skeleton:
             owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[last] = tensor
+
+
+def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The model with every parameter on the meta device and every buffer computed.
+
+    Raises:
+        DataError: The checkpoint is quantized in another way than ours, or is no causal language
+            model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = source.config
+    source.require("load")
+    try:
+        # Buffers are made for real: rotary tables are computed, not stored.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{source.path}: no causal language model for {config.model_type!r}: {reason}"
+        ) from error
+    if source.kind.alone:
+        use_forms(model, source)
+    return model.eval().requires_grad_(False)
+
+
+def refuse_hidden_weights(
+    model: nn.Module, blocks: list[nn.Module], prefix: str, source: Checkpoint
+) -> None:
+    """Refuse blocks with matrices outside linear layers: they would be left dense unnoticed."""
+    left = []
+    for index, block in enumerate(blocks):
+        known = {id(m.weight) for m in block.modules() if is_linear(m)}
+        layers = form_layers(block)
+        known |= {id(parameter) for layer in layers for parameter in layer.parameters()}
+        for name, parameter in block.named_parameters():
+            if parameter.ndim >= 2 and id(parameter) not in known:
+                left.append(f"{prefix}.{index}.{name}")
+    if left:
+        raise DataError(
+            f"{source.path}: {model.config.model_type!r} keeps weights outside plain linear "
+            f"layers, which sparsekit cannot prune yet; would be left alone: {families(left)}",
+            "mixture-of-experts models and linear layers of their own kind are not supported",
+        )

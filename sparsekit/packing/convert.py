@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.foreign import BITMASKS, MARLIN, PARTS, compression, legacy_format
+from sparsekit.checkpoint.foreign import BITMASKS, LEGACY_PARTS, MARLIN, compression, legacy_format
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
@@ -109,14 +109,10 @@ def prepare(
 ) -> Conversion:
     """Check everything that needs no weights; arguments and errors as of `convert`."""
     source = open_source(model, out, overwrite=overwrite, progress=progress)
+    source.require("convert")
     config = read_json(source.path / "config.json")
     form = legacy_format(config)
-    if form is None:
-        loads = "other forms still load in transformers: nothing is to be done"
-        raise DataError(
-            f"{source.path} is in none of the forms {', '.join(PARTS)}",
-            "sparsekit unpack makes it plain" if source.factored else loads,
-        )
+    assert form is not None
     prefixes = _prefixes(source, form)
     weights = {p: _weight(source, p, form, config, shape_only=True) for p in prefixes}
     layout = Layout.plain(_tensors(source, form, weights), SHARD_BYTES)
@@ -178,10 +174,10 @@ def _prefixes(source: Checkpoint, form: str) -> list[str]:
     Raises:
         DataError: There are none, or one lacks a part.
     """
-    mark = f".{PARTS[form][0]}"
+    mark = f".{LEGACY_PARTS[form][0]}"
     found = [name.removesuffix(mark) for name in source.places if name.endswith(mark)]
     for prefix in found:
-        for part in PARTS[form]:
+        for part in LEGACY_PARTS[form]:
             if f"{prefix}.{part}" not in source.places:
                 raise DataError(f"{source.path} lacks {prefix}.{part}", "copy the folder again")
     if not found:
@@ -193,7 +189,7 @@ def _tensors(
     source: Checkpoint, form: str, weights: Mapping[str, Tensor]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of everything in the output, in name order."""
-    parts = {f"{prefix}.{part}" for prefix in weights for part in PARTS[form]}
+    parts = {f"{prefix}.{part}" for prefix in weights for part in LEGACY_PARTS[form]}
     left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
     made = {f"{p}.weight": (w.dtype, tuple(w.shape)) for p, w in weights.items()}
     return dict(sorted((left | made).items()))
@@ -212,7 +208,7 @@ def _weight(
     Raises:
         DataError: Its parts do not fit together.
     """
-    names = {part: f"{prefix}.{part}" for part in PARTS[form]}
+    names = {part: f"{prefix}.{part}" for part in LEGACY_PARTS[form]}
     places = {part: source.places[name] for part, name in names.items()}
     try:
         if shape_only and form == MARLIN:

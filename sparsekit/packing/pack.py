@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.factor_file import factor_parts, factors_of
-from sparsekit.checkpoint.folder import FACTORS, PACKED_METHOD, factor_name
+from sparsekit.checkpoint.folder import FACTORS, PACKED_METHOD, part_name
 from sparsekit.checkpoint.layout import Layout
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
@@ -23,9 +22,10 @@ from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
-from sparsekit.weights.factored import first_off
-from sparsekit.weights.packed import pack_weight, theory
-from sparsekit.weights.packed_codes import pack_grid
+from sparsekit.weights.core import Values
+from sparsekit.weights.form import Form, first_off
+from sparsekit.weights.grids import Codes
+from sparsekit.weights.packed import theory
 
 
 def pack(
@@ -88,31 +88,32 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
     """The tensors of a packed weight, and what the history tells of it."""
     name, more = plan.target.name, {}
     if plan.factored:
-        parts = factor_parts(source, name)
-        factors, whole = factors_of(source, name, plan.target.shape[1]), source.read([name])[name]
-        product = factors.dense().to(whole.dtype)
-        product = product.T if plan.target.transposed else product
+        parts = source.packed[name].read(source.path)
+        form, whole = source.form(name, plan.target.shape), source.read([name])[name]
+        product = plan.target.to_disk(form.dense().to(whole.dtype))
         if off := first_off(product, whole):
             raise DataError(
                 f"{source.path}: the factors of {name} do not multiply to it at {list(off)}: the "
                 "weight was changed after pruning, and would be lost",
                 f"delete {FACTORS} in a copy of the folder to keep the weights",
             )
-        zeros = int((factors.core == 0).sum())
+        zeros = int((form.core.dense() == 0).sum())
         more = {"exact": torch.equal(product, whole), "sha256": digest(parts)}
-    elif plan.form is not None:
-        codes = source.codes_of(name)
-        parts = pack_grid(codes, plan.pattern, plan.form.grid)
-        zeros = int((codes.codes.view(torch.int8) == 0).sum())
-        more = {"grid": str(plan.form.grid), "sha256": digest(source.stored(name))}
+    elif name in source.quantized:
+        form = source.form(name, plan.target.shape)
+        assert isinstance(form.core, Codes)
+        parts = form.packed(plan.pattern).stored()
+        zeros = int((form.core.codes.view(torch.int8) == 0).sum())
+        checked = source.quantized[name].read(source.path)
+        more = {"grid": str(plan.format.grid), "sha256": digest(checked)}
     else:
         weight = weight_of(source, plan.target)
-        values, indices = pack_weight(weight, plan.pattern)
-        parts = {"values": values.contiguous(), "indices": indices}
+        parts = Form(core=Values(weight)).packed(plan.pattern).stored()
         zeros = int((weight == 0).sum())
         more = {"sha256": digest(source.read([name]))}
     size = math.prod(plan.target.shape)
-    value_bits = plan.form.grid.bits if plan.form else 8 * plan.types["values"][0].itemsize
+    grid = plan.format.grid
+    value_bits = grid.bits if grid else 8 * plan.types["values"][0].itemsize
     values, places = theory(plan.pattern, value_bits)
     row = {
         "name": name,
@@ -126,7 +127,7 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
         "share": plan.n_bytes / plan.dense_bytes,
         **more,
     }
-    return {factor_name(name, part): tensor for part, tensor in parts.items()}, row
+    return {part_name(name, part): tensor for part, tensor in parts.items()}, row
 
 
 def _entry(

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.compressed_tensors import Shapes, encode
-from sparsekit.checkpoint.folder import factor_name
 from sparsekit.checkpoint.layout import Layout, factor_types
 from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
@@ -19,10 +17,11 @@ from sparsekit.model.block_stream import BlockStream
 from sparsekit.pipeline.loops import PACKING_BYTES
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
-from sparsekit.weights.factored import PARTS
-from sparsekit.weights.packed import exact_pattern, packing, stored_shapes
-from sparsekit.weights.packed_codes import CodeForm
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.grids import Codes
+from sparsekit.weights.packed import exact_pattern, packing
 from sparsekit.weights.patterns import SOUGHT, Pattern
+from sparsekit.weights.quantized import Shapes
 
 # N:M patterns that are tried on every weight.
 TRIED = tuple(map(Pattern.parse, SOUGHT))
@@ -35,20 +34,20 @@ class Plan:
     """How one weight is packed."""
 
     target: Target
-    pattern: Pattern
+    format: CoreFormat
+    """Of its packed core."""
     types: Shapes
     """Type and shape of each tensor that it becomes, by the last part of its name."""
     dense_bytes: int
     """What it takes unpacked: as numbers, or as codes with their scales."""
-    form: CodeForm | None = None
-    """What its codes stand for, where it has such."""
     factored: bool = False
     """Whether it has factors beside it, which then stand for it."""
 
     @property
-    def told(self) -> str:
-        """What the file of the tensors says of it."""
-        return f"{self.pattern} {self.form}" if self.form else str(self.pattern)
+    def pattern(self) -> Pattern:
+        """By which its core is packed."""
+        assert self.format.pattern is not None
+        return self.format.pattern
 
     @property
     def n_bytes(self) -> int:
@@ -79,7 +78,7 @@ class PackJob:
     @property
     def told(self) -> dict[str, str]:
         """What the file of the tensors says of each packed weight."""
-        return {name: plan.told for name, plan in self.plans.items()}
+        return {name: str(plan.format) for name, plan in self.plans.items()}
 
 
 def prepare(
@@ -93,13 +92,12 @@ def prepare(
         StorageError: The disk has no room for the output.
     """
     source = open_source(model, out, overwrite=overwrite, progress=progress)
-    if source.factored:
-        raise DataError(f"{source.path} is packed already", "sparsekit unpack makes it plain")
+    source.require("pack")
     fingerprint = source.scan(progress)
     plans = _plans(source, progress)
     types = {name: plan.types for name, plan in plans.items()}
-    told = {name: plan.told for name, plan in plans.items()}
-    layout = Layout.with_factors(source, types, told, alone=True)
+    formats = {name: plan.format for name, plan in plans.items()}
+    layout = Layout.with_factors(source, types, formats, alone=True)
     require_disk(out, layout)
     return PackJob(source=source, fingerprint=fingerprint, plans=plans, layout=layout)
 
@@ -120,7 +118,7 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     """
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     targets = stream.targets()
-    if outside := sorted(source.coded.keys() - {target.name for target in targets}):
+    if outside := sorted(source.quantized.keys() - {target.name for target in targets}):
         raise DataError(
             f"{source.path}: {outside[0]} is quantized and no linear weight of a decoder block; "
             "pack takes those only",
@@ -136,7 +134,7 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     saved = sum(plan.dense_bytes - plan.n_bytes for plan in found.values())
     if saved > 0:
         return found
-    odd = [t.name for t in targets if t.name not in source.coded and not _packable(source, t)]
+    odd = [t.name for t in targets if t.name not in source.quantized and not _packable(source, t)]
     if len(odd) == len(targets):
         raise DataError(
             f"{source.path}: {odd[0]} is {source.places[odd[0]].dtype}; numbers of 16 and 32 bits "
@@ -156,39 +154,40 @@ def _plan(source: Checkpoint, target: Target) -> Plan | None:
     """How a weight is packed; None where it stays as it is."""
     name = target.name
     dense_bytes = _bytes(source, name)
-    if name in source.factor_patterns:
-        places = {part: source.factors.get(factor_name(name, part)) for part in PARTS}
-        there = {part: place for part, place in places.items() if place is not None}
+    if name in source.packed:
+        stored = source.packed[name]
         return Plan(
             target=target,
-            pattern=Pattern.parse(source.factor_patterns[name]),
-            types={part: (place.dtype, place.shape) for part, place in there.items()},
-            dense_bytes=dense_bytes + sum(p.stop - p.start for p in there.values()),
+            format=stored.format,
+            types={part: (place.dtype, place.shape) for part, place in stored.places.items()},
+            dense_bytes=dense_bytes + stored.n_bytes,
             factored=True,
         )
-    if name in source.coded:
-        assert source.grid is not None
-        codes, grid = source.codes_of(name), source.grid
-        form = CodeForm(grid, codes.scale.dtype)
-        if digest(encode(grid, codes)) != digest(source.stored(name)):
+    if name in source.quantized:
+        form = source.form(name, target.shape)
+        assert isinstance(form.core, Codes)
+        codes = form.core
+        if digest(form.stored()) != digest(source.quantized[name].read(source.path)):
             raise DataError(
                 f"{source.path}: {name} has bits set where its format has none",
                 "quantize it again with sparsekit",
             )
-        pattern = packing(codes.codes.view(torch.int8), TRIED, grid.bits)
+        pattern = packing(codes.codes.view(torch.int8), TRIED, codes.grid.bits)
         if pattern is None:  # it has to be packed with the others
             zeros = int((codes.codes.view(torch.int8) == 0).sum())
             pattern = exact_pattern(zeros, math.prod(target.shape))
-        shapes = form.shapes(target.shape, pattern)
+        packed_as = CoreFormat(pattern=pattern, grid=codes.grid, dtype=codes.scale.dtype)
+        shapes = packed_as.shapes(target.shape)
         types = {part: (torch.uint8, shape) for part, shape in shapes.items()}
-        return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes, form=form)
+        return Plan(target=target, format=packed_as, types=types, dense_bytes=dense_bytes)
     if not _packable(source, target):
         return None
     pattern = packing(weight_of(source, target), TRIED)
     if pattern is None:
         return None
-    types = factor_types(stored_shapes(*target.shape, pattern), source.places[name].dtype)
-    return Plan(target=target, pattern=pattern, types=types, dense_bytes=dense_bytes)
+    packed_as = CoreFormat(pattern=pattern)
+    types = factor_types(packed_as.shapes(target.shape), source.places[name].dtype)
+    return Plan(target=target, format=packed_as, types=types, dense_bytes=dense_bytes)
 
 
 def _packable(source: Checkpoint, target: Target) -> bool:
@@ -198,11 +197,11 @@ def _packable(source: Checkpoint, target: Target) -> bool:
 
 def weight_of(source: Checkpoint, target: Target) -> Tensor:
     """A weight in its type on disk, `[out, in]`."""
-    weight = source.read([target.name])[target.name]
-    return weight.T.contiguous() if target.transposed else weight
+    return target.from_disk(source.read([target.name])[target.name]).contiguous()
 
 
 def _bytes(source: Checkpoint, name: str) -> int:
     """What a weight takes in its files, without factors beside it."""
-    places = source.coded[name].values() if name in source.coded else [source.places[name]]
-    return sum(place.stop - place.start for place in places)
+    if name in source.quantized:
+        return source.quantized[name].n_bytes
+    return source.places[name].stop - source.places[name].start

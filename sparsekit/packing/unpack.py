@@ -1,5 +1,6 @@
 """What a checkpoint was before it was packed; products from factors that were written alone."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import AGAIN, Checkpoint
-from sparsekit.checkpoint.compressed_tensors import Shapes, encode, part_name, stored_shapes
-from sparsekit.checkpoint.factor_file import factor_parts, factors_of, packed_codes, packed_weight
-from sparsekit.checkpoint.folder import FACTORS, factor_name, is_packed
+from sparsekit.checkpoint.folder import part_name
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, DamagedError, DataError, FactorsError
 from sparsekit.files import read_json
 from sparsekit.model.block_stream import BlockStream
-from sparsekit.model.factored_linear import FactoredLinear
+from sparsekit.model.form_linear import FormLinear, form_layers
 from sparsekit.packing.pack_plan import digest
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
@@ -27,6 +27,9 @@ from sparsekit.provenance.entry import Report
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
+from sparsekit.weights.core import Values
+from sparsekit.weights.form import Form
+from sparsekit.weights.quantized import Shapes, quantized_shapes
 
 
 def unpack(
@@ -69,7 +72,7 @@ def unpack(
             cost,
             progress,
         )
-        grids = [str(layer.form.grid) for layer in layers.values() if layer.form is not None]
+        grids = [str(layer.stored.format.grid) for layer in layers.values() if _on_grid(layer)]
         entry = {
             "stage": "unpack",
             "recipe": {"method": "unpack", **({"grid": grids[0]} if grids else {})},
@@ -77,7 +80,7 @@ def unpack(
             "source": {"path": model, "fingerprint": fingerprint},
             "totals": {
                 "weights": len(layers),
-                "products": sum(layer.composed for layer in layers.values()),
+                "products": sum(layer.stored.composed for layer in layers.values()),
                 "bytes": layout.n_bytes,
                 "bytes_before": source.n_bytes,
             },
@@ -100,14 +103,14 @@ class Unpacking:
     history: list[dict[str, Any]]
     sums: Mapping[str, str] | None
     """The checksum of each packed weight; None of factors that `prune` wrote alone."""
-    layers: Mapping[str, FactoredLinear]
+    layers: Mapping[str, FormLinear]
     """By the names of their weights."""
     layout: Layout
 
     @property
     def sizes(self) -> dict[str, int]:
         """How many numbers each weight has."""
-        return {name: one.out_features * one.in_features for name, one in self.layers.items()}
+        return {name: math.prod(layer.target.shape) for name, layer in self.layers.items()}
 
     @property
     def room(self) -> int:
@@ -120,9 +123,10 @@ def prepare(
 ) -> Unpacking:
     """Check everything that needs no weights; arguments and errors as of `unpack`."""
     source = open_source(model, out, overwrite=overwrite, progress=progress)
+    source.require("unpack")
     config, history, sums = _origin(source)
     try:
-        layers = {layer.weight_name: layer for layer in _layers(source)}
+        layers = {layer.target.name: layer for layer in _layers(source)}
     except FactorsError as error:
         raise CheckFailedError(error.message, AGAIN) from error
     if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
@@ -142,14 +146,12 @@ def _origin(
     Of factors that `prune` wrote alone there are no checksums.
 
     Raises:
-        DataError: It is no packed checkpoint, or nothing tells how it was packed.
+        DataError: Nothing tells how it was packed.
     """
     config = read_json(source.path / "config.json")
     history = source.provenance()["history"]
     told = config.get("quantization_config")
-    if not source.factored:
-        raise DataError(f"{source.path} is not packed", "name a folder that pack wrote")
-    if not is_packed(told):
+    if source.kind is not Kind.PACKED:
         return config, history, None
     if not history or history[-1].get("stage") != "pack":
         raise DataError(
@@ -166,63 +168,56 @@ def _origin(
     return config, history[:-1], sums
 
 
-def _layers(source: Checkpoint) -> Iterator[FactoredLinear]:
+def _layers(source: Checkpoint) -> Iterator[FormLinear]:
     """The layers whose weights are packed, without their tensors."""
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     for index in range(len(stream)):
-        for layer in stream.block(index).module.modules():
-            if isinstance(layer, FactoredLinear):
-                yield layer
+        yield from form_layers(stream.block(index).module)
 
 
-def _layout(source: Checkpoint, layers: Mapping[str, FactoredLinear]) -> Layout:
+def _layout(source: Checkpoint, layers: Mapping[str, FormLinear]) -> Layout:
     """The files to write."""
     tensors: Shapes = {name: (place.dtype, place.shape) for name, place in source.places.items()}
     factors: Shapes = {}
     for name, layer in layers.items():
-        shape = layer.out_features, layer.in_features
-        own = {full: tensors.pop(full) for full in layer.stored_names}
-        if layer.form is not None:
-            stored = stored_shapes(layer.form.grid, shape, layer.stored)
-            tensors |= {part_name(name, part): found for part, found in stored.items()}
+        own = {full: tensors.pop(full) for full in layer.stored.names}
+        stored_as = layer.stored.format
+        if stored_as.grid is not None and stored_as.dtype is not None:
+            shapes = quantized_shapes(stored_as.grid, layer.target.shape, stored_as.dtype)
+            tensors |= {part_name(name, part): found for part, found in shapes.items()}
             continue
-        tensors[name] = layer.stored, shape[::-1] if layer.transposed else shape
-        if layer.composed:
+        tensors[name] = layer.stored.places["values"].dtype, layer.target.disk_shape
+        if layer.stored.composed:
             factors |= own
     layout = Layout.plain(dict(sorted(tensors.items())), SHARD_BYTES)
     if not factors:
         return layout
-    patterns = {name: str(layer.pattern) for name, layer in layers.items() if layer.composed}
-    return layout.with_file(FACTORS, factors, patterns)
+    formats = {n: layer.stored.format for n, layer in layers.items() if layer.stored.composed}
+    return layout.with_packed(factors, formats)
 
 
-def _unpacked(source: Checkpoint, layer: FactoredLinear, sha256: str | None) -> dict[str, Tensor]:
+def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict[str, Tensor]:
     """The tensors that a packed weight was, or that its factors give.
 
     Raises:
         CheckFailedError: They are not those that the history tells of.
     """
-    name = layer.weight_name
+    name, target = layer.target.name, layer.target
     try:
-        if layer.form is not None:
-            stored = encode(layer.form.grid, packed_codes(source, name, layer.in_features))
-            checked = stored
-            tensors = {part_name(name, part): tensor for part, tensor in stored.items()}
-        elif layer.composed:
-            checked = factor_parts(source, name)
-            weight = factors_of(source, name, layer.in_features).dense().to(layer.stored)
-            tensors = {name: _turned(layer, weight)}
-            tensors |= {factor_name(name, part): tensor for part, tensor in checked.items()}
+        form = source.form(name, target.shape)
+        if form.composed:
+            whole = Form(core=Values(form.dense().to(layer.stored.places["values"].dtype)))
+            beside = layer.stored.read(source.path)
         else:
-            weight = packed_weight(source, name, layer.in_features)
-            checked = tensors = {name: _turned(layer, weight)}
+            whole, beside = form.unpacked(), {}
     except DataError as error:
         raise CheckFailedError(error.message, AGAIN) from error
-    if sha256 is not None and digest(checked) != sha256:
+    stored = {part: target.to_disk(t).contiguous() for part, t in whole.stored().items()}
+    if sha256 is not None and digest(beside or stored) != sha256:
         raise CheckFailedError(f"{source.path}: {name} is not what was packed", AGAIN)
-    return tensors
+    return {part_name(name, part): tensor for part, tensor in (stored | beside).items()}
 
 
-def _turned(layer: FactoredLinear, weight: Tensor) -> Tensor:
-    """A weight `[out, in]` as the layer's is stored."""
-    return (weight.T if layer.transposed else weight).contiguous()
+def _on_grid(layer: FormLinear) -> bool:
+    """Whether a layer's weight is packed as codes."""
+    return layer.stored.format.grid is not None

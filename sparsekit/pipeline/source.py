@@ -11,7 +11,6 @@ from sparsekit.checkpoint.output_folder import (
     require_space,
 )
 from sparsekit.checkpoint.resolve import resolve
-from sparsekit.errors import DataError
 from sparsekit.files import existing_parent
 from sparsekit.progress import Progress
 
@@ -28,16 +27,6 @@ def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -
     refuse_source(out, source.path)
     refuse_foreign(out.with_name(out.name + ".partial"))
     return source
-
-
-def refuse_packed(source: Checkpoint) -> None:
-    """Refuse a packed checkpoint, for what takes plain ones only.
-
-    Raises:
-        DataError: Says how to make it plain.
-    """
-    if source.packed:
-        raise DataError(f"{source.path} is packed", "sparsekit unpack makes it plain")
 
 
 def require_disk(out: Path, layout: Layout, beside: int = 0) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.folder import factor_name
+from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target
@@ -20,7 +20,8 @@ from sparsekit.pruning.refiners import always
 from sparsekit.pruning.time_budget import Budget
 from sparsekit.quantization.storage import coded_tensors, read_coded
 from sparsekit.solvers.input_stats import InputSums
-from sparsekit.weights.factored import Factored
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes
 
 # Fitting factors leaves about so many times their weight's size in small pieces of the heap.
@@ -62,14 +63,14 @@ def _prune_group(
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
-    factors = None if pruned.factors is None else pruned.factors.to(dtype)
+    factors = None if pruned.factors is None else pruned.factors.rounded(dtype)
     new = pruned.weight if factors is None else factors.dense()
     rows: list[WeightRow] = []
     sizes = [len(weight) for weight in weights]
     numbers = _numbers(pruned.numbers, sizes)
     for target, weight, part, told in zip(group, weights, new.split(sizes), numbers, strict=True):
         on_disk = block.replace(target, part)
-        core = on_disk if factors is None else factors.core
+        core = on_disk if factors is None else factors.core.dense()
         pattern.check(core, target.name)
         try:
             error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
@@ -89,8 +90,8 @@ def _prune_group(
     stored: dict[str, Tensor] = {}
     if factors is not None:  # of one weight: those with factors are not stacked
         stored = {
-            factor_name(group[0].name, part): tensor
-            for part, tensor in factors.stored(pattern, dtype).items()
+            part_name(group[0].name, part): tensor
+            for part, tensor in factors.packed(pattern).to(dtype).stored().items()
         }
         block.stream.skeleton.passed(FITTED * stacked.nbytes)
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
@@ -98,7 +99,7 @@ def _prune_group(
     if pruned.codes is not None and job.chain.grid is not None:
         parts = (part.split(sizes) for part in (pruned.codes.codes, pruned.codes.scale))
         for target, codes, scale in zip(group, *parts, strict=True):
-            stored |= coded_tensors(target, job.chain.grid, Codes(codes, scale))
+            stored |= coded_tensors(target, Codes(codes, scale, job.chain.grid))
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
     return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
 
@@ -126,10 +127,11 @@ def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tenso
         if target.name in tensors:
             continue
         pattern = job.patterns.of(target)
-        parts = job.chain.stored_shapes(target, pattern)
-        read = writer.read(factor_name(target.name, part) for part in parts)
-        stored = {part: read[factor_name(target.name, part)] for part in parts}
-        weight = Factored.of(stored, pattern, target.shape[1]).dense()
-        weight = weight.to(job.source.places[target.name].dtype)
-        tensors[target.name] = (weight.T if target.transposed else weight).contiguous()
+        parts = job.chain.factor_shapes(target, pattern)
+        read = writer.read(part_name(target.name, part) for part in parts)
+        stored = {part: read[part_name(target.name, part)] for part in parts}
+        form = Form.from_stored(stored, CoreFormat(pattern=pattern), target.shape)
+        form.check()
+        weight = form.dense().to(job.source.places[target.name].dtype)
+        tensors[target.name] = target.to_disk(weight).contiguous()
     return tensors

@@ -78,7 +78,7 @@ def _seconds(job: Job, progress: Progress) -> float:
 def _bits(job: Job) -> float | None:
     """Mean bits on disk of a weight that is kept as factors; None without such."""
     stored = [place for place in job.layout.places.values() if place.file == FACTORS]
-    shapes = [t.shape for t in job.targets if job.chain.stored_shapes(t, job.patterns.of(t))]
+    shapes = [t.shape for t in job.targets if job.chain.factor_shapes(t, job.patterns.of(t))]
     if not stored:
         return None
     return 8 * sum(p.stop - p.start for p in stored) / sum(map(math.prod, shapes))

@@ -23,9 +23,11 @@ from sparsekit.pruning.refiners import GoOn, Refiner, always
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.solvers.hessian import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
 from sparsekit.solvers.input_stats import InputSums, Want
-from sparsekit.weights.factored import Factored, compensate
+from sparsekit.solvers.low_rank import compensate
+from sparsekit.weights.core import Values
+from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Grid
-from sparsekit.weights.packed import stored_shapes
+from sparsekit.weights.packed import factor_shapes
 from sparsekit.weights.patterns import Pattern
 
 # Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
@@ -104,14 +106,14 @@ class Chain:
             return 0
         return self.refiner.block_of(*target.shape, pattern)
 
-    def stored_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors that a weight gets; empty when it stays one matrix."""
         rows, columns = target.shape
         block = self.block_of(target, pattern)
         rank = self._rank_of(rows, columns)
         if not block and not rank:
             return {}
-        return stored_shapes(rows, columns, pattern, block=block, rank=rank)
+        return factor_shapes(rows, columns, pattern, block=block, rank=rank)
 
     def groups(
         self,
@@ -180,7 +182,7 @@ class Chain:
     def _given(self, targets: Sequence[Target], device: torch.device) -> Pruned:
         assert self.given is not None
         tensors = self.given.read([target.name for target in targets])
-        parts = [tensors[t.name].T if t.transposed else tensors[t.name] for t in targets]
+        parts = [t.from_disk(tensors[t.name]) for t in targets]
         weight = torch.cat(parts).to(device, torch.float32)
         return Pruned(weight=weight, mask=weight != 0)
 
@@ -193,7 +195,7 @@ def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
     """
     for target in targets:
         place = given.places.get(target.name)
-        shape = target.shape[::-1] if target.transposed else target.shape
+        shape = target.disk_shape
         if place is None or place.shape != shape:
             found = "is missing" if place is None else f"has the shape {place.shape}"
             raise DataError(
@@ -211,7 +213,7 @@ def require_patterns(given: Checkpoint, targets: Sequence[Target], patterns: Pat
     for target in targets:
         weight = given.read([target.name])[target.name]
         try:
-            patterns.of(target).check(weight.T if target.transposed else weight, target.name)
+            patterns.of(target).check(target.from_disk(weight), target.name)
         except PatternError as error:
             raise DataError(
                 f"{given.path}: {error.message}", "pass its --pattern, or --skip what is dense"
@@ -247,7 +249,7 @@ def _put_on_grid(
 def _compensate(weight: Tensor, pruned: Pruned, sums: InputSums, rank: int) -> Pruned:
     """The same with a low-rank matrix beside it that makes up for most of what is lost."""
     up, down = compensate(weight - pruned.weight, sums.squares.sqrt(), rank)
-    factors = pruned.factors or Factored(core=pruned.weight, mask=pruned.mask)
+    factors = pruned.factors or Form(core=Values(pruned.weight, pruned.mask))
     factors = replace(factors, up=up, down=down)
     numbers = {**pruned.numbers, "rank": rank}
     return replace(pruned, weight=factors.dense(), factors=factors, numbers=numbers)

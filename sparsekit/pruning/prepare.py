@@ -10,19 +10,20 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.layout import Layout, factor_types
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import Patterns, family_notes, select
-from sparsekit.pipeline.source import open_source, refuse_packed, require_disk
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import Chain, require_shapes
 from sparsekit.quantization.storage import coded_layout, refuse_misfits
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.calibration import Calibration
+from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.patterns import Pattern
 
 
@@ -90,13 +91,7 @@ def prepare(
         source = Checkpoint.open(resolve(config.dense, progress))
         refuse_source(out, source.path)
     for folder in (source, given):
-        refuse_packed(folder)
-        if folder.factored:
-            raise DataError(f"{folder.path} holds factors only", "name the model it comes from")
-        if folder.grid is not None:
-            raise DataError(
-                f"{folder.path} is quantized to {folder.grid}", "prune the model it comes from"
-            )
+        folder.require("prune")
     chain = Chain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)
@@ -152,12 +147,12 @@ def _refuse_what_does_not_go(
         raise UsageError("--then writes codes, not factors", "leave out --format factored")
     for target in targets:
         pattern = patterns.of(target)
-        if chain.grid is not None and chain.stored_shapes(target, pattern):
+        if chain.grid is not None and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--then does not go with the factors of {cause}", "leave out one")
         if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
-        if config.allocate != "none" and chain.stored_shapes(target, pattern):
+        if config.allocate != "none" and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
         if config.reconstruct == "cg" and chain.block_of(target, pattern):
@@ -172,7 +167,7 @@ def _layout(
     patterns: Patterns,
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
-    parts = {t.name: chain.stored_shapes(t, patterns.of(t)) for t in targets}
+    parts = {t.name: chain.factor_shapes(t, patterns.of(t)) for t in targets}
     parts = {
         name: factor_types(shapes, source.places[name].dtype)
         for name, shapes in parts.items()
@@ -184,7 +179,7 @@ def _layout(
         if chain.grid is not None:
             return coded_layout(source, targets, chain.grid)
         return Layout.of(source)
-    cores = {t.name: str(patterns.of(t)) for t in targets if t.name in parts}
+    cores = {t.name: CoreFormat(pattern=patterns.of(t)) for t in targets if t.name in parts}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekit.checkpoint.compressed_tensors import part_name, parts_of
+from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, NumericalError
 from sparsekit.model.architecture import Target
@@ -17,6 +17,7 @@ from sparsekit.quantization.prepare import QuantizeJob
 from sparsekit.quantization.storage import coded_tensors, read_coded
 from sparsekit.solvers.input_stats import InputSums
 from sparsekit.weights.grids import Codes
+from sparsekit.weights.quantized import parts_of
 
 
 def quantize_block(
@@ -32,7 +33,7 @@ def quantize_block(
             row, codes = _quantize_weight(job, block, target, sums.get(target.name), scaled)
             rows.append(row)
             if job.coded:
-                stored |= coded_tensors(target, job.grid, codes)
+                stored |= coded_tensors(target, codes)
     plain = {name: t for name, t in block.tensors().items() if not job.coded or name not in wanted}
     return rows, plain | stored
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.layout import Layout
-from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import select
-from sparsekit.pipeline.source import open_source, refuse_packed, require_disk
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.methods import Quantizer
@@ -69,7 +68,7 @@ def prepare(
     """
     config.check()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
-    _refuse_other_forms(source)
+    source.require("quantize")
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
@@ -93,23 +92,3 @@ def prepare(
         layout=layout,
         calibration=calibration,
     )
-
-
-def _refuse_other_forms(source: Checkpoint) -> None:
-    """Refuse what is quantized already, and weights that are products of factors.
-
-    Raises:
-        DataError: It is one of these.
-    """
-    refuse_packed(source)
-    if source.grid is not None:
-        raise DataError(
-            f"{source.path} is quantized to {source.grid} already",
-            "quantize the model that it comes from",
-        )
-    if source.factors:
-        raise DataError(
-            f"{source.path} keeps weights as factors, whose product is not sparse; quantize takes "
-            "plain checkpoints only",
-            "prune without armor and --compensate",
-        )

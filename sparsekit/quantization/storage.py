@@ -7,21 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.compressed_tensors import (
-    decode,
-    encode,
-    part_name,
-    parts_of,
-    quantization_config,
-    stored_shapes,
-)
+from sparsekit.checkpoint.compressed_tensors import quantization_config
+from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.layout import Layout
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import UsageError
 from sparsekit.files import read_json
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes, Grid
+from sparsekit.weights.quantized import parts_of, quantized_shapes
 
 # Layers that servers compute as one: they must be on the same grid.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -31,7 +28,7 @@ def coded_layout(source: Checkpoint, targets: Sequence[Target], grid: Grid) -> L
     """The files of a checkpoint in which these weights lie as codes and scales."""
     dtypes = {target.name: source.places[target.name].dtype for target in targets}
     return Layout.with_codes(
-        source, {t.name: stored_shapes(grid, t.shape, dtypes[t.name]) for t in targets}
+        source, {t.name: quantized_shapes(grid, t.shape, dtypes[t.name]) for t in targets}
     )
 
 
@@ -47,9 +44,9 @@ def coded_config(stream: BlockStream, targets: Sequence[Target], grid: Grid) -> 
     return told | {"quantization_config": quantization_config(grid, ignore)}
 
 
-def coded_tensors(target: Target, grid: Grid, codes: Codes) -> dict[str, Tensor]:
+def coded_tensors(target: Target, codes: Codes) -> dict[str, Tensor]:
     """The tensors that a weight is stored as, by their names."""
-    parts = encode(grid, Codes(codes.codes.cpu(), codes.scale.cpu()))
+    parts = Form(core=codes).stored()
     return {part_name(target.name, part): tensor for part, tensor in parts.items()}
 
 
@@ -57,7 +54,8 @@ def read_coded(writer: CheckpointWriter, target: Target, grid: Grid) -> Tensor:
     """A weight that has been written as codes, as the model computes with it."""
     names = {part: part_name(target.name, part) for part in parts_of(grid)}
     read = writer.read(names.values())
-    return decode(grid, {part: read[name] for part, name in names.items()}, target.shape).dense()
+    parts = {part: read[name] for part, name in names.items()}
+    return Form.from_stored(parts, CoreFormat(grid=grid), target.shape).dense()
 
 
 def refuse_misfits(

@@ -8,7 +8,6 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.pipeline.selection import Patterns
-from sparsekit.pipeline.source import refuse_packed
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.methods import Recoverer, Scale
 from sparsekit.text.calibration import tokenizer_key
@@ -108,9 +107,7 @@ def refuse_other_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
     Raises:
         DataError: Says what differs.
     """
-    refuse_packed(teacher)
-    if teacher.factored:
-        raise DataError(f"the teacher {teacher.path} holds factors only", "name the dense model")
+    teacher.require("recover --teacher")
     sizes = [c.config.get_text_config().vocab_size for c in (source, teacher)]
     if sizes[0] != sizes[1]:
         raise DataError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.folder import factor_name
+from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, NumericalError
 from sparsekit.model.architecture import Target
@@ -20,7 +20,8 @@ from sparsekit.recovery.prepare import Recovery
 from sparsekit.recovery.slorb import Branch
 from sparsekit.recovery.sparse_weight import is_sharded
 from sparsekit.recovery.student import Student
-from sparsekit.weights.factored import Factored
+from sparsekit.weights.core import Values
+from sparsekit.weights.form import Form
 from sparsekit.weights.patterns import Pattern
 
 # A model that computes with all entries is done when leaving out those off the mask moves the last
@@ -99,7 +100,7 @@ def write_tensors(
                 mask, branch = student.sparse[on_disk].mask, student.branches[on_disk]
                 stored, tensor = _with_branch(target, tensor, mask, branch, rows[-1]["pattern"])
                 rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
-                batch |= {factor_name(on_disk, part): made for part, made in stored.items()}
+                batch |= {part_name(on_disk, part): made for part, made in stored.items()}
         if on_disk in job.layout.places:
             batch[on_disk] = tensor
         for alias in tied.get(on_disk, ()):  # a checkpoint may keep both of two tied tensors
@@ -126,7 +127,7 @@ def _as_on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
     """What became of a weight, after the check of its pattern as it goes to disk."""
-    weight = tensor.T if target.transposed else tensor
+    weight = target.from_disk(tensor)
     pattern.check(weight, target.name)
     return {
         "name": target.name,
@@ -143,11 +144,11 @@ def _with_branch(
     target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: str
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The factors of a weight with a branch, and their product as it goes to disk."""
-    core = tensor.T if target.transposed else tensor
+    core = Values(target.from_disk(tensor).float(), mask.cpu())
     up, down = branch.up.detach().cpu(), branch.down.detach().cpu()
-    factors = Factored(core=core.float(), mask=mask.cpu(), up=up, down=down).to(tensor.dtype)
+    factors = Form(core=core, up=up, down=down).rounded(tensor.dtype)
     product = factors.dense().to(tensor.dtype) + 0.0
     if not product.isfinite().all():
         raise NumericalError(f"{target.name} does not fit into {tensor.dtype}")
-    stored = factors.stored(Pattern.parse(pattern), tensor.dtype)
-    return stored, (product.T.contiguous() if target.transposed else product)
+    stored = factors.packed(Pattern.parse(pattern)).to(tensor.dtype).stored()
+    return stored, target.to_disk(product).contiguous()

@@ -18,7 +18,7 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
 from sparsekit.pipeline.selection import Patterns, family_notes
-from sparsekit.pipeline.source import open_source, refuse_packed, require_disk
+from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
     refuse_cuts,
@@ -40,7 +40,8 @@ from sparsekit.recovery.memory_needs import (
 from sparsekit.recovery.methods import Recoverer
 from sparsekit.recovery.targets import patterns_of, sparse_targets, told_patterns
 from sparsekit.text.rows import capped
-from sparsekit.weights.packed import stored_shapes
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.packed import factor_shapes
 from sparsekit.weights.patterns import Pattern
 
 # What `auto` stands for.
@@ -108,7 +109,8 @@ def prepare(
     config.check()
     ranks = ranks or Ranks()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
-    _refuse_other_forms(source)
+    source.require("recover")
+    refuse_other_heads(source)
     device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
@@ -175,27 +177,6 @@ def _completed(
     if config.schedule == AUTO:
         config = replace(config, schedule=recoverer.schedule)
     return config, recoverer, told
-
-
-def _refuse_other_forms(source: Checkpoint) -> None:
-    """Refuse a model that cannot be trained as it is.
-
-    Raises:
-        DataError: It holds factors or codes, or changes its logits.
-    """
-    refuse_packed(source)
-    if source.factored:
-        raise DataError(f"{source.path} holds factors only", "train the model it comes from")
-    if source.grid is not None:
-        raise DataError(
-            f"{source.path} is quantized to {source.grid}", "train the model it comes from"
-        )
-    if source.factor_patterns:
-        raise DataError(
-            f"{source.path} keeps factors beside its weights, which are not sparse themselves",
-            "train the model it comes from",
-        )
-    refuse_other_heads(source)
 
 
 def _open_teacher(
@@ -267,12 +248,12 @@ def _layout(
         return Layout.of(source)
     parts = {
         t.name: factor_types(
-            stored_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb),
+            factor_shapes(*t.shape, patterns.of(t), rank=t.shape[1] // config.slorb),
             source.places[t.name].dtype,
         )
         for t in targets
     }
-    cores = {target.name: str(patterns.of(target)) for target in targets}
+    cores = {t.name: CoreFormat(pattern=patterns.of(t)) for t in targets}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsekit.weights.form import low_rank
+
 
 class Branch(nn.Module):
     """x ↦ (x Xᵀ) Sᵀ, added to what a linear layer gives.
@@ -31,7 +33,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        return x @ self.down.T @ self.up.T
+        return low_rank(x, self.up, self.down)
 
 
 def attach(layer: nn.Module, branch: Branch) -> None:

@@ -95,8 +95,7 @@ class Student:
                     "--slorb needs the dense parent as the teacher",
                 )
             dense = job.teacher.read([target.name])[target.name].to(job.device, torch.float32)
-            dense = dense.T if target.transposed else dense
-            branch = Branch(dense - weight.values, job.config.slorb or 1)
+            branch = Branch(target.from_disk(dense) - weight.values, job.config.slorb or 1)
             layer = by_disk[target.name].removesuffix(".weight")
             attach(self.model.get_submodule(layer), branch)
             found[target.name] = branch

@@ -56,7 +56,7 @@ def patterns_of(config: RecoverConfig, source: Checkpoint, targets: Sequence[Tar
     missing = ""
     for target in targets:
         weight = source.read([target.name])[target.name]
-        weight = weight.T if target.transposed else weight
+        weight = target.from_disk(weight)
         try:
             patterns.of(target).check(weight, target.name)
         except PatternError as error:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import PROVENANCE, factor_name
+from sparsekit.checkpoint.folder import PROVENANCE
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import at_hand
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.provenance.history import stage_words, unfolded
 from sparsekit.scoring.quality import Measured, Quality, qualities
 from sparsekit.scoring.saved_scores import DENSE, is_of, read_scores
-from sparsekit.weights.factored import PARTS
 
 # Stages whose pattern is the one that was asked for; the others tell what they found.
 PATTERNING = ("prune", "recover")
@@ -154,8 +154,8 @@ def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | N
     beside their products: both are there then.
     """
     told = [entry["totals"] for entry in history if "bits_per_weight" in entry.get("totals", {})]
-    beside = bool(source.factors) and not source.factored
-    if told and told[-1]["bits_per_weight"] is not None and not beside:
+    products = source.kind is Kind.PRODUCTS
+    if told and told[-1]["bits_per_weight"] is not None and not products:
         return float(told[-1]["bits_per_weight"])
     changed = {row["name"] for entry in history for row in entry.get("weights", ())}
     names = [name for name in changed if name in source.places]
@@ -169,6 +169,7 @@ def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | N
 
 def _places(source: Checkpoint, name: str) -> Iterator[TensorPlace]:
     """Where a weight lies, or what it is stored as, and the factors that lie beside it."""
-    yield from source.coded[name].values() if name in source.coded else [source.places[name]]
-    factors = [factor_name(name, part) for part in PARTS]
-    yield from (source.factors[factor] for factor in factors if factor in source.factors)
+    quantized = source.quantized.get(name)
+    yield from quantized.places.values() if quantized else [source.places[name]]
+    if name in source.packed:
+        yield from source.packed[name].places.values()

@@ -17,7 +17,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from sparsekit.weights.factored import _columns, _rows, times_left, times_right
+from sparsekit.weights.block_diagonal import (
+    column_blocks,
+    row_blocks,
+    times_left,
+    times_right,
+)
 
 # Of the mean diagonal of a normal matrix: how strongly a block is held at its last value, in
 # directions that the data does not determine.
@@ -110,9 +115,9 @@ class BlockFit:
     def fit_left(self) -> None:
         """The best A: with P = S B, A[j] (P H Pᵀ)[j] = (W H Pᵀ)[j] for each block row j."""
         reached = times_right(self.core, self.right)
-        pulled = _rows(reached * self._metric, self.block).mT  # H Pᵀ [J, in, b]
-        normal = _rows(reached, self.block) @ pulled
-        wanted = _rows(self._weight, self.block) @ pulled
+        pulled = row_blocks(reached * self._metric, self.block).mT  # H Pᵀ [J, in, b]
+        normal = row_blocks(reached, self.block) @ pulled
+        wanted = row_blocks(self._weight, self.block) @ pulled
         self.left = _solve(normal, wanted.mT, self.left.mT).mT.contiguous()
 
     def fit_right(self) -> None:
@@ -120,9 +125,9 @@ class BlockFit:
 
         The weights of the columns cancel: each column of B has a system of its own.
         """
-        reached = _columns(times_left(self.left, self.core), self.block)  # Q [K, out, b]
+        reached = column_blocks(times_left(self.left, self.core), self.block)  # Q [K, out, b]
         normal = reached.mT @ reached
-        wanted = reached.mT @ _columns(self._weight, self.block)
+        wanted = reached.mT @ column_blocks(self._weight, self.block)
         # Laid out as it is read again from disk, so that products have the same bits.
         self.right = _solve(normal, wanted, self.right).contiguous()
 
@@ -138,11 +143,11 @@ class BlockFit:
         curve = self.left.mT @ self.left  # U [J, b, b]
         diagonal = curve.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
         curve = curve / diagonal[:, :, None]  # each row's problem in units of its own U[i, i]
-        inner = (self.right * _columns(self._metric, b)) @ self.right.mT  # V [K, b, b]
-        image = _rows(times_right(self.core, inner), b)  # S V [J, b, in]
+        inner = (self.right * column_blocks(self._metric, b)) @ self.right.mT  # V [K, b, b]
+        image = row_blocks(times_right(self.core, inner), b)  # S V [J, b, in]
         pull = times_right(times_left(self.left.mT, self._weighted), self.right.mT)
-        pull = _rows(pull, b) / diagonal[:, :, None]
-        core = _rows(self.core, b)
+        pull = row_blocks(pull, b) / diagonal[:, :, None]
+        core = row_blocks(self.core, b)
         solve = _GroupSolver(inner, self._supports, self.group)
         for i in range(b):
             slope = (curve[:, i : i + 1] @ image)[:, 0] - pull[:, i]  # half the gradient [J, in]
@@ -175,7 +180,7 @@ class _GroupSolver:
         slope: Tensor,  # half its gradient, [J, in]
     ) -> Tensor:
         """The change in one pass over the groups, `[J, in]`; the K blocks do not see each other."""
-        slope, old = (_columns(t, self.side).contiguous() for t in (slope, row))  # [K, J, b]
+        slope, old = (column_blocks(t, self.side).contiguous() for t in (slope, row))  # [K, J, b]
         change = -old  # of the groups to come: what is left when their own part is gone
         for n, columns in enumerate(self.columns):
             stop = (n + 1) * self.group

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sparsekit.checkpoint.kind import Kind, refusal
 from sparsekit.errors import SparsekitError, did_you_mean
 from sparsekit.registry import describe
 from sparsekit.scoring.saved_scores import DENSE
@@ -20,16 +21,6 @@ RECIPE = "recipe.yaml"
 RESERVED = (MODEL, DENSE, RECIPE)
 # A letter somewhere, so that it is no place of a stage; no dot first, as hidden files have.
 NAME = r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,99}(?<!\.partial)"
-# The form of a model whose weights are not sparse themselves: their factors lie beside them.
-PRODUCTS = "products of factors"
-# What a stage takes, of the forms that a model has on its way.
-TAKES = {
-    "prune": ("plain", PRODUCTS),
-    "recover": ("plain",),
-    "quantize": ("plain",),
-    "pack": ("plain", PRODUCTS, "quantized"),
-    "eval": ("plain", PRODUCTS, "quantized", "packed", "factored"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +60,8 @@ class Draft:
     steps: list[Step] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
     """The stages that were given names."""
-    forms: dict[str | None, str] = field(default_factory=lambda: {None: "plain"})
-    """Of each step by name, the form of the model that it makes."""
+    kinds: dict[str | None, Kind] = field(default_factory=lambda: {None: Kind.PLAIN})
+    """Of each step by name, the kind of checkpoint that it makes."""
 
 
 def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -> None:
@@ -191,9 +182,8 @@ def _add_steps(variant: Step, parents: Sequence[str | None], draft: Draft) -> No
     """
     verb, path, label = variant.verb, variant.path, variant.name
     for parent in parents:
-        before, wrong = draft.forms.get(parent, "plain"), []
-        if before not in TAKES[verb]:
-            wrong = [f"{path}: {parent} is {before} by then, which {verb} does not take"]
+        refused = refusal(verb, draft.kinds.get(parent, Kind.PLAIN), parent)
+        wrong = [f"{path}: {refused}"] if refused else []
         own = (parent or MODEL) if verb == "eval" else f"{parent}.{label}" if parent else label
         step = replace(variant, name=own, parent=parent)
         try:
@@ -205,19 +195,19 @@ def _add_steps(variant: Step, parents: Sequence[str | None], draft: Draft) -> No
             continue
         draft.steps.append(step)
         if verb != "eval":
-            draft.forms[own] = _form_after(verb, config)
+            draft.kinds[own] = _kind_after(verb, config)
 
 
-def _form_after(verb: str, config: Any) -> str:
-    """The form of the model that a stage makes."""
+def _kind_after(verb: str, config: Any) -> Kind:
+    """The kind of checkpoint that a stage makes."""
     if verb == "pack":
-        return "packed"
+        return Kind.PACKED
     if getattr(config, "format", None) == "factored":
-        return "factored"
+        return Kind.FACTORED
     coded = verb == "quantize" and config.format != "dense"
     if coded or getattr(config, "then", None):
-        return "quantized"
-    return PRODUCTS if _keeps_factors(verb, config) else "plain"
+        return Kind.QUANTIZED
+    return Kind.PRODUCTS if _keeps_factors(verb, config) else Kind.PLAIN
 
 
 def _keeps_factors(verb: str, config: Any) -> bool:

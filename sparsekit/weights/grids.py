@@ -129,6 +129,7 @@ class Codes:
 
     codes: Tensor  # [out, in] int8 or float8_e4m3fn
     scale: Tensor  # [out, groups], in the type that the weight had on disk
+    grid: Grid
 
     @classmethod
     def of(
@@ -141,7 +142,8 @@ class Codes:
         """Codes and scales in the types on disk."""
         import torch
 
-        return cls(codes.to(torch.float8_e4m3fn if grid.floating else torch.int8), scale.to(dtype))
+        codes = codes.to(torch.float8_e4m3fn if grid.floating else torch.int8)
+        return cls(codes, scale.to(dtype), grid)
 
     @classmethod
     def nearest(
@@ -154,6 +156,21 @@ class Codes:
         parts = weight.unflatten(1, (-1, grid.group or weight.shape[1]))  # [out, groups, group]
         scale = grid.scale(parts.flatten(0, 1), dtype).view(parts.shape[:2])
         return cls.of(grid, grid.round(parts, scale[..., None]).flatten(1), scale, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[out, in]`."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What training may change: the scales; codes are fixed."""
+        return {"scale": self.scale}
+
+    def to(self, dtype: torch.dtype) -> Codes:
+        """The same: codes and scales keep their types."""
+        return self
 
     def dense(self) -> Tensor:
         """The weight `[out, in]` in the scale's type, as compressed-tensors computes it.

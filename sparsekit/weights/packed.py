@@ -28,7 +28,7 @@ def code_shapes(
     shape: tuple[int, int], bits: int, pattern: Pattern
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes, in bytes, of the values and places of a weight `[out, in]`."""
-    shapes = stored_shapes(*shape, pattern)
+    shapes = factor_shapes(*shape, pattern)
     *rows, count = shapes["values"]
     return (*rows, math.ceil(count * bits / 8)), shapes["indices"]
 
@@ -84,11 +84,6 @@ def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     return pack(weight, pattern.mask(_kept(weight).float()), pattern)
 
 
-def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
-    """What `pack_weight` was given, bit for bit."""
-    return unpack(values, indices, pattern, columns)
-
-
 def _kept(weight: Tensor) -> Tensor:
     """Which entries have a bit set, `[out, in]` bool."""
     return weight.contiguous().view(BITS[weight.dtype.itemsize]) != 0
@@ -98,10 +93,10 @@ def _fits(kept: Tensor, pattern: Pattern) -> bool:
     return bool((kept.unflatten(1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
 
 
-def stored_shapes(
+def factor_shapes(
     rows: int, columns: int, pattern: Pattern, *, block: int = 0, rank: int = 0
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of `Factored.stored`.
+    """The shapes of the tensors of a packed core and of the factors around it.
 
     Args:
         rows: Outputs of the weight.
@@ -135,15 +130,39 @@ def check_shapes(
     Raises:
         DataError: Names the first part whose shape does not fit the others.
     """
+    block, rank = side_sizes(shapes, (rows, columns))
+    wanted = factor_shapes(rows, columns, pattern, block=block, rank=rank)
+    refuse_other_shapes(shapes, wanted, (rows, columns), str(pattern))
+
+
+def side_sizes(shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> tuple[int, int]:
+    """Side of the blocks and rank of the factors around a core; 0 without them.
+
+    Raises:
+        DataError: The blocks do not make a weight of this shape.
+    """
     block = shapes["left"][-1] if shapes.get("left") else 0
     rank = shapes["up"][-1] if shapes.get("up") else 0
-    if block and (rows % block or columns % block):
-        raise DataError(f"factors with blocks of {block} do not make {rows} x {columns}")
-    wanted = stored_shapes(rows, columns, pattern, block=block, rank=rank)
+    if block and (shape[0] % block or shape[1] % block):
+        raise DataError(f"factors with blocks of {block} do not make {shape[0]} x {shape[1]}")
+    return block, rank
+
+
+def refuse_other_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, int],
+    core: str,
+) -> None:
+    """Refuse parts of a weight with other shapes than they should have.
+
+    Raises:
+        DataError: Names the first.
+    """
     for name in {**wanted, **shapes}:
         if shapes.get(name) != wanted.get(name):
             raise DataError(
-                f"the factor {name!r} of a {pattern} weight {rows} x {columns} has the shape "
+                f"the factor {name!r} of a {core} weight {shape[0]} x {shape[1]} has the shape "
                 f"{shapes.get(name)}, not {wanted.get(name)}"
             )
 

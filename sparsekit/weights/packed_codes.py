@@ -1,55 +1,38 @@
-"""TODO."""
+"""Codes on a grid in fewer bytes, and back to the same bits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsekit.errors import DataError, UsageError
 from sparsekit.weights.grids import Codes, Grid
-from sparsekit.weights.packed import code_shapes, mask_of, pack_weight, stored_shapes, unpack
+from sparsekit.weights.packed import code_shapes, factor_shapes, pack_weight, unpack
 from sparsekit.weights.patterns import Pattern
 
 # The last part of the name of the scales of packed codes.
 SCALE = "scale"
-SCALES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
-class CodeForm:
-    """What packed codes stand for."""
+def packed_code_shapes(
+    shape: tuple[int, int], pattern: Pattern, grid: Grid, dtype: torch.dtype
+) -> dict[str, tuple[int, ...]]:
+    """The shape, in bytes, of each tensor that a weight `[out, in]` on a grid becomes.
 
-    grid: Grid
-    dtype: torch.dtype
-    """Of the scales, and of the numbers that codes and scales make."""
-
-    @classmethod
-    def parse(cls, text: str) -> CodeForm:
-        """What `str` wrote, as `int4-g64 bfloat16`.
-
-        Raises:
-            UsageError: It is no such text.
-        """
-        grid, _, name = text.partition(" ")
-        if name not in SCALES:
-            raise UsageError(f"{name!r} is no type of scales", f"one of {', '.join(SCALES)}")
-        return cls(Grid.parse(grid), SCALES[name])
-
-    def __str__(self) -> str:
-        return f"{self.grid} {str(self.dtype).removeprefix('torch.')}"
-
-    def shapes(self, shape: tuple[int, int], pattern: Pattern) -> dict[str, tuple[int, ...]]:
-        """The shape, in bytes, of each tensor that a weight `[out, in]` becomes."""
-        rows, columns = shape
-        values, indices = code_shapes(shape, self.grid.bits, pattern)
-        scale = rows, self.grid.scales(columns) * self.dtype.itemsize
-        return {"values": values, "indices": indices, SCALE: scale}
+    Args:
+        shape: Of the weight.
+        pattern: Of its codes.
+        grid: Of the codes.
+        dtype: Of the scales.
+    """
+    rows, columns = shape
+    values, indices = code_shapes(shape, grid.bits, pattern)
+    scale = rows, grid.scales(columns) * dtype.itemsize
+    return {"values": values, "indices": indices, SCALE: scale}
 
 
-def pack_grid(codes: Codes, pattern: Pattern, grid: Grid) -> dict[str, Tensor]:
+def pack_grid(codes: Codes, pattern: Pattern) -> dict[str, Tensor]:
     """A weight on a grid as bytes of its codes off zero, of their places, and of its scales.
 
     Bytes, so that no loader casts them to the type in which a model computes. Codes of 4 bits lie
@@ -57,7 +40,7 @@ def pack_grid(codes: Codes, pattern: Pattern, grid: Grid) -> dict[str, Tensor]:
     """
     values, indices = pack_weight(codes.codes.view(torch.int8), pattern)
     values = values.contiguous().view(torch.uint8)
-    if grid.bits == 4:
+    if codes.grid.bits == 4:
         values = torch.nn.functional.pad(values & 15, (0, values.shape[-1] % 2))
         values = values[..., ::2] | values[..., 1::2] << 4
     return {"values": values, "indices": indices, SCALE: codes.scale.contiguous().view(torch.uint8)}
@@ -65,50 +48,33 @@ def pack_grid(codes: Codes, pattern: Pattern, grid: Grid) -> dict[str, Tensor]:
 
 def unpack_grid(
     parts: Mapping[str, Tensor],
+    shape: tuple[int, int],
     pattern: Pattern,
-    columns: int,
-    form: CodeForm,
-    *,
-    check: bool = True,
+    grid: Grid,
+    dtype: torch.dtype,
 ) -> Codes:
-    """What `pack_grid` was given.
+    """What `pack_grid` was given, from parts that `CoreFormat.check` and `mask_of` accept.
 
     Args:
         parts: What it gave.
+        shape: Of the weight.
         pattern: Of the codes.
-        columns: Inputs of the weight.
-        form: Of the codes.
-        check: Whether to look at the places, which takes as long as the rest.
-
-    Raises:
-        DataError: The shapes do not fit the pattern, or a place lies outside its group.
+        grid: Of the codes.
+        dtype: Of the scales.
     """
-    check_codes({name: tuple(part.shape) for name, part in parts.items()}, columns, pattern, form)
-    values, indices, bits = parts["values"], parts["indices"], form.grid.bits
-    if bits == 4:
+    values = codes_as_int8(parts, shape, pattern, grid)
+    codes = unpack(values, parts["indices"], pattern, shape[1])
+    codes = codes.view(torch.float8_e4m3fn) if grid.floating else codes
+    return Codes(codes, parts[SCALE].contiguous().view(dtype), grid)
+
+
+def codes_as_int8(
+    parts: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, grid: Grid
+) -> Tensor:
+    """The packed codes, one in each byte."""
+    values = parts["values"]
+    if grid.bits == 4:
         values = torch.stack([values & 15, values >> 4], -1).flatten(-2)
-        values = values[..., : stored_shapes(len(indices), columns, pattern)["values"][-1]]
+        values = values[..., : factor_shapes(*shape, pattern)["values"][-1]]
         values = (values ^ 8) - 8  # wraps, as two's complement does
-    values = values.contiguous().view(torch.int8)
-    if check:
-        mask_of(values, indices, pattern, columns)
-    codes = unpack(values, indices, pattern, columns)
-    codes = codes.view(torch.float8_e4m3fn) if form.grid.floating else codes
-    return Codes(codes, parts[SCALE].contiguous().view(form.dtype))
-
-
-def check_codes(
-    shapes: Mapping[str, tuple[int, ...]], columns: int, pattern: Pattern, form: CodeForm
-) -> None:
-    """Refuse tensors that cannot be those of packed codes.
-
-    Raises:
-        DataError: Names the first whose shape does not fit.
-    """
-    rows = (shapes.get("indices") or (0,))[0]
-    for name, wanted in form.shapes((rows, columns), pattern).items():
-        if shapes.get(name) != wanted:
-            raise DataError(
-                f"{name!r} of a {pattern} {form} weight {rows} x {columns} has the shape "
-                f"{shapes.get(name)}, not {wanted}"
-            )
+    return values.contiguous().view(torch.int8)

@@ -80,6 +80,6 @@ def _fails(*_: object) -> None:
 
 def test_a_model_that_does_not_fit_when_expanded_is_refused(pruned, tmp_path, monkeypatch):
     packed = pack(str(pruned), tmp_path / "packed").out
-    monkeypatch.setattr("sparsekit.model.factored_linear.available_memory", lambda: 1000)
+    monkeypatch.setattr("sparsekit.model.form_linear.available_memory", lambda: 1000)
     with pytest.raises(DataError, match=r"expanded, the weights take .*; keep them packed"):
         sparsekit.load(packed, "float32", "expand")

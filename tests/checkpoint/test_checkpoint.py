@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import INDEX
 from sparsekit.errors import DataError
-from sparsekit.model.architecture import build_without_weights
 from sparsekit.model.block_stream import BlockStream
+from sparsekit.model.skeleton import build_without_weights
 
 WEIGHTS = "model.safetensors"
 

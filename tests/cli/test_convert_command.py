@@ -14,7 +14,7 @@ def test_convert_gives_the_path(cli, tmp_path):
     found = cli("convert", tmp_path / "plain", "-o", tmp_path / "again")
     assert found.code == 2
     assert found.stdout == ""
-    assert "is in none of the forms" in found.stderr
+    assert "which convert does not take" in found.stderr
 
 
 def test_convert_gives_a_packed_one_too(cli, tmp_path):

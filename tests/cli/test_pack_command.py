@@ -39,7 +39,7 @@ def test_wrong_input_is_code_two_and_damage_is_code_one(cli, pruned, family, tmp
     for command, words in (
         (("pack", family("llama"), "-o", out), "is not sparse"),
         (("pack", pruned, "-o", pruned), "is the model itself"),
-        (("unpack", pruned, "-o", out), "is not packed"),
+        (("unpack", pruned, "-o", out), "is plain, which unpack does not take"),
         (("unpack", tmp_path / "nothing", "-o", out), "no such model folder"),
     ):
         found = cli(*command)

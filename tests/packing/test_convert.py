@@ -337,11 +337,13 @@ def test_a_missing_part_and_another_form_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.compressed"):
         convert(str(source), tmp_path / "plain")
-    with pytest.raises(DataError, match="is in none of the forms sparse-24-bitmask"):
+    with pytest.raises(
+        DataError, match=r"is plain, which convert .*; sparsekit convert takes sparse"
+    ):
         convert(str(LEGACY / "dense"), tmp_path / "plain")
     magnitude = prune(PruneConfig(method="magnitude"), str(LEGACY / "dense"), tmp_path / "sparse")
     packed = pack(str(magnitude.out), tmp_path / "packed").out
-    with pytest.raises(DataError, match=r"none of the forms .*; sparsekit unpack makes it plain"):
+    with pytest.raises(DataError, match=r"is packed, which convert .*; sparsekit unpack"):
         convert(str(packed), tmp_path / "plain")
 
 

@@ -17,7 +17,7 @@ from sparsekit.errors import CheckFailedError, DataError
 from sparsekit.inspection.deploy import deploy
 from sparsekit.inspection.inspect import inspect
 from sparsekit.inspection.verify import verify
-from sparsekit.model.factored_linear import FactoredLinear
+from sparsekit.model.form_linear import FormLinear
 from sparsekit.packing import pack as stage
 from sparsekit.packing.pack import pack
 from sparsekit.packing.unpack import unpack
@@ -105,7 +105,7 @@ def test_what_is_packed_runs_and_is_checked_as_it_is(sparse, row_file, tmp_path)
     for model in (sparsekit.load(packed), AutoModelForCausalLM.from_pretrained(packed)):
         assert torch.equal(model.generate(tokens, max_new_tokens=8), wanted)
         kinds = [type(layer) for layer in model.modules()]
-        assert kinds.count(FactoredLinear) == 14
+        assert kinds.count(FormLinear) == 14
 
 
 @pytest.mark.parametrize("form", ["packed", "factored"])
@@ -141,7 +141,7 @@ def test_importing_sparsekit_hf_is_what_lets_transformers_load_it(sparse, tmp_pa
     if order != "after":
         lines.reverse()
     if order == "never":  # sparsekit alone changes nothing of transformers
-        lines[0] = "import sparsekit.model.factored_linear"
+        lines[0] = "import sparsekit.model.form_linear"
     load = f"AutoModelForCausalLM.from_pretrained({str(packed)!r}, output_loading_info=True)"
     code = "\n".join([*lines, f"print(sorted(map(len, {load}[1].values())))"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -154,7 +154,7 @@ def test_importing_sparsekit_hf_is_what_lets_transformers_load_it(sparse, tmp_pa
 
 def test_the_history_tells_size_and_share_of_each_weight(sparse, tmp_path):
     entry = pack(str(sparse()), tmp_path / "packed").entry
-    dtype = Checkpoint.open(tmp_path / "packed").factors["model.layers.0.mlp.up_proj.values"].dtype
+    dtype = Checkpoint.open(tmp_path / "packed").tensors["model.layers.0.mlp.up_proj.values"].dtype
     size, share = 8 * dtype.itemsize, 0.5 + 1 / (8 * dtype.itemsize)
     for row in entry["weights"]:
         assert row["pattern"] == "2:4"
@@ -245,11 +245,15 @@ def test_a_missing_part_is_named(sparse, tmp_path, part):
     packed = pack(str(sparse()), tmp_path / "packed").out
     checkpoint, tensors = Checkpoint.open(packed), load_file(packed / FACTORS)
     del tensors[f"model.layers.0.mlp.up_proj.{part}"]
-    save_file(tensors, packed / FACTORS, dict(checkpoint.factor_patterns))
+    save_file(
+        tensors,
+        packed / FACTORS,
+        {n: str(stored.format) for n, stored in checkpoint.packed.items()},
+    )
     told = json.loads((packed / PROVENANCE).read_text())
     del told["fingerprint"]
     (packed / PROVENANCE).write_text(json.dumps(told))
-    with pytest.raises(CheckFailedError, match=rf"up_proj\S* lacks its factor .{part}"):
+    with pytest.raises(CheckFailedError, match=rf"lacks \S*up_proj\.{part}"):
         unpack(str(packed), tmp_path / "plain")
     with pytest.raises((CheckFailedError, DataError), match="up_proj"):
         verify(str(packed))
@@ -305,7 +309,7 @@ def test_packed_codes_compute_what_the_codes_compute(coded, row_file, tmp_path, 
     # What compressed-tensors itself makes of the codes, which it expands at the first call.
     wanted = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
     for model in (sparsekit.load(packed), AutoModelForCausalLM.from_pretrained(packed)):
-        assert [type(layer) for layer in model.modules()].count(FactoredLinear) == 14
+        assert [type(layer) for layer in model.modules()].count(FormLinear) == 14
         torch.testing.assert_close(model(tokens).logits, wanted)
     expanded = sparsekit.load(packed, resident="expand")
     assert torch.equal(expanded(tokens).logits, model(tokens).logits)
@@ -320,7 +324,7 @@ def test_codes_take_the_bits_that_theory_says(coded, tmp_path, grid, bits):
     checkpoint = Checkpoint.open(packed.out)
     for row in packed.entry["weights"]:
         rows, columns = row["shape"]
-        scales = checkpoint.factors[row["name"].removesuffix("weight") + "scale"]
+        scales = checkpoint.tensors[row["name"].removesuffix("weight") + "scale"]
         own = 8 * (scales.stop - scales.start) / (rows * columns)
         assert row["value_bits"] + row["place_bits"] == bits
         assert row["bits"] == pytest.approx(bits + own)
@@ -332,7 +336,7 @@ def test_a_missing_part_of_codes_is_named(coded, tmp_path, part):
     packed = pack(str(coded("int4-g16")), tmp_path / "packed").out
     checkpoint, tensors = Checkpoint.open(packed), load_file(packed / FACTORS)
     del tensors[f"model.layers.0.mlp.up_proj.{part}"]
-    told = {n: f"{p} {checkpoint.factor_codes[n]}" for n, p in checkpoint.factor_patterns.items()}
+    told = {n: str(stored.format) for n, stored in checkpoint.packed.items()}
     save_file(tensors, packed / FACTORS, told)
     with pytest.raises(CheckFailedError, match=f"up_proj.*{part}"):
         unpack(str(packed), tmp_path / "plain")
@@ -402,7 +406,7 @@ def test_scales_keep_their_type_when_the_model_computes_in_a_narrower_one(coded,
 @pytest.mark.parametrize("what", ["int9 bfloat16", "int8 int8", "2;4"])
 def test_damaged_words_beside_the_tensors_are_named(coded, tmp_path, what):
     packed = pack(str(coded("int8")), tmp_path / "packed").out
-    told = dict.fromkeys(Checkpoint.open(packed).factor_patterns, f"2:4 {what}")
+    told = dict.fromkeys(Checkpoint.open(packed).packed, f"2:4 {what}")
     save_file(load_file(packed / FACTORS), packed / FACTORS, told)
     with pytest.raises(CheckFailedError, match=r"factors\.safetensors: model\.layers\.\S+: "):
         verify(str(packed))
@@ -413,7 +417,7 @@ def test_damaged_words_beside_the_tensors_are_named(coded, tmp_path, what):
 def test_a_place_outside_its_group_is_named(coded, tmp_path):
     packed = pack(str(coded("int8", "4:8")), tmp_path / "packed").out
     tensors, checkpoint = load_file(packed / FACTORS), Checkpoint.open(packed)
-    told = {n: f"{p} {checkpoint.factor_codes[n]}" for n, p in checkpoint.factor_patterns.items()}
+    told = {n: str(stored.format) for n, stored in checkpoint.packed.items()}
     tensors["model.layers.0.mlp.up_proj.indices"][0] = 0
     save_file(tensors, packed / FACTORS, told)
     with pytest.raises(CheckFailedError, match="are not those that"):
@@ -537,10 +541,10 @@ def test_factors_that_were_written_alone_are_multiplied_out(composed, tmp_path):
 
 def test_what_is_in_the_other_form_already_is_refused(sparse, tmp_path):
     source = sparse()
-    with pytest.raises(DataError, match=r"is not packed; name a folder that pack wrote"):
+    with pytest.raises(DataError, match=r"is plain, which unpack .*; name a folder"):
         unpack(str(source), tmp_path / "out")
     packed = pack(str(source), tmp_path / "packed").out
-    with pytest.raises(DataError, match=r"is packed already; sparsekit unpack"):
+    with pytest.raises(DataError, match=r"is packed, which pack .*; sparsekit unpack"):
         pack(str(packed), tmp_path / "out")
     (packed / PROVENANCE).unlink()
     with pytest.raises(DataError, match="has no history of its packing"):
@@ -555,6 +559,6 @@ def test_stages_that_take_plain_models_say_how_to_make_one(sparse, tmp_path):
         lambda: recover(RecoverConfig(tokens=2048), packed, out),
     )
     for run in runs:
-        with pytest.raises(DataError, match="is packed; sparsekit unpack makes it plain"):
+        with pytest.raises(DataError, match=r"is packed, which .*; sparsekit unpack makes"):
             run()
     assert not out.exists()

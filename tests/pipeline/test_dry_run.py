@@ -101,9 +101,9 @@ def test_plans_of_unpack_and_convert_tell_the_bytes_that_are_then_written(pruned
     totals = convert(old, new).entry["totals"]
     assert found["bytes_to_write"] == weights_of(new)
     assert (found["weights"], found["size"]) == (totals["weights"], totals["size"])
-    with pytest.raises(DataError, match="is not packed"):
+    with pytest.raises(DataError, match="is plain, which unpack"):
         plan_unpack(str(pruned), tmp_path / "other")
-    with pytest.raises(DataError, match="is in none of the forms"):
+    with pytest.raises(DataError, match="is plain, which convert"):
         plan_convert(str(pruned), tmp_path / "other")
 
 

@@ -1,7 +1,7 @@
 """ARMOR from disk to disk, in both forms: products with their factors beside them, or factors only.
 
 A product is put together here from the file of factors, with whole matrices in float64; the bits on
-disk are those that `Factored.dense` gives in the type on disk.
+disk are those that `Form.dense` gives in the type on disk.
 """
 
 import json
@@ -22,7 +22,7 @@ from sparsekit.errors import CheckFailedError, DataError, UsageError
 from sparsekit.files import sha256_file
 from sparsekit.inspection.inspect import inspect
 from sparsekit.inspection.verify import verify
-from sparsekit.model.factored_linear import FactoredLinear
+from sparsekit.model.form_linear import FormLinear
 from sparsekit.progress import Progress
 from sparsekit.provenance.entry import Report
 from sparsekit.pruning.config import PruneConfig
@@ -31,7 +31,8 @@ from sparsekit.pruning.prune import prune
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.text.calibration import Calibration
-from sparsekit.weights.factored import Factored
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.form import Form
 from sparsekit.weights.patterns import Pattern
 
 FACTORS, OTHERS = "sparsekit-factors.safetensors", "sparsekit-weights.safetensors"
@@ -100,15 +101,17 @@ class Stored:
     parts: dict[str, Tensor]
 
     @property
-    def factored(self) -> Factored:
-        right = self.parts["right"]
-        return Factored.of(self.parts, self.pattern, right.shape[0] * right.shape[1])
+    def form(self) -> Form:
+        rows, columns = (len(self.parts[s]) * self.parts[s].shape[1] for s in ("left", "right"))
+        form = Form.from_stored(self.parts, CoreFormat(pattern=self.pattern), (rows, columns))
+        form.check()
+        return form
 
     @property
     def product(self) -> Tensor:
         """A S B, float64."""
         left, right = (torch.block_diag(*self.parts[s].double()) for s in ("left", "right"))
-        return left @ self.factored.core.double() @ right
+        return left @ self.form.core.dense().double() @ right
 
 
 def factors_in(folder: Path) -> dict[str, Stored]:
@@ -193,7 +196,7 @@ def test_dense_form_is_a_plain_checkpoint_of_the_products(family, made, name):
             assert torch.equal(tensor, before[weight]), weight
             continue
         stored = factors[weight]
-        wanted = stored.factored.dense().to(tensor.dtype)
+        wanted = stored.form.dense().to(tensor.dtype)
         assert torch.equal(along_inputs(weight, tensor), wanted), weight
         assert {part.dtype for part in stored.parts.values()} == {tensor.dtype, torch.uint8}
         torch.testing.assert_close(
@@ -583,7 +586,7 @@ def test_one_form_can_take_the_place_of_the_other(family, made, row_file, tmp_pa
 def test_factored_form_cannot_be_pruned(run, made, tmp_path):
     folder = made("llama", "factored").out
     for method in ("armor", "wanda"):
-        with pytest.raises(DataError, match="holds factors only; name the model it comes"):
+        with pytest.raises(DataError, match=r"holds factors only.*; name the model it comes"):
             run(folder, tmp_path / "out", method=method, options={})
     with pytest.raises(DataError, match="holds factors only"):
         plan(PruneConfig(method="magnitude"), str(folder), tmp_path / "out")
@@ -678,10 +681,10 @@ def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_
 
 def test_layer_refuses_a_core_whose_places_do_not_rise(made):
     model = sparsekit.load(made("llama", "factored").out, "float32")
-    layer = next(m for m in model.modules() if isinstance(m, FactoredLinear))
+    layer = next(m for m in model.modules() if isinstance(m, FormLinear))
     layer.indices.zero_()  # every kept value lies first in its group
     with pytest.raises(DataError, match="do not rise within their groups"):
-        layer(torch.ones(1, layer.in_features))
+        layer(torch.ones(1, layer.target.shape[1]))
 
 
 def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):

@@ -19,8 +19,8 @@ from sparsekit.pruning.prune import prune
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.low_rank import compensate
 from sparsekit.text.calibration import Calibration
-from sparsekit.weights.factored import compensate
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])

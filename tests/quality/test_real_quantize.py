@@ -42,7 +42,7 @@ out, source, pattern = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(out)
 model(torch.arange(4)[None])
 before, revived, broken, count = Checkpoint.open(Path(source)), 0, 0, 0
-for name in Checkpoint.open(Path(out)).coded:
+for name in Checkpoint.open(Path(out)).quantized:
     weight = model.get_parameter(name).detach()
     revived += int((weight[before.read([name])[name] == 0] != 0).sum())
     try:

@@ -111,11 +111,11 @@ def test_stock_transformers_loads_it_without_a_revived_zero(run, with_zeros, met
     source = with_zeros(pattern)
     out = run(source, method=method, grid=grid)
     before, model, found = Checkpoint.open(source), stock(out), Checkpoint.open(out)
-    assert len(found.coded) == 14
+    assert len(found.quantized) == 14
     weight = before.read([ZEROED])[ZEROED]
     assert not weight[3].any()
     assert not weight[5, :16].any()
-    for name in found.coded:
+    for name in found.quantized:
         weight = model.get_parameter(name).detach()
         assert torch.equal(weight, found.read([name])[name])
         assert not weight[before.read([name])[name] == 0].any()
@@ -165,7 +165,7 @@ def test_sizes_are_those_that_the_grid_says(run, sparse, grid, each, for_scales)
 def test_the_dense_form_holds_the_same_numbers(run, sparse):
     coded = Checkpoint.open(run(sparse("2:4"), "coded", grid="int4-g16"))
     dense = Checkpoint.open(run(sparse("2:4"), "dense", grid="int4-g16", format="dense"))
-    assert not dense.coded
+    assert not dense.quantized
     assert "quantization_config" not in json.loads((dense.path / "config.json").read_text())
     for name, weight in dense.read(dense.places).items():
         assert torch.equal(weight, coded.read([name])[name])
@@ -258,11 +258,11 @@ def test_gpt2_has_no_linear_layers_but_numbers(run, family):
 
 def test_what_is_quantized_already_is_refused_by_name(run, sparse, tmp_path):
     out = run(sparse("2:4"), grid="int4-g16")
-    with pytest.raises(DataError, match=r"out is quantized to int4-g16 already"):
+    with pytest.raises(DataError, match=r"out is quantized to int4-g16, which quantize"):
         run(out, "twice", grid="int8")
-    with pytest.raises(DataError, match=r"out is quantized to int4-g16; prune the model"):
+    with pytest.raises(DataError, match=r"out is quantized to int4-g16.*; prune the model"):
         prune(PruneConfig(method="magnitude"), str(out), tmp_path / "pruned")
-    with pytest.raises(DataError, match=r"out is quantized to int4-g16; train the model"):
+    with pytest.raises(DataError, match=r"out is quantized to int4-g16.*; train the model"):
         recover(RecoverConfig(tokens=1024), str(out), tmp_path / "trained")
 
 
@@ -271,7 +271,7 @@ def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
         method="magnitude", compensate="lowrank", calibration=Calibration(source=str(row_file))
     )
     factored = prune(config, str(family("llama")), tmp_path / "factored").out
-    with pytest.raises(DataError, match=r"keeps weights as factors.*prune without armor"):
+    with pytest.raises(DataError, match=r"keeps factors beside its weights.*prune without armor"):
         run(factored, grid="int4-g16")
 
 
@@ -308,7 +308,7 @@ def test_a_format_that_is_not_ours_is_refused_and_never_run(
     ):
         with pytest.raises(DataError, match="out is quantized"):
             read()
-    with pytest.raises(DataError, match=r"in none of the forms|has no weight in it"):
+    with pytest.raises(DataError, match=r"sparsekit convert takes|has no weight in it"):
         convert(str(out), tmp_path / "plain")
     assert not mark.exists()
 
@@ -358,7 +358,7 @@ def test_prune_can_quantize_in_the_same_pass(family, row_file, tmp_path, method,
     assert after == {method != "sparsegpt"}  # which rounds in its own sweep
     model, zeros = stock(done.out), 0
     model(torch.arange(4)[None])
-    for name in Checkpoint.open(done.out).coded:
+    for name in Checkpoint.open(done.out).quantized:
         weight = model.get_parameter(name).detach()
         Pattern.parse(pattern).check(weight, name)
         zeros += int((weight == 0).sum())

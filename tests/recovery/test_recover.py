@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sparsekit
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.kind import Kind
 from sparsekit.errors import (
     CheckFailedError,
     DataError,
@@ -1340,7 +1341,7 @@ def test_branches_are_kept_as_factors(family, row_file, tmp_path, name, form):
     assert found.entry["totals"]["sparsity"] == 0.5
     assert found.entry["totals"]["bits_per_weight"] > 0
     made = Checkpoint.open(found.out)
-    assert made.factored == (form == "factored")
+    assert made.kind is (Kind.FACTORED if form == "factored" else Kind.PRODUCTS)
     last = json.loads((found.out / LOG).read_text().splitlines()[-1])
     (score,) = evaluate(EvalConfig(text=str(row_file)), [str(found.out)])
     assert score.perplexity.value == pytest.approx(last["perplexity"], rel=0.02)

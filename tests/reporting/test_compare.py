@@ -102,9 +102,9 @@ def test_bits_of_factors_beside_their_products_count_both(family, row_file, tmp_
     found = [row.bits for row in compare([beside, unpacked, alone, packed]).rows]
     assert found[0] == found[1] == 16 + found[2]
     assert found[2] == found[3] == prune_entry(beside)["totals"]["bits_per_weight"]
-    places = Checkpoint.open(beside).factors.values()
+    stored = Checkpoint.open(beside).packed.values()
     size = sum(row["size"] for row in prune_entry(beside)["weights"])
-    assert found[2] == 8 * sum(place.stop - place.start for place in places) / size
+    assert found[2] == 8 * sum(one.n_bytes for one in stored) / size
 
 
 def prune_entry(folder) -> dict:

@@ -16,7 +16,7 @@ from sparsekit import registry as methods
 from sparsekit.solvers.armor_als import BlockFit
 from sparsekit.solvers.input_stats import Want
 from sparsekit.solvers.nowag_scaling import importance, normalise
-from sparsekit.weights.factored import times_left, times_right
+from sparsekit.weights.block_diagonal import times_left, times_right
 from sparsekit.weights.patterns import Pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -105,7 +105,7 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
     with pytest.raises(UsageError) as error:
         parse("model: demo\nstages:\n- pack\n- quantize: {method: gptqq}\n- recover: {}\n")
     for told in (
-        "stages[1].quantize: pack is packed by then, which quantize does not take",
+        "stages[1].quantize: pack is packed, which quantize does not take",
         "no method 'gptqq'; did you mean 'gptq'?",
         "recover needs to know how long",
     ):
@@ -115,9 +115,9 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("- pack\n- prune: {}\n", "stages[1].prune: pack is packed by then, which prune does not"),
-        ("- quantize: {}\n- recover: {tokens: 4096}\n", "is quantized by then, which recover does"),
-        ("- prune: {then: int8}\n- quantize: {}\n", "is quantized by then, which quantize does"),
+        ("- pack\n- prune: {}\n", "stages[1].prune: pack is packed, which prune does not"),
+        ("- quantize: {}\n- recover: {tokens: 4096}\n", "is quantized, which recover does"),
+        ("- prune: {then: int8}\n- quantize: {}\n", "is quantized, which quantize does"),
         ("- prune: {}\n  name: a\n- pack:\n  name: a\n", "stages[1].name: 'a' is taken"),
         ("- prune: {}\n  name: model\n", "stages[0].name: 'model' is taken"),
         ("- prune: {}\n  name: ../x\n", "stages[0].name: letters, digits"),
@@ -143,19 +143,19 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
         ("- recover: {method: ast}\n", "stages[0].recover: recover needs to know how long"),
         (
             "- prune: {method: armor}\n- recover: {tokens: 4096}\n",
-            "stages[1].recover: armor is products of factors by then, which recover does not take",
+            "stages[1].recover: armor keeps factors beside its weights",
         ),
         (
             "- prune: {refine: armor}\n- quantize: {}\n",
-            "is products of factors by then, which quantize does not take",
+            "keeps factors beside its weights",
         ),
         (
             "- prune: {compensate: lowrank}\n- quantize: {}\n",
-            "stages[1].quantize: wanda is products of factors by then, which quantize does not",
+            "stages[1].quantize: wanda keeps factors beside its weights",
         ),
         (
             "- recover: {slorb: 16, tokens: 4096}\n- recover: {tokens: 4096}\n",
-            "is products of factors by then, which recover does not take",
+            "keeps factors beside its weights, which are not sparse themselves: recover",
         ),
         (
             "- prune: [{method: wanda, samples: 4}, {method: wanda, samples: 8}]\n",
@@ -254,7 +254,7 @@ def test_yaml_that_python_cannot_read_is_one_error(text):
 
 def test_factors_alone_are_not_trained_or_packed():
     text = "- prune: {compensate: lowrank, format: factored}\n- recover: {tokens: 4096}\n"
-    assert "is factored by then, which recover does not take" in errors(HEAD + text)[0]
+    assert "holds factors only, which recover does not take" in errors(HEAD + text)[0]
 
 
 def test_words_are_replaced_where_they_are_else_in_every_variant():

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.kind import TAKES, Kind
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import cache_dir
 from sparsekit.text import cache_file, calibration
@@ -32,8 +33,11 @@ class Folder:
         self.path = path
         self.config = config
         self.fingerprint = "weights-1"
-        self.factored, self.grid = False, None
+        self.kind, self.grid = Kind.PLAIN, None
         self.loads = 0
+
+    def require(self, verb: str) -> None:
+        assert TAKES[verb][self.kind] == ""
 
     @property
     def places(self):

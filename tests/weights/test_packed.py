@@ -12,8 +12,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsekit.errors import DataError
-from sparsekit.weights.factored import Factored
-from sparsekit.weights.packed import mask_of, pack, stored_shapes, unpack
+from sparsekit.weights.core import Values
+from sparsekit.weights.core_format import CoreFormat
+from sparsekit.weights.form import Form
+from sparsekit.weights.packed import factor_shapes, mask_of, pack, unpack
 from sparsekit.weights.patterns import Pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,14 +35,22 @@ def core_of(text: str, rows: int = 6, groups: int = 5, seed: int = 0) -> tuple[T
     return weight.masked_fill(~mask, 0.0), mask
 
 
-def factored_of(text: str, rows: int, columns: int, block: int, seed: int = 0) -> Factored:
+def form_of(text: str, rows: int, columns: int, block: int, seed: int = 0) -> Form:
     core, mask = core_of(text, rows, columns // Pattern.parse(text).group, seed)
     generator = torch.Generator().manual_seed(seed)
     left, right = (
         torch.eye(block) + 0.3 * torch.randn(n // block, block, block, generator=generator)
         for n in (rows, columns)
     )
-    return Factored(core=core, mask=mask, left=left, right=right)
+    return Form(core=Values(core, mask), left=left, right=right)
+
+
+def read(stored: dict[str, Tensor], pattern: Pattern, columns: int) -> Form:
+    """The form that the tensors on disk make, once it is checked."""
+    shape = len(stored["indices"]), columns
+    form = Form.from_stored(stored, CoreFormat(pattern=pattern), shape)
+    form.check()
+    return form
 
 
 def unpacked(*packed) -> tuple[Tensor, Tensor]:
@@ -180,39 +190,40 @@ def test_shapes_that_do_not_fit_are_refused(what: str) -> None:
 
 
 def test_product_is_that_of_the_block_diagonal_matrices() -> None:
-    made = factored_of("2:4", 24, 32, 8)
+    made = form_of("2:4", 24, 32, 8)
     left, right = (torch.block_diag(*side.double()) for side in (made.left, made.right))
-    wanted = left @ made.core.double() @ right
+    wanted = left @ made.core.values.double() @ right
     torch.testing.assert_close(made.dense().double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_factor_that_is_none_is_an_identity() -> None:
-    made = factored_of("2:4", 24, 32, 8)
-    core, mask, left, right = made.core, made.mask, made.left, made.right
-    assert torch.equal(Factored(core=core, mask=mask).dense(), core)
-    one = Factored(core=core, mask=mask, left=left).dense()
+    made = form_of("2:4", 24, 32, 8)
+    core, left, right = made.core.values, made.left, made.right
+    assert torch.equal(Form(core=made.core).dense(), core)
+    one = Form(core=made.core, left=left).dense()
     torch.testing.assert_close(one, torch.block_diag(*left) @ core)
-    one = Factored(core=core, mask=mask, right=right).dense()
+    one = Form(core=made.core, right=right).dense()
     torch.testing.assert_close(one, core @ torch.block_diag(*right))
 
 
 def test_block_of_one_scales_rows_and_columns() -> None:
     core, mask = core_of("2:4", 3, 2)
     rows, columns = torch.rand(3) + 1, torch.rand(8) + 1
-    made = Factored(core=core, mask=mask, left=rows.view(3, 1, 1), right=columns.view(8, 1, 1))
+    sides = {"left": rows.view(3, 1, 1), "right": columns.view(8, 1, 1)}
+    made = Form(core=Values(core, mask), **sides)
     torch.testing.assert_close(made.dense(), rows[:, None] * core * columns)
 
 
 def test_rounding_is_that_of_the_type_and_leaves_the_mask() -> None:
-    made = factored_of("2:4", 24, 32, 8)
-    found = made.to(torch.bfloat16)
-    for name in ("core", "left", "right"):
-        exact, rounded = getattr(made, name), getattr(found, name)
+    made = form_of("2:4", 24, 32, 8)
+    found = made.rounded(torch.bfloat16)
+    for name, exact in made.parameters.items():
+        rounded = found.parameters[name]
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, exact.bfloat16().float())
         assert not torch.equal(rounded, exact)
-    assert torch.equal(found.mask, made.mask)
-    assert Factored(core=made.core, mask=made.mask).to(torch.bfloat16).left is None
+    assert torch.equal(found.core.mask, made.core.mask)
+    assert Form(core=made.core).rounded(torch.bfloat16).left is None
 
 
 # ------------------------------------------------------------------------------- what is stored
@@ -226,26 +237,26 @@ def test_rounding_is_that_of_the_type_and_leaves_the_mask() -> None:
 )  # fmt: skip
 def test_stored_factors_give_the_same_product(dtype, text, rows, columns, block) -> None:
     pattern = Pattern.parse(text)
-    made = factored_of(text, rows, columns, block).to(dtype)
-    stored = made.stored(pattern, dtype)
+    made = form_of(text, rows, columns, block).rounded(dtype)
+    stored = made.packed(pattern).to(dtype).stored()
     assert stored.keys() == {"values", "indices", "left", "right"}
-    found = Factored.of(load(save(stored)), pattern, columns)
-    assert torch.equal(found.core, made.core)
-    assert torch.equal(found.mask, made.mask)
+    found = read(load(save(stored)), pattern, columns)
+    assert torch.equal(found.core.dense().float(), made.core.values)
+    assert torch.equal(found.core.mask(), made.core.mask)
     assert torch.equal(found.dense(), made.dense())
     assert {name: part.dtype for name, part in stored.items()} == {
         "values": dtype, "indices": torch.uint8, "left": dtype, "right": dtype,
     }  # fmt: skip
     shapes = {name: tuple(part.shape) for name, part in stored.items()}
-    assert shapes == stored_shapes(rows, columns, pattern, block=block)
+    assert shapes == factor_shapes(rows, columns, pattern, block=block)
 
 
 def test_sides_that_are_none_are_not_stored() -> None:
     core, mask = core_of("2:4")
     pattern = Pattern.parse("2:4")
-    stored = Factored(core=core, mask=mask).stored(pattern, torch.float32)
+    stored = Form(core=Values(core, mask)).packed(pattern).stored()
     assert stored.keys() == {"values", "indices"}
-    found = Factored.of(stored, pattern, core.shape[1])
+    found = read(stored, pattern, core.shape[1])
     assert found.left is None
     assert found.right is None
     assert torch.equal(found.dense(), core)
@@ -253,7 +264,7 @@ def test_sides_that_are_none_are_not_stored() -> None:
 
 def test_published_size_of_a_core() -> None:
     """2:4 in bfloat16: half of 16 bits and one of the mask, 9 bits a weight (spec. 8.9)."""
-    shapes = stored_shapes(256, 512, Pattern.parse("2:4"), block=128)
+    shapes = factor_shapes(256, 512, Pattern.parse("2:4"), block=128)
     core = 16 * math.prod(shapes["values"]) + 8 * math.prod(shapes["indices"])
     assert core == 9 * 256 * 512
     assert math.prod(shapes["left"]) + math.prod(shapes["right"]) == 128 * (256 + 512)
@@ -270,7 +281,7 @@ def test_published_size_of_a_core() -> None:
 )
 def test_bits_of_a_weight_with_its_blocks(rows, columns, block, bits) -> None:
     """2:4 in bfloat16, 9 bits, and 16 for each number of A and B (by hand, spec. 8.9)."""
-    shapes = stored_shapes(rows, columns, Pattern.parse("2:4"), block=block)
+    shapes = factor_shapes(rows, columns, Pattern.parse("2:4"), block=block)
     found = 8 * math.prod(shapes.pop("indices")) + 16 * sum(map(math.prod, shapes.values()))
     assert found / (rows * columns) == pytest.approx(bits, abs=5e-4)
 
@@ -281,11 +292,11 @@ def test_bits_of_a_weight_with_its_blocks(rows, columns, block, bits) -> None:
     ["values", "indices", "left", "right"],
 )
 def test_factors_that_do_not_fit_together_are_refused(part: str, how: str) -> None:
-    made, pattern = factored_of("2:4", 16, 32, 8), Pattern.parse("2:4")
-    stored = made.stored(pattern, torch.float32)
+    made, pattern = form_of("2:4", 16, 32, 8), Pattern.parse("2:4")
+    stored = made.packed(pattern).stored()
     stored[part] = stored[part].flatten() if how == "flat" else stored[part].unflatten(0, (-1, 2))
     with pytest.raises(DataError):
-        Factored.of(stored, pattern, 32)
+        read(stored, pattern, 32)
 
 
 # ------------------------------------------------------------- other patterns, and low-rank parts
@@ -304,7 +315,7 @@ def test_core_of_an_unstructured_pattern_comes_back_bit_for_bit(text: str, colum
     assert values.tolist() == [float(core[i, j]) for i, j in mask.nonzero().tolist()]
     assert [places_of(row, columns, 1) for row in indices] == mask.int().tolist()
     shapes = {"values": tuple(values.shape), "indices": tuple(indices.shape)}
-    assert shapes == stored_shapes(7, columns, pattern)
+    assert shapes == factor_shapes(7, columns, pattern)
     found, where = unpacked(values, indices, pattern, columns)
     assert torch.equal(found, core)
     assert torch.equal(where, mask)
@@ -323,9 +334,9 @@ def test_low_rank_part_is_added_and_stored() -> None:
     core, mask = core_of("2:4", 6, 4)
     pattern = Pattern.parse("2:4")
     up, down = weight_of(6, 2, seed=1), weight_of(2, 16, seed=2)
-    made = Factored(core=core, mask=mask, up=up, down=down)
+    made = Form(core=Values(core, mask), up=up, down=down)
     torch.testing.assert_close(made.dense(), core + up @ down)
-    stored = made.stored(pattern, torch.float32)
+    stored = made.packed(pattern).stored()
     shapes = {name: tuple(part.shape) for name, part in stored.items()}
-    assert shapes == stored_shapes(6, 16, pattern, rank=2)
-    assert torch.equal(Factored.of(stored, pattern, 16).dense(), made.dense())
+    assert shapes == factor_shapes(6, 16, pattern, rank=2)
+    assert torch.equal(read(stored, pattern, 16).dense(), made.dense())

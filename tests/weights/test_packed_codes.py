@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.packed import (
     exact_pattern,
     pack_weight,
     packed_bytes,
     packing,
-    unpack_weight,
+    unpack,
 )
-from sparsekit.weights.packed_codes import CodeForm, pack_grid, unpack_grid
+from sparsekit.weights.packed_codes import pack_grid, unpack_grid
 from sparsekit.weights.patterns import Pattern
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +46,7 @@ def test_every_bit_comes_back(pattern, shape, dtype):
     values, indices = pack_weight(weight, found)
     assert values.dtype == dtype
     assert values.nbytes + indices.nbytes == packed_bytes(shape, 8 * dtype.itemsize, found)
-    assert torch.equal(bits(unpack_weight(values, indices, found, shape[1])), bits(weight))
+    assert torch.equal(bits(unpack(values, indices, found, shape[1])), bits(weight))
 
 
 @pytest.mark.parametrize(
@@ -71,24 +72,26 @@ def test_bytes_are_those_of_theory(pattern, dtype, share):
 @pytest.mark.parametrize("odd", [0, 1])
 def test_every_bit_of_codes_comes_back_too(shape, grid, odd):
     """For even and odd counts of values, of which 4-bit ones lie two in a byte."""
-    form = CodeForm(Grid.parse(grid), torch.bfloat16)
+    on, dtype = Grid.parse(grid), torch.bfloat16
     weight = sparse("50%/tensor", shape, torch.float32)
     if int((weight != 0).sum()) % 2 != odd:
         weight[tuple(weight.nonzero()[0])] = 0.0
-    codes = Codes.nearest(form.grid, weight, form.dtype)
+    codes = Codes.nearest(on, weight, dtype)
     stored = codes.codes.view(torch.int8)
-    if form.grid.floating:
+    if on.floating:
         stored[tuple((stored == 0).nonzero()[0])] = -128  # -0.0, which is a value
     else:  # the lowest code, and one with all bits set
-        stored[tuple(stored.nonzero()[0])] = int(form.grid.range[0])
+        stored[tuple(stored.nonzero()[0])] = int(on.range[0])
         stored[tuple(stored.nonzero()[-1])] = -1
     pattern = exact_pattern(int((stored == 0).sum()), stored.numel())
-    parts = pack_grid(codes, pattern, form.grid)
+    parts = pack_grid(codes, pattern)
     values = int((stored != 0).sum())
-    assert values % 2 == (odd + form.grid.floating) % 2
-    assert parts["values"].nbytes == -(-values * form.grid.bits // 8)
-    assert {name: tuple(part.shape) for name, part in parts.items()} == form.shapes(shape, pattern)
-    found = unpack_grid(parts, pattern, shape[1], form)
+    assert values % 2 == (odd + on.floating) % 2
+    assert parts["values"].nbytes == -(-values * on.bits // 8)
+    stored_as = CoreFormat(pattern=pattern, grid=on, dtype=dtype)
+    assert CoreFormat.parse(str(stored_as)) == stored_as
+    assert {name: tuple(part.shape) for name, part in parts.items()} == stored_as.shapes(shape)
+    found = unpack_grid(parts, shape, pattern, on, dtype)
     assert found.codes.dtype == codes.codes.dtype
     assert torch.equal(found.codes.view(torch.int8), stored)
     assert torch.equal(bits(found.scale), bits(codes.scale))
@@ -100,7 +103,7 @@ def test_a_negative_zero_is_a_value():
     weight[at] = -0.0
     found = packing(weight, TRIED)
     assert str(found) == "3:4"  # one group has three values now
-    assert torch.equal(bits(unpack_weight(*pack_weight(weight, found), found, 8)), bits(weight))
+    assert torch.equal(bits(unpack(*pack_weight(weight, found), found, 8)), bits(weight))
 
 
 def test_more_zeros_than_the_pattern_asks_for_come_back_too():
@@ -109,7 +112,7 @@ def test_more_zeros_than_the_pattern_asks_for_come_back_too():
     weight[3, :6] = 0.0
     found = packing(weight, TRIED)
     assert str(found) == "2:4"
-    assert torch.equal(bits(unpack_weight(*pack_weight(weight, found), found, 16)), bits(weight))
+    assert torch.equal(bits(unpack(*pack_weight(weight, found), found, 16)), bits(weight))
 
 
 def test_what_packing_does_not_serve_is_left():
@@ -122,7 +125,7 @@ def test_nothing_but_zeros_comes_back_too(columns, pattern):
     found = packing(weight, TRIED)
     assert str(found).endswith(pattern)
     assert Pattern.parse(str(found)) == found
-    assert torch.equal(unpack_weight(*pack_weight(weight, found), found, columns), weight)
+    assert torch.equal(unpack(*pack_weight(weight, found), found, columns), weight)
 
 
 @pytest.mark.parametrize(("zeros", "size"), [(1, 3), (7, 49152 * 576), (10**7 + 1, 10**8 - 3)])

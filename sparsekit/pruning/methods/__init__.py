@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsekit.solvers.hessian import FACTORING_BYTES
 from sparsekit.solvers.input_stats import InputSums, Want
-from sparsekit.weights.factored import Factored
+from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.patterns import Pattern
 
@@ -24,7 +24,7 @@ class Pruned:
 
     weight: Tensor  # [out, in] float32, exact zeros where the mask is False unless it has factors
     mask: Tensor  # [out, in] bool, True = keep; with factors that of their core
-    factors: Factored | None = None
+    factors: Form | None = None
     """Of which the weight is the product."""
     codes: Codes | None = None
     """Of which the weight consists, where it was put on a grid."""

@@ -26,7 +26,8 @@ from sparsekit.pruning.refiners import GoOn, Refiner, always
 from sparsekit.solvers.armor_als import BlockFit
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.solvers.nowag_scaling import importance, normalise
-from sparsekit.weights.factored import Factored
+from sparsekit.weights.core import Values
+from sparsekit.weights.form import Form
 from sparsekit.weights.patterns import Pattern
 
 # Added to every norm.
@@ -88,9 +89,8 @@ class Armor(Refiner):
         fit, told = self._fit(normal, core, metric, block, pattern, go_on)
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
-        factors = Factored(
-            core=keep_on(mask, fit.core) + 0.0,  # no -0.0
-            mask=mask,
+        factors = Form(
+            core=Values(keep_on(mask, fit.core) + 0.0, mask),  # no -0.0
             left=fit.left * rows.view(-1, block, 1),
             right=fit.right * columns.view(-1, 1, block),
         )

@@ -110,25 +110,27 @@ def test_result_is_the_product_of_its_factors() -> None:
     made = run()
     factors = made.factors
     left, right = (torch.block_diag(*side.double()) for side in (factors.left, factors.right))
-    product = left @ factors.core.double() @ right
+    product = left @ factors.core.values.double() @ right
     torch.testing.assert_close(made.weight.double(), product, rtol=0, atol=1e-5)
-    assert torch.equal(factors.mask, made.mask)
-    assert not factors.core[~made.mask].any()
+    assert torch.equal(factors.core.mask, made.mask)
+    assert not factors.core.values[~made.mask].any()
     assert not torch.equal(made.weight != 0, made.mask)
 
 
 def test_same_input_gives_the_same_bits() -> None:
     one, two = run(), run()
-    for name in ("core", "mask", "left", "right"):
-        assert torch.equal(getattr(one.factors, name), getattr(two.factors, name)), name
+    assert one.factors.parameters.keys() == {"weight", "left", "right"}
+    for name, part in one.factors.parameters.items():
+        assert torch.equal(part, two.factors.parameters[name]), name
+    assert torch.equal(one.mask, two.mask)
     assert one.numbers == two.numbers
 
 
 @pytest.mark.parametrize("dead", [(0, 5), (0, 1, 2, 3), tuple(range(8, 16))])
 def test_dead_inputs_give_finite_factors(dead: tuple[int, ...]) -> None:
     made = run(dead=dead)
-    for name in ("core", "left", "right"):
-        assert getattr(made.factors, name).isfinite().all(), name
+    for name, part in made.factors.parameters.items():
+        assert part.isfinite().all(), name
     assert made.numbers["loss"] < made.numbers["first_loss"]
 
 
@@ -142,7 +144,7 @@ def test_zeros_of_a_weight_stay_positive_in_its_core() -> None:
     weight[8:16], weight[3], weight[:, 8:12] = 0, 0, 0
     sums, pattern = sums_of(inputs_of(200, COLUMNS), Want.GRAM), Pattern.parse("2:4")
     start = methods.load("pruners", "nowag", {}).prune(weight, sums, pattern)
-    core = refiner.refine(weight, start, sums, pattern).factors.core
+    core = refiner.refine(weight, start, sums, pattern).factors.core.values
     assert not core[8:16].any()
     negative = ((core == 0) & core.signbit()).any()
     assert not negative

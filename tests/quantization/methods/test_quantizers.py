@@ -47,7 +47,7 @@ def test_gptq_is_the_explicit_column_update(pattern, text):
     hessian = oracles.sparsegpt_hessian(x, ROWS)
     # An exact scale would put the largest number of a group half between two codes.
     codes = Gptq().quantize(weight, sums_of(x), grid, torch.bfloat16).codes
-    found = Codes(codes.codes, codes.scale.float()).dense()
+    found = Codes(codes.codes, codes.scale.float(), grid).dense()
     low, high = map(int, grid.range)
     wanted = oracles.gptq(weight, hessian, grid.group or IN, low, high)
     assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-5)
@@ -62,7 +62,7 @@ def test_one_pass_of_sparsegpt_removes_and_rounds_as_the_explicit_update(pattern
     found = Sparsegpt(block=unit).prune_on_grid(weight, sums_of(x), wanted, grid, torch.bfloat16)
     assert found is not None
     assert found.codes is not None
-    codes = Codes(found.codes.codes, found.codes.scale.float())
+    codes = Codes(found.codes.codes, found.codes.scale.float(), grid)
     rule = {"choose": lambda scores: wanted.mask(scores.float()), "unit": unit}
     explicit = oracles.gptq(weight, hessian, grid.group, *map(int, grid.range), **rule)
     assert torch.allclose(codes.dense().double(), explicit, rtol=0, atol=1e-5)
