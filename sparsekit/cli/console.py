@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -21,6 +22,8 @@ from sparsekit.memory import is_out_of_memory, peak_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
+# The command that runs, which its errors name: in a pipe of several one sees which failed.
+VERB: ContextVar[str] = ContextVar("verb", default="")
 FEWER_ROWS = "fewer --samples or a shorter --length take less"
 SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
@@ -112,6 +115,7 @@ class Terminal:
     def _fail(self, message: str, hint: str, code: int) -> None:
         if self.debug:
             traceback.print_exc(file=sys.stderr)
+        message = f"{VERB.get()}: {message}" if VERB.get() else message
         self.stderr.print(f"{message}; {hint}" if hint else message, markup=False)
         raise typer.Exit(code)
 

@@ -15,12 +15,11 @@ from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.prune import prune
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import Score, evaluate
-from sparsekit.text.calibration import Calibration
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 PATTERN = "2:4"
 # Small enough for two cores in a few minutes; the two parts of `builtin` do not overlap.
-CALIBRATION = Calibration(source="builtin", samples=16, length=512)
+CALIBRATION: dict[str, Any] = {"calibration": "builtin", "samples": 16, "length": 512}
 SCORING = EvalConfig(text="builtin", length=512, limit=16)
 
 
@@ -66,8 +65,9 @@ def _folder(out: Path, method: str) -> Path:
 
 
 def _config(method: str) -> PruneConfig:
-    rows = None if methods.describe("pruners", method).data_free else CALIBRATION
-    return PruneConfig(method=method, pattern=PATTERN, calibration=rows)
+    if methods.describe("pruners", method).data_free:
+        return PruneConfig(method=method, pattern=PATTERN)
+    return PruneConfig(method=method, pattern=PATTERN, **CALIBRATION)
 
 
 def _made(

@@ -30,7 +30,7 @@ def run(row_file, tmp_path):
     """Prunes a folder with the token rows of conftest.py; gives the report."""
 
     def pruned(source: Path, name: str = "out", **options) -> Report:
-        options.setdefault("calibration", Calibration(source=str(row_file)))
+        options.setdefault("calibration", str(row_file))
         return prune(PruneConfig(**options), str(source), tmp_path / name)
 
     return pruned
@@ -212,7 +212,7 @@ def test_propagation_is_the_methods_own_unless_it_is_asked_for(run, family, meth
 
 def test_order_of_the_calibration_rows_does_not_matter(run, family, rows, tmp_path):
     save_file({"tokens": rows.flip(0).contiguous()}, tmp_path / "flipped.safetensors")
-    flipped = Calibration(source=str(tmp_path / "flipped.safetensors"))
+    flipped = str(tmp_path / "flipped.safetensors")
     one = run(family("llama"), "one")
     two = run(family("llama"), "two", calibration=flipped)
     assert weight_hashes(one.out) == weight_hashes(two.out)
@@ -304,7 +304,7 @@ def test_relative_error_is_that_of_the_layers_output(run, family, rows):
 def test_provenance_says_what_was_done_and_with_what(run, family, rows, row_file):
     import importlib.metadata
 
-    report = run(family("llama"), method="sparsegpt", options={"block": "64"}, skip=["o_proj"])
+    report = run(family("llama"), method="sparsegpt", option={"block": "64"}, skip=["o_proj"])
     source = Checkpoint.open(family("llama"))
     found = json.loads((report.out / "sparsekit.json").read_text())
     (entry,) = found["history"]
@@ -475,7 +475,7 @@ def test_pattern_that_does_not_divide_a_layer_is_named_with_the_way_out(
     run, family, row_file, tmp_path
 ):
     odd = family("llama_odd")
-    config = {"calibration": Calibration(source=str(row_file))}
+    config = {"calibration": str(row_file)}
     match = (
         r"model\.layers\.0\.mlp\.down_proj\.weight: 66 inputs do not divide into groups of 4; "
         r"--pattern 1:2 fits, or leave it dense with --skip down_proj$"
@@ -521,7 +521,7 @@ def test_inputs_that_overflow_are_an_error_that_names_the_weight(
     for part in ("up_proj", "gate_proj"):
         tensors[f"model.layers.{block}.mlp.{part}.weight"] *= 1e30
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = PruneConfig(method=method, calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(method=method, calibration=str(row_file))
     name = rf"model\.layers\.{block}\.mlp\.down_proj\.weight"
     with pytest.raises(NumericalError, match=name):
         prune(config, str(folder), tmp_path / "refused")
@@ -530,14 +530,14 @@ def test_inputs_that_overflow_are_an_error_that_names_the_weight(
 
 def test_token_rows_of_another_vocabulary_are_refused(family, tmp_path):
     save_file({"tokens": torch.full((2, 8), 260)}, tmp_path / "big.safetensors")
-    config = {"calibration": Calibration(source=str(tmp_path / "big.safetensors"))}
+    config = {"calibration": str(tmp_path / "big.safetensors")}
     match = r"token 260, the model's vocabulary has 260"
     assert_refused(tmp_path, DataError, match, model=family("llama"), config=config)
 
 
 def test_text_without_a_tokenizer_is_refused(family, tmp_path):
     (tmp_path / "some.txt").write_text("words " * 1000)
-    config = {"calibration": Calibration(source=str(tmp_path / "some.txt"), samples=2, length=8)}
+    config = {"calibration": str(tmp_path / "some.txt"), "samples": 2, "length": 8}
     assert_refused(
         tmp_path, DataError, "has no tokenizer", model=family("llama_tied"), config=config
     )
@@ -555,14 +555,14 @@ def test_existing_output_is_refused_before_anything_is_read(tmp_path):
     [
         ({"method": "wandaa"}, r"no method 'wandaa'.*did you mean 'wanda'"),
         ({"pattern": "2;4"}, r"pattern '2;4' is not understood.*N:M"),
-        ({"method": "sparsegpt", "options": {"blok": "3"}}, r"no option 'blok'.*'block'"),
-        ({"method": "sparsegpt", "options": {"block": "x"}}, r"block of sparsegpt takes int"),
-        ({"options": {"block": "3"}}, r"wanda has no option 'block'; wanda has no options"),
+        ({"method": "sparsegpt", "option": {"blok": "3"}}, r"no option 'blok'.*'block'"),
+        ({"method": "sparsegpt", "option": {"block": "x"}}, r"block of sparsegpt takes int"),
+        ({"option": {"block": "3"}}, r"wanda has no option 'block'; wanda has no options"),
         ({"reconstruct": "lsq"}, r"--reconstruct 'lsq' is not known; one of: none, cg"),
         ({"device": "tpu"}, r"--device 'tpu' is not known"),
         ({"dtype": "int4"}, r"--dtype 'int4' is not known"),
-        ({"calibration": Calibration(source="buildin")}, r"'buildin'.*did you mean 'builtin'"),
-        ({"calibration": Calibration(samples=0)}, r"samples is 0"),
+        ({"calibration": "buildin"}, r"'buildin'.*did you mean 'builtin'"),
+        ({"samples": 0}, r"samples is 0"),
     ],
 )
 def test_wrong_options_are_refused_whatever_the_model_is(tmp_path, options, match):
@@ -573,7 +573,7 @@ def test_wrong_options_are_refused_whatever_the_model_is(tmp_path, options, matc
 
 
 def plan_of(family, row_file, tmp_path, **options):
-    options.setdefault("calibration", Calibration(source=str(row_file)))
+    options.setdefault("calibration", str(row_file))
     source = options.pop("source", family("llama"))
     return plan(PruneConfig(**options), str(source), tmp_path / "out")
 
@@ -636,14 +636,14 @@ def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tm
     # One token more in each of five rows, and in all inputs and outputs of one row.
     assert longer - file == 5 * 32 * 4 + 4 * 512
     # 2048 tokens are asked for by default, the model takes 256.
-    capped = plan_of(family, row_file, tmp_path, calibration=Calibration(samples=5))
-    most = plan_of(family, row_file, tmp_path, calibration=Calibration(samples=5, length=256))
+    capped = plan_of(family, row_file, tmp_path, samples=5)
+    most = plan_of(family, row_file, tmp_path, samples=5, length=256)
     assert capped["peak_memory_estimate_bytes"] == most["peak_memory_estimate_bytes"]
 
 
 def test_dry_run_sees_that_a_model_to_sample_from_does_not_fit(family, tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekit.model.full_model.available_memory", lambda: 1000)
-    config = PruneConfig(calibration=Calibration(source="self"))
+    config = PruneConfig(calibration="self")
     with pytest.raises(DataError, match=r"text of 'self' needs .*builtin"):
         plan(config, str(family("llama")), tmp_path / "out")
 
@@ -655,7 +655,7 @@ def test_dry_run_sees_a_missing_tokenizer_before_any_weight(family, tmp_path):
 
 def test_interrupted_run_goes_on_when_the_model_has_moved(copy_of, row_file, tmp_path):
     source = copy_of("llama")
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     whole = weight_hashes(prune(config, str(source), tmp_path / "whole").out)
 
     class Stop(Recorder):
@@ -675,8 +675,8 @@ def test_damping_that_is_raised_for_every_weight_is_told(family, tmp_path):
     save_file({"tokens": torch.arange(4)[None]}, tmp_path / "rows.safetensors")
     config = PruneConfig(
         method="sparsegpt",
-        options={"damping": "0"},
-        calibration=Calibration(source=str(tmp_path / "rows.safetensors")),
+        option={"damping": "0"},
+        calibration=str(tmp_path / "rows.safetensors"),
     )
     seen = Recorder()
     report = prune(config, str(family("llama")), tmp_path / "out", progress=seen)
@@ -718,7 +718,7 @@ class Recorder:
 
 def test_progress_names_the_method_and_every_block(family, row_file, tmp_path):
     seen = Recorder()
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     prune(config, str(family("llama")), tmp_path / "out", progress=seen)
     assert seen.begun == [("wanda 2:4", 2)]
     assert seen.steps == ["model.layers.0", "model.layers.1"]
@@ -736,7 +736,7 @@ def test_reading_a_large_checkpoint_is_shown_weight_by_weight(family, tmp_path, 
 
 def test_capped_length_is_told_and_recorded(family, tmp_path):
     seen = Recorder()
-    config = PruneConfig(calibration=Calibration(samples=2, length=4000))
+    config = PruneConfig(samples=2, length=4000)
     report = prune(config, str(family("llama")), tmp_path / "out", progress=seen)
     note = "length capped at 256: the model's maximum"
     assert seen.notes == [note]
