@@ -49,7 +49,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        token = VERB.set(ctx.command_path.removeprefix("sparsekit").strip())
+        token = VERB.set(ctx.command_path.partition(" ")[2])
         try:
             return super().invoke(ctx)
         finally:
@@ -135,7 +135,7 @@ def _parameter(config: type[Options], name: str, defaults: Mapping[str, Any]) ->
     """The parameter from which typer makes the flag of an option."""
     field, flag = config.model_fields[name], flag_of(config, name)
     first, optional = _first(word_type(config, name))
-    choices = choices_of(first) if get_origin(first) is Literal else ()
+    choices = choices_of(field.annotation) if get_origin(field.annotation) is Literal else ()
     metavar = f"<{flag.metavar}>" if flag.metavar else None
     metavar = f"[{'|'.join(choices)}]" if choices else metavar
     option = typer.Option(

@@ -214,9 +214,11 @@ def _problem(config: type[Options], key: str, same: Sequence[Mapping[str, Any]])
         wrong = KeywordError(f"there is no option {key!r}", hint)
         return Problem(key=key, error=wrong, reason=f"unknown; {hint}", given=None)
     if first["type"] == "literal_error":
-        choices = ", ".join(choices_of(config.model_fields[key].annotation))
-        unknown = UsageError(f"{flag} {given!r} is not known", f"one of: {choices}")
-        reason = f"one of {choices} is wanted, not {given!r}"
+        known = choices_of(config.model_fields[key].annotation)
+        hint = f"one of: {', '.join(known)}"
+        hint = did_you_mean(given, known, hint) if isinstance(given, str) and known[4:] else hint
+        unknown = UsageError(f"{flag} {given!r} is not known", hint)
+        reason = f"one of {', '.join(known)} is wanted, not {given!r}"
         return Problem(key=key, error=unknown, reason=reason, given=given)
     if first["type"] == "greater_than_equal":
         wanted = f"must be at least {first['ctx']['ge']}"

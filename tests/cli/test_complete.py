@@ -119,11 +119,11 @@ def refused(command: str, flag: str, word: str) -> bool:
     }
     config = {"quantize": QuantizeConfig, "recover": RecoverConfig, "eval": EvalConfig}
     made = config.get(command.split()[-1], PruneConfig)
-    field = {"form": "format"}.get(flag, flag)
+    field = flag
     more = {"tokens": 8192} if made is RecoverConfig else {}
-    more |= {"eval_text": {"eval_every": 1}, "form": {"slorb": 16}}.get(flag, {}) if more else {}
+    more |= {"eval_text": {"eval_every": 1}, "format": {"slorb": 16}}.get(flag, {}) if more else {}
     try:
-        checks.get(flag, lambda: made(**{field: word}, **more).check())()
+        checks.get(flag, lambda: made(**{field: word}, **more))()
     except SparsekitError:
         return True
     return False

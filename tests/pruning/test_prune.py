@@ -17,7 +17,6 @@ from sparsekit.provenance.entry import Report
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.prune import prune
-from sparsekit.text.calibration import Calibration
 from sparsekit.text.rows import fingerprint
 
 METHODS = methods.names("pruners")
@@ -226,8 +225,8 @@ def test_two_runs_give_the_same_bytes(run, family, method):
 
 
 def test_other_calibration_rows_give_other_masks(run, family, row_file):
-    few = Calibration(source=str(row_file), samples=1, length=6)
-    one, two = run(family("llama"), "one"), run(family("llama"), "two", calibration=few)
+    few = {"calibration": str(row_file), "samples": 1, "length": 6}
+    one, two = run(family("llama"), "one"), run(family("llama"), "two", **few)
     assert weight_hashes(one.out) != weight_hashes(two.out)
     assert (two.entry["calibration"]["samples"], two.entry["calibration"]["length"]) == (1, 6)
 
@@ -605,14 +604,14 @@ def test_peak_estimate_grows_with_rows_and_with_gram_matrices(family, row_file, 
     def estimate(**options) -> int:
         return plan_of(family, row_file, tmp_path, **options)["peak_memory_estimate_bytes"]
 
-    few, many = (Calibration(samples=n, length=128) for n in (16, 64))
-    one = estimate(calibration=few)
+    few, many = ({"calibration": "builtin", "samples": n, "length": 128} for n in (16, 64))
+    one = estimate(**few)
     hidden = 16 * 128 * 32 * 4  # rows, tokens, hidden size, float32
-    assert estimate(calibration=many) - one == 3 * hidden
+    assert estimate(**many) - one == 3 * hidden
     block = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32)  # bfloat16 on disk
     assert one > hidden + 3 * block  # on disk and as float32
     grams = 4 * (32 * 32 + 64 * 64)
-    assert estimate(calibration=few, method="sparsegpt") >= one + grams
+    assert estimate(**few, method="sparsegpt") >= one + grams
     # What one row makes: inputs and outputs of seven weights; and 256 sampled inputs.
     ends = (32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3
     row = (128 + 256) * 4 * ends
@@ -630,14 +629,14 @@ def test_peak_estimate_does_not_grow_with_depth(family, row_file, tmp_path):
 
 def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tmp_path):
     file, longer = (
-        plan_of(family, row_file, tmp_path, calibration=c)["peak_memory_estimate_bytes"]
-        for c in (Calibration(source=str(row_file)), Calibration(samples=5, length=25))
+        plan_of(family, row_file, tmp_path, **c)["peak_memory_estimate_bytes"]
+        for c in ({}, {"calibration": "builtin", "samples": 5, "length": 25})
     )
     # One token more in each of five rows, and in all inputs and outputs of one row.
     assert longer - file == 5 * 32 * 4 + 4 * 512
     # 2048 tokens are asked for by default, the model takes 256.
-    capped = plan_of(family, row_file, tmp_path, samples=5)
-    most = plan_of(family, row_file, tmp_path, samples=5, length=256)
+    capped = plan_of(family, row_file, tmp_path, calibration=None, samples=5)
+    most = plan_of(family, row_file, tmp_path, calibration=None, samples=5, length=256)
     assert capped["peak_memory_estimate_bytes"] == most["peak_memory_estimate_bytes"]
 
 

@@ -30,7 +30,6 @@ from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.solvers.input_stats import Want
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.patterns import Pattern
 
@@ -191,8 +190,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, sparse, tmp_path, for
 
 def test_damping_that_had_to_be_raised_is_told(run, sparse, row_file):
     """24 tokens make no Gram matrix of 32 inputs that is positive definite."""
-    notes, rows = Notes(), Calibration(source=str(row_file), samples=1)
-    options = {"option": {"damping": "0"}, "calibration": rows}
+    notes, rows = Notes(), {"calibration": str(row_file), "samples": 1}
+    options = {"option": {"damping": "0"}, **rows}
     run(sparse("2:4"), grid="int4-g16", progress=notes, **options)
     assert any("14 weights needed their damping raised" in note for note in notes.told)
 
