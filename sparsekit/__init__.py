@@ -30,6 +30,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]
+
+
 def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -> PreTrainedModel:
     """A checkpoint as a transformers model on the CPU, also one that is packed or factors.
 

@@ -1,120 +1,123 @@
-"""The verbs as functions, with the words of their flags: what the commands do, from Python."""
+"""The verbs as functions; their keywords are the options of the commands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from sparsekit.errors import UsageError
-from sparsekit.pipeline.options import MethodOptions
+from sparsekit.errors import SparsekitError, UsageError
+from sparsekit.pipeline.options import Options, as_keywords, word_type
 from sparsekit.progress import SILENT, Progress
-from sparsekit.pruning.config import prune_config
-from sparsekit.quantization.config import quantize_config
-from sparsekit.recovery.config import recover_config
-from sparsekit.scoring.config import eval_config
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
 
 if TYPE_CHECKING:
     from sparsekit.provenance.entry import Report
     from sparsekit.scoring.evaluate import Score
     from sparsekit.study.run import Done
 
-
-class PruneWords(TypedDict, total=False):
-    """The flags of `sparsekit prune`; what is left out has the flag's default."""
-
-    method: str | None
-    pattern: str | None
-    option: MethodOptions
-    preset: str | None
-    initial: str | None
-    refine: str | None
-    dense: str | None
-    calibration: str | None
-    samples: int | None
-    length: int | None
-    seed: int
-    skip: Sequence[str]
-    reconstruct: str
-    propagate: bool | None
-    allocate: str
-    compensate: str
-    rank: str | None
-    format: str
-    budget: str | None
-    then: str | None
-    device: str
-    dtype: str
+P = ParamSpec("P")
+Result = TypeVar("Result", covariant=True)
 
 
-class RecoverWords(TypedDict, total=False):
-    """The flags of `sparsekit recover`."""
+class Writer(Protocol[P, Result]):
+    """A verb that writes a model; its keywords are those that make its configuration."""
 
-    method: str
-    data: str
-    tokens: str | int | None
-    max_time: str | None
-    teacher: str | None
-    pattern: str | None
-    option: MethodOptions
-    skip: Sequence[str]
-    metric: str
-    batch: int
-    length: int
-    accumulate: int
-    lr: float | None
-    schedule: str
-    share: float | None
-    temperature: float
-    teacher_top: int | None
-    slorb: int | None
-    format: str
-    save_every: int | None
-    eval_every: int | None
-    eval_text: str | None
-    seed: int
-    device: str
-    dtype: str
-    mixed_precision: str
+    def __call__(
+        self,
+        model: str | Path,
+        out: str | Path,
+        overwrite: bool = False,
+        progress: Progress = SILENT,
+        *none: P.args,
+        **words: P.kwargs,
+    ) -> Result:
+        """Carry out the verb."""
 
 
-class QuantizeWords(TypedDict, total=False):
-    """The flags of `sparsekit quantize`."""
+class Measure(Protocol[P, Result]):
+    """A verb that measures models; its keywords are those that make its configuration."""
 
-    method: str
-    grid: str
-    option: MethodOptions
-    calibration: str | None
-    samples: int | None
-    length: int | None
-    seed: int
-    skip: Sequence[str]
-    format: str
-    device: str
-    dtype: str
+    def __call__(
+        self,
+        models: str | Path | Sequence[str | Path],
+        save: bool = False,
+        progress: Progress = SILENT,
+        *none: P.args,
+        **words: P.kwargs,
+    ) -> Result:
+        """Carry out the verb."""
 
 
-class EvalWords(TypedDict, total=False):
-    """The flags of `sparsekit eval`, but for the baseline."""
-
-    text: str | None
-    length: int | None
-    tasks: str | Sequence[str]
-    include_path: str | Path | None
-    limit: int | None
-    batch_size: int | None
-    seed: int
-    device: str
-    dtype: str
+def _writer(
+    config: Callable[P, Options],
+) -> Callable[[Callable[..., Result]], Writer[P, Result]]:
+    return lambda body: _with_keywords(config, body)
 
 
-def prune(
+def _measure(
+    config: Callable[P, Options],
+) -> Callable[[Callable[..., Result]], Measure[P, Result]]:
+    return lambda body: _with_keywords(config, body)
+
+
+def _with_keywords(config: Any, body: Callable[..., Any]) -> Any:
+    """A function of a configuration as one of the options that make it."""
+    own = list(inspect.signature(body).parameters.values())[1:]
+    fields = config.model_fields
+    made = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=word_type(config, name),
+        )
+        for name, field in fields.items()
+    ]
+
+    def verb(*places: Any, **keywords: Any) -> Any:
+        words = {key: value for key, value in keywords.items() if key not in mine}
+        with _as_keywords():
+            options = config(**words)
+            return body(options, *places, **{k: v for k, v in keywords.items() if k in mine})
+
+    mine = [parameter.name for parameter in own]
+    places = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
+    rest = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    result = inspect.signature(body).return_annotation
+    verb.__name__ = verb.__qualname__ = body.__name__
+    verb.__module__ = body.__module__
+    signature = inspect.Signature([*places, *made, *rest], return_annotation=result)
+    verb.__signature__ = signature  # type: ignore[attr-defined]
+    lines = (f"    {name}: {as_keywords(field.description)}" for name, field in fields.items())
+    verb.__doc__ = "\n".join([inspect.cleandoc(body.__doc__ or ""), "", "Options:", *lines])
+    return verb
+
+
+@contextmanager
+def _as_keywords() -> Iterator[None]:
+    """Errors name keywords in the place of flags."""
+    try:
+        yield
+    except SparsekitError as error:
+        error.message, error.hint = as_keywords(error.message), as_keywords(error.hint)
+        error.args = (error.message,)
+        raise
+
+
+@_writer(PruneConfig)
+def prune(  # noqa: D417  (the configuration is made from the keywords)
+    config: PruneConfig,
     model: str | Path,
     out: str | Path,
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-    **given: Unpack[PruneWords],
 ) -> Report:
     """Write a pruned copy of a model, as `sparsekit prune MODEL -o OUT` does.
 
@@ -123,7 +126,6 @@ def prune(
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
         progress: Told of each block.
-        given: Words of `PruneWords`, as `method="sparsegpt", pattern="2:4", samples=32`.
 
     Returns:
         The folder, and what was done.
@@ -131,83 +133,80 @@ def prune(
     Raises:
         SparsekitError: As the command; its message and hint are what that shows.
     """
-    config = prune_config(**given)
     from sparsekit.pruning.prune import prune as stage
 
     return stage(config, str(model), Path(out), overwrite=overwrite, progress=progress)
 
 
+@_writer(RecoverConfig)
 def recover(
+    config: RecoverConfig,
     model: str | Path,
     out: str | Path,
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-    **given: Unpack[RecoverWords],
 ) -> Report | None:
     """Write a trained copy of a model, as `sparsekit recover MODEL -o OUT` does.
 
-    Args and errors are those of `prune`; the words are those of `RecoverWords`.
+    Arguments and errors are those of `prune`, but for the options.
 
     Returns:
         The folder, and what was done; None in a process that trains along with the main one.
     """
-    config = recover_config(**given)
     from sparsekit.recovery.recover import recover as stage
 
     return stage(config, str(model), Path(out), overwrite=overwrite, progress=progress)
 
 
+@_writer(QuantizeConfig)
 def quantize(
+    config: QuantizeConfig,
     model: str | Path,
     out: str | Path,
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-    **given: Unpack[QuantizeWords],
 ) -> Report:
     """Write a copy of a model on a grid, as `sparsekit quantize MODEL -o OUT` does.
 
-    Args and errors are those of `prune`; the words are those of `QuantizeWords`.
+    Arguments and errors are those of `prune`, but for the options.
     """
-    config = quantize_config(**given)
     from sparsekit.quantization.quantize import quantize as stage
 
     return stage(config, str(model), Path(out), overwrite=overwrite, progress=progress)
 
 
-def evaluate(
+@_measure(EvalConfig)
+def evaluate(  # noqa: D417  (the same)
+    config: EvalConfig,
     models: str | Path | Sequence[str | Path],
     *,
-    baseline: str | Path | None = None,
     save: bool = False,
     progress: Progress = SILENT,
-    **given: Unpack[EvalWords],
 ) -> list[Score]:
     """The scores of one or more models, as `sparsekit eval MODELS` measures them.
 
+    The score of a baseline comes first.
+
     Args:
         models: Folders, hub ids or `demo`.
-        baseline: The model that paired differences are taken to; its score comes first.
         save: Keep the scores beside each model, which sparsekit wrote, for `compare` and `report`.
         progress: Told of each block and model.
-        given: Words of `EvalWords`, as `text="wikitext2", length=2048`.
 
     Raises:
         SparsekitError: As the command.
     """
-    config = eval_config(**given)
     names = [str(name) for name in ([models] if isinstance(models, (str, Path)) else models)]
-    first = None if baseline is None else str(baseline)
     from sparsekit.scoring.saved_scores import require_own, save_scores
 
     if save:
         require_own(names)
     from sparsekit.scoring.evaluate import evaluate as stage
 
-    found = stage(config, names, first, progress)
+    found = stage(config, names, config.baseline, progress)
     if save:
-        save_scores(found[len(found) - len(names) :], names, config, first)
+        save_scores(found[len(found) - len(names) :], names, config, config.baseline)
     return found
 
 

@@ -77,7 +77,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
         otherwise: The hint when no word is close; empty: the list of all known ones.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(repr(name) for name in close)}?"
     return otherwise or f"known: {', '.join(known[:40])}"

@@ -109,10 +109,9 @@ def pruned(family, row_file, tmp_path_factory) -> Path:
     """The tiny llama at 2:4 by Wanda; nobody may write there."""
     from sparsekit.pruning.config import PruneConfig
     from sparsekit.pruning.prune import prune
-    from sparsekit.text.calibration import Calibration
 
     out = tmp_path_factory.mktemp("pruned") / "llama-2of4"
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     return prune(config, str(family("llama")), out).out
 
 

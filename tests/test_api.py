@@ -4,26 +4,24 @@ import importlib.resources
 import inspect
 import json
 import shutil
-import typing
 
 import pytest
 
 import sparsekit
-from sparsekit import api
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import UsageError
-from sparsekit.pruning.config import prune_config
-from sparsekit.quantization.config import quantize_config
-from sparsekit.recovery.config import recover_config
-from sparsekit.scoring.config import eval_config
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.saved_scores import SCORES
 
-PAIRS = [
-    (api.PruneWords, prune_config),
-    (api.RecoverWords, recover_config),
-    (api.QuantizeWords, quantize_config),
-    (api.EvalWords, eval_config),
-]
+CONFIGS = {
+    "prune": PruneConfig,
+    "recover": RecoverConfig,
+    "quantize": QuantizeConfig,
+    "evaluate": EvalConfig,
+}
 SHORT = {"tokens": 96, "batch": 2, "length": 16, "lr": 1e-3}
 
 
@@ -31,12 +29,16 @@ def prints(*folders):
     return [Checkpoint.open(folder).scan() for folder in folders]
 
 
-@pytest.mark.parametrize(("typed", "spell"), PAIRS, ids=lambda one: one.__name__)
-def test_the_types_of_words_are_those_of_the_flags(typed, spell):
-    told = {k: v for k, v in typing.get_type_hints(spell).items() if k != "return"}
-    assert typing.get_type_hints(typed) == told
-    assert not typed.__required_keys__
-    assert inspect.signature(spell).parameters.keys() == told.keys()
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_the_keywords_are_the_options_with_types_and_defaults(verb):
+    function, config = getattr(sparsekit, verb), CONFIGS[verb]
+    keywords = inspect.signature(function).parameters
+    for name, field in config.model_fields.items():
+        assert keywords[name].default == field.default
+        assert keywords[name].annotation is not inspect.Parameter.empty
+        assert keywords[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert f"{name}: " in function.__doc__
+    assert keywords["progress"].default is not None
 
 
 def test_each_verb_gives_the_bytes_of_its_command(cli, family, row_file, tmp_path):
@@ -121,11 +123,22 @@ def test_the_package_says_that_it_is_typed():
 def test_a_wrong_word_is_an_error_with_its_reason(family, tmp_path):
     with pytest.raises(UsageError, match="no method 'wnada'"):
         sparsekit.prune(family("llama"), tmp_path / "out", method="wnada")
-    with pytest.raises(TypeError, match="metod"):
-        sparsekit.prune(family("llama"), tmp_path / "out", metod="wanda")
+    for wrong in (UsageError, TypeError):
+        with pytest.raises(wrong, match="metod") as error:
+            sparsekit.prune(family("llama"), tmp_path / "out", metod="wanda")
+        assert error.value.hint == "did you mean 'method'?"
+    with pytest.raises(UsageError, match=r"sparsity.*use pattern 50%"):
+        sparsekit.prune(family("llama"), tmp_path / "out", sparsity=0.5)
+    with pytest.raises(UsageError, match=r"^samples: .*not '8'"):
+        sparsekit.prune(family("llama"), tmp_path / "out", samples="8")
+    with pytest.raises(UsageError, match=r"^rank has no effect without compensate lowrank"):
+        sparsekit.prune(family("llama"), tmp_path / "out", rank="5%")
+    with pytest.raises(UsageError, match=r"exists; .* or pass overwrite"):
+        sparsekit.prune(family("llama"), tmp_path, pattern="2:4", method="magnitude")
 
 
 def test_every_public_name_is_there_and_documented():
+    assert set(dir(sparsekit)) == {*sparsekit.__all__, "__version__"}
     for name in sparsekit.__all__:
         assert getattr(sparsekit, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

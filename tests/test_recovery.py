@@ -4,11 +4,10 @@ Slow (two minutes on one core), but part of `.ci/run`: `pytest -m slow tests/tes
 The text is drawn from a random table of what follows two words, which the model can only learn.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import save_file
+from verbs import replace
 
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
@@ -16,7 +15,6 @@ from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.text.calibration import Calibration
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +55,7 @@ def folder(tmp_path_factory, make_llama):
         torch.manual_seed(0)
         make_llama(root / "first", **SHAPE)
     learn(root / "first", root / "dense", rows)
-    config = PruneConfig(
-        calibration=Calibration(source=str(root / "train.safetensors"), samples=32)
-    )
+    config = PruneConfig(calibration=str(root / "train.safetensors"), samples=32)
     prune(config, str(root / "dense"), root / "wanda")
     return root
 

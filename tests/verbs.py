@@ -11,3 +11,8 @@ def commands() -> dict[str, object]:
         for inner, sub in getattr(command, "commands", {"": command}).items():
             found[f"{name} {inner}".strip()] = sub
     return found
+
+
+def replace(config, **words):
+    """The configuration that a configuration's words spell with others in their place."""
+    return type(config)(**{**config.words, **words})

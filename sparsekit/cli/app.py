@@ -16,8 +16,10 @@ from sparsekit.cli.recover import recover
 from sparsekit.cli.report import compare, report
 from sparsekit.cli.study import app as recipe
 from sparsekit.cli.study import demo, run
+from sparsekit.cli.verb import Command, Group
 
 app = typer.Typer(
+    cls=Group,
     help="Prune Hugging Face language-model checkpoints on disk, and know what it cost.",
     no_args_is_help=True,
     add_completion=True,
@@ -36,15 +38,31 @@ def _root(
         raise typer.Exit()
 
 
-for _verb in (prune, recover, quantize, pack, unpack, convert, deploy, run, env, compare, report):
-    app.command()(_verb)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(verify)
-app.command("methods")(list_methods)
-app.command()(demo)
-app.add_typer(bench, name="bench")
-app.add_typer(recipe, name="recipe")
+VERBS = {
+    "Make": {
+        "prune": prune,
+        "recover": recover,
+        "quantize": quantize,
+        "pack": pack,
+        "unpack": unpack,
+        "convert": convert,
+    },
+    "Measure": {"eval": evaluate, "inspect": inspect, "verify": verify, "bench": bench},
+    "Look": {
+        "compare": compare,
+        "report": report,
+        "deploy": deploy,
+        "methods": list_methods,
+        "env": env,
+    },
+    "Run": {"run": run, "recipe": recipe, "demo": demo},
+}
+for _panel, _verbs in VERBS.items():
+    for _name, _verb in _verbs.items():
+        if isinstance(_verb, typer.Typer):
+            app.add_typer(_verb, name=_name, rich_help_panel=_panel)
+        else:
+            app.command(_name, cls=Command, rich_help_panel=_panel)(_verb)
 
 
 def main() -> None:

@@ -7,51 +7,30 @@ import typer
 
 from sparsekit.cli import complete
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
-from sparsekit.cli.options import (
-    Debug,
-    Device,
-    Dtype,
-    Initial,
-    Json,
-    Length,
-    Method,
-    MixedPrecision,
-    Model,
-    Options,
-    PatternText,
-    Preset,
-    Propagate,
-    Quiet,
-    Reconstruct,
-    Samples,
-    Seed,
-    Source,
-    named,
-)
-from sparsekit.pruning.config import prune_config
+from sparsekit.cli.options import Debug, Device, Json, Model, Quiet, named
+from sparsekit.cli.verb import Command, read, takes
+from sparsekit.pruning.config import PruneConfig
 from sparsekit.recovery.config import RecoverConfig
 
 app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
 )
 
+# Options of `prune` that do not change how long a weight takes, and of `recover` that a step has
+# no use for.
+NOT_BENCHED = (
+    *("refine", "dense", "skip", "allocate", "compensate", "rank", "format", "budget", "then"),
+)
+NOT_TRAINED = tuple(
+    set(RecoverConfig.model_fields)
+    - {"method", "batch", "length", "teacher", "mixed_precision", "device"}
+)
 
-@app.command("prune")
+
+@app.command("prune", cls=Command)
+@takes(PruneConfig, without=NOT_BENCHED)
 def bench_prune(
     model: Model,
-    method: Method = None,
-    pattern: PatternText = None,
-    option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
-    preset: Preset = None,
-    initial: Initial = None,
-    calibration: Source = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = 0,
-    reconstruct: Reconstruct = "none",
-    propagate: Propagate = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     repeat: Annotated[int, typer.Option(help="Runs of each; medians count.")] = 3,
     floor: Annotated[
         bool, typer.Option(help="Also run the plain forward (needs the model in memory).")
@@ -60,6 +39,7 @@ def bench_prune(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **words: Any,
 ) -> None:
     """Time pruning against one plain forward over the same rows, and measure its peak memory.
 
@@ -67,22 +47,7 @@ def bench_prune(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working() as progress:
-        config = prune_config(
-            method=method,
-            pattern=pattern,
-            option=option,
-            preset=preset,
-            initial=initial,
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            seed=seed,
-            skip=[],
-            reconstruct=reconstruct,
-            propagate=propagate,
-            device=device,
-            dtype=dtype,
-        )
+        config = read(PruneConfig, words)
         from sparsekit.bench.prune import bench_prune as stage
 
         name = named(model)
@@ -90,23 +55,15 @@ def bench_prune(
         show_bench(terminal, result)
 
 
-@app.command("recover")
+@app.command("recover", cls=Command)
+@takes(RecoverConfig, without=NOT_TRAINED, defaults={"method": "fixed"})
 def bench_recover(
     model: Model = "demo",
-    method: Annotated[
-        str, typer.Option(help="fixed, ast or cast.", autocompletion=complete.names("recoverers"))
-    ] = "fixed",
-    batch: Annotated[int, typer.Option(help="Rows in one forward pass.")] = 2,
-    length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
     steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.")] = 6,
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model. Default: what MODEL was made from.")
-    ] = None,
-    mixed_precision: MixedPrecision = "no",
-    device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **words: Any,
 ) -> None:
     """Time training against the machine's rate of matrix products, and tell what it holds.
 
@@ -114,23 +71,15 @@ def bench_recover(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(takes_less=SHORTER_ROWS) as progress:
-        config = RecoverConfig(
-            method=method,
-            tokens=batch * length,
-            batch=batch,
-            length=length,
-            teacher=None if teacher is None else named(teacher),
-            mixed_precision=mixed_precision,  # type: ignore[arg-type]  (check() refuses other words)
-            device=device,
-        )
-        config.check()
+        rows = RecoverConfig.defaults() | words
+        config = read(RecoverConfig, words | {"tokens": rows["batch"] * rows["length"]})
         name = named(model)
         from sparsekit.recovery.speed import bench_recover as stage
 
         show_train_speed(terminal, stage(config, name, steps=steps, progress=progress))
 
 
-@app.command("infer")
+@app.command("infer", cls=Command)
 def bench_infer(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo'.")],
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 
 from sparsekit import registry as methods
-from sparsekit.pipeline.options import DEVICES, DTYPES
-from sparsekit.quantization.config import STORAGES
-from sparsekit.recovery.config import SCHEDULES
+from sparsekit.pipeline.options import DEVICES
 from sparsekit.study.recipe import shipped, summary
 from sparsekit.text.sources import EVALUATION_FILES, SOURCES
 from sparsekit.weights.grids import GRIDS
@@ -48,6 +46,3 @@ grids = words(*GRIDS, "int4-g64", "int4-g32", "int4")
 sources = words(*SOURCES)
 windows = words("builtin", *EVALUATION_FILES)
 devices = words(*DEVICES)
-dtypes = words(*DTYPES)
-storages = words(*STORAGES)
-schedules = words(*SCHEDULES)

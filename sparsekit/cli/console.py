@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -20,6 +21,8 @@ from sparsekit.memory import is_out_of_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
+# The command that runs, which its errors name: in a pipe of several one sees which failed.
+VERB: ContextVar[str] = ContextVar("verb", default="")
 FEWER_ROWS = "fewer --samples or a shorter --length take less"
 SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
@@ -124,6 +127,7 @@ class Terminal:
     def _fail(self, message: str, hint: str, exit_code: int, code: str = "") -> None:
         if self.debug:
             traceback.print_exc(file=sys.stderr)
+        message = f"{VERB.get()}: {message}" if VERB.get() else message
         line = f"{message}; {hint}" if hint else message
         self.stderr.print(f"{line} [{code}]" if code else line, markup=False)
         raise typer.Exit(exit_code)

@@ -1,15 +1,14 @@
 """The verb `eval`."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsekit.cli import complete
 from sparsekit.cli.console import Terminal, paired_text
-from sparsekit.cli.options import Debug, Device, Dtype, Json, Quiet, Seed, named
-from sparsekit.scoring.config import BATCH_SIZE, eval_config
+from sparsekit.cli.options import RUNNING, Debug, Json, Quiet, named
+from sparsekit.cli.verb import read, takes
+from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.saved_scores import require_own, save_scores
 
 if TYPE_CHECKING:
@@ -22,38 +21,21 @@ TASK_COLUMNS = (
 )
 
 
+@takes(EvalConfig)
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids, 'demo' or - (stdin).")],
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text for perplexity: builtin (its held-out part), c4, wikitext2, a text file, or "
-            "token rows in a .safetensors file. Default: builtin when no task is named.",
-            autocompletion=complete.windows,
-        ),
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window. Default: 2048.")] = None,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="At most so many windows, and samples of a task.")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Model to take paired differences to.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help=f"Samples of a task in one forward pass. Default: {BATCH_SIZE}."),
-    ] = None,
     save: Annotated[
-        bool, typer.Option("--save", help="Keep the scores beside each model, for compare.")
+        bool,
+        typer.Option(
+            "--save",
+            help="Keep the scores beside each model, for compare.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **words: Any,
 ) -> None:
     """Measure perplexity and zero-shot scores of one or more models.
 
@@ -61,26 +43,15 @@ def evaluate(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working() as progress:
-        config = eval_config(
-            text=text,
-            length=length,
-            tasks=tasks,
-            include_path=include_path,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-        )
+        config = read(EvalConfig, words)
         names = [named(name) for name in models]
-        base = named(baseline) if baseline else None
         if save:
             require_own(names)
         from sparsekit.scoring.evaluate import evaluate as stage
 
-        found = stage(config, names, base, progress)
+        found = stage(config, names, config.baseline, progress)
         if save:
-            save_scores(found[len(found) - len(names) :], names, config, base)
+            save_scores(found[len(found) - len(names) :], names, config, config.baseline)
         show_scores(terminal, found, names)
 
 

@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparsekit.cli.console import Terminal
-from sparsekit.cli.options import Debug, DryRun, Json, Model, Overwrite, Quiet, named, refuse_early
+from sparsekit.cli.options import (
+    Debug,
+    DryRun,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Quiet,
+    named,
+    refuse_early,
+)
 from sparsekit.cli.plan import show_plan
 
 if TYPE_CHECKING:
     from sparsekit.provenance.entry import Report
-
-
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 
 
 def pack(

@@ -1,83 +1,40 @@
 """The verb `prune`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from sparsekit.cli.console import Terminal, by_kind, kind_row
 from sparsekit.cli.options import (
-    Allocate,
-    BudgetText,
-    Compensate,
     Debug,
-    Dense,
-    Device,
     DryRun,
-    Dtype,
-    Form,
-    Initial,
     Json,
-    Length,
-    Method,
     Model,
-    Options,
+    Out,
     Overwrite,
-    PatternText,
-    Preset,
-    Propagate,
     Quiet,
-    Rank,
-    Reconstruct,
-    Refine,
-    Samples,
-    Seed,
-    Skip,
-    Source,
-    Then,
     Timed,
     named,
     refuse_early,
     refuse_timed,
 )
 from sparsekit.cli.plan import show_plan
-from sparsekit.pruning.config import PruneConfig, prune_config
+from sparsekit.cli.verb import read, takes
+from sparsekit.pruning.config import PruneConfig
 
 if TYPE_CHECKING:
     from sparsekit.provenance.entry import Report
 
 
+@takes(PruneConfig)
 def prune(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    method: Method = None,
-    pattern: PatternText = None,
-    option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
-    preset: Preset = None,
-    initial: Initial = None,
-    refine: Refine = None,
-    dense: Dense = None,
-    calibration: Source = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = 0,
-    skip: Skip = [],  # noqa: B006  (the same)
-    reconstruct: Reconstruct = "none",
-    propagate: Propagate = None,
-    allocate: Allocate = "none",
-    compensate: Compensate = "none",
-    rank: Rank = None,
-    form: Form = "dense",
-    budget: BudgetText = None,
-    then: Then = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    out: Out,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     timed: Timed = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **words: Any,
 ) -> None:
     """Prune MODEL and write a Hugging Face checkpoint.
 
@@ -85,30 +42,7 @@ def prune(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(resumable=True) as progress:
-        config = prune_config(
-            method=method,
-            pattern=pattern,
-            option=option,
-            preset=preset,
-            initial=initial,
-            refine=refine,
-            dense=None if dense is None else named(dense),
-            allocate=allocate,
-            compensate=compensate,
-            rank=rank,
-            format=form,
-            budget=budget,
-            then=then,
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            seed=seed,
-            skip=skip,
-            reconstruct=reconstruct,
-            propagate=propagate,
-            device=device,
-            dtype=dtype,
-        )
+        config = read(PruneConfig, words)
         name = named(model)
         refuse_timed(dry_run=dry_run, timed=timed)
         refuse_early(name, out, overwrite=overwrite)

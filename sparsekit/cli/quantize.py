@@ -1,80 +1,40 @@
-"""The verb `quantize`: its flags, and the configuration that they spell."""
+"""The verb `quantize`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from sparsekit.cli import complete
 from sparsekit.cli.console import Terminal, by_kind, kind_row
 from sparsekit.cli.options import (
     Debug,
-    Device,
     DryRun,
-    Dtype,
     Json,
-    Length,
     Model,
-    Options,
+    Out,
     Overwrite,
     Quiet,
-    Samples,
-    Seed,
-    Skip,
-    Source,
     Timed,
     named,
     refuse_early,
     refuse_timed,
 )
 from sparsekit.cli.plan import show_plan
-from sparsekit.quantization.config import quantize_config
+from sparsekit.cli.verb import read, takes
+from sparsekit.quantization.config import QuantizeConfig
 
 if TYPE_CHECKING:
     from sparsekit.provenance.entry import Report
 
 
-Method = Annotated[
-    str,
-    typer.Option(help="rtn (no data), gptq or awq.", autocompletion=complete.names("quantizers")),
-]
-GridText = Annotated[
-    str,
-    typer.Option(
-        help="int4-g128 (a scale for 128 inputs), int8 (weights only), w8a8 or fp8 (inputs too).",
-        autocompletion=complete.grids,
-    ),
-]
-Storage = Annotated[
-    str,
-    typer.Option(
-        "--format",
-        help="compressed-tensors (codes), or dense (the numbers that they stand for).",
-        autocompletion=complete.storages,
-    ),
-]
-
-
+@takes(QuantizeConfig)
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    method: Method = "gptq",
-    grid: GridText = "int4-g128",
-    option: Options = [],  # noqa: B006  (typer's form of a repeatable option)
-    calibration: Source = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = 0,
-    skip: Skip = [],  # noqa: B006  (the same)
-    form: Storage = "compressed-tensors",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    out: Out,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     timed: Timed = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **words: Any,
 ) -> None:
     """Put the weights of MODEL on a grid, and keep every zero.
 
@@ -82,19 +42,7 @@ def quantize(
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(resumable=True) as progress:
-        config = quantize_config(
-            method=method,
-            grid=grid,
-            option=option,
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            seed=seed,
-            skip=skip,
-            format=form,
-            device=device,
-            dtype=dtype,
-        )
+        config = read(QuantizeConfig, words)
         name = named(model)
         refuse_timed(dry_run=dry_run, timed=timed)
         refuse_early(name, out, overwrite=overwrite)

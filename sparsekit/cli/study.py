@@ -11,6 +11,7 @@ from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, named, refuse_timed
 from sparsekit.cli.plan import plan_costs, plans_together
 from sparsekit.cli.report import show_table
+from sparsekit.cli.verb import Command
 from sparsekit.errors import UsageError
 from sparsekit.files import write_atomic
 
@@ -72,7 +73,7 @@ def run(
         show_run(terminal, folder, done, dry=dry_run)
 
 
-@app.command("ls")
+@app.command("ls", cls=Command)
 def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the recipes that come with sparsekit.
 
@@ -86,7 +87,7 @@ def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False)
         terminal.result("\n".join(f"{name}\t{text}" for name, text in found.items()), found)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def show_recipe(
     recipe: Recipe, json: Json = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
@@ -103,7 +104,7 @@ def show_recipe(
         terminal.result(text.rstrip("\n"), read_yaml(text))
 
 
-@app.command("cp")
+@app.command("cp", cls=Command)
 def copy_recipe(
     recipe: Recipe,
     target: Annotated[Path, typer.Argument(help="The file, or folder, to write.")],
@@ -127,7 +128,7 @@ def copy_recipe(
         terminal.result(file, {"out": str(file)})
 
 
-@app.command("validate")
+@app.command("validate", cls=Command)
 def validate(
     recipes: Annotated[
         list[str],
@@ -154,7 +155,7 @@ def validate(
         terminal.result("\n".join(steps), steps)
 
 
-@app.command("schema")
+@app.command("schema", cls=Command)
 def print_schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Write the JSON schema of recipes, which editors check them by.
 

@@ -1,115 +1,157 @@
 """What `prune` is asked to do, checked without torch so that a wrong word answers at once."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
 
 from sparsekit import registry as methods
 from sparsekit.errors import UsageError, did_you_mean
 from sparsekit.pipeline.options import (
-    DEVICES,
-    DTYPES,
+    CALIBRATION,
+    Device,
+    Dtype,
+    Flag,
     MethodOptions,
-    named_rows,
+    ReadsRows,
+    Skip,
+    Word,
     one_of,
-    parsed,
     seconds,
-    with_rows,
+    written,
 )
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.patterns import Pattern
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """The options of `prune`; the command's flags have the same names and defaults."""
+def _rank(text: str) -> Fraction:
+    """The share of a side that `5%` stands for."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    share = Fraction(match[1]) / 100 if match else Fraction(0)
+    if not 0 < share <= 1:
+        raise UsageError(f"--rank {text!r} is no share of a side", "write it as 5%")
+    return share
 
-    method: str | None = None
-    """A pruner, or a refiner with its initial pruner; None: `wanda`, or no pruner with `dense`."""
-    pattern: str | None = None
-    """None: `2:4`, or with `dense` what the history of the sparse model says."""
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Options of the method and of what it begins with, as text; `alps.damping` names which."""
-    preset: str | None = None
-    """A named set of options of the refiner."""
-    initial: str | None = None
-    """The pruner that a refiner given as `method` begins with; None: its own choice."""
-    refine: str | None = None
-    """A refiner that goes over what the method made."""
-    dense: str | None = None
-    """The dense model that a model that is sparse already comes from; only refined, then."""
-    calibration: Calibration | None = None
-    """None: the default rows for a method that needs them, none for one that does not."""
-    skip: Sequence[str] = ()
-    """Globs of weights to leave dense, matched against the name or any run of its parts."""
-    reconstruct: Literal["none", "cg"] = "none"
-    """`cg` solves for the weights on the mask that the method chose."""
-    compensate: Literal["none", "lowrank"] = "none"
-    """`lowrank` adds a low-rank matrix, kept as factors, that makes up for what is lost."""
-    rank: str | None = None
-    """Its rank, as a share of the smaller side of each weight; None: 5%."""
-    allocate: Literal["none", "owl"] = "none"
-    """`owl` lets blocks with many outliers keep more of their weights than others."""
-    propagate: bool | None = None
-    """Whether inputs come from the pruned blocks before; None: as the method's source does."""
-    format: Literal["dense", "factored"] = "dense"
-    """Whether a weight with factors is written as their product too, or as factors only."""
-    budget: float | None = None
-    """Seconds that the run may take, for a method that works in rounds."""
-    then: str | None = None
-    """The grid that kept weights are put on in the same pass, as `int4-g128`; None: none."""
-    device: str = "auto"
-    dtype: str = "auto"
 
-    def check(self) -> None:
-        """Refuse what is wrong whatever the model is.
+class PruneConfig(ReadsRows):
+    """The options of `prune`."""
 
-        Raises:
-            UsageError: An unknown method, option, pattern, device or dtype.
-            DataError: The calibration source cannot be used.
-        """
+    method: Annotated[
+        str | None,
+        Field(description="See 'sparsekit methods'. Default: wanda."),
+        Flag(metavar="method", methods=("pruners", "refiners")),
+    ] = None
+    pattern: Annotated[
+        Pattern | None,
+        Word(str | None, Pattern.parse),
+        Field(
+            description="N:M (N kept of M inputs), 50% (of each row) or 50%/tensor. Default: 2:4; "
+            "with --dense, that of the sparse model."
+        ),
+        Flag(metavar="pattern", completes="patterns"),
+    ] = None
+    option: MethodOptions = written(())
+    preset: Annotated[
+        str | None,
+        Field(description="A named set of options of the method, as published."),
+        Flag(metavar="preset", completes="presets"),
+    ] = None
+    initial: Annotated[
+        str | None,
+        Field(description="The method that a refining method begins with."),
+        Flag(metavar="method", methods=("pruners",)),
+    ] = None
+    refine: Annotated[
+        str | None,
+        Field(description="A refinement of what the method makes, as dsnot."),
+        Flag(metavar="method", methods=("refiners",)),
+    ] = None
+    dense: Annotated[
+        str | None,
+        Field(description="The dense model of a MODEL that is sparse already, to refine its mask."),
+        Flag(metavar="model", model=True),
+    ] = None
+    skip: Skip = ()
+    reconstruct: Annotated[
+        Literal["none", "cg"],
+        Field(description="cg: least squares on the mask that the method chose."),
+        Flag(),
+    ] = "none"
+    propagate: Annotated[
+        bool | None,
+        Field(
+            description="Calibrate on the outputs of the pruned blocks before, or of the dense "
+            "ones. Default: as the method's source does."
+        ),
+        Flag(panel=CALIBRATION, spelling=("--propagate/--no-propagate",)),
+    ] = None
+    allocate: Annotated[
+        Literal["none", "owl"],
+        Field(description="owl: blocks with many outliers keep more weights."),
+        Flag(),
+    ] = "none"
+    compensate: Annotated[
+        Literal["none", "lowrank"],
+        Field(description="lowrank: a low-rank matrix makes up for what is lost."),
+        Flag(),
+    ] = "none"
+    rank: Annotated[
+        Fraction | None,
+        Word(str | None, _rank),
+        Field(
+            description="Rank of --compensate lowrank, as a share of the smaller side. Default: 5%."
+        ),
+        Flag(metavar="percent"),
+    ] = None
+    format: Annotated[
+        Literal["dense", "factored"],
+        Field(description="factored: factors only, which is smaller."),
+        Flag(),
+    ] = "dense"
+    budget: Annotated[
+        float | None,
+        Word(str | None, seconds("--budget")),
+        Field(description="Time that the run may take, as 10m: armor does its best within it."),
+        Flag(metavar="time"),
+    ] = None
+    then: Annotated[
+        Grid | None,
+        Word(str | None, Grid.parse),
+        Field(
+            description="Put what is kept on a grid in the same pass, as int4-g128, by GPTQ's rule."
+        ),
+        Flag(metavar="grid", completes="grids"),
+    ] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what does not go together."""
         self._check_methods()
         self._check_options()
-        if self.pattern is not None:
-            Pattern.parse(self.pattern)
-        if self.calibration:
-            self.calibration.check()
-        one_of("--reconstruct", self.reconstruct, ("none", "cg"))
-        one_of("--allocate", self.allocate, ("none", "owl"))
-        one_of("--compensate", self.compensate, ("none", "lowrank"))
         if self.rank is not None and self.compensate == "none":
             raise UsageError("--rank has no effect without --compensate lowrank")
-        if self.share > 1 or (self.rank is not None and not self.share):
-            raise UsageError(f"--rank {self.rank!r} is no share of a side", "write it as 5%")
-        one_of("--format", self.format, ("dense", "factored"))
-        one_of("--device", self.device, DEVICES)
-        one_of("--dtype", self.dtype, DTYPES)
-        if self.then is not None:
-            Grid.parse(self.then)
+        self.check_rows(self.title, "propagate")
+        return self
 
     @property
-    def rows(self) -> Calibration | None:
-        """The calibration that this run reads."""
-        needed = (
+    def needs_rows(self) -> bool:
+        """Whether a method of this run reads calibration."""
+        return (
             self.then is not None
             or self.reconstruct != "none"
             or self.compensate != "none"
             or self.allocate != "none"
             or self.refiner is not None
-            or (self.pruner and not methods.describe("pruners", self.pruner).data_free)
+            or not methods.describe("pruners", str(self.pruner)).data_free
         )
-        return self.calibration or (Calibration() if needed else None)
 
     @property
     def share(self) -> Fraction:
         """The rank of the compensation as a share of the smaller side; 0 without one."""
-        if self.compensate == "none":
-            return Fraction(0)
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)%", self.rank or "5%")
-        return Fraction(match[1]) / 100 if match else Fraction(0)
+        return Fraction(0) if self.compensate == "none" else self.rank or Fraction(5, 100)
 
     @property
     def refiner(self) -> str | None:
@@ -139,7 +181,7 @@ class PruneConfig:
         """
         refiner = self._known("refiners")
         found = {}
-        for key, value in self.options.items():
+        for key, value in self.option.items():
             method, _, name = key.rpartition(".")
             of = "refiners" if name in refiner else "pruners"
             if method:
@@ -196,7 +238,7 @@ class PruneConfig:
         taking = [name for name in (self.refiner, self.pruner) if name is not None]
         shared = self._known("refiners") & self._known("pruners")
         known = self._known("refiners") | self._known("pruners")
-        for key in self.options:
+        for key in self.option:
             method, dot, name = key.rpartition(".")
             if dot and method not in taking:
                 raise UsageError(
@@ -208,7 +250,7 @@ class PruneConfig:
                 raise UsageError(
                     f"{' and '.join(taking)} both have an option {name!r}", f"write {both}"
                 )
-            if dot and name in self.options:
+            if dot and name in self.option:
                 raise UsageError(f"option {name!r} is given twice", "leave out one")
             if not method and name not in known and len(taking) > 1:
                 raise UsageError(
@@ -221,60 +263,3 @@ class PruneConfig:
             methods.check("pruners", self.pruner, self.options_of("pruners"))
         elif left := self.options_of("pruners"):
             methods.check("refiners", str(self.refiner), left)
-
-
-def prune_config(
-    *,
-    method: str | None = None,
-    pattern: str | None = None,
-    option: MethodOptions = (),
-    preset: str | None = None,
-    initial: str | None = None,
-    refine: str | None = None,
-    dense: str | None = None,
-    calibration: str | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    skip: Sequence[str] = (),
-    reconstruct: str = "none",
-    propagate: bool | None = None,
-    allocate: str = "none",
-    compensate: str = "none",
-    rank: str | None = None,
-    format: str = "dense",
-    budget: str | None = None,
-    then: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> PruneConfig:
-    """The checked configuration that the words of `prune` spell.
-
-    Raises:
-        UsageError: A word is not one that can be used, or has no effect.
-        DataError: The calibration source cannot be used.
-    """
-    config = PruneConfig(
-        method=method,
-        pattern=pattern,
-        options=parsed(option),
-        preset=preset,
-        initial=initial,
-        refine=refine,
-        dense=dense,
-        calibration=named_rows(calibration, samples, length, seed),
-        skip=skip,
-        reconstruct=reconstruct,  # type: ignore[arg-type]  (check() refuses other words)
-        propagate=propagate,
-        allocate=allocate,  # type: ignore[arg-type]  (the same)
-        compensate=compensate,  # type: ignore[arg-type]  (the same)
-        rank=rank,
-        budget=None if budget is None else seconds(budget),
-        then=then,
-        format=format,  # type: ignore[arg-type]  (the same)
-        device=device,
-        dtype=dtype,
-    )
-    flags = "--samples, --length, --seed and --propagate"
-    given = not (samples is length is propagate is None and seed == 0)
-    return with_rows(config, samples, length, seed, flags if given else "", config.title)

@@ -66,7 +66,7 @@ class Chain:
             refiner=refiner,
             reconstruct=config.reconstruct,
             rank=config.share,
-            grid=Grid.parse(config.then) if config.then is not None else None,
+            grid=config.then,
         )
 
     @property

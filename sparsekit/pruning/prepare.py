@@ -85,7 +85,6 @@ def prepare(
         DataError: The model cannot be read, or has no blocks that can be streamed.
         StorageError: The disk has no room for the output.
     """
-    config.check()
     source = given = open_source(model, out, overwrite=overwrite, progress=progress)
     if config.dense is not None:
         source = Checkpoint.open(resolve(config.dense, progress))
@@ -126,7 +125,7 @@ def prepare(
 def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
     """The pattern that was asked for, or those that a sparse model was pruned to."""
     if config.pattern is not None or config.dense is None:
-        return Patterns(base=Pattern.parse(config.pattern or "2:4"))
+        return Patterns(base=config.pattern or Pattern.parse("2:4"))
     told = given.pruned(converted=True)
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")

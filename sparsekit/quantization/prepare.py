@@ -66,13 +66,12 @@ def prepare(
         DataError: The model cannot be read, is quantized, or keeps factors.
         StorageError: The disk has no room for the output.
     """
-    config.check()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("quantize")
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
-    grid = Grid.parse(config.grid)
+    grid = config.grid
     refuse_misfits(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
     layout = Layout.of(source)
     if config.format != "dense":
@@ -83,7 +82,7 @@ def prepare(
         calibration.require(source)
     return QuantizeJob(
         config=config,
-        quantizer=methods.load("quantizers", config.method, config.options),
+        quantizer=methods.load("quantizers", config.method, config.option),
         grid=grid,
         source=source,
         stream=stream,

@@ -93,11 +93,11 @@ def refuse_silent_teacher(
     """
     chosen = recoverer.needs_gradient and recoverer.decay_of(Scale(parameters=0)) == 0
     hides = recoverer.rule(0.0).hides
-    if chosen and not hides and config.share == 1 and source.path == teacher.path:
+    if chosen and not hides and config.kl_weight == 1 and source.path == teacher.path:
         raise UsageError(
-            "--share 1: at first the model is its own teacher and the loss has no gradient, by "
+            "--kl-weight 1: at first the model is its own teacher and the loss has no gradient, by "
             "whose size the decay would be chosen",
-            "give a smaller --share, or -O decay=1e-4",
+            "give a smaller --kl-weight, or -O decay=1e-4",
         )
 
 
@@ -144,8 +144,8 @@ def refuse_sparse_teacher(
     if not places or zero_share(teacher, places) <= DENSE_ZEROS:
         return
     hint = "name the dense model with --teacher"
-    if config.share != 0:
-        hint += ", or train without one: --share 0"
+    if config.kl_weight != 0:
+        hint += ", or train without one: --kl-weight 0"
     if teacher.path == source.path:
         raise DataError(
             f"{source.path} is sparse and does not say which dense model it was made from", hint

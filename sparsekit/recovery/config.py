@@ -1,19 +1,30 @@
 """What `recover` is asked to do, checked without torch so that a wrong word answers at once."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil, cos, pi
-from typing import Literal, get_args
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, model_validator
 
 from sparsekit import registry as methods
 from sparsekit.errors import UsageError, did_you_mean
-from sparsekit.pipeline.options import DEVICES, MethodOptions, count, one_of, parsed, seconds
+from sparsekit.pipeline.options import (
+    WHERE,
+    Device,
+    Flag,
+    MethodOptions,
+    Options,
+    Skip,
+    Word,
+    count,
+    one_of,
+    seconds,
+    written,
+)
 from sparsekit.text.sources import check_source
 from sparsekit.text.training_rows import Corpus
 from sparsekit.weights.patterns import Pattern
 
-Metric = Literal["magnitude", "activation"]
-Precision = Literal["no", "bf16"]
+TRAINING, SAVING = "Training", "Saving and evaluating"
 Schedule = Literal["auto", "flat", "cosine", "linear", "constant"]
 SCHEDULES = get_args(Schedule)
 # In the place of a method: the one that was found best. In that of a schedule: the method's.
@@ -26,84 +37,154 @@ COSINE_END = 0.1
 SHORTEST = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecoverConfig:
-    """The options of `recover`; the command's flags have the same names and defaults."""
+def _dtype(word: str) -> str:
+    if word in ("bfloat16", "float16"):
+        raise UsageError(
+            f"--dtype {word}: steps of training are smaller than the resolution of 16-bit weights, "
+            "and would be lost",
+            "leave it out, or multiply in 16 bits beside weights of 32: --mixed-precision bf16",
+        )
+    one_of("--dtype", word, ("auto", "float32"))
+    return word
 
-    method: str = AUTO
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Options of the method, as text."""
-    data: str = "builtin"
-    """Where the text to train on comes from."""
-    teacher: str | None = None
-    """The dense model; None: the one that the model's history names, or the model itself."""
-    tokens: int | None = None
-    """How many tokens are trained on, rounded up to whole steps."""
-    max_time: float | None = None
-    """Seconds that the run may take; the number of steps is planned from the measured speed."""
-    pattern: str | None = None
-    """None: that of the model's history, `2:4` for a dense model."""
-    skip: Sequence[str] = ()
-    """Globs of weights that stay dense."""
-    metric: Metric = "magnitude"
-    """What makes an entry large: |w|, or |w| times the norm of its input in the first batches."""
-    batch: int = 2
-    """Rows in one forward pass."""
-    length: int = 512
-    """Tokens in a row."""
-    accumulate: int = 1
-    """Forward passes in one step."""
-    lr: float | None = None
-    """The largest learning rate; None: the method's choice by the size of the model."""
-    schedule: Schedule = "auto"
-    share: float | None = None
-    """Share of the divergence from the teacher in the loss; None: by the size of the model."""
-    temperature: float = 1.0
-    teacher_top: int | None = None
-    """How many of the teacher's largest probabilities of each token the loss looks at; they are
-    kept on disk. None: it looks at all of them, which are computed again each time."""
-    slorb: int | None = None
-    """Inputs of a span of the low-rank branches beside the sparse weights; None: no branches."""
-    format: Literal["dense", "factored"] = "dense"
-    """Whether a weight with a branch is written as their sum too, or as factors only."""
-    save_every: int | None = None
-    """Steps between two saved states; None: about ten minutes."""
-    eval_every: int | None = None
-    """Steps between two evaluations; None: none."""
-    eval_text: str | None = None
-    """What is evaluated on; None: the held-out part of `builtin`."""
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    mixed_precision: Precision = "no"
-    """`bf16`: forward and backward passes multiply in bfloat16; weights, gradients and moments stay
-    float32."""
 
-    def check(self) -> None:
-        """Refuse what is wrong whatever the model is.
+class RecoverConfig(Options):
+    """The options of `recover`."""
 
-        Raises:
-            UsageError: An unknown method, option, schedule, pattern or device, or a number out of
-                range.
-            DataError: The data cannot be used.
-        """
+    method: Annotated[
+        str,
+        Field(description="auto, fixed, ast or cast; auto is what was found best, ast."),
+        Flag(metavar="method", methods=("recoverers",), before=(AUTO,)),
+    ] = AUTO
+    data: Annotated[
+        str,
+        Field(
+            description="Text to train on: builtin, self (sampled from the teacher), c4, "
+            "wikitext2, a .txt, .jsonl, .json.gz or .parquet file, or token rows in a .safetensors "
+            "file."
+        ),
+        Flag(metavar="source", completes="sources"),
+    ] = "builtin"
+    tokens: Annotated[
+        int | None,
+        Word(str | int | None, count),
+        Field(
+            description="How many to train on, rounded up to whole steps, as 200K or 20M; or give "
+            "--max-time."
+        ),
+        Flag(metavar="count"),
+    ] = None
+    max_time: Annotated[
+        float | None,
+        Word(str | None, seconds("--max-time")),
+        Field(description="Time that the run may take, as 30m; plans the steps."),
+        Flag(metavar="time"),
+    ] = None
+    teacher: Annotated[
+        str | None,
+        Field(description="The dense model. Default: what MODEL was made from, or MODEL itself."),
+        Flag(metavar="model", model=True),
+    ] = None
+    pattern: Annotated[
+        Pattern | None,
+        Word(str | None, Pattern.parse),
+        Field(description="As in prune. Default: that of MODEL, 2:4 for a dense one."),
+        Flag(metavar="pattern", completes="patterns"),
+    ] = None
+    option: MethodOptions = written(())
+    skip: Skip = ()
+    metric: Annotated[
+        Literal["magnitude", "activation"],
+        Field(
+            description="What is kept: the largest by magnitude, or by activation (|w| times its "
+            "input)."
+        ),
+        Flag(),
+    ] = "magnitude"
+    batch: Annotated[
+        int, Field(ge=1, description="Rows in one forward pass."), Flag(panel=TRAINING)
+    ] = 2
+    length: Annotated[int, Field(description="Tokens in a row."), Flag(panel=TRAINING)] = 512
+    accumulate: Annotated[
+        int, Field(ge=1, description="Forward passes in one step."), Flag(panel=TRAINING)
+    ] = 1
+    lr: Annotated[
+        float | None,
+        Field(description="Largest learning rate. Default: by method and size."),
+        Flag(panel=TRAINING),
+    ] = None
+    schedule: Annotated[
+        Schedule, Field(description="auto: the method's."), Flag(panel=TRAINING)
+    ] = AUTO
+    kl_weight: Annotated[
+        float | None,
+        Field(description="Share of the loss that is KL from the teacher. Default: by size."),
+        Flag(panel=TRAINING),
+    ] = None
+    temperature: Annotated[
+        float, Field(description="Of the softmax in that KL."), Flag(panel=TRAINING)
+    ] = 1.0
+    teacher_top: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Keep this many largest probabilities of the teacher on disk, as 64."
+        ),
+        Flag(panel=TRAINING),
+    ] = None
+    slorb: Annotated[
+        int | None,
+        Field(ge=1, description="Train low-rank branches too, one row for so many inputs, as 16."),
+        Flag(),
+    ] = None
+    format: Annotated[
+        Literal["dense", "factored"],
+        Field(description="factored: factors only, which is smaller."),
+        Flag(),
+    ] = "dense"
+    save_every: Annotated[
+        int | None,
+        Field(ge=1, description="Steps between saved states. Default: ten minutes."),
+        Flag(panel=SAVING),
+    ] = None
+    eval_every: Annotated[
+        int | None,
+        Field(ge=1, description="Steps between perplexities of the sparse model."),
+        Flag(panel=SAVING),
+    ] = None
+    eval_text: Annotated[
+        str | None,
+        Field(description="Text for them. Default: the held-out part of builtin."),
+        Flag(panel=SAVING, metavar="source", completes="windows"),
+    ] = None
+    seed: Annotated[
+        int, Field(description="Seed of everything that is drawn."), Flag(panel=TRAINING)
+    ] = 0
+    device: Device = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32"],
+        Word(str, _dtype),
+        Field(description="Type of weights in training."),
+        Flag(panel=WHERE),
+    ] = "auto"
+    mixed_precision: Annotated[
+        Literal["no", "bf16"],
+        Field(description="bf16: multiply in bfloat16, keep weights in float32."),
+        Flag(panel=WHERE),
+    ] = "no"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what does not go together."""
         known = [*methods.names("recoverers"), AUTO]
         if self.method not in known:
             raise UsageError(f"no method {self.method!r}", did_you_mean(self.method, known))
         if self.method != AUTO:
-            methods.check("recoverers", self.method, self.options)
-        elif self.options:
+            methods.check("recoverers", self.method, self.option)
+        elif self.option:
             raise UsageError(
-                f"option {next(iter(self.options))!r} does not go with --method {AUTO}",
+                f"option {next(iter(self.option))!r} does not go with --method {AUTO}",
                 "name the method that has it",
             )
-        if self.schedule not in SCHEDULES:
-            raise UsageError(
-                f"no schedule {self.schedule!r}", did_you_mean(self.schedule, SCHEDULES)
-            )
-        if self.pattern is not None:
-            Pattern.parse(self.pattern)
-        one_of("--metric", self.metric, get_args(Metric))
         self.corpus(0).check()
         if self.eval_text is not None:
             check_source(self.eval_text)
@@ -112,18 +193,9 @@ class RecoverConfig:
             if self.eval_every is None:
                 raise UsageError("--eval-text has no effect without --eval-every")
         self._check_numbers()
-        one_of("--format", self.format, ("dense", "factored"))
         if self.format == "factored" and self.slorb is None:
             raise UsageError("--format factored has no effect without --slorb", "leave it out")
-        one_of("--device", self.device, DEVICES)
-        if self.dtype in ("bfloat16", "float16"):
-            raise UsageError(
-                f"--dtype {self.dtype}: steps of training are smaller than the resolution of "
-                "16-bit weights, and would be lost",
-                "leave it out, or multiply in 16 bits beside weights of 32: --mixed-precision bf16",
-            )
-        one_of("--dtype", self.dtype, ("auto", "float32"))
-        one_of("--mixed-precision", self.mixed_precision, get_args(Precision))
+        return self
 
     def _check_numbers(self) -> None:
         if (self.tokens is None) == (self.max_time is None):
@@ -136,11 +208,6 @@ class RecoverConfig:
             raise UsageError(
                 "--data self needs to know how much to sample", "give --tokens, not --max-time"
             )
-        counts = ("tokens", "batch", "accumulate", "teacher_top", "slorb")
-        for name in (*counts, "save_every", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.tokens is not None and self.tokens < self.step_tokens:
             raise UsageError(
                 f"--tokens {self.tokens} is less than one step of {self.step_tokens}",
@@ -148,12 +215,12 @@ class RecoverConfig:
             )
         if self.lr is not None and not 0 < self.lr < 1:
             raise UsageError(f"--lr must be between 0 and 1, not {self.lr:g}", "1e-4 is usual")
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise UsageError(f"--share must be between 0 and 1, not {self.share:g}")
-        if self.share == 0 and self.teacher_top is not None:
-            raise UsageError("--teacher-top has no effect with --share 0", "leave it out")
-        if self.share == 0 and self.teacher and self.slorb is None and self.data != "self":
-            raise UsageError("--teacher has no effect with --share 0", "leave it out")
+        if self.kl_weight is not None and not 0 <= self.kl_weight <= 1:
+            raise UsageError(f"--kl-weight must be between 0 and 1, not {self.kl_weight:g}")
+        if self.kl_weight == 0 and self.teacher_top is not None:
+            raise UsageError("--teacher-top has no effect with --kl-weight 0", "leave it out")
+        if self.kl_weight == 0 and self.teacher and self.slorb is None and self.data != "self":
+            raise UsageError("--teacher has no effect with --kl-weight 0", "leave it out")
         if not 0 < self.temperature < 100:
             raise UsageError(f"--temperature must be between 0 and 100, not {self.temperature:g}")
 
@@ -192,70 +259,3 @@ def rate_at(schedule: Schedule, step: int, steps: int) -> float:
     if schedule == "linear":
         return min(rise, left)
     return rise * (COSINE_END + (1 - COSINE_END) * (1 + cos(pi * (1 - left))) / 2)
-
-
-def recover_config(
-    *,
-    method: str = "auto",
-    data: str = "builtin",
-    tokens: str | int | None = None,
-    max_time: str | None = None,
-    teacher: str | None = None,
-    pattern: str | None = None,
-    option: MethodOptions = (),
-    skip: Sequence[str] = (),
-    metric: str = "magnitude",
-    batch: int = 2,
-    length: int = 512,
-    accumulate: int = 1,
-    lr: float | None = None,
-    schedule: str = "auto",
-    share: float | None = None,
-    temperature: float = 1.0,
-    teacher_top: int | None = None,
-    slorb: int | None = None,
-    format: str = "dense",
-    save_every: int | None = None,
-    eval_every: int | None = None,
-    eval_text: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    mixed_precision: str = "no",
-) -> RecoverConfig:
-    """The checked configuration that the words of `recover` spell.
-
-    Raises:
-        UsageError: A word is not one that can be used, or has no effect.
-        DataError: The data cannot be used.
-    """
-    config = RecoverConfig(
-        method=method,
-        options=parsed(option),
-        data=data,
-        teacher=teacher,
-        tokens=None if tokens is None else count(str(tokens)),
-        max_time=None if max_time is None else seconds(max_time, "--max-time"),
-        pattern=pattern,
-        skip=skip,
-        metric=metric,  # type: ignore[arg-type]  (check() refuses other words)
-        batch=batch,
-        length=length,
-        accumulate=accumulate,
-        lr=lr,
-        schedule=schedule,  # type: ignore[arg-type]  (the same)
-        share=share,
-        temperature=temperature,
-        teacher_top=teacher_top,
-        slorb=slorb,
-        format=format,  # type: ignore[arg-type]  (the same)
-        save_every=save_every,
-        eval_every=eval_every,
-        eval_text=eval_text,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        mixed_precision=mixed_precision,  # type: ignore[arg-type]  (the same)
-    )
-    config.check()
-    return config

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 CORE, GPU = 5e10, 2e13
 # So many times that is what a machine may train on at most, and the same in mixed precision.
 FASTEST, MIXED = 4.0, 8.0
+# Options that do not decide the output's bytes, or that are recorded as what they came to.
+UNRECORDED = (
+    *("data", "teacher", "pattern", "option"),
+    *("save_every", "eval_every", "eval_text", "dtype"),
+)
 # Windows of an evaluation during training.
 EVAL_WINDOWS = 8
 
@@ -66,7 +71,6 @@ class Work:
     ) -> Work:
         """Check a configuration, and read what it names; arguments and errors as of `recover`."""
         cost = Cost()
-        config.check()
         ranks = Ranks.current(pick_device(config.device))
         ranks.parts(config.accumulate)
         progress = progress if ranks.main else SILENT
@@ -132,11 +136,7 @@ def _windows(job: Recovery) -> TokenRows | None:
 def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     config = job.config
-    told = {
-        key: value
-        for key, value in asdict(config).items()
-        if key not in ("data", "teacher", "save_every", "eval_every", "eval_text", "dtype")
-    }
+    told = {key: value for key, value in config if key not in UNRECORDED}
     own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
     model = config_of(job.source.config)
     return {

@@ -49,7 +49,7 @@ def require_memory(
             way_out
             or "shard it over several GPUs or machines (accelerate launch --use_fsdp "
             "--fsdp_version 2)"
-            + (", or leave out the teacher with --share 0" if teacher else ""),
+            + (", or leave out the teacher with --kl-weight 0" if teacher else ""),
         )
 
 

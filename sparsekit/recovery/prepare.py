@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +42,6 @@ from sparsekit.recovery.targets import patterns_of, sparse_targets, told_pattern
 from sparsekit.text.rows import capped
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.packed import factor_shapes
-from sparsekit.weights.patterns import Pattern
 
 # What `auto` stands for.
 BEST = "ast"
@@ -71,7 +70,7 @@ class Recovery:
     @property
     def loaded(self) -> Checkpoint | None:
         """The teacher that is in memory all the time; None: it may do without the model."""
-        needed = self.config.share != 0 and self.config.teacher_top is None
+        needed = self.config.kl_weight != 0 and self.config.teacher_top is None
         return self.teacher if needed else None
 
     @property
@@ -106,7 +105,6 @@ def prepare(
         DataError: A model cannot be read, or the teacher is not one for this student.
         StorageError: The disk has no room for the output.
     """
-    config.check()
     ranks = ranks or Ranks()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("recover")
@@ -123,7 +121,7 @@ def prepare(
     layout = _layout(config, source, targets, patterns)
     require_disk(out, layout, state_bytes(source) if saves else 0)
     teacher, teacher_name = None, ""
-    if config.share != 0 or config.slorb is not None or config.data == "self":
+    if config.kl_weight != 0 or config.slorb is not None or config.data == "self":
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
         refuse_silent_teacher(config, recoverer, source, teacher)
@@ -163,11 +161,11 @@ def _completed(
 ) -> tuple[RecoverConfig, Recoverer, list[str]]:
     """A length that the model takes, a method and its schedule; and what to tell of them."""
     length, notes = capped(config.length, source.config)
-    config, told = replace(config, length=length), list(notes)
+    config, told = config.model_copy(update={"length": length}), list(notes)
     if config.method == AUTO:
         config, why = chosen(config)
         told.append(why)
-    recoverer = methods.load("recoverers", config.method, config.options)
+    recoverer = methods.load("recoverers", config.method, config.option)
     moves = recoverer.refresh or config.pattern is not None or not told_patterns(source)
     if config.metric != "magnitude" and not moves:
         raise UsageError(
@@ -175,7 +173,7 @@ def _completed(
             "leave it out, or prune with --method wanda first",
         )
     if config.schedule == AUTO:
-        config = replace(config, schedule=recoverer.schedule)
+        config = config.model_copy(update={"schedule": recoverer.schedule})
     return config, recoverer, told
 
 
@@ -260,7 +258,7 @@ def _layout(
 def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:
     """What the user should know before the run."""
     found = []
-    asked = None if config.pattern is None else str(Pattern.parse(config.pattern))
+    asked = None if config.pattern is None else str(config.pattern)
     others = sorted(set(told_patterns(source).values()) - {asked})
     if asked is not None and others:
         told = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
@@ -285,4 +283,4 @@ def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> li
 
 def chosen(config: RecoverConfig) -> tuple[RecoverConfig, str]:
     """A configuration with a method in the place of `auto`, and what to tell of it."""
-    return replace(config, method=BEST), f"--method auto is {BEST}"
+    return config.model_copy(update={"method": BEST}), f"--method auto is {BEST}"

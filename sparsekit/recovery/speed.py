@@ -59,7 +59,7 @@ def bench_recover(
     plan = Plan(
         steps=steps + 1,
         rate=config.lr or job.recoverer.rate_of(scale),
-        share=job.recoverer.share_of(scale) if config.share is None else config.share,
+        share=job.recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight,
         decay=job.recoverer.decay_of(scale),
         masked_gradient=scale.masked_gradient,
     )

@@ -150,7 +150,7 @@ def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
     Of a few largest probabilities, which other runs use too, it is float32; else of the type in
     which the student multiplies.
     """
-    if job.config.share == 0:
+    if job.config.kl_weight == 0:
         return None
     teacher = load_whole(job.teacher, torch.float32, TRAINING).to(job.device).requires_grad_(False)
     require_plain_head(teacher)

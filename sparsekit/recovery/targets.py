@@ -45,7 +45,7 @@ def patterns_of(config: RecoverConfig, source: Checkpoint, targets: Sequence[Tar
         UsageError: The model does not have the pattern that it should have, and none was named.
     """
     if config.pattern is not None:
-        return Patterns(base=Pattern.parse(config.pattern))
+        return Patterns(base=config.pattern)
     told = told_patterns(source)
     if told:
         base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])

@@ -61,7 +61,7 @@ def make_plan(
     config, recoverer = job.config, job.recoverer
     steps, (perplexity, evaluation) = config.steps(), _first(job, student, windows, progress)
     scale = student.scale(0.0)
-    share = recoverer.share_of(scale) if config.share is None else config.share
+    share = recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight
     rate = config.lr or recoverer.rate_of(scale)
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:

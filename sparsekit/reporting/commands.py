@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from decimal import ROUND_DOWN, Context, Decimal
 from fractions import Fraction
 from typing import Any
@@ -134,10 +133,10 @@ def _recover(entry: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[st
     plan = entry["plan"]
     if entry["teacher"] and plan["share"]:
         yield from ("--teacher", entry["teacher"]["path"])
-    yield from ("--lr", str(plan["rate"]), "--share", str(plan["share"]))
-    default = RecoverConfig()
+    yield from ("--lr", str(plan["rate"]), "--kl-weight", str(plan["share"]))
+    default = RecoverConfig.defaults()
     for name in RECOVER_FLAGS:
-        if recipe.get(name) not in (None, getattr(default, name)):
+        if recipe.get(name) not in (None, default[name]):
             yield from (f"--{name.replace('_', '-')}", str(recipe[name]))
     yield from _options("recoverers", recipe["method"], recipe["options"])
     yield from _skipped(recipe)
@@ -189,13 +188,12 @@ def _score(entry: Mapping[str, Any], model: str) -> list[str]:
     words = ["sparsekit", "eval", model]
     if entry.get("baseline"):
         words += ["--baseline", entry["baseline"]]
-    default = EvalConfig()
-    for field in fields(EvalConfig):
-        value = told.get(field.name)
-        if value is None or value == getattr(default, field.name) or value == []:
+    for name, default in EvalConfig.defaults().items():
+        value = told.get(name)
+        if value is None or value == default or value == []:
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        words += [f"--{field.name.replace('_', '-')}", text]
+        words += [f"--{name.replace('_', '-')}", text]
     return words
 
 

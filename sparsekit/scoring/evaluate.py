@@ -91,7 +91,6 @@ def evaluations(
 
     Arguments and errors as of `evaluate`.
     """
-    config.check()
     names = [*([baseline] if baseline else []), *models]
     subjects = [_subject(config, name, progress) for name in names]
     tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +110,7 @@ def require_own(models: Sequence[str]) -> None:
 
 def measurement(config: EvalConfig, baseline: str | None) -> dict[str, Any]:
     """What an entry says of how it was measured: options that are set, and the baseline's name."""
-    words = {key: value for key, value in asdict(config).items() if value is not None}
+    words = {k: v for k, v in config if v is not None and k != "baseline"}
     words["tasks"] = list(config.tasks)
     if config.include_path is not None:
         words["include_path"] = str(config.include_path)

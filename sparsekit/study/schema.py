@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from typing import Any
 
@@ -14,26 +11,25 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
-from sparsekit.errors import UsageError, did_you_mean
-from sparsekit.pruning.config import prune_config
-from sparsekit.quantization.config import quantize_config
-from sparsekit.recovery.config import recover_config
-from sparsekit.scoring.config import eval_config
+from sparsekit.errors import UsageError
+from sparsekit.pipeline.options import Options, Problem, as_keywords
+from sparsekit.pruning.config import PruneConfig
+from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.recovery.config import RecoverConfig
+from sparsekit.scoring.config import EvalConfig
 
 VERSION = 1
 TOP = ("version", "model", "seed", "stages")
-# By verb, the function whose keywords are its words; None: it has no words.
-VERBS: Mapping[str, Callable[..., Any] | None] = {
-    "prune": prune_config,
-    "recover": recover_config,
-    "quantize": quantize_config,
+# By verb, the model of its words; None: it has no words.
+VERBS: Mapping[str, type[Options] | None] = {
+    "prune": PruneConfig,
+    "recover": RecoverConfig,
+    "quantize": QuantizeConfig,
     "pack": None,
-    "eval": eval_config,
+    "eval": EvalConfig,
 }
 # What is said of a stage beside its verb.
 BESIDE = ("name", "from")
-# Words of a stage that a recipe has, and the configuration has not.
-MORE = {"eval": {"baseline": (str | None, None)}}
 
 
 class _Texts(SafeConstructor):
@@ -83,31 +79,11 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _fields(verb: str) -> dict[str, tuple[Any, Any]]:
-    """The words of a verb with their types and defaults."""
-    spell = VERBS[verb]
-    found = dict(MORE.get(verb, {}))
-    if spell is not None:
-        types = typing.get_type_hints(spell)
-        for name, parameter in inspect.signature(spell).parameters.items():
-            found[name] = (types[name], parameter.default)
-    return found
-
-
-@lru_cache
-def form(verb: str) -> Any:
-    """The pydantic model of a verb's words."""
-    from pydantic import ConfigDict, create_model
-
-    # A word may be called as a method of pydantic's models is.
-    config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    fields: dict[str, Any] = {name: told for name, told in _fields(verb).items()}
-    return create_model(verb, __config__=config, **fields)
-
-
 def defaults(verb: str) -> dict[str, Any]:
     """The words of a verb as they are when none is given."""
-    return {name: default for name, (_, default) in _fields(verb).items()}
+    config = VERBS[verb]
+    words = {} if config is None else config.defaults()
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in words.items()}
 
 
 def variants(verb: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -115,7 +91,7 @@ def variants(verb: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     `methods: [wanda, sparsegpt]` stands for two variants, whose `method` is one of them.
     """
-    known = _fields(verb)
+    known = defaults(verb)
     plurals = {
         key: value
         for key, value in given.items()
@@ -129,10 +105,8 @@ def variants(verb: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def problems(verb: str, given: Mapping[str, Any], path: str) -> list[str]:
-    """What is wrong with the form of a stage's words, each with its place."""
-    from pydantic import ValidationError
-
-    known, found, told = _fields(verb), [], dict(given)
+    """What is wrong with the words of a stage, each with its place."""
+    known, found, told = defaults(verb), [], dict(given)
     for key, value in given.items():
         single = key.removesuffix("s")
         if key not in known and single != key and single in known:
@@ -143,27 +117,27 @@ def problems(verb: str, given: Mapping[str, Any], path: str) -> list[str]:
                 found.append(f"{path}: {single!r} and {key!r} are both there; leave out one")
             elif len({repr(one) for one in value}) < len(value):
                 found.append(f"{path}.{key}: a value is there twice")
-    for words_ in variants(verb, told):
-        try:
-            form(verb).model_validate(words_)
-        except ValidationError as error:
-            found += _told(error.errors(), known, path)
+    config = VERBS[verb]
+    for words in variants(verb, told):
+        if config is None:
+            found += [f"{path}.{key}: unknown; {verb} has no words" for key in words]
+        else:
+            found += [_told(problem, path) for problem in config.problems(words)]
     return list(dict.fromkeys(found))
 
 
-def _told(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any], path: str) -> list[str]:
-    """What pydantic found, in our words; a word that may be of several types is told once."""
-    by_key: dict[str, list[Mapping[str, Any]]] = {}
-    for error in errors:
-        by_key.setdefault(str(error["loc"][0]), []).append(error)
-    found = []
-    for key, same in by_key.items():
-        if same[0]["type"] == "extra_forbidden":
-            found.append(f"{path}.{key}: unknown; {did_you_mean(key, known)}")
-        else:
-            wanted = " or ".join(dict.fromkeys(error["msg"].lower() for error in same))
-            given = same[0]["input"]
-            found.append(f"{path}.{key}: {wanted}, not {given!r}")
+def _told(problem: Problem, path: str) -> str:
+    """A problem with its place."""
+    return f"{path}.{problem.key}: {as_keywords(problem.reason)}"
+
+
+def _json_schema(verb: str) -> dict[str, Any]:
+    """The JSON schema of the words of a verb."""
+    config = VERBS[verb]
+    if config is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    found = config.model_json_schema()
+    found.pop("title", None)
     return found
 
 
@@ -171,8 +145,7 @@ def schema() -> dict[str, Any]:
     """The JSON schema of recipes, which editors check them by."""
     stages = []
     for verb in VERBS:
-        told = form(verb).model_json_schema()
-        told.pop("title", None)
+        told = _json_schema(verb)
         single = dict(told.get("properties", {}))
         told["properties"] = single | {
             f"{name}s": {"type": "array", "minItems": 1, "items": one}

@@ -31,7 +31,6 @@ from sparsekit.scoring.harness import load_tasks
 from sparsekit.study.recipe import Recipe
 from sparsekit.study.steps import Step
 from sparsekit.text.calibration import tokenizer_key
-from sparsekit.weights.grids import Grid
 
 RECORDS = ".sparsekit-run"
 # By word, what the content of a file or the weights of a model decide.
@@ -201,7 +200,7 @@ class Run:
         Raises:
             UsageError: Names the first such weight.
         """
-        grid = Grid.parse(step.words["grid"])
+        grid = step.config.grid
         targets = BlockStream(self.source, device="cpu", dtype=torch.float32).targets()
         left = skipped([target.name for target in targets], step.words["skip"])
         coded = [target for target in targets if target.name not in left]

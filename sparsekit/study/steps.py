@@ -9,9 +9,10 @@ from typing import Any
 
 from sparsekit.checkpoint.kind import Kind, refusal
 from sparsekit.errors import SparsekitError, did_you_mean
+from sparsekit.pipeline.options import as_keywords
 from sparsekit.registry import describe
 from sparsekit.scoring.saved_scores import DENSE
-from sparsekit.study.schema import BESIDE, VERBS, defaults, form, problems, variants
+from sparsekit.study.schema import BESIDE, VERBS, defaults, problems, variants
 
 # What `from` calls the model that a recipe begins with, and a baseline too.
 MODEL = "model"
@@ -39,17 +40,8 @@ class Step:
     path: str
     """Where the recipe says it, as `stages[0].prune`."""
 
-    @property
-    def config(self) -> Any:
-        """The checked configuration that the words spell; None for a verb without any.
-
-        Raises:
-            UsageError: The words cannot be used together.
-            DataError: A file that they name cannot be used.
-        """
-        spell = VERBS[self.verb]
-        told = {key: value for key, value in self.words.items() if key != "baseline"}
-        return None if spell is None else spell(**told)
+    config: Any
+    """What the words spell; None for a verb without any."""
 
 
 @dataclass
@@ -99,48 +91,40 @@ def read_stage(number: int, stage: Any, told: Mapping[str, Any], draft: Draft) -
             draft.errors += found
         else:
             for words in _all_words(verb, one, told):
-                label = _label(verb, words, one, name)
-                step = Step(
-                    name=label, verb=verb, stage=number, words=words, parent=None, path=place
+                every = defaults(verb)
+                _add_steps(
+                    Step(
+                        name=_label(verb, every | words, one, name),
+                        verb=verb,
+                        stage=number,
+                        words=every | words,
+                        parent=None,
+                        path=place,
+                        config=None,
+                    ),
+                    words,
+                    parents,
+                    draft,
                 )
-                _add_steps(step, parents, draft)
 
 
 def _all_words(
     verb: str, given: Mapping[str, Any], told: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """All words of each variant of a stage; the recipe's seed is that of all that draw."""
-    known = defaults(verb)
-    seed = told.get("seed")
+    """The words of each variant of a stage; the recipe's seed is that of all that draw."""
     for variant in variants(verb, given):
-        words = known | form(verb).model_validate(variant).model_dump(exclude_unset=True)
-        shared = "seed" in known and "seed" not in variant and is_seed(seed)
-        if shared and _takes(verb, words, seed):
-            words["seed"] = seed
+        words = dict(variant)
+        if "seed" in defaults(verb) and is_seed(told.get("seed")):
+            words.setdefault("seed", told["seed"])
         for key in ("baseline", "dense", "teacher"):
             if words.get(key) == MODEL:
                 words[key] = told.get("model")
-        yield {key: list(v) if isinstance(v, tuple) else v for key, v in words.items()}
+        yield words
 
 
 def is_seed(value: Any) -> bool:
     """Whether a value can seed what is drawn."""
     return type(value) is int and value >= 0
-
-
-def _takes(verb: str, words: Mapping[str, Any], seed: int) -> bool:
-    """Whether a seed has an effect on a stage: a method that reads nothing refuses it."""
-    spell = VERBS[verb]
-    told = {key: value for key, value in words.items() if key != "baseline"}
-    try:
-        spell(**told | {"seed": seed})  # type: ignore[misc]  (a verb with a seed has words)
-    except SparsekitError:
-        try:
-            spell(**told)  # type: ignore[misc]
-        except SparsekitError:
-            return True  # it is refused for something else, which is told later
-        return False
-    return True
 
 
 def _parents(
@@ -172,28 +156,32 @@ def _parents(
     return []
 
 
-def _add_steps(variant: Step, parents: Sequence[str | None], draft: Draft) -> None:
+def _add_steps(
+    variant: Step, words: Mapping[str, Any], parents: Sequence[str | None], draft: Draft
+) -> None:
     """A step for each of the models that a variant of a stage reads; what cannot be is noted.
 
     Args:
-        variant: With its own part of the name, and no parent.
+        variant: With its own part of the name, no parent and no configuration.
+        words: Those of its words that are given.
         parents: The steps that make those models; None: the recipe's own.
         draft: Gets the steps.
     """
     verb, path, label = variant.verb, variant.path, variant.name
+    config, refused, model = None, "", VERBS[verb]
+    try:
+        config = None if model is None else model(**words)
+    except SparsekitError as error:
+        refused = f"{path}: {as_keywords(str(error))}"
     for parent in parents:
         refused = refusal(verb, draft.kinds.get(parent, Kind.PLAIN), parent)
         wrong = [f"{path}: {refused}"] if refused else []
         own = (parent or MODEL) if verb == "eval" else f"{parent}.{label}" if parent else label
-        step = replace(variant, name=own, parent=parent)
-        try:
-            config = step.config
-        except SparsekitError as error:
-            wrong.append(f"{path}: {error}")
+        wrong += [refused] if refused else []
         draft.errors += [told for told in wrong if told not in draft.errors]
         if wrong:
             continue
-        draft.steps.append(step)
+        draft.steps.append(replace(variant, name=own, parent=parent, config=config))
         if verb != "eval":
             draft.kinds[own] = _kind_after(verb, config)
 

@@ -17,12 +17,11 @@ from sparsekit.bench.prune import bench_prune
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, UsageError
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.text.calibration import Calibration
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_bench_gives_positive_times_and_their_ratio(family, row_file, tmp_path, method):
-    config = PruneConfig(method=method, calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(method=method, calibration=str(row_file))
     found = bench_prune(config, str(family("llama")), repeat=3, scratch=tmp_path)
     assert len(found["prune_seconds"]) == len(found["floor_seconds"]) == 3
     for seconds in found["prune_seconds"] + found["floor_seconds"]:
@@ -39,21 +38,21 @@ def test_bench_gives_positive_times_and_their_ratio(family, row_file, tmp_path, 
 
 def test_bench_without_the_floor_runs_no_forward_of_the_whole_model(family, row_file, monkeypatch):
     monkeypatch.setattr(bench, "_forward_seconds", None)  # a call would fail
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     found = bench_prune(config, str(family("llama")), repeat=1, floor=False)
     assert found["floor_seconds"] == []
     assert found["ratio"] is None
 
 
 def test_floor_runs_on_the_rows_that_pruning_reads(family, row_file):
-    config = PruneConfig(calibration=Calibration(source=str(row_file), samples=2, length=10))
+    config = PruneConfig(calibration=str(row_file), samples=2, length=10)
     assert bench_prune(config, str(family("llama")), repeat=1)["rows"] == [2, 10]
 
 
 def test_floor_is_refused_where_the_whole_model_does_not_fit(family, row_file, monkeypatch):
     monkeypatch.setattr("sparsekit.model.full_model.available_memory", lambda: 1000)
     monkeypatch.setattr(bench, "prune", None)  # a call would fail in another way
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     with pytest.raises(DataError, match=r"the plain forward needs .* GB.*--no-floor"):
         bench_prune(config, str(family("llama")), repeat=1)
 
@@ -83,7 +82,7 @@ class Watch(Progress):
         resident.append(psutil.Process().memory_info().rss)
 
 
-config = PruneConfig(method=sys.argv[4], calibration=Calibration(source=sys.argv[2]))
+config = PruneConfig(method=sys.argv[4], calibration=sys.argv[2])
 out = pathlib.Path(sys.argv[3])
 estimate = plan(config, sys.argv[1], out)["peak_memory_estimate_bytes"]
 before = psutil.Process().memory_info().rss

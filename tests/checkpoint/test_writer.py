@@ -22,7 +22,6 @@ from sparsekit.files import sha256_file
 from sparsekit.progress import Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
-from sparsekit.text.calibration import Calibration
 
 RECIPE = {"method": "none", "seed": 3}
 UP, DOWN = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
@@ -402,10 +401,10 @@ def test_command_with_another_seed_does_not_go_on_with_an_interrupted_one(
             raise KeyboardInterrupt
 
     source = str(family("llama"))
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     with pytest.raises(KeyboardInterrupt):
         prune(config, source, tmp_path / "out", progress=Stop())
-    other = PruneConfig(calibration=Calibration(source=str(row_file), samples=2), pattern="1:4")
+    other = PruneConfig(calibration=str(row_file), samples=2, pattern="1:4")
     with pytest.raises(UsageError, match=r"another calibration, pattern \(2:4, now 1:4\);"):
         prune(other, source, tmp_path / "out")
     assert prune(config, source, tmp_path / "out").entry["resumed_blocks"] == 1
@@ -450,7 +449,7 @@ def largest_file(n_bytes: int):
 def test_failing_layout_leaves_nothing_and_the_source_untouched(copy_of, row_file, tmp_path):
     source, out = copy_of("llama"), tmp_path / "out"
     before = snapshot(source)
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     with largest_file(20_000), pytest.raises(StorageError, match=r"cannot write .*File too large"):
         prune(config, str(source), out)
     assert snapshot(source) == before
@@ -462,7 +461,7 @@ def test_write_error_at_the_end_keeps_all_blocks_for_the_same_command(copy_of, r
     source, out = copy_of("llama_sharded"), tmp_path / "out"
     (source / "vocabulary.txt").write_bytes(b"word\n" * 40_000)  # larger than any shard
     before = snapshot(source)
-    config = PruneConfig(method="sparsegpt", calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(method="sparsegpt", calibration=str(row_file))
     with largest_file(150_000), pytest.raises(StorageError, match=r"run the same command again"):
         prune(config, str(source), out)
     assert not out.exists()
@@ -486,7 +485,7 @@ def test_disk_that_fills_up_on_the_way_costs_no_finished_block(
                     pass
 
     out = small_disk / "out"
-    config = PruneConfig(method="sparsegpt", calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(method="sparsegpt", calibration=str(row_file))
     source = str(family("llama_deep"))
     with pytest.raises(StorageError, match=r"cannot write .*No space left.*finished work is kept"):
         prune(config, source, out, progress=Fill())

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from sparsekit import registry as methods
 from sparsekit.cli.console import Terminal
 from sparsekit.files import sha256_file
 from sparsekit.pruning.config import PruneConfig
+from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.saved_scores import read_scores
@@ -58,7 +58,7 @@ def strict_json(text: str):
 def assert_one_line_error(result, code: int, match: str) -> None:
     assert result.code == code, result.stderr
     assert result.stdout == ""
-    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert re.fullmatch(r"[a-z]+( [a-z]+)?: error: [^\n]+\n", result.stderr), result.stderr
     assert re.search(match, result.stderr), result.stderr
 
 
@@ -255,7 +255,7 @@ def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_fil
         (["--skip", "layer.0"], r"'layer.0' matches no weight; did you mean 'layers.0'"),
         (["--skip", "zzz"], r"write a name as model\.layers\.0\.self_attn.*weight, or a part"),
         (["--method", "magnitude", "--samples", "4"], r"magnitude reads no calibration"),
-        (["--method", "magnitude", "--seed", "1"], r"magnitude reads no calibration"),
+        (["--method", "magnitude", "--length", "9"], r"magnitude reads no calibration"),
         (["--method", "magnitude", "--no-propagate"], r"magnitude reads no calibration"),
     ],
 )
@@ -373,7 +373,7 @@ def test_unforeseen_error_is_one_line_too(cli, copy_of):
     (folder / "config.json").mkdir()
     found = cli("inspect", folder)
     assert found.code in (1, 2)
-    assert re.fullmatch(r"error: [^\n]+\n", found.stderr)
+    assert re.fullmatch(r"[a-z]+: error: [^\n]+\n", found.stderr)
 
 
 # stdin; pipelines of processes are in test_pipes.py
@@ -775,20 +775,53 @@ def test_every_command_and_option_has_help_and_an_example(cli, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [("prune", PruneConfig), ("eval", EvalConfig), ("recover", RecoverConfig)]
+    ("name", "config"),
+    [
+        ("prune", PruneConfig),
+        ("eval", EvalConfig),
+        ("recover", RecoverConfig),
+        ("quantize", QuantizeConfig),
+    ],
 )
 def test_flags_have_the_names_and_defaults_of_the_configuration(name, config):
     flags = {parameter.name: parameter for parameter in commands()[name].params}
-    renamed = {"options": "option", "format": "form"}
-    for field in fields(config):
-        flag = flags[renamed.get(field.name, field.name)]
-        if field.name in ("options", "tasks"):
-            continue  # text on the command line
-        default = getattr(config(), field.name)
-        given = flag.default
-        assert (list(given) if isinstance(given, (list, tuple)) else given) == (
-            list(default) if isinstance(default, tuple) else default
-        ), field.name
+    for option, default in config.defaults().items():
+        given = flags[option].default
+        assert (tuple(given) if isinstance(given, list) else given) == default, option
+        assert flags[option].help, option
+
+
+@pytest.mark.parametrize("name", ["prune", "recover", "quantize", "eval"])
+def test_help_shows_options_in_groups_with_choices_and_defaults(cli, name):
+    text = cli(name, "--help").stdout
+    titles = [title for title in ("What:", "Where:", "Running:") if f"\n{title}\n" in text]
+    assert titles == ["What:", "Where:", "Running:"]
+    assert text.index("What:") < text.index("Where:") < text.index("Running:")
+    assert "<str>" not in text.partition("What:")[2]
+    assert re.search(r"--device \[auto\|cpu\|cuda\] .*\[default:\s+auto\]", text)
+
+
+def test_help_shows_verbs_in_groups(cli):
+    text = cli("--help").stdout
+    places = [text.index(f"\n{title}:\n") for title in ("Make", "Measure", "Look", "Run")]
+    assert places == sorted(places)
+    assert re.search(r"Measure:\n  eval .*\n  inspect .*\n  verify .*\n  bench ", text)
+
+
+def test_words_that_are_given_are_kept_as_they_were_written():
+    given = {"method": "sparsegpt", "pattern": "50.0%", "option": {"block": 64}, "budget": None}
+    config = PruneConfig(**given)
+    assert config.words == {k: v for k, v in given.items() if v is not None}
+    assert (str(config.pattern), config.option) == ("50%", {"block": "64"})
+    assert config == PruneConfig(method="sparsegpt", pattern="50%", option=["block=64"])
+
+
+def test_what_is_expected_of_other_tools_is_answered_with_ours(cli):
+    found = cli("prune", "demo", "-o", "out", "--sparsity", "0.5")
+    assert found.code == 2
+    assert "No such option: --sparsity; use --pattern 50%" in " ".join(found.stderr.split())
+    found = cli("prune", "demo", "-o", "out", "--method", "random")
+    assert_one_line_error(found, 2, r"no method 'random'; known: alps, .*magnitude.*wanda")
 
 
 @pytest.mark.parametrize("name", sorted(commands()))

@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_one_line_that_names_it(cli, run, tmp_path, verb,
     (tmp_path / "empty").mkdir()
     found = cli(verb, run, tmp_path / "empty")
     assert (found.code, found.stdout) == (2, "")
-    assert found.stderr.startswith(f"error: {tmp_path / 'empty'} is no checkpoint and holds none")
+    assert found.stderr.startswith(f"{verb}: error: {tmp_path / 'empty'} is no checkpoint")
     (run / "wanda/sparsekit-scores.json").write_text("{")
     found = cli(verb, run)
     assert (found.code, found.stdout) == (2, "")

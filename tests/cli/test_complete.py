@@ -110,20 +110,20 @@ def refused(command: str, flag: str, word: str) -> bool:
         "recipe": lambda: recipe_file(word),
         "recipes": lambda: recipe_file(word),
         "grid": lambda: Grid.parse(word),
-        "text": lambda: EvalConfig(text=word).check(),
-        "preset": lambda: PruneConfig(method="dsnot", preset=word).check(),
-        "initial": lambda: PruneConfig(method="dsnot", initial=word).check(),
-        "refine": lambda: PruneConfig(refine=word).check(),
+        "text": lambda: EvalConfig(text=word),
+        "preset": lambda: PruneConfig(method="dsnot", preset=word),
+        "initial": lambda: PruneConfig(method="dsnot", initial=word),
+        "refine": lambda: PruneConfig(refine=word),
         "calibration": lambda: None if word in ("builtin", "self", "c4", "wikitext2") else 1 / 0,
         "resident": lambda: None if word in ("packed", "expand") else 1 / 0,
     }
     config = {"quantize": QuantizeConfig, "recover": RecoverConfig, "eval": EvalConfig}
     made = config.get(command.split()[-1], PruneConfig)
-    field = {"form": "format"}.get(flag, flag)
+    field = flag
     more = {"tokens": 8192} if made is RecoverConfig else {}
-    more |= {"eval_text": {"eval_every": 1}, "form": {"slorb": 16}}.get(flag, {}) if more else {}
+    more |= {"eval_text": {"eval_every": 1}, "format": {"slorb": 16}}.get(flag, {}) if more else {}
     try:
-        checks.get(flag, lambda: made(**{field: word}, **more).check())()
+        checks.get(flag, lambda: made(**{field: word}, **more))()
     except SparsekitError:
         return True
     return False

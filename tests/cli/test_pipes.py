@@ -86,8 +86,8 @@ def test_stage_that_fails_in_the_middle_fails_the_pipe_with_one_line_of_its_own(
     assert codes == [2, 0, 0, 2, 2]
     assert len(said) == 2
     (line,) = (line for line in said if "stdin" not in line)
-    assert re.match(r"error: .*32 inputs do not divide into groups of 48; ", line)
-    assert EMPTY in said
+    assert re.match(r"[a-z]+: error: .*32 inputs do not divide into groups of 48; ", line)
+    assert sum(line.endswith(EMPTY) for line in said) == 1
     # What was finished before stays, and of what failed there is nothing.
     assert made == ["A", "B", "scores.json"]
     assert (tmp_path / "scores.json").read_bytes() == b""
@@ -96,7 +96,7 @@ def test_stage_that_fails_in_the_middle_fails_the_pipe_with_one_line_of_its_own(
 def test_stage_that_fails_at_once_does_not_end_the_work_before_it(pipe, tmp_path, cli):
     codes, said, made = pipe(recover="--lr -1")
     assert codes == [2, READER_GONE, 2, 2, 2]
-    assert sum(line == EMPTY for line in said) == 2
+    assert sum(line.endswith(EMPTY) for line in said) == 2
     assert len(said) == 3
     assert made == ["A", "scores.json"]
     assert cli("verify", tmp_path / "A", "--pattern", "2:4").code == 0
@@ -119,14 +119,14 @@ def test_stdin_that_is_no_path_is_one_line_and_exit_2(cli, tmp_path, command, st
     more = {"verify": [], "eval": [], "recover": ["-o", tmp_path / "o", "--tokens", "8K"]}
     found = cli(command, "-", *more.get(command, ["-o", tmp_path / "o"]), stdin=stdin)
     assert (found.code, found.stdout) == (2, "")
-    assert re.fullmatch(rf"error: {match}[^\n]*\n", found.stderr), found.stderr
+    assert re.fullmatch(rf"[a-z]+: error: {match}[^\n]*\n", found.stderr), found.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_stdin_that_is_no_text_is_one_line_and_exit_2(tmp_path):
     found = bash(r"printf '\377\376\n' | PYTHONUTF8=0 LC_ALL=C.UTF-8 tool verify -", tmp_path)
     assert found.code == 2
-    assert re.fullmatch(r"error: [^\n]+\n", found.stderr), found.stderr
+    assert re.fullmatch(r"[a-z]+: error: [^\n]+\n", found.stderr), found.stderr
 
 
 # Streams whose other end is closed
@@ -215,7 +215,7 @@ def test_processes_that_are_started_have_all_streams(tmp_path):
 
 def test_closed_stdin_is_an_empty_one(tmp_path):
     found = bash("tool verify - <&-", tmp_path)
-    assert (found.code, found.stderr) == (2, f"{EMPTY}\n")
+    assert (found.code, found.stderr) == (2, f"verify: {EMPTY}\n")
 
 
 @pytest.mark.parametrize("command", ["methods -q", "--help", "--version"])

@@ -18,7 +18,6 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.quantize import quantize
-from sparsekit.text.calibration import Calibration
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def forms(family, pruned, row_file, tmp_path):
                 method="magnitude",
                 compensate="lowrank",
                 format="dense" if form == "composed" else "factored",
-                calibration=Calibration(source=str(row_file)),
+                calibration=str(row_file),
             )
             return prune(config, str(family("llama")), out).out
         return quantize(QuantizeConfig(method="rtn", grid=form), str(pruned), out).out

@@ -23,7 +23,6 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.reporting.compare import compare
 from sparsekit.reporting.traces import sparsity_by_block
-from sparsekit.text.calibration import Calibration
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 FORMS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24-int4", "marlin-24-int8")
@@ -136,7 +135,7 @@ def test_a_converted_output_head_is_verified_too(tmp_path):
 def test_a_converted_mask_is_refined_at_its_own_pattern(tmp_path):
     """What it was converted from is not taken for the dense model that it was made from."""
     save_file({"tokens": torch.arange(64).view(2, 32) % 29}, tmp_path / "rows.safetensors")
-    rows = Calibration(source=str(tmp_path / "rows.safetensors"))
+    rows = str(tmp_path / "rows.safetensors")
     given = convert(str(LEGACY / FORMS[0]), tmp_path / "given").out
     config = PruneConfig(refine="dsnot", dense=str(LEGACY / "dense"), calibration=rows)
     out = prune(config, str(given), tmp_path / "out").out

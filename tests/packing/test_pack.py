@@ -30,7 +30,6 @@ from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.text.calibration import Calibration
 
 
 class StopsIn(Progress):
@@ -448,7 +447,7 @@ def composed(family, row_file, tmp_path):
     """Gives a folder whose weights are products of the factors beside them."""
 
     def folder(name: str = "llama", **options: Any):
-        calibration = Calibration(source=str(row_file))
+        calibration = str(row_file)
         options = options or {"method": "magnitude", "compensate": "lowrank"}
         config = PruneConfig(calibration=calibration, **options)
         return prune(config, str(family(name)), tmp_path / "composed").out
@@ -489,7 +488,7 @@ def test_factors_are_kept_alone_and_multiplied_out(
     if made_by == "slorb":
         source = with_branches(name)
     elif made_by == "armor":
-        source = composed(name, method="armor", options={"block": "8", "sweeps": "4"})
+        source = composed(name, method="armor", option={"block": "8", "sweeps": "4"})
     else:
         source = composed(name)
     packed = pack(str(source), tmp_path / "packed").out

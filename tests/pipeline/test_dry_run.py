@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from verbs import replace
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, StorageError, UsageError
@@ -23,14 +23,13 @@ from sparsekit.quantization.quantize import quantize
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.dry_run import plan_recover
 from sparsekit.recovery.recover import recover
-from sparsekit.text.calibration import Calibration
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 
 
 @pytest.fixture
 def quantized(row_file) -> QuantizeConfig:
-    return QuantizeConfig(grid="int4-g16", calibration=Calibration(source=str(row_file)))
+    return QuantizeConfig(grid="int4-g16", calibration=str(row_file))
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_plan_of_recover_tells_the_steps_and_bytes_that_are_then_written(
 
 def test_plan_of_recover_without_a_teacher_or_a_number_of_tokens(trained, pruned, tmp_path):
     with_teacher = plan_recover(trained, str(pruned), tmp_path / "out")
-    config = replace(trained, share=0.0, tokens=None, max_time=60.0)
+    config = replace(trained, kl_weight=0.0, tokens=None, max_time="60s")
     found = plan_recover(config, str(pruned), tmp_path / "out")
     assert (found["teacher"], found["steps"], found["max_time"]) == (None, None, 60.0)
     least = "peak_memory_at_least_bytes"
@@ -208,7 +207,7 @@ what, folder, rows, out = sys.argv[1], sys.argv[2], sys.argv[3], pathlib.Path(sy
 if what == "pack":
     estimate = plan_pack(folder, out)
 else:
-    config = QuantizeConfig(method=what, grid="int4-g64", calibration=Calibration(source=rows))
+    config = QuantizeConfig(method=what, grid="int4-g64", calibration=rows)
     estimate = plan_quantize(config, folder, out)
 before = psutil.Process().memory_info().rss
 if what == "pack":

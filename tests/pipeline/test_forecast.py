@@ -177,7 +177,7 @@ def test_the_memory_that_a_method_makes_of_a_gram_matrix_is_its_own(stream):
 
 
 def test_the_entry_holds_what_was_expected(family, row_file, tmp_path):
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     entry = prune(config, str(family("llama")), tmp_path / "out").entry
     assert 0 < entry["estimated"]["seconds"] < 10 * entry["seconds"]
     room = plan(config, str(family("llama")), tmp_path / "other")["peak_memory_estimate_bytes"]

@@ -23,7 +23,6 @@ from sparsekit.quantization.quantize import quantize
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.saved_scores import add_score
-from sparsekit.text.calibration import Calibration
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 LICENSE = {"license": "other", "license_name": "own-terms", "license_link": "LICENSE"}
@@ -77,7 +76,7 @@ def card_of(folder: Path) -> ModelCard:
 def outputs(family, row_file, tmp_path_factory) -> dict[str, Path]:
     """What each stage writes of one model, in a row."""
     root = tmp_path_factory.mktemp("cards")
-    rows, dense = Calibration(source=str(row_file)), str(family("llama"))
+    rows, dense = str(row_file), str(family("llama"))
 
     def pruned(name: str, **options) -> Path:
         return prune(PruneConfig(calibration=rows, **options), dense, root / name).out
@@ -162,7 +161,7 @@ def test_card_tells_each_stage_before_with_the_text_that_it_read(outputs, row_fi
 
 
 def test_card_of_a_refined_mask_tells_what_made_it(family, pruned, row_file, tmp_path):
-    rows, dense = Calibration(source=str(row_file)), str(family("llama"))
+    rows, dense = str(row_file), str(family("llama"))
     config = PruneConfig(refine="dsnot", dense=dense, calibration=rows)
     made = prune(config, str(pruned), tmp_path / "refined").out
     assert "| earlier: prune | wanda, 2:4, 5 rows of 24" in (made / "README.md").read_text()
@@ -201,7 +200,7 @@ def with_card(folder: Path, told: object, body: str = "# x\n") -> Path:
 def test_license_is_carried_over_with_its_file_through_every_stage(copy_of, row_file, tmp_path):
     source = with_card(copy_of("llama"), LICENSE | {"tags": ["chat"], "base_model": "org/base"})
     (source / "LICENSE").write_text("Terms.\n")
-    rows = Calibration(source=str(row_file))
+    rows = str(row_file)
     made = prune(PruneConfig(calibration=rows), str(source), tmp_path / "a").out
     made = quantize(QuantizeConfig(method="rtn", grid="int8"), str(made), tmp_path / "b").out
     made = pack(str(made), tmp_path / "c").out
@@ -218,7 +217,7 @@ def test_base_model_is_the_hub_id_and_stays_so_for_what_is_made_from_it(
 ):
     monkeypatch.setattr("sparsekit.checkpoint.resolve.fetch", lambda *_: copy_of("llama"))
     monkeypatch.chdir(tmp_path)
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     first = prune(config, "org/name", tmp_path / "a").out
     assert card_of(first).data.base_model == "org/name"
     assert "# name, pruned to 2:4" in (first / "README.md").read_text()
@@ -230,7 +229,7 @@ def test_demo_is_named_by_its_id_and_license_in_all_that_is_made_from_it(
     copy_of, row_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("sparsekit.checkpoint.resolve.demo_model", lambda *_: copy_of("llama"))
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     first = prune(config, "demo", tmp_path / "a").out
     second = pack(str(first), tmp_path / "b").out
     for folder in (first, second):
@@ -289,7 +288,7 @@ def test_name_of_a_folder_cannot_break_the_card(copy_of, tmp_path, row_file):
     source = copy_of("llama").rename(tmp_path / "a\n---\nlicense: mit\n# b|c")
     rows = (tmp_path / "r|s.safetensors").write_bytes(row_file.read_bytes())
     assert rows
-    config = PruneConfig(calibration=Calibration(source=str(tmp_path / "r|s.safetensors")))
+    config = PruneConfig(calibration=str(tmp_path / "r|s.safetensors"))
     made = prune(config, str(source), tmp_path / "out").out
     card = card_of(made)
     assert card.data.license is None
@@ -324,7 +323,7 @@ def test_the_card_tells_the_scores_before_and_after(pruned, copy_of):
 
 
 def test_before_and_after_both_have_their_standard_errors(copy_of, row_file, tmp_path):
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     folder = prune(config, str(copy_of("llama")), tmp_path / "a").out
     own = {"value": math.log(20.0), "stderr": 0.03}
     paired = {"value": math.log(50.0 / 20.0), "stderr": 0.01, "baseline": own}

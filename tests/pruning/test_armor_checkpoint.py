@@ -30,7 +30,6 @@ from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.prune import prune
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.form import Form
 from sparsekit.weights.patterns import Pattern
@@ -61,7 +60,7 @@ def run(row_file, tmp_path_factory) -> Callable[..., Report]:
         out = out or tmp_path_factory.mktemp("armor") / "out"
         told = {"progress": progress} if progress else {}
         options = {"method": "armor", "options": OPTIONS, **options}
-        config = PruneConfig(calibration=Calibration(source=str(row_file)), **options)
+        config = PruneConfig(calibration=str(row_file), **options)
         return prune(config, str(source), out, **told)
 
     return pruned
@@ -210,7 +209,7 @@ def test_dense_form_is_a_plain_checkpoint_of_the_products(family, made, name):
 
 @every_family
 def test_dense_form_is_nearer_to_the_source_than_its_start(run, family, made, name):
-    start = run(family(name), method="nowag", options={}).entry["weights"]
+    start = run(family(name), method="nowag", option={}).entry["weights"]
     for before, after in zip(start, made(name).entry["weights"], strict=True):
         assert before["name"] == after["name"]
         assert after["error"] < before["error"], after["name"]
@@ -519,12 +518,12 @@ def test_untouched_output_of_a_weight_with_zero_rows_passes(run, copy_of, tmp_pa
                 tensors[name][:, 4:8] = 0
 
     edit(source / "model.safetensors", change)
-    out = run(source, tmp_path / "out", options=OPTIONS, format=form).out
+    out = run(source, tmp_path / "out", option=OPTIONS, format=form).out
     assert verify(str(out))["weights"] == 14
 
 
 def test_dense_form_that_is_pruned_again_by_another_method_passes(run, made, tmp_path):
-    out = run(made("llama").out, tmp_path / "again", method="wanda", options={}).out
+    out = run(made("llama").out, tmp_path / "again", method="wanda", option={}).out
     assert not (out / FACTORS).exists()
     assert inspect(str(out)).total["pattern"] == "2:4"
     assert verify(str(out))["weights"] == 14
@@ -575,7 +574,7 @@ def test_interrupted_run_does_not_go_on_in_the_other_form(run, family, tmp_path,
 def test_one_form_can_take_the_place_of_the_other(family, made, row_file, tmp_path, forms):
     out = shutil.copytree(made("llama", forms[0]).out, tmp_path / "out")
     options = {"method": "armor", "options": OPTIONS, "format": forms[1]}
-    config = PruneConfig(calibration=Calibration(source=str(row_file)), **options)
+    config = PruneConfig(calibration=str(row_file), **options)
     prune(config, str(family("llama")), out, overwrite=True)
     assert hashes(out) == hashes(made("llama", forms[1]).out)
 
@@ -587,7 +586,7 @@ def test_factored_form_cannot_be_pruned(run, made, tmp_path):
     folder = made("llama", "factored").out
     for method in ("armor", "wanda"):
         with pytest.raises(DataError, match=r"holds factors only.*; name the model it comes"):
-            run(folder, tmp_path / "out", method=method, options={})
+            run(folder, tmp_path / "out", method=method, option={})
     with pytest.raises(DataError, match="holds factors only"):
         plan(PruneConfig(method="magnitude"), str(folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -595,7 +594,7 @@ def test_factored_form_cannot_be_pruned(run, made, tmp_path):
 
 @every_form
 def test_neither_form_is_a_sparse_model_to_be_refined(run, family, made, tmp_path, form):
-    options = {"method": None, "refine": "dsnot", "options": {}, "dense": str(family("llama"))}
+    options = {"method": None, "refine": "dsnot", "option": {}, "dense": str(family("llama"))}
     with pytest.raises(DataError):
         run(made("llama", form).out, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -604,7 +603,7 @@ def test_neither_form_is_a_sparse_model_to_be_refined(run, family, made, tmp_pat
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
 def test_factored_form_is_refused_for_a_method_without_factors(run, family, tmp_path, method):
     with pytest.raises(UsageError, match=r"makes no factors; leave out --format factored"):
-        run(family("llama"), tmp_path / "out", method=method, options={}, format="factored")
+        run(family("llama"), tmp_path / "out", method=method, option={}, format="factored")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -614,11 +613,11 @@ def test_factored_form_is_refused_for_a_method_without_factors(run, family, tmp_
         ("llama", {"pattern": "50%"}, r"q_proj\.weight: armor needs an N:M pattern, not 50%"),
         (
             "llama",
-            {"pattern": "8:16", "options": {}},
+            {"pattern": "8:16", "option": {}},
             r"q_proj\.weight: armor tries all supports .* 12,870",
         ),
-        ("llama", {"options": {"block": "6"}}, r"q_proj\.weight: .*blocks of 6 do not hold whole"),
-        ("llama_odd", {"pattern": "1:2", "options": {"block": "3"}}, r"blocks of 3 do not hold"),
+        ("llama", {"option": {"block": "6"}}, r"q_proj\.weight: .*blocks of 6 do not hold whole"),
+        ("llama_odd", {"pattern": "1:2", "option": {"block": "3"}}, r"blocks of 3 do not hold"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(
@@ -631,7 +630,7 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(
 
 def test_weights_of_other_sides_get_other_blocks(run, family):
     """32 and 66 have only 2 in common."""
-    report = run(family("llama_odd"), pattern="1:2", options={"block": "8", "sweeps": "2"})
+    report = run(family("llama_odd"), pattern="1:2", option={"block": "8", "sweeps": "2"})
     blocks = {
         row["name"].split(".")[-2]: row["numbers"]["block"] for row in report.entry["weights"]
     }
@@ -668,7 +667,7 @@ def test_bits_per_weight_are_those_of_the_factors(made, name, form):
 def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_path):
     for form in FORMS:
         options = {"method": "armor", "options": OPTIONS, "format": form}
-        config = PruneConfig(calibration=Calibration(source=str(row_file)), **options)
+        config = PruneConfig(calibration=str(row_file), **options)
         found = plan(config, str(family("llama")), tmp_path / "out")
         report = made("llama", form)
         files = report.out.glob("*.safetensors")
@@ -692,7 +691,7 @@ def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
         "compensate": "lowrank",
         "rank": "10%",
         "budget": 5.0,
-        "options": {"armor.block": "8"},
+        "option": {"armor.block": "8"},
     }
     entry = run(family("llama"), method="armor", initial="sparsegpt", **options)
     card = (entry.out / "README.md").read_text()
@@ -701,7 +700,7 @@ def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
     assert "| rank of the compensation | 0.1 of a side |" in card
     assert "| time limit | 5 s |" in card
     assert "reconstruction" not in card
-    plain = {"method": "wanda", "options": {}, "pattern": "60%"}
+    plain = {"method": "wanda", "option": {}, "pattern": "60%"}
     owl = run(family("llama"), allocate="owl", reconstruct="cg", **plain)
     card = (owl.out / "README.md").read_text()
     assert "| reconstruction | cg |" in card
@@ -711,9 +710,7 @@ def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
 
 def test_model_card_says_what_it_is(run, family, made):
     cards = {form: (made("llama", form).out / "README.md").read_text() for form in FORMS}
-    cards["plain"] = (
-        run(family("llama"), method="wanda", options={}).out / "README.md"
-    ).read_text()
+    cards["plain"] = (run(family("llama"), method="wanda", option={}).out / "README.md").read_text()
     dense, factored, plain = (
         " ".join(cards[form].split()) for form in ("dense", "factored", "plain")
     )

@@ -15,7 +15,6 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.owl import keep_shares, patterns_of
 from sparsekit.pruning.prune import prune
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.patterns import Pattern
 
 OUTLIERS, SIZES = [0.01, 0.05, 0.02, 0.03], [100, 300, 200, 400]
@@ -66,7 +65,7 @@ def test_groups_are_rounded_so_that_their_mean_is_within_half_a_step_of_one_bloc
 @pytest.fixture
 def run(row_file, tmp_path):
     def pruned(source, out="out", progress=SILENT, **options):
-        rows = Calibration(source=str(row_file))
+        rows = str(row_file)
         options = {"allocate": "owl", "pattern": "60%", **options}
         config = PruneConfig(calibration=rows, **options)
         return prune(config, str(source), tmp_path / out, progress=progress)
@@ -122,9 +121,9 @@ def test_first_block_is_pruned_as_alone_with_its_own_pattern(family, run):
 
 
 def test_factors_and_owl_are_refused_together(family, row_file, tmp_path):
-    rows = Calibration(source=str(row_file))
+    rows = str(row_file)
     config = PruneConfig(method="armor", allocate="owl", calibration=rows)
     with pytest.raises(UsageError, match="--allocate does not go with the factors of armor"):
         plan(config, str(family("llama")), tmp_path / "out")
     with pytest.raises(UsageError, match="--allocate 'even' is not known"):
-        PruneConfig(allocate="even").check()
+        PruneConfig(allocate="even")

@@ -17,7 +17,6 @@ from sparsekit.provenance.entry import Report
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.prune import prune
-from sparsekit.text.calibration import Calibration
 from sparsekit.text.rows import fingerprint
 
 METHODS = methods.names("pruners")
@@ -30,7 +29,7 @@ def run(row_file, tmp_path):
     """Prunes a folder with the token rows of conftest.py; gives the report."""
 
     def pruned(source: Path, name: str = "out", **options) -> Report:
-        options.setdefault("calibration", Calibration(source=str(row_file)))
+        options.setdefault("calibration", str(row_file))
         return prune(PruneConfig(**options), str(source), tmp_path / name)
 
     return pruned
@@ -212,7 +211,7 @@ def test_propagation_is_the_methods_own_unless_it_is_asked_for(run, family, meth
 
 def test_order_of_the_calibration_rows_does_not_matter(run, family, rows, tmp_path):
     save_file({"tokens": rows.flip(0).contiguous()}, tmp_path / "flipped.safetensors")
-    flipped = Calibration(source=str(tmp_path / "flipped.safetensors"))
+    flipped = str(tmp_path / "flipped.safetensors")
     one = run(family("llama"), "one")
     two = run(family("llama"), "two", calibration=flipped)
     assert weight_hashes(one.out) == weight_hashes(two.out)
@@ -226,8 +225,8 @@ def test_two_runs_give_the_same_bytes(run, family, method):
 
 
 def test_other_calibration_rows_give_other_masks(run, family, row_file):
-    few = Calibration(source=str(row_file), samples=1, length=6)
-    one, two = run(family("llama"), "one"), run(family("llama"), "two", calibration=few)
+    few = {"calibration": str(row_file), "samples": 1, "length": 6}
+    one, two = run(family("llama"), "one"), run(family("llama"), "two", **few)
     assert weight_hashes(one.out) != weight_hashes(two.out)
     assert (two.entry["calibration"]["samples"], two.entry["calibration"]["length"]) == (1, 6)
 
@@ -304,7 +303,7 @@ def test_relative_error_is_that_of_the_layers_output(run, family, rows):
 def test_provenance_says_what_was_done_and_with_what(run, family, rows, row_file):
     import importlib.metadata
 
-    report = run(family("llama"), method="sparsegpt", options={"block": "64"}, skip=["o_proj"])
+    report = run(family("llama"), method="sparsegpt", option={"block": "64"}, skip=["o_proj"])
     source = Checkpoint.open(family("llama"))
     found = json.loads((report.out / "sparsekit.json").read_text())
     (entry,) = found["history"]
@@ -475,7 +474,7 @@ def test_pattern_that_does_not_divide_a_layer_is_named_with_the_way_out(
     run, family, row_file, tmp_path
 ):
     odd = family("llama_odd")
-    config = {"calibration": Calibration(source=str(row_file))}
+    config = {"calibration": str(row_file)}
     match = (
         r"model\.layers\.0\.mlp\.down_proj\.weight: 66 inputs do not divide into groups of 4; "
         r"--pattern 1:2 fits, or leave it dense with --skip down_proj$"
@@ -521,7 +520,7 @@ def test_inputs_that_overflow_are_an_error_that_names_the_weight(
     for part in ("up_proj", "gate_proj"):
         tensors[f"model.layers.{block}.mlp.{part}.weight"] *= 1e30
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = PruneConfig(method=method, calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(method=method, calibration=str(row_file))
     name = rf"model\.layers\.{block}\.mlp\.down_proj\.weight"
     with pytest.raises(NumericalError, match=name):
         prune(config, str(folder), tmp_path / "refused")
@@ -530,14 +529,14 @@ def test_inputs_that_overflow_are_an_error_that_names_the_weight(
 
 def test_token_rows_of_another_vocabulary_are_refused(family, tmp_path):
     save_file({"tokens": torch.full((2, 8), 260)}, tmp_path / "big.safetensors")
-    config = {"calibration": Calibration(source=str(tmp_path / "big.safetensors"))}
+    config = {"calibration": str(tmp_path / "big.safetensors")}
     match = r"token 260, the model's vocabulary has 260"
     assert_refused(tmp_path, DataError, match, model=family("llama"), config=config)
 
 
 def test_text_without_a_tokenizer_is_refused(family, tmp_path):
     (tmp_path / "some.txt").write_text("words " * 1000)
-    config = {"calibration": Calibration(source=str(tmp_path / "some.txt"), samples=2, length=8)}
+    config = {"calibration": str(tmp_path / "some.txt"), "samples": 2, "length": 8}
     assert_refused(
         tmp_path, DataError, "has no tokenizer", model=family("llama_tied"), config=config
     )
@@ -555,14 +554,14 @@ def test_existing_output_is_refused_before_anything_is_read(tmp_path):
     [
         ({"method": "wandaa"}, r"no method 'wandaa'.*did you mean 'wanda'"),
         ({"pattern": "2;4"}, r"pattern '2;4' is not understood.*N:M"),
-        ({"method": "sparsegpt", "options": {"blok": "3"}}, r"no option 'blok'.*'block'"),
-        ({"method": "sparsegpt", "options": {"block": "x"}}, r"block of sparsegpt takes int"),
-        ({"options": {"block": "3"}}, r"wanda has no option 'block'; wanda has no options"),
+        ({"method": "sparsegpt", "option": {"blok": "3"}}, r"no option 'blok'.*'block'"),
+        ({"method": "sparsegpt", "option": {"block": "x"}}, r"block of sparsegpt takes int"),
+        ({"option": {"block": "3"}}, r"wanda has no option 'block'; wanda has no options"),
         ({"reconstruct": "lsq"}, r"--reconstruct 'lsq' is not known; one of: none, cg"),
         ({"device": "tpu"}, r"--device 'tpu' is not known"),
         ({"dtype": "int4"}, r"--dtype 'int4' is not known"),
-        ({"calibration": Calibration(source="buildin")}, r"'buildin'.*did you mean 'builtin'"),
-        ({"calibration": Calibration(samples=0)}, r"samples is 0"),
+        ({"calibration": "buildin"}, r"'buildin'.*did you mean 'builtin'"),
+        ({"samples": 0}, r"samples is 0"),
     ],
 )
 def test_wrong_options_are_refused_whatever_the_model_is(tmp_path, options, match):
@@ -573,7 +572,7 @@ def test_wrong_options_are_refused_whatever_the_model_is(tmp_path, options, matc
 
 
 def plan_of(family, row_file, tmp_path, **options):
-    options.setdefault("calibration", Calibration(source=str(row_file)))
+    options.setdefault("calibration", str(row_file))
     source = options.pop("source", family("llama"))
     return plan(PruneConfig(**options), str(source), tmp_path / "out")
 
@@ -605,14 +604,14 @@ def test_peak_estimate_grows_with_rows_and_with_gram_matrices(family, row_file, 
     def estimate(**options) -> int:
         return plan_of(family, row_file, tmp_path, **options)["peak_memory_estimate_bytes"]
 
-    few, many = (Calibration(samples=n, length=128) for n in (16, 64))
-    one = estimate(calibration=few)
+    few, many = ({"calibration": "builtin", "samples": n, "length": 128} for n in (16, 64))
+    one = estimate(**few)
     hidden = 16 * 128 * 32 * 4  # rows, tokens, hidden size, float32
-    assert estimate(calibration=many) - one == 3 * hidden
+    assert estimate(**many) - one == 3 * hidden
     block = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32)  # bfloat16 on disk
     assert one > hidden + 3 * block  # on disk and as float32
     grams = 4 * (32 * 32 + 64 * 64)
-    assert estimate(calibration=few, method="sparsegpt") >= one + grams
+    assert estimate(**few, method="sparsegpt") >= one + grams
     # What one row makes: inputs and outputs of seven weights; and 256 sampled inputs.
     ends = (32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3
     row = (128 + 256) * 4 * ends
@@ -630,20 +629,20 @@ def test_peak_estimate_does_not_grow_with_depth(family, row_file, tmp_path):
 
 def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tmp_path):
     file, longer = (
-        plan_of(family, row_file, tmp_path, calibration=c)["peak_memory_estimate_bytes"]
-        for c in (Calibration(source=str(row_file)), Calibration(samples=5, length=25))
+        plan_of(family, row_file, tmp_path, **c)["peak_memory_estimate_bytes"]
+        for c in ({}, {"calibration": "builtin", "samples": 5, "length": 25})
     )
     # One token more in each of five rows, and in all inputs and outputs of one row.
     assert longer - file == 5 * 32 * 4 + 4 * 512
     # 2048 tokens are asked for by default, the model takes 256.
-    capped = plan_of(family, row_file, tmp_path, calibration=Calibration(samples=5))
-    most = plan_of(family, row_file, tmp_path, calibration=Calibration(samples=5, length=256))
+    capped = plan_of(family, row_file, tmp_path, calibration=None, samples=5)
+    most = plan_of(family, row_file, tmp_path, calibration=None, samples=5, length=256)
     assert capped["peak_memory_estimate_bytes"] == most["peak_memory_estimate_bytes"]
 
 
 def test_dry_run_sees_that_a_model_to_sample_from_does_not_fit(family, tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekit.model.full_model.available_memory", lambda: 1000)
-    config = PruneConfig(calibration=Calibration(source="self"))
+    config = PruneConfig(calibration="self")
     with pytest.raises(DataError, match=r"text of 'self' needs .*builtin"):
         plan(config, str(family("llama")), tmp_path / "out")
 
@@ -655,7 +654,7 @@ def test_dry_run_sees_a_missing_tokenizer_before_any_weight(family, tmp_path):
 
 def test_interrupted_run_goes_on_when_the_model_has_moved(copy_of, row_file, tmp_path):
     source = copy_of("llama")
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     whole = weight_hashes(prune(config, str(source), tmp_path / "whole").out)
 
     class Stop(Recorder):
@@ -675,8 +674,8 @@ def test_damping_that_is_raised_for_every_weight_is_told(family, tmp_path):
     save_file({"tokens": torch.arange(4)[None]}, tmp_path / "rows.safetensors")
     config = PruneConfig(
         method="sparsegpt",
-        options={"damping": "0"},
-        calibration=Calibration(source=str(tmp_path / "rows.safetensors")),
+        option={"damping": "0"},
+        calibration=str(tmp_path / "rows.safetensors"),
     )
     seen = Recorder()
     report = prune(config, str(family("llama")), tmp_path / "out", progress=seen)
@@ -718,7 +717,7 @@ class Recorder:
 
 def test_progress_names_the_method_and_every_block(family, row_file, tmp_path):
     seen = Recorder()
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     prune(config, str(family("llama")), tmp_path / "out", progress=seen)
     assert seen.begun == [("wanda 2:4", 2)]
     assert seen.steps == ["model.layers.0", "model.layers.1"]
@@ -736,7 +735,7 @@ def test_reading_a_large_checkpoint_is_shown_weight_by_weight(family, tmp_path, 
 
 def test_capped_length_is_told_and_recorded(family, tmp_path):
     seen = Recorder()
-    config = PruneConfig(calibration=Calibration(samples=2, length=4000))
+    config = PruneConfig(samples=2, length=4000)
     report = prune(config, str(family("llama")), tmp_path / "out", progress=seen)
     note = "length capped at 256: the model's maximum"
     assert seen.notes == [note]

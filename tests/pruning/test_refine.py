@@ -21,7 +21,6 @@ from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.method_chain import Chain
 from sparsekit.pruning.prune import prune
 from sparsekit.solvers.input_stats import InputSums, Want
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.patterns import Pattern
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,7 +43,7 @@ def run(row_file, tmp_path):
     """
 
     def pruned(source: Path, name: str = "out", progress=None, **options) -> Report:
-        options.setdefault("calibration", Calibration(source=str(row_file)))
+        options.setdefault("calibration", str(row_file))
         told = {"progress": progress} if progress else {}
         if "dsnot" in (options.get("method"), options.get("refine")) and "preset" not in options:
             options["options"] = {"modules": "all", **options.get("options", {})}
@@ -58,7 +57,7 @@ def sparse(family, row_file, tmp_path_factory):
     """Gives the tiny llama pruned by Wanda; the folder is the test's own."""
 
     def made(**options) -> Path:
-        options.setdefault("calibration", Calibration(source=str(row_file)))
+        options.setdefault("calibration", str(row_file))
         out = tmp_path_factory.mktemp("sparse") / "sparse"
         return prune(PruneConfig(**options), str(family("llama")), out).out
 
@@ -162,7 +161,7 @@ def test_every_family_is_refined_to_exactly_the_pattern(run, family, name, text)
 
 def test_history_tells_both_methods_and_their_options(run, family):
     options = {"damping": "0.5", "cycles": "7", "units": "token"}
-    report = run(family("llama"), method="sparsegpt", refine="dsnot", options=options)
+    report = run(family("llama"), method="sparsegpt", refine="dsnot", option=options)
     (entry,) = history(report.out)
     assert entry == json.loads(json.dumps(dict(report.entry)))
     recipe = entry["recipe"]
@@ -176,7 +175,7 @@ def test_history_tells_both_methods_and_their_options(run, family):
 
 def test_preset_and_options_are_recorded_as_values(run, family):
     options = {"modules": "all"}
-    report = run(family("llama"), method="dsnot", preset="published", options=options)
+    report = run(family("llama"), method="dsnot", preset="published", option=options)
     assert report.entry["recipe"]["options"] == {**PUBLISHED, "modules": "all"}
 
 
@@ -188,7 +187,7 @@ def test_attention_only_leaves_the_other_weights_to_the_initial_method(run, fami
         "refined",
         method="sparsegpt",
         refine="dsnot",
-        options={"modules": "attention"},
+        option={"modules": "attention"},
         propagate=False,
     )
     dense, before, after = map(tensors_in, (family("llama"), plain.out, refined.out))
@@ -296,9 +295,7 @@ def test_method_may_name_the_refiner_of_a_sparse_model(run, family, sparse):
 
 def test_what_is_not_refined_stays_as_the_sparse_model_has_it(run, family, sparse):
     given = sparse(method="sparsegpt")
-    report = run(
-        given, method="dsnot", options={"modules": "attention"}, dense=str(family("llama"))
-    )
+    report = run(given, method="dsnot", option={"modules": "attention"}, dense=str(family("llama")))
     dense, before, after = map(tensors_in, (family("llama"), given, report.out))
     for name in filter(linears, dense):
         if "self_attn" in name:
@@ -310,7 +307,7 @@ def test_what_is_not_refined_stays_as_the_sparse_model_has_it(run, family, spars
 
 def test_no_cycle_gives_the_sparse_model_back(run, family, sparse):
     given = sparse()
-    report = run(given, refine="dsnot", options={"cycles": "0"}, dense=str(family("llama")))
+    report = run(given, refine="dsnot", option={"cycles": "0"}, dense=str(family("llama")))
     assert weight_hashes(report.out) == weight_hashes(given)
 
 
@@ -326,7 +323,7 @@ def test_pattern_is_the_last_one_of_the_history_unless_another_is_named(run, fam
 
 def test_history_names_the_given_mask_by_its_fingerprint(run, family, sparse):
     given, dense = sparse(), family("llama")
-    report = run(given, refine="dsnot", dense=str(dense), options={"power": "0.5"})
+    report = run(given, refine="dsnot", dense=str(dense), option={"power": "0.5"})
     entry = history(report.out)[-1]
     assert entry == json.loads(json.dumps(dict(report.entry)))
     recipe = entry["recipe"]
@@ -391,8 +388,8 @@ def test_note_says_how_to_refine_the_mask_of_a_model_that_is_pruned_already(
 
 def test_output_of_a_refinement_can_be_refined_again(run, family, sparse):
     dense = str(family("llama"))
-    once = run(sparse(), "once", refine="dsnot", options={"cycles": "1"}, dense=dense).out
-    again = run(once, "again", refine="dsnot", options={"cycles": "1"}, dense=dense)
+    once = run(sparse(), "once", refine="dsnot", option={"cycles": "1"}, dense=dense).out
+    again = run(once, "again", refine="dsnot", option={"cycles": "1"}, dense=dense)
     before, after = tensors_in(once), tensors_in(again.out)
     assert sum(swapped(before[name], after[name]) for name in filter(linears, before)) > 0
     assert again.entry["recipe"]["mask"] == Checkpoint.open(once).scan()
@@ -491,7 +488,7 @@ def refused(row_file, tmp_path):
 
     def check(error: type, match: str, model: Path, **options) -> None:
         out = tmp_path / "refused"
-        options.setdefault("calibration", Calibration(source=str(row_file)))
+        options.setdefault("calibration", str(row_file))
         with pytest.raises(error, match=match):
             prune(PruneConfig(**options), str(model), out)
         assert not out.exists()
@@ -504,7 +501,7 @@ def refused(row_file, tmp_path):
 def test_plan_refuses_another_dense_model_too(family, sparse, tmp_path, name):
     """Only headers are read for that."""
     given = sparse()
-    config = PruneConfig(refine="dsnot", dense=str(family(name)), calibration=Calibration())
+    config = PruneConfig(refine="dsnot", dense=str(family(name)))
     with pytest.raises(DataError, match=r"weight (has the shape|is missing) .*the dense model has"):
         plan(config, str(given), tmp_path / "planned")
 
@@ -594,9 +591,7 @@ def test_output_may_not_replace_what_is_read(run, family, sparse, row_file, whic
     given = run(dense, "sparse").out
     out = given if which == "sparse" else dense
     before = weight_hashes(out)
-    config = PruneConfig(
-        refine="dsnot", dense=str(dense), calibration=Calibration(source=str(row_file))
-    )
+    config = PruneConfig(refine="dsnot", dense=str(dense), calibration=str(row_file))
     with pytest.raises(UsageError, match="is the model itself"):
         prune(config, str(given), out, overwrite=True)
     assert weight_hashes(out) == before
@@ -624,25 +619,25 @@ SPARSE = {"refine": "dsnot", "dense": "."}
         ({"refine": "wanda"}, r"--refine 'wanda' is not known"),
         ({"method": "dsnott"}, r"no method 'dsnott'; did you mean 'dsnot'"),
         (
-            {"method": "dsnot", "options": {"cyles": "1"}},
+            {"method": "dsnot", "option": {"cyles": "1"}},
             r"neither dsnot nor wanda has an option 'cyles'; did you mean 'cycles'",
         ),
         (
-            {"method": "alps", "refine": "dsnot", "options": {"dampin": "1"}},
+            {"method": "alps", "refine": "dsnot", "option": {"dampin": "1"}},
             r"neither dsnot nor alps has an option 'dampin'; did you mean 'damping'",
         ),
         (
-            {"method": "dsnot", "options": {"damping": "1"}},
+            {"method": "dsnot", "option": {"damping": "1"}},
             r"neither dsnot nor wanda has an option 'damping'",
         ),
-        ({**SPARSE, "options": {"cyles": "1"}}, r"dsnot has no option 'cyles'; did .*'cycles'"),
-        ({**SPARSE, "options": {"damping": "1"}}, r"dsnot has no option 'damping'"),
-        ({"options": {"cycles": "1"}}, r"wanda has no option 'cycles'"),
+        ({**SPARSE, "option": {"cyles": "1"}}, r"dsnot has no option 'cyles'; did .*'cycles'"),
+        ({**SPARSE, "option": {"damping": "1"}}, r"dsnot has no option 'damping'"),
+        ({"option": {"cycles": "1"}}, r"wanda has no option 'cycles'"),
         (
-            {"method": "alps", "refine": "dsnot", "options": {"damping": "x"}},
+            {"method": "alps", "refine": "dsnot", "option": {"damping": "x"}},
             r"damping of alps takes float, not 'x'",
         ),
-        ({"method": "dsnot", "options": {"cycles": "x"}}, r"cycles of dsnot takes int, not 'x'"),
+        ({"method": "dsnot", "option": {"cycles": "x"}}, r"cycles of dsnot takes int, not 'x'"),
         (
             {"method": "dsnot", "preset": "publishd"},
             r"dsnot has no preset 'publishd'; did you mean 'published'",
@@ -664,7 +659,7 @@ def test_wrong_combinations_are_refused_whatever_the_models_are(refused, tmp_pat
 
 def test_plan_of_a_refinement_makes_the_counts_that_are_then_written(run, family, sparse, tmp_path):
     given, dense = sparse(pattern="1:4"), family("llama")
-    config = PruneConfig(refine="dsnot", dense=str(dense), calibration=Calibration(samples=2))
+    config = PruneConfig(refine="dsnot", dense=str(dense), samples=2)
     found = plan(config, str(given), tmp_path / "planned")
     assert not (tmp_path / "planned").exists()
     report = run(given, refine="dsnot", dense=str(dense))
@@ -679,7 +674,7 @@ def test_command_line_refines_a_sparse_model(cli, run, family, sparse, row_file,
     found = cli("prune", given, "-o", tmp_path / "typed", "--calibration", row_file, *flags)
     assert found.code == 0
     assert found.stdout == f"{tmp_path / 'typed'}\n"
-    options = {"preset": "published", "options": {"cycles": "9"}}
+    options = {"preset": "published", "option": {"cycles": "9"}}
     report = run(given, refine="dsnot", dense=str(dense), **options)
     assert weight_hashes(tmp_path / "typed") == weight_hashes(report.out)
     assert history(tmp_path / "typed")[-1]["recipe"]["options"] == {**PUBLISHED, "cycles": "9"}
@@ -704,12 +699,12 @@ def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row
     [("armor", "sparsegpt", "block", "8"), ("dsnot", "ria", "power", "0.5")],
 )
 def test_option_of_both_methods_must_name_its_own(method, initial, name, value):
-    config = PruneConfig(method=method, initial=initial, options={name: value})
+    config = PruneConfig(method=method, initial=initial, option={name: value})
     with pytest.raises(UsageError, match=f"both have an option '{name}'") as refused:
         config.check()
     assert refused.value.hint == f"write {method}.{name} or {initial}.{name}"
     for one, kind in ((method, "refiners"), (initial, "pruners")):
-        named = PruneConfig(method=method, initial=initial, options={f"{one}.{name}": value})
+        named = PruneConfig(method=method, initial=initial, option={f"{one}.{name}": value})
         named.check()
         other = {"refiners": "pruners", "pruners": "refiners"}[kind]
         assert named.options_of(kind) == {name: value}
@@ -717,7 +712,7 @@ def test_option_of_both_methods_must_name_its_own(method, initial, name, value):
 
 
 def test_option_of_a_method_that_does_not_run_is_refused():
-    config = PruneConfig(method="dsnot", options={"alps.damping": "0.5"})
+    config = PruneConfig(method="dsnot", option={"alps.damping": "0.5"})
     with pytest.raises(UsageError, match="'alps' is no method of this run") as refused:
         config.check()
     assert refused.value.hint == "this run has dsnot and wanda"
@@ -728,11 +723,11 @@ def test_option_given_twice_or_without_a_method_is_refused(key):
     options = {"cycles": "7", key: "9"} if key[0] == "d" else {key: "9"}
     match = "'cycles' is given twice" if key[0] == "d" else "'' is no method of this run"
     with pytest.raises(UsageError, match=match):
-        PruneConfig(method="dsnot", options=options).check()
+        PruneConfig(method="dsnot", option=options)
 
 
 def test_option_of_one_method_alone_reaches_it(run, family):
-    options = {"options": {"sparsegpt.damping": "0.05", "cycles": "7"}}
+    options = {"option": {"sparsegpt.damping": "0.05", "cycles": "7"}}
     recipe = run(family("llama"), method="dsnot", initial="sparsegpt", **options).entry["recipe"]
     assert recipe["initial_options"]["damping"] == "0.05"
     assert recipe["options"]["cycles"] == "7"
@@ -778,7 +773,7 @@ def test_weights_of_unlike_treatment_are_not_solved_as_one():
         return [len(group) for group in chain.groups(targets, sums, patterns, places)]
 
     assert sizes(one) == [2, 1]
-    assert sizes(one, options={"modules": "all"}) == [3]
-    assert sizes(two, options={"modules": "all"}) == [1, 2]
+    assert sizes(one, option={"modules": "all"}) == [3]
+    assert sizes(two, option={"modules": "all"}) == [1, 2]
     assert sizes(one, compensate="lowrank") == [1, 1, 1]
-    assert sizes(one, options={"modules": "all"}, then="int8") == [1, 2]  # types of scales
+    assert sizes(one, option={"modules": "all"}, then="int8") == [1, 2]  # types of scales

@@ -20,7 +20,6 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.text.calibration import Calibration
 
 PARITY = Path(__file__).parents[3] / "shared" / "parity" / "smollm2"
 CALIBRATION = PARITY / "calibration_c4_32x512.safetensors"
@@ -44,9 +43,7 @@ def perplexity(model: Path) -> float:
 
 
 def pruned(dense: Path, out: Path, method: str, pattern: str) -> Path:
-    config = PruneConfig(
-        method=method, pattern=pattern, calibration=Calibration(source=str(CALIBRATION))
-    )
+    config = PruneConfig(method=method, pattern=pattern, calibration=str(CALIBRATION))
     return prune(config, str(dense), out).out
 
 

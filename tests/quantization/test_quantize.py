@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from listeners import Notes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from verbs import replace
 
 import sparsekit
 from sparsekit.bench.infer import InferConfig, _measure
@@ -30,7 +30,6 @@ from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.solvers.input_stats import Want
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.patterns import Pattern
 
@@ -55,7 +54,7 @@ def run(row_file, tmp_path):
     """Quantizes a folder with the token rows of conftest.py; gives the folder that is made."""
 
     def quantized(source, name: str = "out", progress=None, **options):
-        options.setdefault("calibration", Calibration(source=str(row_file)))
+        options.setdefault("calibration", str(row_file))
         told = {} if progress is None else {"progress": progress}
         return quantize(QuantizeConfig(**options), str(source), tmp_path / name, **told).out
 
@@ -191,8 +190,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, sparse, tmp_path, for
 
 def test_damping_that_had_to_be_raised_is_told(run, sparse, row_file):
     """24 tokens make no Gram matrix of 32 inputs that is positive definite."""
-    notes, rows = Notes(), Calibration(source=str(row_file), samples=1)
-    options = {"options": {"damping": "0"}, "calibration": rows}
+    notes, rows = Notes(), {"calibration": str(row_file), "samples": 1}
+    options = {"option": {"damping": "0"}, **rows}
     run(sparse("2:4"), grid="int4-g16", progress=notes, **options)
     assert any("14 weights needed their damping raised" in note for note in notes.told)
 
@@ -267,9 +266,7 @@ def test_what_is_quantized_already_is_refused_by_name(run, sparse, tmp_path):
 
 
 def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
-    config = PruneConfig(
-        method="magnitude", compensate="lowrank", calibration=Calibration(source=str(row_file))
-    )
+    config = PruneConfig(method="magnitude", compensate="lowrank", calibration=str(row_file))
     factored = prune(config, str(family("llama")), tmp_path / "factored").out
     with pytest.raises(DataError, match=r"keeps factors beside its weights.*prune without armor"):
         run(factored, grid="int4-g16")
@@ -333,7 +330,7 @@ def test_tensors_that_do_not_fit_together_are_refused(run, sparse):
     [
         ({"method": "gptk"}, "no method 'gptk'; did you mean 'gptq'"),
         ({"grid": "int5"}, "grid 'int5' is not known"),
-        ({"options": {"dampin": "1"}}, "did you mean 'damping'"),
+        ({"option": {"dampin": "1"}}, "did you mean 'damping'"),
         ({"format": "gguf"}, "--format 'gguf' is not known"),
         ({"skip": ["nothing"]}, "--skip 'nothing' matches no weight"),
     ],
@@ -347,7 +344,7 @@ def test_wrong_words_are_refused(run, sparse, change, words):
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_prune_can_quantize_in_the_same_pass(family, row_file, tmp_path, method, pattern, grid):
-    rows = Calibration(source=str(row_file))
+    rows = str(row_file)
     config = PruneConfig(method=method, pattern=pattern, then=grid, calibration=rows)
     done = prune(config, str(family("llama")), tmp_path / "out")
     assert verify(str(done.out))["pattern"] == [pattern]
@@ -366,7 +363,7 @@ def test_prune_can_quantize_in_the_same_pass(family, row_file, tmp_path, method,
 
 
 def test_one_pass_that_is_interrupted_goes_on_to_the_same_bytes(family, row_file, tmp_path):
-    rows = Calibration(source=str(row_file))
+    rows = str(row_file)
     config = PruneConfig(method="sparsegpt", then="int4-g16", calibration=rows)
     whole = prune(config, str(family("llama")), tmp_path / "whole").out
     with pytest.raises(KeyboardInterrupt):
@@ -383,7 +380,7 @@ def test_one_pass_loses_less_than_two(family, row_file, rows, tmp_path, method):
     Found: 0.85 of the error of pruning and then GPTQ for Wanda, and 1.006 for SparseGPT, which has
     made up for most of it already.
     """
-    calibration = Calibration(source=str(row_file))
+    calibration = str(row_file)
     source, notes = str(family("llama")), Notes()
     config = PruneConfig(method=method, then="int4-g16", calibration=calibration)
     one = prune(config, source, tmp_path / "one", progress=notes).out
@@ -416,7 +413,7 @@ def test_one_pass_loses_less_than_two(family, row_file, rows, tmp_path, method):
     ],
 )
 def test_what_one_pass_cannot_do_is_refused(family, row_file, tmp_path, change, words):
-    config = PruneConfig(calibration=Calibration(source=str(row_file)), **change)
+    config = PruneConfig(calibration=str(row_file), **change)
     with pytest.raises(UsageError, match=words):
         prune(config, str(family("llama")), tmp_path / "out")
     assert not (tmp_path / "out").exists()

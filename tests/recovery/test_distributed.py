@@ -42,7 +42,7 @@ RUNS = {
     "activation": {"method": "ast", "metric": "activation", "tokens": 1280},
     "bf16": {"method": "ast", "mixed_precision": "bf16", "tokens": 640},
     "slorb": {"method": "ast", "slorb": 16, "tokens": 640},
-    "cast": {"method": "cast", "options": {"decay": "1e-2"}, "tokens": 2560},
+    "cast": {"method": "cast", "option": {"decay": "1e-2"}, "tokens": 2560},
 }
 
 

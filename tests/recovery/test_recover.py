@@ -4,13 +4,13 @@ import json
 import math
 import re
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from listeners import Notes, StopsAt
 from safetensors.torch import load_file, save_file
+from verbs import replace
 
 import sparsekit
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -44,7 +44,6 @@ from sparsekit.recovery.prepare import prepare
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.packed import unpack_bits
 from sparsekit.weights.patterns import Pattern
 
@@ -52,7 +51,7 @@ from sparsekit.weights.patterns import Pattern
 SHORT = RecoverConfig(method="ast", tokens=384, batch=2, length=16, lr=1e-3)
 # Settles within its steps.
 CAST = RecoverConfig(
-    method="cast", options={"decay": "1e-2"}, tokens=9600, batch=2, length=16, lr=4e-3
+    method="cast", option={"decay": "1e-2"}, tokens=9600, batch=2, length=16, lr=4e-3
 )
 
 
@@ -84,7 +83,7 @@ def test_output_has_exactly_the_pattern_and_every_tensor_was_trained(
     pruned, tmp_path, monkeypatch, method
 ):
     unsettled(monkeypatch)
-    more = {"options": {"decay": "1e-2"}, "lr": 2e-2} if method == "cast" else {}
+    more = {"option": {"decay": "1e-2"}, "lr": 2e-2} if method == "cast" else {}
     found = recover(replace(SHORT, method=method, **more), str(pruned), tmp_path / "out")
     assert verify(str(found.out))["zeros"] == 9216
     before, after = Checkpoint.open(pruned), Checkpoint.open(found.out)
@@ -117,8 +116,8 @@ def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_p
     [
         {"method": "ast"},
         {"method": "ast", "metric": "activation"},
-        {"method": "cast", "options": {"decay": "1e-2"}},
-        {"method": "cast", "options": {"decay": "1e-2"}, "metric": "activation"},
+        {"method": "cast", "option": {"decay": "1e-2"}},
+        {"method": "cast", "option": {"decay": "1e-2"}, "metric": "activation"},
     ],
 )
 def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, chosen):
@@ -134,7 +133,7 @@ def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, chose
 def test_products_in_16_bits_train_weights_of_32(make_llama, row_file, tmp_path):
     """Much like those in 32, with steps that weights of 16 bits would not feel."""
     make_llama(tmp_path / "dense", dtype=torch.float32)
-    words = {"calibration": Calibration(source=str(row_file))}
+    words = {"calibration": str(row_file)}
     source = prune(PruneConfig(**words), str(tmp_path / "dense"), tmp_path / "pruned").out
     folders = {}
     for precision in ("no", "bf16"):
@@ -249,7 +248,7 @@ def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
 )
 def test_what_pruning_gave_each_weight_stays_as_it_was(family, row_file, tmp_path, method, words):
     """Every pattern, a share of its own for each block, and what was left dense."""
-    calibration = Calibration(source=str(row_file))
+    calibration = str(row_file)
     config = PruneConfig(calibration=calibration, **words)
     sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
     found = recover(replace(SHORT, method=method, lr=1e-2), str(sparse), tmp_path / "out")
@@ -263,7 +262,7 @@ def test_what_pruning_gave_each_weight_stays_as_it_was(family, row_file, tmp_pat
 
 
 def test_what_is_dense_in_a_sparse_model_without_history_is_skipped(family, row_file, tmp_path):
-    config = PruneConfig(calibration=Calibration(source=str(row_file)), skip=["down_proj"])
+    config = PruneConfig(calibration=str(row_file), skip=["down_proj"])
     sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
     (sparse / "sparsekit.json").unlink()
     told = replace(SHORT, method="fixed", teacher=str(family("llama")))
@@ -371,7 +370,7 @@ def test_a_dense_model_is_sparse_from_the_first_step_of_fixed(family, tmp_path):
 
 
 def test_training_lowers_the_divergence_from_the_teacher(pruned, tmp_path):
-    config = replace(SHORT, tokens=6400, share=1.0)
+    config = replace(SHORT, tokens=6400, kl_weight=1.0)
     out = recover(config, str(pruned), tmp_path / "out").out
     log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
     assert len(log) == 200
@@ -384,7 +383,7 @@ def test_training_lowers_the_divergence_from_the_teacher(pruned, tmp_path):
 def test_families_are_trained_and_load_again(family, row_file, tmp_path, name, precision):
     from transformers import AutoModelForCausalLM
 
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     sparse = prune(config, str(family(name)), tmp_path / "sparse").out
     told = replace(SHORT, data=str(row_file), tokens=96, mixed_precision=precision)
     found = recover(told, str(sparse), tmp_path / "out")
@@ -413,7 +412,7 @@ def test_what_is_on_disk_computes_what_the_trained_model_did(
 
     monkeypatch.setattr(stage, "finish", spy)
     options = {"decay": "1e-2"} if method == "cast" else {}
-    config = replace(SHORT, method=method, options=options, data=str(row_file), lr=4e-2)
+    config = replace(SHORT, method=method, option=options, data=str(row_file), lr=4e-2)
     out = recover(config, str(family(name)), tmp_path / "out").out
     before, after = states
     assert torch.equal(before, after) == (method != "cast")
@@ -438,7 +437,7 @@ def test_cast_is_measured_without_what_is_off_its_mask(family, row_file, tmp_pat
     told = []
     for method, options in (("fixed", {}), ("cast", {"decay": "1e-2"})):
         config = replace(
-            SHORT, method=method, options=options, lr=4e-2, eval_every=12, eval_text=str(row_file)
+            SHORT, method=method, option=options, lr=4e-2, eval_every=12, eval_text=str(row_file)
         )
         found = recover(config, str(family("llama")), tmp_path / method)
         told.append(found.entry["plan"]["perplexity"])
@@ -469,7 +468,7 @@ def test_measuring_changes_no_bit(family, rows, tmp_path, monkeypatch, method, o
     unsettled(monkeypatch)
     monkeypatch.setattr(stage, "measure", spy)
     more = {"decay": "1e-2"} if method == "cast" else {}
-    config = replace(SHORT, method=method, options=options | more, lr=4e-2, eval_every=4)
+    config = replace(SHORT, method=method, option=options | more, lr=4e-2, eval_every=4)
     recover(config, str(family("llama")), tmp_path / "out")
     assert seen == [True] * 3
 
@@ -495,9 +494,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ):
     """R1."""
     unsettled(monkeypatch)  # as twelve steps leave it
-    config = replace(SHORT, method=method, mixed_precision=precision, save_every=3, options={})
+    config = replace(SHORT, method=method, mixed_precision=precision, save_every=3, option={})
     if method == "cast":
-        config = replace(config, options={"decay": "1e-3"}, lr=0.1)
+        config = replace(config, option={"decay": "1e-3"}, lr=0.1)
     model = str(family("llama"))
     whole = recover(config, model, tmp_path / "whole").out
     with pytest.raises(KeyboardInterrupt):
@@ -623,9 +622,7 @@ def test_a_model_that_changes_its_logits_is_refused(copy_of, tmp_path, key, valu
 
 
 def test_a_model_with_factors_is_refused(family, row_file, tmp_path):
-    config = PruneConfig(
-        method="armor", options={"sweeps": "1"}, calibration=Calibration(source=str(row_file))
-    )
+    config = PruneConfig(method="armor", option={"sweeps": "1"}, calibration=str(row_file))
     out = prune(config, str(family("llama")), tmp_path / "armor").out
     with pytest.raises(DataError, match="keeps factors beside its weights"):
         recover(replace(SHORT, pattern="2:4"), str(out), tmp_path / "out")
@@ -656,7 +653,7 @@ def test_masks_are_selected_in_the_loop_and_once_at_the_end(
 
     monkeypatch.setattr(MaskedAdam, "refresh", spy)
     options = {"decay": "1e-2"} if method == "cast" else {}
-    config = replace(SHORT, method=method, options=options, lr=4e-2)
+    config = replace(SHORT, method=method, option=options, lr=4e-2)
     recover(config, str(family("llama")), tmp_path / "out")
     assert seen == steps
 
@@ -781,9 +778,9 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(pruned, tmp_path, monkeypa
         {"batch": 4},
         {"length": 8},
         {"method": "fixed"},
-        {"options": {"decay": "1e-3"}},
+        {"option": {"decay": "1e-3"}},
         {"temperature": 2.0},
-        {"share": 0.1},
+        {"kl_weight": 0.1},
         {"accumulate": 2, "batch": 1},
         {"pattern": "1:4"},
     ],
@@ -877,10 +874,10 @@ def test_teacher_is_the_dense_parent_and_is_not_touched(pruned, family, tmp_path
 
 def test_without_divergence_no_teacher_is_needed(copy_of, row_file, tmp_path):
     dense = copy_of("llama")
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     sparse = prune(config, str(dense), tmp_path / "sparse").out
     dense.rename(tmp_path / "elsewhere")
-    found = recover(replace(SHORT, share=0.0), str(sparse), tmp_path / "out")
+    found = recover(replace(SHORT, kl_weight=0.0), str(sparse), tmp_path / "out")
     assert found.entry["plan"]["share"] == 0
     assert found.entry["teacher"] is None
 
@@ -893,7 +890,7 @@ def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_fil
             (pruned_copy / file.name).write_bytes(file.read_bytes())
     with pytest.raises(DataError, match="is sparse and does not say which dense model"):
         recover(SHORT, str(pruned_copy), tmp_path / "out")
-    first = recover(replace(SHORT, share=0.0), str(pruned_copy), tmp_path / "first").out
+    first = recover(replace(SHORT, kl_weight=0.0), str(pruned_copy), tmp_path / "first").out
     with pytest.raises(DataError, match=r"bare, which .*first was made from, is sparse too"):
         recover(SHORT, str(first), tmp_path / "out")
     config = PruneConfig(method="magnitude", pattern="1:4")
@@ -907,7 +904,7 @@ def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_fil
 
 
 def test_the_dense_model_that_was_trained_without_a_teacher_may_teach_later(family, tmp_path):
-    first = recover(replace(SHORT, share=0.0), str(family("llama")), tmp_path / "first").out
+    first = recover(replace(SHORT, kl_weight=0.0), str(family("llama")), tmp_path / "first").out
     second = recover(SHORT, str(first), tmp_path / "second")
     assert second.entry["teacher"]["path"] == str(family("llama"))
 
@@ -973,7 +970,7 @@ def test_a_loss_that_is_not_finite_before_training_is_not_put_down_to_the_rate(
 
 
 def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
-    config = replace(SHORT, tokens=None, max_time=20.0)
+    config = replace(SHORT, tokens=None, max_time="20s")
     found = recover(config, str(pruned), tmp_path / "out")
     assert found.entry["plan"]["steps"] > 50
     assert found.entry["seconds"] < 20
@@ -989,7 +986,7 @@ def test_a_time_that_is_too_short_for_a_step_is_refused(pruned, tmp_path, monkey
 
     monkeypatch.setattr(training.Training, "step", slow)
     with pytest.raises(UsageError, match="one step takes"):
-        recover(replace(SHORT, tokens=None, max_time=0.5), str(pruned), tmp_path / "out")
+        recover(replace(SHORT, tokens=None, max_time="0.5s"), str(pruned), tmp_path / "out")
     assert steps == [1]  # it is known after the first
 
 
@@ -1076,7 +1073,7 @@ def test_processes_of_one_machine_share_its_memory(pruned, monkeypatch):
 
 def test_a_model_that_cannot_be_trained_in_memory_is_refused_first(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_needs, "available_memory", lambda: 100_000)
-    with pytest.raises(DataError, match=r"needs 0\.0 GB .*and the teacher.*--share 0"):
+    with pytest.raises(DataError, match=r"needs 0\.0 GB .*and the teacher.*--kl-weight 0"):
         recover(SHORT, str(pruned), tmp_path / "out")
 
 
@@ -1137,7 +1134,7 @@ def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_pa
 
 def test_spans_that_cut_a_group_are_refused(family, tmp_path):
     """C8 needs whole groups: 32 inputs in 16 spans are two each."""
-    config = replace(CAST, options={"decay": "1e-2", "spans": "16"})
+    config = replace(CAST, option={"decay": "1e-2", "spans": "16"})
     with pytest.raises(UsageError, match=r"do not divide into 16 spans of whole groups of 4"):
         recover(config, str(family("llama")), tmp_path / "out")
 
@@ -1164,14 +1161,14 @@ def test_a_budget_below_what_is_safe_is_told(family, tmp_path, monkeypatch):
 
 
 def test_cast_without_scales_settles_too(family, tmp_path):
-    config = replace(CAST, options={"decay": "1e-2", "spans": "0"})
+    config = replace(CAST, option={"decay": "1e-2", "spans": "0"})
     found = recover(config, str(family("llama")), tmp_path / "out")
     assert found.entry["finished"]["moved"] < 5e-3
     assert verify(str(found.out))["pattern"] == ["2:4"]
 
 
 def test_cast_with_a_weak_decay_is_told_which_one_would_do(family, tmp_path):
-    config = replace(CAST, options={"decay": "1e-9"})
+    config = replace(CAST, option={"decay": "1e-9"})
     with pytest.raises(UsageError, match=r"moves a weight by .*; leave out -O decay: it would be"):
         recover(config, str(family("llama")), tmp_path / "out")
 
@@ -1202,7 +1199,7 @@ def test_strength_of_ast_pulls_a_mean_entry_as_much_as_the_gradient(pruned, tmp_
 
 def test_strength_of_cast_is_the_size_of_the_gradients(family, tmp_path, monkeypatch):
     unsettled(monkeypatch)
-    config = replace(CAST, options={}, tokens=3200, lr=1e-2)
+    config = replace(CAST, option={}, tokens=3200, lr=1e-2)
     plan = recover(config, str(family("llama")), tmp_path / "out").entry["plan"]
     assert plan["decay"] == plan["masked_gradient"] > 0
 
@@ -1233,13 +1230,13 @@ def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, 
     named = replace(SHORT, pattern="2:4")
     with pytest.raises(DataError, match=r"does not say which dense model.*--teacher"):
         recover(named, str(copy), tmp_path / "out")
-    recover(replace(named, share=0.0), str(copy), tmp_path / "out")
+    recover(replace(named, kl_weight=0.0), str(copy), tmp_path / "out")
     assert verify(str(tmp_path / "out"))["zeros"] == 9216
 
 
 @pytest.mark.parametrize("written", ["50%", "50.0%", "50%/row"])
 def test_the_pattern_of_the_history_may_be_named_in_any_way(family, row_file, tmp_path, written):
-    config = PruneConfig(pattern="50%", calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(pattern="50%", calibration=str(row_file))
     sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
     notes = prepare(replace(SHORT, pattern=written), str(sparse), tmp_path / "out").notes
     assert not any("was pruned to" in note for note in notes)
@@ -1281,7 +1278,7 @@ def test_a_teacher_of_another_family_is_refused_without_tokenizers_too(pruned, f
 
 def test_a_parent_that_is_no_longer_what_it_was_is_refused(copy_of, row_file, tmp_path):
     dense = copy_of("llama")
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     sparse = prune(config, str(dense), tmp_path / "sparse").out
 
     def change(tensors):
@@ -1295,7 +1292,7 @@ def test_a_parent_that_is_no_longer_what_it_was_is_refused(copy_of, row_file, tm
 
 def test_a_parent_that_is_gone_is_told_with_the_way_out(copy_of, row_file, tmp_path):
     dense = copy_of("llama")
-    config = PruneConfig(calibration=Calibration(source=str(row_file)))
+    config = PruneConfig(calibration=str(row_file))
     sparse = prune(config, str(dense), tmp_path / "sparse").out
     dense.rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match=r"the teacher cannot be read: .*--teacher"):
@@ -1373,7 +1370,7 @@ def test_a_branch_beside_a_pruned_weight_makes_up_for_what_it_lost(pruned, tmp_p
     logs = []
     for slorb in (None, 8):
         out = tmp_path / str(slorb)
-        recover(replace(SHORT, slorb=slorb, share=1.0), str(pruned), out)
+        recover(replace(SHORT, slorb=slorb, kl_weight=1.0), str(pruned), out)
         logs.append(json.loads((out / LOG).read_text().splitlines()[0])["divergence"])
     assert logs[1] < logs[0]
 
@@ -1396,7 +1393,7 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
     ("change", "message"),
     [
         ({"method": "asst"}, "no method 'asst'; did you mean 'ast'"),
-        ({"teacher": "dense", "share": 0.0}, "--teacher has no effect with --share 0"),
+        ({"teacher": "dense", "kl_weight": 0.0}, "--teacher has no effect with --kl-weight 0"),
         ({"schedule": "cosin"}, "no schedule 'cosin'; did you mean 'cosine'"),
         ({"dtype": "bfloat16"}, "smaller than the resolution of 16-bit .*--mixed-precision bf16"),
         ({"mixed_precision": "bf61"}, "--mixed-precision 'bf61' is not known; one of: no, bf16"),
@@ -1406,10 +1403,10 @@ def test_branches_that_cannot_be_are_refused(pruned, tmp_path, change, message):
         ({"tokens": 31}, "--tokens 31 is less than one step of 32"),
         ({"batch": 0}, "--batch must be at least 1"),
         ({"lr": -1.0}, "--lr must be between 0 and 1"),
-        ({"share": 1.5}, "--share must be between 0 and 1"),
+        ({"kl_weight": 1.5}, "--kl-weight must be between 0 and 1"),
         ({"metric": "activations"}, "--metric 'activations' is not known; one of: magnitude"),
         ({"temperature": 0.0}, "--temperature must be between 0 and 100"),
-        ({"options": {"decai": "1"}}, "did you mean 'decay'"),
+        ({"option": {"decai": "1"}}, "did you mean 'decay'"),
         ({"eval_text": "builtin"}, "--eval-text has no effect without --eval-every"),
         ({"data": "no.txt"}, "does not exist"),
         ({"pattern": "2;4"}, "is not understood"),

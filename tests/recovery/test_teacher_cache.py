@@ -3,13 +3,13 @@
 import hashlib
 import json
 import math
-from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
 from listeners import Notes, StopsAt
 from safetensors.torch import load_file
+from verbs import replace
 
 import sparsekit
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -118,7 +118,7 @@ def test_numbers_on_disk_are_those_of_the_teacher(config, pruned, family, rows, 
     [
         {"seed": 1},
         {"method": "ast"},
-        {"lr": 2e-3, "share": 0.5},
+        {"lr": 2e-3, "kl_weight": 0.5},
         {"batch": 1, "accumulate": 2},
         {"slorb": 16},
     ],
@@ -294,7 +294,7 @@ def test_speed_is_measured_as_if_no_row_were_there_unless_all_are(config, pruned
 
 
 def test_a_run_with_a_time_limit_keeps_the_rows_too(config, pruned, tmp_path, passes):
-    config = replace(config, tokens=None, max_time=20.0)
+    config = replace(config, tokens=None, max_time="20s")
     notes = Notes()
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert found.entry["plan"]["steps"] > 12
@@ -307,7 +307,7 @@ def test_a_run_with_a_time_limit_keeps_the_rows_too(config, pruned, tmp_path, pa
     ("change", "message"),
     [
         ({"teacher_top": 0}, "--teacher-top must be at least 1, not 0"),
-        ({"share": 0.0}, "--teacher-top has no effect with --share 0"),
+        ({"kl_weight": 0.0}, "--teacher-top has no effect with --kl-weight 0"),
         ({"teacher_top": 261}, "--teacher-top 261 is more than the vocabulary of 260"),
     ],
 )

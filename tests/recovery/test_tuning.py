@@ -5,11 +5,11 @@ import math
 import re
 import shutil
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 from listeners import Notes
+from verbs import replace
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import CheckFailedError, StorageError, UsageError
@@ -86,7 +86,7 @@ def test_sizes_off_the_mask_are_those_of_all_weights(family, tmp_path, monkeypat
         return seen[-1][0]
 
     monkeypatch.setattr(trainplan.Student, "off_mask", spy)
-    options = {"method": "cast", "options": {"decay": "1e-2"}, "tokens": 9600, "lr": 4e-3}
+    options = {"method": "cast", "option": {"decay": "1e-2"}, "tokens": 9600, "lr": 4e-3}
     recover(replace(SHORT, **options), str(family("llama")), tmp_path / "out")
     (((mean, high), every),) = seen
     assert mean == pytest.approx(every.mean().item(), rel=1e-6)
@@ -105,7 +105,7 @@ def test_auto_is_told_and_recorded_as_the_method_that_ran(pruned, tmp_path):
 
 def test_option_of_a_method_that_auto_may_not_take_is_refused():
     with pytest.raises(UsageError, match="option 'decay' does not go with --method auto"):
-        replace(SHORT, method="auto", options={"decay": "1"}).check()
+        replace(SHORT, method="auto", option={"decay": "1"}).check()
 
 
 def test_auto_with_a_time_goes_on_where_it_was_interrupted(pruned, tmp_path):
@@ -115,7 +115,7 @@ def test_auto_with_a_time_goes_on_where_it_was_interrupted(pruned, tmp_path):
             if sum("tokens/s" in one for one in self.labels) == 4:
                 raise KeyboardInterrupt
 
-    config = replace(SHORT, method="auto", tokens=None, max_time=9.0, save_every=2, eval_every=3)
+    config = replace(SHORT, method="auto", tokens=None, max_time="9s", save_every=2, eval_every=3)
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "out", progress=Stops())
     notes = Notes()
@@ -166,25 +166,25 @@ def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
 
 def test_with_a_time_whole_steps_of_text_are_read_and_more_for_more_time(pruned):
     source, ranks = Checkpoint.open(pruned), Ranks()
-    config = replace(SHORT, tokens=None, max_time=1e-6)
+    config = replace(SHORT, tokens=None, max_time="0.000001s")
     reads = [
         automethod.tokens_to_read(replace(config, max_time=t), source, torch.device("cpu"), ranks)
         for t in (1e-9, 60.0, 120.0)
     ]
     assert reads[0] == 32  # one step, so that the time is named, not the text
     assert reads[2] == pytest.approx(2 * reads[1], abs=32)
-    config = replace(config, max_time=60.0, mixed_precision="bf16")
+    config = replace(config, max_time="60s", mixed_precision="bf16")
     more = automethod.tokens_to_read(config, source, torch.device("cpu"), ranks)
     assert more == pytest.approx(2 * reads[1], abs=32)
 
 
 def test_a_model_that_is_its_own_teacher_tells_no_size_of_gradients(family, tmp_path):
     """CAST computes with all entries, so that a dense model gives the teacher's own logits."""
-    config = replace(SHORT, method="cast", pattern="2:4", share=1.0)
+    config = replace(SHORT, method="cast", pattern="2:4", kl_weight=1.0)
     with pytest.raises(UsageError, match=r"own teacher.*-O decay"):
         recover(config, str(family("llama")), tmp_path / "out")
     with pytest.raises(UsageError, match="the decay moves a weight by"):  # the next check
-        recover(replace(config, options={"decay": "1e-9"}), str(family("llama")), tmp_path / "out")
+        recover(replace(config, option={"decay": "1e-9"}), str(family("llama")), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_decay_budget_is_that_of_the_specification(schedule, strengths):
 
 def test_a_decay_that_lets_a_sparse_model_fill_up_is_refused_before_a_step(pruned, tmp_path):
     """What is off its mask begins at zero, and is moved by gradients until the pull is stronger."""
-    config, notes = replace(SHORT, method="cast", options={"decay": "1e-9"}), Notes()
+    config, notes = replace(SHORT, method="cast", option={"decay": "1e-9"}), Notes()
     with pytest.raises(UsageError, match=r"moves it back by .*; leave out -O decay"):
         recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert any(note.startswith("decay budget: a weight off the mask") for note in notes.told)
@@ -225,7 +225,7 @@ class Slows(Notes):
 
 
 def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_path):
-    config = replace(SHORT, tokens=None, max_time=20.0)
+    config = replace(SHORT, tokens=None, max_time="20s")
     notes, begun = Slows(), time.perf_counter()
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert time.perf_counter() - begun < 20
@@ -242,7 +242,7 @@ def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_pat
 
 def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp_path, monkeypatch):
     """The last step's share of the pull is (n - 1) / n of the steps that were taken."""
-    config = replace(SHORT, method="cast", options={"decay": "1e-2"}, tokens=None, max_time=20.0)
+    config = replace(SHORT, method="cast", option={"decay": "1e-2"}, tokens=None, max_time="20s")
     monkeypatch.setattr(trainwrite, "MOST_MOVED", -1.0)  # however little that is
     with pytest.raises(CheckFailedError, match="train with more --max-time"):
         recover(config, str(pruned), tmp_path / "moved", progress=Slows())
@@ -273,7 +273,7 @@ def test_measuring_leaves_time_for_steps(pruned, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Training, "gradients", slow)
     monkeypatch.setattr(trainplan, "saving_seconds", lambda _: 0.0)
-    config = replace(SHORT, method="ast", tokens=None, max_time=20.0)
+    config = replace(SHORT, method="ast", tokens=None, max_time="20s")
     begun = time.perf_counter()
     found = recover(config, str(pruned), tmp_path / "out")
     assert time.perf_counter() - begun < 20
@@ -287,7 +287,7 @@ def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
             if "in the place of" in text:
                 raise KeyboardInterrupt
 
-    config = replace(SHORT, tokens=None, max_time=20.0)
+    config = replace(SHORT, tokens=None, max_time="20s")
     notes = Stops()
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "out", progress=notes)
@@ -357,7 +357,7 @@ def test_what_comes_between_the_steps_takes_none_of_those_that_were_planned(
     monkeypatch, step, saving, evaluation, every
 ):
     """A run of half an hour that keeps its pace, with states every ten minutes."""
-    config = replace(SHORT, tokens=None, max_time=1800.0, eval_every=every)
+    config = replace(SHORT, tokens=None, max_time="1800s", eval_every=every)
     planned = trainplan.steps_within(config, 1800.0, step, evaluation, saving)
     watch, clock = watched(monkeypatch, 1800.0, saving=saving, config=config)
     saved, done = 0.0, 0
@@ -376,7 +376,7 @@ def test_what_comes_between_the_steps_takes_none_of_those_that_were_planned(
 
 def test_a_slower_run_leaves_time_for_its_last_evaluation(monkeypatch):
     """Steps become twice as slow half-way."""
-    config = replace(SHORT, tokens=None, max_time=600.0, eval_every=50)
+    config = replace(SHORT, tokens=None, max_time="600s", eval_every=50)
     planned = trainplan.steps_within(config, 600.0, 1.0, 30.0, 2.0)
     watch, clock = watched(monkeypatch, 600.0, saving=2.0, config=config)
     done, steps = 0, planned

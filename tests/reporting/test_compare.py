@@ -33,7 +33,6 @@ from sparsekit.pruning.prune import prune
 from sparsekit.reporting.compare import compare, pareto
 from sparsekit.reporting.table import captions, columns, summary, to_csv, to_markdown
 from sparsekit.scoring.saved_scores import SCORES, add_score, read_scores
-from sparsekit.text.calibration import Calibration
 
 
 def texts(comparison) -> dict[str, list[str]]:
@@ -90,7 +89,7 @@ def test_last_stage_that_chose_the_form_tells_the_bits(tmp_path):
 
 def test_bits_of_factors_beside_their_products_count_both(family, row_file, tmp_path):
     """As the sizes of the files tell: the dense model takes 16 bits of each weight."""
-    rows, dense = Calibration(source=str(row_file)), family("llama")
+    rows, dense = str(row_file), family("llama")
 
     def made(form: str):
         config = PruneConfig(compensate="lowrank", format=form, calibration=rows)

@@ -49,7 +49,6 @@ from sparsekit.reporting.table import BEST
 from sparsekit.reporting.traces import errors_by_block, sparsity_by_block, trainings
 from sparsekit.scoring.saved_scores import read_scores
 from sparsekit.scoring.standard_error import Figure
-from sparsekit.text.calibration import Calibration
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy" / "sparse-24-bitmask"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -429,7 +428,7 @@ def rewritten(family, pruned, row_file, tmp_path):
             out.parent.mkdir(exist_ok=True)
             if stage in ("products", "factored"):
                 form = "dense" if stage == "products" else stage
-                rows = Calibration(source=str(row_file))
+                rows = str(row_file)
                 config = PruneConfig(compensate="lowrank", format=form, calibration=rows)
                 made = prune(config, str(family("llama")), out).out
             elif stage == "convert":
@@ -482,7 +481,7 @@ def test_commands_of_a_given_mask_make_the_same_bytes_again(
     given, dense = shutil.copytree(pruned, tmp_path / "given"), str(family("llama"))
     if not told:
         (given / "sparsekit.json").unlink()
-    rows = Calibration(source=str(row_file))
+    rows = str(row_file)
     config = PruneConfig(refine="dsnot", dense=dense, pattern="2:4", calibration=rows)
     made = prune(config, str(given), tmp_path / "refined").out
     lines = [shlex.split(line) for line in commands(compare([made]).rows[0])]
@@ -581,7 +580,7 @@ def test_commands_have_only_the_options_of_their_method(tmp_path):
 def test_commands_name_what_a_recipe_asked_for(tmp_path):
     entry = pruned_entry("dsnot from alps")
     entry["recipe"] |= {
-        "options": {"cycles": "7"},
+        "option": {"cycles": "7"},
         "initial_options": {"damping": "0.05", "penalty": "0.1"},
         "compensate": "1/20",
         "skip": ["down_proj", "layers.0"],

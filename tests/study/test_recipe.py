@@ -6,7 +6,7 @@ import typer
 from sparsekit.cli.app import app
 from sparsekit.errors import DataError, UsageError
 from sparsekit.study.recipe import parse, read_recipe
-from sparsekit.study.schema import MORE, VERBS, defaults, read_yaml, write_yaml
+from sparsekit.study.schema import VERBS, defaults, read_yaml, schema, write_yaml
 
 HEAD = "model: demo\nstages:\n"
 
@@ -68,7 +68,7 @@ def test_options_are_a_mapping_or_the_text_of_flags():
     text = "- prune: {method: sparsegpt, option: {block: 64}}\n"
     again = text.replace("{block: 64}", "[block=64]")
     configs = [parse(HEAD + one).steps[0].config for one in (text, again)]
-    assert configs[0].options == {"block": "64"}
+    assert configs[0].option == {"block": "64"}
     assert configs[0] == configs[1]
 
 
@@ -91,7 +91,7 @@ def test_all_errors_are_told_at_once_with_their_places():
         "stages[0].prune.metod: unknown; did you mean 'method'?",
         "stages[1]: unknown 'prun'; did you mean 'prune'?",
         "stages[2].recover.learning_rate: unknown; ",
-        "stages[3].quantize: ",
+        "stages[3].quantize.grid: ",
         "stages[4]: a stage has one verb",
         "stages[5]: a stage is written as VERB: {…}",
     ]
@@ -208,11 +208,11 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
         read_recipe(tmp_path / "r.yaml")
 
 
-def test_a_seed_is_left_out_where_a_method_draws_nothing():
+def test_a_seed_may_be_there_where_a_method_draws_nothing():
     text = (
         "seed: 3\n" + HEAD + "- prune: {methods: [magnitude, wanda]}\n- quantize: {method: rtn}\n"
     )
-    assert [step.words["seed"] for step in parse(text).steps] == [0, 3, 0, 0]
+    assert [step.words["seed"] for step in parse(text).steps] == [3, 3, 3, 3]
 
 
 def test_the_recipe_that_is_kept_has_the_words_that_were_replaced():
@@ -307,9 +307,26 @@ def test_flags_and_recipe_keys_are_the_same_words_with_the_same_defaults(verb):
     assert plain == keys
 
 
-def test_the_words_beside_the_configuration_are_flags_too():
-    flags = {p.name for p in typer.main.get_command(app).commands["eval"].params}
-    assert set(MORE["eval"]) <= flags
+def test_all_errors_of_one_stage_are_told_at_once():
+    found = errors(HEAD + "- prune: {pattern: 2/4, then: int3, sparsity: 0.5, allocate: even}\n")
+    assert [one.partition(": ")[0] for one in found] == [
+        f"stages[0].prune.{key}" for key in ("pattern", "allocate", "then", "sparsity")
+    ]
+    assert "unknown; use pattern 50%" in found[-1]
+
+
+def test_errors_name_keys_not_flags():
+    (found,) = errors(HEAD + "- prune: {rank: 5%}\n")
+    assert found == "stages[0].prune: rank has no effect without compensate lowrank"
+
+
+def test_the_schema_has_the_words_as_they_are_written():
+    stages = schema()["properties"]["stages"]["items"]["anyOf"]
+    prune = stages[0]["properties"]["prune"]["anyOf"][0]["properties"]
+    assert prune["pattern"]["anyOf"] == [{"type": "string"}, {"type": "null"}]
+    assert prune["allocate"]["enum"] == ["none", "owl"]
+    assert prune["patterns"]["items"] == prune["pattern"]
+    assert all(one.get("description") for name, one in prune.items() if name in defaults("prune"))
 
 
 def test_a_step_is_named_by_stage_verb_or_name():

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
-from sparsekit.text.calibration import Calibration
 
 DATA = Path(__file__).parents[2] / "data" / "tiny-llama"
 
@@ -69,7 +68,7 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[str, str, str], Run]:
     def prune_as_published(method: str, pattern: str, recorded: str) -> Run:
-        calibration = Calibration(source=str(DATA / "calibration.safetensors"))
+        calibration = str(DATA / "calibration.safetensors")
         config = PruneConfig(
             method=method, pattern=pattern, calibration=calibration, device="cpu", dtype="float32"
         )

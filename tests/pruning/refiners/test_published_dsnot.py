@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
-from sparsekit.text.calibration import Calibration
 
 DATA = Path(__file__).parents[2] / "data" / "dsnot-llama"
 
@@ -64,9 +63,9 @@ def config_of(recorded: Recorded, **changes: object) -> PruneConfig:
         "method": "dsnot",
         "initial": recorded.initial,
         "preset": "published",
-        "options": {"modules": "all"} if recorded.modules == "all" else {},
+        "option": {"modules": "all"} if recorded.modules == "all" else {},
         "pattern": recorded.pattern,
-        "calibration": Calibration(source=str(DATA / "calibration.safetensors")),
+        "calibration": str(DATA / "calibration.safetensors"),
         "device": "cpu",
         "dtype": "float32",
     }
@@ -94,7 +93,7 @@ def test_published_run_swaps_weights_where_it_refines_and_nowhere_else(
     recorded: Recorded, tmp_path: Path
 ) -> None:
     """Our initial method gives the mask before: unrefined weights show that it is the published."""
-    config = config_of(recorded, method=recorded.initial, initial=None, preset=None, options={})
+    config = config_of(recorded, method=recorded.initial, initial=None, preset=None, option={})
     before = weights_of(config, tmp_path / "initial")
     for name, after in recorded.masks().items():
         swapped = int((after & (before[name] == 0)).sum())

@@ -3,10 +3,11 @@
 import importlib
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
+from verbs import replace
 
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint

@@ -1,0 +1,174 @@
+"""Commands made from the options of a verb, with help in groups."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from sparsekit.cli import complete
+from sparsekit.cli.console import VERB
+from sparsekit.cli.options import RUNNING, named
+from sparsekit.pipeline.options import GUESSES, WHAT, WHERE, Options, choices_of, flag_of, word_type
+
+Config = TypeVar("Config", bound=Options)
+# typer bundles click, whose exceptions it does not name.
+ClickUsageError: Any = typer.BadParameter.__base__
+
+
+class Command(TyperCommand):
+    """A command whose help shows its options by panel, and whose errors name it."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, each panel under its own title."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            panel = getattr(parameter, "rich_help_panel", None) or RUNNING
+            panel = "Arguments" if parameter.param_type_name == "argument" else panel
+            if record is not None:
+                panels.setdefault(panel, []).append(record)
+        ranks = {"Arguments": 0, WHAT: 1, WHERE: 3, RUNNING: 4}
+        for title, records in sorted(panels.items(), key=lambda one: ranks.get(one[0], 2)):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; a flag that people expect of others is answered with ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except ClickUsageError as error:
+            guess = getattr(error, "option_name", None) or ""
+            option, value = GUESSES.get(guess.lstrip("-"), ("", ""))
+            if any(parameter.name == option for parameter in self.params):
+                error.message = f"{error.message}; use --{option} {value}"
+                error.possibilities = None
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        token = VERB.set(ctx.command_path.partition(" ")[2])
+        try:
+            return super().invoke(ctx)
+        finally:
+            VERB.reset(token)
+
+
+class Group(TyperGroup):
+    """Commands whose help shows them by panel."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, each panel under its own title."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        width = formatter.width - 6 - max(len(name) for name, _ in commands)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, command in commands:
+            panel = getattr(command, "rich_help_panel", None)
+            title = panel if isinstance(panel, str) else "Commands"
+            panels.setdefault(title, []).append((name, command.get_short_help_str(width)))
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of the commands in the order in which they were added."""
+        return list(self.commands)
+
+
+def takes(
+    config: type[Options],
+    *,
+    without: Sequence[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a verb as flags, in the place of its `**words`.
+
+    Args:
+        config: The options. The body gets those that were given, as they were written.
+        without: Options that the command does not have.
+        defaults: Of options whose default is another one for the command.
+    """
+    names = [name for name in config.model_fields if name not in without]
+
+    def wrap(body: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(body, eval_str=True).parameters.values()
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
+        required = [p for p in own if p.default is p.empty]
+        optional = [p for p in own if p.default is not p.empty]
+        context = inspect.Parameter(
+            "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+        )
+        made = [_parameter(config, name, defaults) for name in names]
+
+        def command(context: typer.Context, **values: Any) -> None:
+            given = {n for n in names if n in defaults or _is_given(context, n)}
+            body(**{k: v for k, v in values.items() if k not in names or k in given})
+
+        command.__name__, command.__doc__ = body.__name__, body.__doc__
+        command.__module__ = body.__module__
+        parameters = [context, *required, *made, *optional]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return wrap
+
+
+def read(config: type[Config], words: Mapping[str, Any]) -> Config:
+    """The options that the words of a command line spell.
+
+    Raises:
+        UsageError: As the model refuses them.
+        DataError: As the model refuses them, or a model that they name does not exist.
+    """
+    models = {name: named(word) for name, word in words.items() if flag_of(config, name).model}
+    return config(**{**words, **models})
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _parameter(config: type[Options], name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
+    """The parameter from which typer makes the flag of an option."""
+    field, flag = config.model_fields[name], flag_of(config, name)
+    first, optional = _first(word_type(config, name))
+    choices = choices_of(field.annotation) if get_origin(field.annotation) is Literal else ()
+    metavar = f"<{flag.metavar}>" if flag.metavar else None
+    metavar = f"[{'|'.join(choices)}]" if choices else metavar
+    option = typer.Option(
+        *flag.spelling,
+        help=field.description,
+        metavar=metavar,
+        autocompletion=_completion(config, name, choices),
+        rich_help_panel=flag.panel,
+    )
+    default = defaults.get(name, field.default)
+    default = list(default) if isinstance(default, tuple) else default
+    kind = {int: int, float: float, bool: bool}.get(first, str)
+    if isinstance(default, list):
+        kind = list[str]
+    annotation = Annotated[kind | None if optional else kind, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _first(written: Any) -> tuple[Any, bool]:
+    """The type that the command line writes an option as, and whether it may be left out."""
+    if get_origin(written) is Literal or not get_args(written):
+        return written, False
+    kinds = get_args(written)
+    return kinds[0], type(None) in kinds
+
+
+def _completion(config: type[Options], name: str, choices: Sequence[str]) -> Any:
+    """What a shell offers for an option; None: nothing."""
+    flag = flag_of(config, name)
+    if choices:
+        return complete.words(*choices)
+    if flag.methods:
+        return complete.names(*flag.methods, before=flag.before)
+    return getattr(complete, flag.completes) if flag.completes else None
