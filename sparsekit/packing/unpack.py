@@ -51,7 +51,6 @@ def unpack(
     """
     cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
-    cost.prepared(job.room)
     source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
     try:
         fingerprint = source.scan(progress)
@@ -66,7 +65,6 @@ def unpack(
             "unpack",
             job.sizes,
             lambda name: (_unpacked(source, layers[name], sums and sums[name]), None),
-            cost,
             progress,
         )
         grids = [str(layer.form.grid) for layer in layers.values() if layer.form is not None]
