@@ -52,13 +52,6 @@ def watch_peak() -> None:
         PEAK_RESET.write_text("5")
 
 
-def resident() -> int:
-    """The resident size of this process now, in bytes."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
 def available_memory() -> int:
     """Bytes that can be taken without swapping, within the limits of container and group."""
     import psutil

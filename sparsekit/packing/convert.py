@@ -52,7 +52,6 @@ def convert(
     """
     cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
-    cost.prepared(job.room)
     source, config, form = job.source, job.config, job.form
     fingerprint = source.scan(progress)
     recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
@@ -62,7 +61,6 @@ def convert(
             f"convert {form}",
             job.sizes,
             lambda prefix: _converted(prefix, _weight(source, prefix, form, config), form),
-            cost,
             progress,
         )
         zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))

@@ -55,12 +55,11 @@ def pack(
     """
     cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
-    cost.prepared(job.room)
     source, fingerprint, plans, layout = job.source, job.fingerprint, job.plans, job.layout
     recipe = {"stage": "pack", "source": fingerprint, "patterns": job.told, "versions": versions()}
     with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
         rows = rewrite_weights(
-            writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), cost, progress
+            writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), progress
         )
         if rough := [row["name"] for row in rows if row.get("exact") is False]:
             progress.note(

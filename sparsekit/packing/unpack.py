@@ -54,7 +54,6 @@ def unpack(
     """
     cost = Cost()
     job = prepare(model, out, overwrite=overwrite, progress=progress)
-    cost.prepared(job.room)
     source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
     try:
         fingerprint = source.scan(progress)
@@ -69,7 +68,6 @@ def unpack(
             "unpack",
             job.sizes,
             lambda name: (_unpacked(source, layers[name], sums and sums[name]), None),
-            cost,
             progress,
         )
         grids = [str(layer.stored.format.grid) for layer in layers.values() if _on_grid(layer)]

@@ -1,4 +1,4 @@
-"""The time and the memory that a run over blocks or weights takes: expected, and measured."""
+"""The time and the memory that a run over blocks or weights is expected to take."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ def forecast(
     if rows is not None:
         stream.feed(rows.tokens)
     feeding = time.perf_counter() - began
-    numbers = sum(sizes_of(stream).values())
-    block = stream.block(0)
-    more = numbers / size_of(block) - 1
+    sizes = [_size(stream.block(index)) for index in range(len(stream))]
+    block, more = stream.block(0), sum(sizes) / sizes[0] - 1
     before = time.perf_counter()
     for sums in passes:
         block.load()
@@ -116,13 +115,7 @@ def peak_estimate(
     return hidden + max(max(blocks), outside) + KEPT_BYTES
 
 
-def sizes_of(stream: BlockStream) -> dict[str, int]:
-    """How many numbers each block has, by name."""
-    blocks = [stream.block(index) for index in range(len(stream))]
-    return {block.name: size_of(block) for block in blocks}
-
-
-def size_of(block: Block) -> int:
+def _size(block: Block) -> int:
     """How many numbers a block has."""
     places = block.stream.source.places
     return sum(math.prod(places[name].shape) for name in block.disk_names)

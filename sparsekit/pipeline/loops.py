@@ -8,7 +8,6 @@ from torch import Tensor
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block, BlockStream
-from sparsekit.pipeline.cost import Cost
 from sparsekit.progress import Progress
 from sparsekit.solvers.input_stats import InputSums, Want
 
@@ -31,7 +30,6 @@ def rewrite_blocks(
     want: Want | None,
     propagate: bool,
     progress: Progress,
-    done: Callable[[Block], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Rewrite every block of a stream; gives the report rows of all blocks, in order.
 
@@ -48,7 +46,6 @@ def rewrite_blocks(
         want: What to sum over the inputs; None runs no forward pass.
         propagate: Whether hidden states come from the rewritten blocks or from the dense ones.
         progress: Told of each block.
-        done: Told of each block that is computed, when it is written.
     """
     rows: list[dict[str, Any]] = []
     for block in stream:
@@ -61,7 +58,6 @@ def rewrite_blocks(
             rows += rewrite_block(
                 block, targets, transform, writer.write, want=want, propagate=propagate
             )
-            done(block)
         progress.step(block.name)
     return rows
 
@@ -109,7 +105,6 @@ def rewrite_weights(
     title: str,
     sizes: Mapping[str, int],
     make: Make,
-    cost: Cost,
     progress: Progress,
 ) -> list[Any]:
     """Write what becomes of each weight that no earlier run has finished.
@@ -119,18 +114,15 @@ def rewrite_weights(
         title: What is told to be done.
         sizes: How many numbers each weight has, by its name or that of the layer that has it.
         make: Given a name, the tensors to write and the note to keep with them.
-        cost: Told of each that is made, from which it expects the time of all.
         progress: Told of each.
 
     Returns:
         The notes of all, in order.
     """
     progress.begin(title, len(sizes))
-    cost.begin(sizes, writer.finished)
     for name in sizes:
         if name not in writer.finished:
             writer.write(name, *make(name))
-            cost.done(name)
         progress.step(name)
     progress.end()
     return [writer.finished[name] for name in sizes]

@@ -15,7 +15,6 @@ from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
 from sparsekit.pipeline.cost import Cost
-from sparsekit.pipeline.forecast import sizes_of
 from sparsekit.pipeline.loops import rewrite_blocks
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import NUMERICS, Report, damping_notes, totals
@@ -62,7 +61,6 @@ def prune(
     """
     cost = Cost()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
-    cost.prepared(job.room)
     rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
     if job.chain.given:
@@ -82,7 +80,6 @@ def prune(
         progress.begin(" ".join(words), len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        cost.begin(sizes_of(job.stream), writer.finished)
         weights = rewrite_blocks(
             job.stream,
             writer,
@@ -92,7 +89,6 @@ def prune(
             want=job.want if rows else None,
             propagate=job.propagate,
             progress=progress,
-            done=lambda block: cost.done(block.name),
         )
         progress.end()
         _tell_trouble(job, weights, progress)

@@ -10,7 +10,6 @@ import torch
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.files import read_json, sha256_json
 from sparsekit.pipeline.cost import Cost
-from sparsekit.pipeline.forecast import sizes_of
 from sparsekit.pipeline.loops import rewrite_blocks
 from sparsekit.pipeline.selection import family_notes
 from sparsekit.progress import SILENT, Progress
@@ -53,7 +52,6 @@ def quantize(
     """
     cost = Cost()
     job = prepare(config, model, out, overwrite=overwrite, progress=progress)
-    cost.prepared(job.room)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in (*family_notes(job.stream), *(rows.notes if rows else ())):
         progress.note(note)
@@ -67,7 +65,6 @@ def quantize(
         progress.begin(f"{config.method} {job.grid}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        cost.begin(sizes_of(job.stream), writer.finished)
         weights = rewrite_blocks(
             job.stream,
             writer,
@@ -77,7 +74,6 @@ def quantize(
             want=job.want,
             propagate=True,
             progress=progress,
-            done=lambda block: cost.done(block.name),
         )
         progress.end()
         for note in damping_notes(weights, asdict(job.quantizer).get("damping", 0.0)):

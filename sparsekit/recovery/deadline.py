@@ -50,17 +50,6 @@ class Deadline:
         self._saving = seconds
         self._beside += seconds
 
-    def expected(self, done: int, planned: int, pace: float) -> float:
-        """Seconds from now until the output stands, with steps of `pace` seconds each."""
-        every, states = self._config.eval_every, self._config.save_every
-        left = range(done + 1, planned + 1)
-        evaluations = sum(step % every == 0 or step == planned for step in left) if every else 0
-        if states:
-            saves = 1 + sum(step % states == 0 for step in left if step < planned)
-        else:
-            saves = 1 + int(len(left) * pace / SAVE_SECONDS)
-        return len(left) * pace + evaluations * self._evaluation + saves * self._saving + CLOSING
-
     def steps(self, done: int, planned: int) -> int:
         """How many steps there should be, when `done` of those that are planned are taken.
 
@@ -100,6 +89,11 @@ def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:
     return (time.perf_counter() - begun) / refresh
 
 
+def closing_seconds(saving: float, evaluation: float) -> float:
+    """How long the end of a run takes: the last state and evaluation, and the output."""
+    return CLOSING + 2 * saving + evaluation
+
+
 def steps_within(
     config: RecoverConfig,
     left: float,
@@ -118,7 +112,7 @@ def steps_within(
         saving: Seconds of a saved state, one of which comes last, and of the output at most.
         planned: Share of the time that is planned for.
     """
-    left -= CLOSING + 2 * saving + evaluation  # the last ones, and the output
+    left -= closing_seconds(saving, evaluation)
     step += evaluation / config.eval_every if config.eval_every else 0.0
     if config.save_every:
         step += saving / config.save_every

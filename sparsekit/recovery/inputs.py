@@ -20,9 +20,8 @@ from sparsekit.provenance.entry import NUMERICS
 from sparsekit.provenance.environment import versions
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.distributed import Ranks
-from sparsekit.recovery.memory_needs import pass_bytes, training_bytes
 from sparsekit.recovery.prepare import Recovery, prepare, require_parent
-from sparsekit.recovery.student import rows_of_run, top_teacher
+from sparsekit.recovery.student import top_teacher
 from sparsekit.recovery.teacher_cache import TopTeacher
 from sparsekit.text.calibration import evaluation_rows
 from sparsekit.text.rows import TokenRows
@@ -82,9 +81,6 @@ class Work:
             prints["teacher"] = job.teacher.scan(progress)
             require_parent(job, prints["teacher"])
         top = top_teacher(job, rows, ranks, progress)
-        taught = job.teacher if top is not None and top.missing(rows_of_run(job)) else job.loaded
-        held = training_bytes(job.config, job.source, taught, job.recoverer)
-        cost.prepared(held + pass_bytes(job.config, job.linear))
         ranks.wait()
         return cls(
             job=job,

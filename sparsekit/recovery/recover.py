@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from sparsekit.checkpoint.writer import CheckpointWriter
@@ -42,8 +41,6 @@ from sparsekit.recovery.tuning import decay_budget, make_plan
 from sparsekit.text.rows import TokenRows
 
 PLAN = ".sparsekit-plan.json"
-# Steps after which is told how long the others are expected to take.
-PACED = 3
 # What to do where weights, moments or a selection need more memory than there is.
 BESIDE = "train it where there is more: a smaller --batch or --length changes little here"
 # Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
@@ -198,7 +195,6 @@ def _train(work: Work, training: Training) -> TrainingLog:
     measured = training.plan.evaluation_seconds
     deadline = Deadline(config, limit, saving_seconds(optimizer), measured)
     saved, kept = time.perf_counter(), optimizer.steps
-    paced = 0 if kept else min(PACED, training.plan.steps)
     while not training.done:
         try:
             done = training.step()
@@ -228,9 +224,6 @@ def _train(work: Work, training: Training) -> TrainingLog:
             if saves:
                 saved, kept = time.perf_counter(), now
                 deadline.saved(saved - begun)
-        if now == paced:
-            pace = median(row["seconds"] for row in log.rows[-paced:])
-            work.cost.expect(deadline.expected(now, training.plan.steps, pace))
         rate = config.step_tokens / row["seconds"]
         progress.step(
             f"loss {row['loss']:.3f} (KL {row['divergence']:.3f}, CE {row['entropy']:.3f})"

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from sparsekit.errors import NumericalError, UsageError
 from sparsekit.progress import Progress
 from sparsekit.recovery.config import RecoverConfig, Schedule, rate_at
-from sparsekit.recovery.deadline import CLOSING, saving_seconds, selection_seconds, steps_within
+from sparsekit.recovery.deadline import (
+    closing_seconds,
+    saving_seconds,
+    selection_seconds,
+    steps_within,
+)
 from sparsekit.recovery.distributed import Ranks
 from sparsekit.recovery.loop import Plan, Training
 from sparsekit.recovery.loss import measure
@@ -71,7 +76,7 @@ def make_plan(
         left = limit - time.perf_counter()
         steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
         if steps < 1:
-            raise _no_time(left, step, CLOSING + 2 * saving + evaluation)
+            raise _no_time(left, step, closing_seconds(saving, evaluation))
         progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
     decay = recoverer.decay_of(student.scale(gradient))
     plan = Plan(

@@ -183,7 +183,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(sparse, tmp_path, stage):
     assert not (tmp_path / "out").exists()
     report = run(str(source), tmp_path / "out")
     out = report.out
-    assert report.entry["estimated"]["seconds"] is None  # what is left is not like the whole
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (out / file.name).read_bytes()
 

@@ -1,4 +1,4 @@
-"""What a run is expected to take: told before it, and kept beside what it took."""
+"""What a run is expected to take, as a plan tells, and what it took, as its entry does."""
 
 import json
 import mmap
@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.memory import peak_memory, resident, watch_peak
+from sparsekit.memory import peak_memory, watch_peak
 from sparsekit.model.block_stream import Block, BlockStream
 from sparsekit.packing.convert import convert
 from sparsekit.packing.dry_run import plan_convert, plan_pack, plan_unpack
@@ -17,12 +18,9 @@ from sparsekit.packing.pack import pack
 from sparsekit.packing.unpack import unpack
 from sparsekit.pipeline import forecast, loops
 from sparsekit.pipeline.cost import Cost
-from sparsekit.pipeline.forecast import peak_estimate, sizes_of
+from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.method_chain import Chain
-from sparsekit.pruning.prune import prune
-from sparsekit.recovery import deadline
 from sparsekit.recovery import inputs as trainwork
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import tuning as trainplan
@@ -49,30 +47,6 @@ def stream(family) -> BlockStream:
     import torch
 
     return BlockStream(Checkpoint.open(family("llama")), device="cpu", dtype=torch.float32)
-
-
-def test_the_first_block_tells_the_time_of_all(stream):
-    clock = Clock()
-    cost = Cost(clock)
-    clock.now = 10.0  # reading
-    cost.begin(sizes_of(stream), {})
-    clock.now = 13.0
-    cost.done(stream.names()[0])
-    clock.now = 20.0
-    cost.done(stream.names()[1])
-    told = cost.told()
-    assert told["seconds"] == 20.0
-    assert told["estimated"]["seconds"] == 10.0 + 2 * 3.0
-
-
-def test_the_first_weight_tells_the_time_of_all_by_their_sizes():
-    clock = Clock()
-    cost = Cost(clock)
-    cost.begin({"a": 100, "b": 300, "c": 600}, {})
-    for name, clock.now in (("a", 2.0), ("b", 3.0), ("c", 4.0)):
-        cost.done(name)
-    assert cost.told()["seconds"] == 4.0
-    assert cost.told()["estimated"]["seconds"] == 20.0
 
 
 @pytest.fixture
@@ -121,8 +95,8 @@ def test_a_timed_plan_tells_what_the_run_then_takes(cli, family, row_file, tmp_p
     assert json.loads(planned.stdout)["seconds_estimate"] == pytest.approx(taken, rel=0.05)
 
 
-def test_training_keeps_what_it_was_expected_to_take(family, tmp_path, monkeypatch):
-    """Of 8 steps that each take 10 s, with three evaluations of 5 s and a state of 3 s."""
+def test_training_keeps_the_seconds_that_it_took(family, tmp_path, monkeypatch):
+    """Of 8 steps that each take 10 s, with three evaluations of 5 s."""
     clock = Clock()
     monkeypatch.setattr(trainwork, "Cost", partial(Cost, clock))
     for module in ("recover", "loop", "tuning", "deadline"):
@@ -139,20 +113,9 @@ def test_training_keeps_what_it_was_expected_to_take(family, tmp_path, monkeypat
     monkeypatch.setattr(Training, "gradients", slowed(Training.gradients, 10.0))
     monkeypatch.setattr(stage, "measure", slowed(stage.measure, 5.0))
     monkeypatch.setattr(trainplan, "measure", slowed(trainplan.measure, 5.0))
-    monkeypatch.setattr(stage, "saving_seconds", lambda _: 3.0)
-    monkeypatch.setattr(trainwork, "pass_bytes", lambda *_: 1 << 40)
     config = RecoverConfig(method="fixed", tokens=8 * 64, batch=2, length=32, eval_every=5)
     entry = stage.recover(config, str(family("llama")), tmp_path / "out").entry
     assert entry["seconds"] == 8 * 10.0 + 3 * 5.0  # saving stands still here
-    assert entry["estimated"]["seconds"] == entry["seconds"] + 3.0 + deadline.CLOSING
-    assert (1 << 40) < entry["estimated"]["peak_memory_bytes"] < (1 << 40) + (1 << 34)
-
-
-def test_a_run_that_goes_on_expects_no_time(stream):
-    cost = Cost(Clock())
-    cost.begin(sizes_of(stream), {stream.names()[0]: None})
-    cost.done(stream.names()[1])
-    assert cost.told()["estimated"]["seconds"] is None
 
 
 def test_a_peak_of_memory_is_of_one_run():
@@ -164,7 +127,7 @@ def test_a_peak_of_memory_is_of_one_run():
         high = peak_memory()
     watch_peak()
     assert peak_memory() < high - 100_000_000
-    assert abs(peak_memory() - resident()) < 50_000_000
+    assert abs(peak_memory() - psutil.Process().memory_info().rss) < 50_000_000
 
 
 def test_the_memory_that_a_method_makes_of_a_gram_matrix_is_its_own(stream):
@@ -176,15 +139,7 @@ def test_the_memory_that_a_method_makes_of_a_gram_matrix_is_its_own(stream):
     assert room["alps"] - room["sparsegpt"] == (48 - 16) * wide**2
 
 
-def test_the_entry_holds_what_was_expected(family, row_file, tmp_path):
-    config = PruneConfig(calibration=str(row_file))
-    entry = prune(config, str(family("llama")), tmp_path / "out").entry
-    assert 0 < entry["estimated"]["seconds"] < 10 * entry["seconds"]
-    room = plan(config, str(family("llama")), tmp_path / "other")["peak_memory_estimate_bytes"]
-    assert room < entry["estimated"]["peak_memory_bytes"]
-
-
-def test_the_entries_of_other_forms_hold_it_too(pruned, tmp_path):
+def test_the_entries_of_other_forms_hold_time_and_memory_too(pruned, tmp_path):
     """Which `compare` shows: peak memory is that of all stages."""
     packed, plain, out = (tmp_path / name for name in ("packed", "plain", "out"))
     rooms = [plan_pack(str(pruned), packed)]
@@ -194,9 +149,8 @@ def test_the_entries_of_other_forms_hold_it_too(pruned, tmp_path):
     rooms.append(plan_convert(LEGACY, out))
     entries.append(convert(LEGACY, out).entry)
     for room, entry in zip(rooms, entries, strict=True):
-        assert 0 < entry["estimated"]["seconds"] < 100 * entry["seconds"]
-        room = room["peak_memory_estimate_bytes"]
-        assert room < entry["estimated"]["peak_memory_bytes"] < 2 * entry["peak_memory_bytes"]
+        assert entry["seconds"] > 0
+        assert 0 < room["peak_memory_estimate_bytes"] < 2 * entry["peak_memory_bytes"]
     (row,) = compare([out]).rows
     assert row.peak_bytes == entries[-1]["peak_memory_bytes"]
 

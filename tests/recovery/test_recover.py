@@ -312,12 +312,6 @@ def test_recomputing_activations_changes_nothing(family, tmp_path, monkeypatch):
     assert prints[0] == prints[1]
 
 
-<<<<<<< HEAD
-def test_the_card_shows_what_was_left_out(family, pruned, tmp_path):
-    cast = recover(CAST, str(family("llama")), tmp_path / "cast")
-    fixed = recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "fixed")
-    cards = [(found.out / "README.md").read_text() for found in (cast, fixed)]
-=======
 def test_the_card_names_the_log_and_what_was_left_out(family, pruned, tmp_path):
     cast = recover(CAST, str(family("llama")), tmp_path / "cast")
     fixed = recover(replace(SHORT, method="fixed"), str(pruned), tmp_path / "fixed")
@@ -325,7 +319,6 @@ def test_the_card_names_the_log_and_what_was_left_out(family, pruned, tmp_path):
     for found, card in zip((cast, fixed), cards, strict=True):
         assert f"`{LOG}`" in card
         assert (found.out / LOG).is_file()
->>>>>>> subtract2
     moved = cast.entry["finished"]["moved"]
     assert f"by leaving out what is off the masks | {moved:.2%} |" in cards[0]
     assert f"| decay | {cast.entry['plan']['decay']:.3g} |" in cards[0]

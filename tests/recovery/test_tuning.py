@@ -322,21 +322,6 @@ def walk(watch, clock, steps, planned, seconds):
     return found
 
 
-def test_what_is_expected_counts_evaluations_and_states(monkeypatch):
-    """Steps of 10 s, evaluations of 5 s and states of 3 s, and what the end takes."""
-
-    def expected(done, planned, **more):
-        watch, _ = watched(monkeypatch, None, saving=3.0, config=replace(SHORT, **more))
-        watch.evaluated(5.0)
-        return watch.expected(done, planned, 10.0) - CLOSING
-
-    assert expected(3, 8) == 5 * 10 + 3
-    assert expected(3, 8, eval_every=5) == 5 * 10 + 2 * 5 + 3
-    assert expected(3, 8, eval_every=4) == 5 * 10 + 2 * 5 + 3
-    assert expected(3, 8, save_every=2) == 5 * 10 + 3 * 3
-    assert expected(0, 300) == 300 * 10 + 5 * 3 + 3  # a state every ten minutes
-
-
 def test_a_deadline_asks_for_one_more_step_at_least(monkeypatch):
     """Steps of two seconds, watched for ten of them; the end takes 5 seconds."""
     watch, clock = watched(monkeypatch, 40.0)
