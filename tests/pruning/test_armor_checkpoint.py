@@ -691,7 +691,7 @@ def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
     options = {
         "compensate": "lowrank",
         "rank": "10%",
-        "budget": 5.0,
+        "budget": "5s",
         "option": {"armor.block": "8"},
     }
     entry = run(family("llama"), method="armor", initial="sparsegpt", **options)
