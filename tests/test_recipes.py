@@ -90,7 +90,7 @@ TYPES = {
     **{"object": dict, "array": list, "string": str, "integer": int, "number": int | float},
     **{"boolean": bool, "null": type(None)},
 }
-NOTES = {"$schema", "title", "default", "format"}  # which check nothing
+NOTES = {"$schema", "title", "description", "default", "format"}  # which check nothing
 
 
 def fits(value: object, asked: dict) -> bool:

@@ -19,7 +19,7 @@ from sparsekit.scoring.evaluate import Score, evaluate
 METHODS = ("magnitude", "wanda", "sparsegpt")
 PATTERN = "2:4"
 # Small enough for two cores in a few minutes; the two parts of `builtin` do not overlap.
-CALIBRATION: dict[str, Any] = {"calibration": "builtin", "samples": 16, "length": 512}
+CALIBRATION: dict[str, Any] = {"samples": 16, "length": 512}
 SCORING = EvalConfig(text="builtin", length=512, limit=16)
 
 

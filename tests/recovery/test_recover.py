@@ -1,5 +1,6 @@
 """Recovery from disk to disk: patterns, resume, refusals."""
 
+import dataclasses
 import json
 import math
 import re
@@ -800,8 +801,8 @@ def test_an_interrupted_run_with_other_settings_is_refused(pruned, tmp_path, cha
 def test_an_interrupted_run_with_other_text_in_the_same_file_is_refused(pruned, rows, tmp_path):
     """R2."""
     file = tmp_path / "rows.safetensors"
-    config = replace(SHORT, data=str(file))
     save_file({"tokens": rows}, file)
+    config = replace(SHORT, data=str(file))
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "out", progress=StopsAt(3))
     save_file({"tokens": rows.flip(1)}, file)
@@ -930,7 +931,7 @@ def test_a_failed_run_leaves_nothing_that_would_refuse_another_try(pruned, tmp_p
 
     def broken(*args, **options):
         found = losses(*args, **options)
-        return replace(found, total=found.total * math.nan)
+        return dataclasses.replace(found, total=found.total * math.nan)
 
     config = replace(SHORT, method="fixed")
     with monkeypatch.context() as patch:
@@ -965,7 +966,7 @@ def test_a_loss_that_is_not_finite_before_training_is_not_put_down_to_the_rate(
 
     def broken(*args, **options):
         found = losses(*args, **options)
-        return replace(found, total=found.total * math.nan)
+        return dataclasses.replace(found, total=found.total * math.nan)
 
     monkeypatch.setattr(training, "model_losses", broken)
     with pytest.raises(NumericalError, match=r"before training: .*nan; no learning rate helps"):
@@ -1003,7 +1004,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
     def broken(*args, **options):
         calls.append(1)
         found = losses(*args, **options)
-        return replace(found, total=found.total * math.nan) if len(calls) == 6 else found
+        return (
+            dataclasses.replace(found, total=found.total * math.nan) if len(calls) == 6 else found
+        )
 
     monkeypatch.setattr(training, "model_losses", broken)
     config = replace(SHORT, method="fixed", save_every=save_every)
