@@ -69,7 +69,9 @@ def _measure(
 def _with_keywords(config: Any, body: Callable[..., Any]) -> Any:
     """A function of a configuration as one of the options that make it."""
     own = list(inspect.signature(body).parameters.values())[1:]
-    fields = config.model_fields
+    # What only this verb has comes first.
+    names = sorted(config.model_fields, key=lambda name: name not in config.__annotations__)
+    fields = {name: config.model_fields[name] for name in names}
     made = [
         inspect.Parameter(
             name,

@@ -16,19 +16,16 @@ app = typer.Typer(
     help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
 )
 
-# Options of `prune` that do not change how long a weight takes, and of `recover` that a step has
-# no use for.
-NOT_BENCHED = (
-    *("refine", "dense", "skip", "allocate", "compensate", "rank", "format", "budget", "then"),
+# Options of `prune`, and of `recover`, that change how long a weight, or a step, takes.
+PRUNING = (
+    *("method", "pattern", "option", "preset", "initial", "reconstruct", "propagate"),
+    *("calibration", "samples", "length", "seed", "device", "dtype"),
 )
-NOT_TRAINED = tuple(
-    set(RecoverConfig.model_fields)
-    - {"method", "batch", "length", "teacher", "mixed_precision", "device"}
-)
+TRAINING = ("method", "batch", "length", "teacher", "mixed_precision", "device")
 
 
 @app.command("prune", cls=Command)
-@takes(PruneConfig, without=NOT_BENCHED)
+@takes(PruneConfig, only=PRUNING)
 def bench_prune(
     model: Model,
     repeat: Annotated[int, typer.Option(help="Runs of each; medians count.")] = 3,
@@ -56,7 +53,7 @@ def bench_prune(
 
 
 @app.command("recover", cls=Command)
-@takes(RecoverConfig, without=NOT_TRAINED, defaults={"method": "fixed"})
+@takes(RecoverConfig, only=TRAINING, defaults={"method": "fixed"})
 def bench_recover(
     model: Model = "demo",
     steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.")] = 6,

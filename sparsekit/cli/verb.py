@@ -80,17 +80,17 @@ class Group(TyperGroup):
 def takes(
     config: type[Options],
     *,
-    without: Sequence[str] = (),
+    only: Sequence[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a verb as flags, in the place of its `**words`.
 
     Args:
         config: The options. The body gets those that were given, as they were written.
-        without: Options that the command does not have.
+        only: The options that the command has; empty: all of them.
         defaults: Of options whose default is another one for the command.
     """
-    names = [name for name in config.model_fields if name not in without]
+    names = [name for name in config.model_fields if not only or name in only]
 
     def wrap(body: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(body, eval_str=True).parameters.values()

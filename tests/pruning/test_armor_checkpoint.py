@@ -59,7 +59,7 @@ def run(row_file, tmp_path_factory) -> Callable[..., Report]:
     def pruned(source: Path, out: Path | None = None, progress=None, **options) -> Report:
         out = out or tmp_path_factory.mktemp("armor") / "out"
         told = {"progress": progress} if progress else {}
-        options = {"method": "armor", "options": OPTIONS, **options}
+        options = {"method": "armor", "option": OPTIONS, **options}
         config = PruneConfig(calibration=str(row_file), **options)
         return prune(config, str(source), out, **told)
 
@@ -573,7 +573,7 @@ def test_interrupted_run_does_not_go_on_in_the_other_form(run, family, tmp_path,
 @pytest.mark.parametrize("forms", [FORMS, FORMS[::-1]], ids=["dense first", "factored first"])
 def test_one_form_can_take_the_place_of_the_other(family, made, row_file, tmp_path, forms):
     out = shutil.copytree(made("llama", forms[0]).out, tmp_path / "out")
-    options = {"method": "armor", "options": OPTIONS, "format": forms[1]}
+    options = {"method": "armor", "option": OPTIONS, "format": forms[1]}
     config = PruneConfig(calibration=str(row_file), **options)
     prune(config, str(family("llama")), out, overwrite=True)
     assert hashes(out) == hashes(made("llama", forms[1]).out)
@@ -666,7 +666,7 @@ def test_bits_per_weight_are_those_of_the_factors(made, name, form):
 
 def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_path):
     for form in FORMS:
-        options = {"method": "armor", "options": OPTIONS, "format": form}
+        options = {"method": "armor", "option": OPTIONS, "format": form}
         config = PruneConfig(calibration=str(row_file), **options)
         found = plan(config, str(family("llama")), tmp_path / "out")
         report = made("llama", form)
@@ -690,7 +690,7 @@ def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
     options = {
         "compensate": "lowrank",
         "rank": "10%",
-        "budget": 5.0,
+        "budget": "5s",
         "option": {"armor.block": "8"},
     }
     entry = run(family("llama"), method="armor", initial="sparsegpt", **options)

@@ -46,7 +46,7 @@ def run(row_file, tmp_path):
         options.setdefault("calibration", str(row_file))
         told = {"progress": progress} if progress else {}
         if "dsnot" in (options.get("method"), options.get("refine")) and "preset" not in options:
-            options["options"] = {"modules": "all", **options.get("options", {})}
+            options["option"] = {"modules": "all", **options.get("option", {})}
         return prune(PruneConfig(**options), str(source), tmp_path / name, **told)
 
     return pruned
@@ -468,7 +468,7 @@ def test_interrupted_refinement_does_not_go_on_with_another(run, family, sparse,
     if change == "mask":
         given = sparse(method="magnitude", calibration=None)
     elif change == "options":
-        options["options"] = {"cycles": "3"}
+        options["option"] = {"cycles": "3"}
     elif change == "patterns":
         told = json.loads((given / "sparsekit.json").read_text())
         told["history"][-1]["weights"][-1]["pattern"] = "3:4"
@@ -699,22 +699,19 @@ def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row
     [("armor", "sparsegpt", "block", "8"), ("dsnot", "ria", "power", "0.5")],
 )
 def test_option_of_both_methods_must_name_its_own(method, initial, name, value):
-    config = PruneConfig(method=method, initial=initial, option={name: value})
     with pytest.raises(UsageError, match=f"both have an option '{name}'") as refused:
-        config.check()
+        PruneConfig(method=method, initial=initial, option={name: value})
     assert refused.value.hint == f"write {method}.{name} or {initial}.{name}"
     for one, kind in ((method, "refiners"), (initial, "pruners")):
         named = PruneConfig(method=method, initial=initial, option={f"{one}.{name}": value})
-        named.check()
         other = {"refiners": "pruners", "pruners": "refiners"}[kind]
         assert named.options_of(kind) == {name: value}
         assert named.options_of(other) == {}
 
 
 def test_option_of_a_method_that_does_not_run_is_refused():
-    config = PruneConfig(method="dsnot", option={"alps.damping": "0.5"})
     with pytest.raises(UsageError, match="'alps' is no method of this run") as refused:
-        config.check()
+        PruneConfig(method="dsnot", option={"alps.damping": "0.5"})
     assert refused.value.hint == "this run has dsnot and wanda"
 
 

@@ -413,9 +413,12 @@ def test_one_pass_loses_less_than_two(family, row_file, rows, tmp_path, method):
     ],
 )
 def test_what_one_pass_cannot_do_is_refused(family, row_file, tmp_path, change, words):
-    config = PruneConfig(calibration=str(row_file), **change)
-    with pytest.raises(UsageError, match=words):
+    def run() -> None:
+        config = PruneConfig(calibration=str(row_file), **change)
         prune(config, str(family("llama")), tmp_path / "out")
+
+    with pytest.raises(UsageError, match=words):
+        run()
     assert not (tmp_path / "out").exists()
 
 

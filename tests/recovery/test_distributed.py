@@ -87,7 +87,7 @@ def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path
     commands = []
     for name, run in runs.items():
         words = {**run, **STEP}
-        options = words.pop("options", {})
+        options = words.pop("option", {})
         commands.append(
             [
                 *("recover", pruned, "-o", tmp_path / "two" / name),

@@ -110,6 +110,6 @@ def test_published_run_swaps_weights_where_it_refines_and_nowhere_else(
 def test_every_option_of_the_preset_is_needed(option: dict[str, str], tmp_path: Path) -> None:
     """The equality above is not one that any option would give."""
     recorded = RUNS[1]
-    ours = weights_of(config_of(recorded, options=option), tmp_path / "out")
+    ours = weights_of(config_of(recorded, option=option), tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(ours[name] != 0, recorded.masks()[name])
