@@ -53,9 +53,7 @@ UNREAD = {
     Kind.FOREIGN: "take the model it was quantized from",
 }
 PACKED_ONLY = "name a folder that pack wrote, or one with --format factored"
-LOADS = (
-    f"sparsekit convert takes {', '.join(LEGACY_PARTS)}; other formats still load in transformers"
-)
+LOADS = f"sparsekit convert takes {', '.join(LEGACY_PARTS)}; transformers loads the others"
 
 
 def _takes(refused: Mapping[Kind, str], unread: Mapping[Kind, str] = UNREAD) -> dict[Kind, str]:
