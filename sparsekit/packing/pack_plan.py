@@ -20,11 +20,11 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.grids import Codes
 from sparsekit.weights.packed import exact_pattern, packing
-from sparsekit.weights.patterns import Pattern
+from sparsekit.weights.patterns import SOUGHT, Pattern
 from sparsekit.weights.quantized import Shapes
 
 # N:M patterns that are tried on every weight.
-TRIED = tuple(map(Pattern.parse, ("1:4", "2:8", "2:4", "4:8", "8:16", "3:4")))
+TRIED = tuple(map(Pattern.parse, SOUGHT))
 # Types whose bits are packed as they are.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
