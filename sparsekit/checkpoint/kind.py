@@ -34,7 +34,7 @@ class Kind(StrEnum):
         return self in (Kind.FACTORED, Kind.PACKED)
 
 
-# What is said of a checkpoint that a verb does not take.
+# The error message about a checkpoint that a verb does not take.
 MESSAGES = {
     Kind.PLAIN: "{model} is plain, which {verb} does not take",
     Kind.PRODUCTS: (
@@ -53,9 +53,7 @@ UNREAD = {
     Kind.FOREIGN: "take the model it was quantized from",
 }
 PACKED_ONLY = "name a folder that pack wrote, or one with --format factored"
-LOADS = (
-    f"sparsekit convert takes {', '.join(LEGACY_PARTS)}; other formats still load in transformers"
-)
+LOADS = f"sparsekit convert takes {', '.join(LEGACY_PARTS)}; transformers loads the others"
 
 
 def _takes(refused: Mapping[Kind, str], unread: Mapping[Kind, str] = UNREAD) -> dict[Kind, str]:
@@ -63,8 +61,9 @@ def _takes(refused: Mapping[Kind, str], unread: Mapping[Kind, str] = UNREAD) -> 
     return dict.fromkeys(Kind, "") | dict(unread) | dict(refused)
 
 
-# For each verb and kind the hint for who names such a checkpoint; empty: the verb takes it. `load`
-# stands for everything that only reads a model.
+READERS = _takes({})
+# For each verb and kind: empty if the verb takes it, else the hint of the error. `load` stands for
+# everything that only reads a model.
 TAKES: Mapping[str, Mapping[Kind, str]] = {
     "prune": _takes(
         {
@@ -103,8 +102,8 @@ TAKES: Mapping[str, Mapping[Kind, str]] = {
         },
         unread={},
     ),
-    "eval": _takes({}),
-    "load": _takes({}),
+    "eval": READERS,
+    "load": READERS,
 }
 
 
@@ -147,7 +146,7 @@ def kind_of(config: Mapping[str, Any], *, on_grid: bool, factors: bool, alone: b
 
 
 def not_read(name: object, config: Mapping[str, Any]) -> DataError:
-    """What to raise of a checkpoint that is stored in another way than ours.
+    """The error for a checkpoint whose format sparsekit does not read.
 
     Args:
         name: Its folder or hub id.

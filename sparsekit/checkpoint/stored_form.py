@@ -1,4 +1,4 @@
-"""Where a weight lies on disk that is more than one plain tensor."""
+"""A weight on disk that is more than one plain tensor: where its parts are, and their format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StoredForm:
         """The tensors, by the last part of their names.
 
         Raises:
-            FactorsError: One that has to be there is missing.
+            FactorsError: A required one is missing.
         """
         self.require(f"{folder / FACTORS} lacks")
         return {part: read_tensor(folder, place) for part, place in self.places.items()}
@@ -89,7 +89,7 @@ def packed_forms(folder: Path, tensors: Mapping[str, TensorPlace]) -> dict[str, 
         tensors: What is in the file.
 
     Raises:
-        FactorsError: The file names a format that is none.
+        FactorsError: The file names an unknown format.
     """
     forms = {}
     for name, text in metadata(folder / FACTORS).items():

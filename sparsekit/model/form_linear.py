@@ -15,14 +15,14 @@ from sparsekit.weights.form import PARTS, Form
 
 
 class FormLinear(nn.Module):
-    """y = x Wᵀ + bias with a weight in its parts; a packed core stays so between calls.
+    """y = x Wᵀ + bias with a weight in its parts; a packed core stays packed between calls.
 
     Codes and scales are multiplied in the scales' type on disk, as where they are not packed. The
     parameters begin on the meta device, with the shapes and types that they have on disk.
 
     Args:
         stored: How the weight is stored.
-        old: The layer in the place of which this one stands.
+        old: The layer that this one replaces.
         module: The name of that layer in the model.
     """
 

@@ -87,8 +87,8 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
     """The tensors of a packed weight, and what the history tells of it."""
     name, more = plan.target.name, {}
     if plan.factored:
-        parts = source.packed[name].read(source.path)
         form, whole = source.form(name, plan.target.shape), source.read([name])[name]
+        parts = form.stored()
         product = plan.target.to_disk(form.dense().to(whole.dtype))
         if off := first_off(product, whole):
             raise DataError(

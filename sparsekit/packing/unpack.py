@@ -205,7 +205,7 @@ def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict
         form = source.form(name, target.shape)
         if form.composed:
             whole = Form(core=Values(form.dense().to(layer.stored.places["values"].dtype)))
-            beside = layer.stored.read(source.path)
+            beside = form.stored()
         else:
             whole, beside = form.unpacked(), {}
     except DataError as error:

@@ -138,7 +138,7 @@ def _computes_the_same(
 
     for target in targets:
         weight = block.module.get_submodule(target.module).weight
-        put(weight, weight.data * (scale[:, None] if target.transposed else scale))
+        put(weight, weight.data * target.to_disk(scale[None]))
     if rows_of is not None:
         weight = block.module.get_submodule(rows_of.module).weight
         put(weight, weight.data / scale[:, None])

@@ -98,7 +98,8 @@ def write_tensors(
             rows.append(_row(target, tensor, job.patterns.of(target)) | {"flipped": flipped})
             if on_disk in student.branches:
                 mask, branch = student.sparse[on_disk].mask, student.branches[on_disk]
-                stored, tensor = _with_branch(target, tensor, mask, branch, rows[-1]["pattern"])
+                pattern = job.patterns.of(target)
+                stored, tensor = _with_branch(target, tensor, mask, branch, pattern)
                 rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
                 batch |= {part_name(on_disk, part): made for part, made in stored.items()}
         if on_disk in job.layout.places:
@@ -141,7 +142,7 @@ def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
 
 
 def _with_branch(
-    target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: str
+    target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: Pattern
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The factors of a weight with a branch, and their product as it goes to disk."""
     core = Values(target.from_disk(tensor).float(), mask.cpu())
@@ -150,5 +151,5 @@ def _with_branch(
     product = factors.dense().to(tensor.dtype) + 0.0
     if not product.isfinite().all():
         raise NumericalError(f"{target.name} does not fit into {tensor.dtype}")
-    stored = factors.packed(Pattern.parse(pattern)).to(tensor.dtype).stored()
+    stored = factors.packed(pattern).to(tensor.dtype).stored()
     return stored, target.to_disk(product).contiguous()

@@ -33,14 +33,14 @@ class CoreFormat:
         """The format that `str` wrote of a packed core, as `2:4` or `2:4 int4-g64 bfloat16`.
 
         Raises:
-            UsageError: It is no such text.
+            UsageError: The text is not a format.
         """
         pattern, *codes = text.split(" ", 1)
         if not codes:
             return cls(pattern=Pattern.parse(pattern))
         grid, _, name = codes[0].partition(" ")
         if name not in SCALES:
-            raise UsageError(f"{name!r} is no type of scales", f"one of {', '.join(SCALES)}")
+            raise UsageError(f"{name!r} is not a type of scales", f"one of {', '.join(SCALES)}")
         return cls(pattern=Pattern.parse(pattern), grid=Grid.parse(grid), dtype=SCALES[name])
 
     def __str__(self) -> str:

@@ -336,9 +336,7 @@ def test_a_missing_part_and_another_form_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.compressed"):
         convert(str(source), tmp_path / "plain")
-    with pytest.raises(
-        DataError, match=r"is plain, which convert .*; sparsekit convert takes sparse"
-    ):
+    with pytest.raises(DataError, match=r"which convert .*; sparsekit convert takes sparse-24"):
         convert(str(LEGACY / "dense"), tmp_path / "plain")
     magnitude = prune(PruneConfig(method="magnitude"), str(LEGACY / "dense"), tmp_path / "sparse")
     packed = pack(str(magnitude.out), tmp_path / "packed").out

@@ -163,8 +163,8 @@ def test_the_history_tells_size_and_share_of_each_weight(sparse, tmp_path):
 
 
 def test_a_weight_that_is_written_is_not_packed_again(sparse, tmp_path, monkeypatch):
-    source, calls, real = sparse(), [], stage.pack_weight
-    monkeypatch.setattr(stage, "pack_weight", lambda *a: calls.append(a) or real(*a))
+    source, calls, real = sparse(), [], stage.weight_of
+    monkeypatch.setattr(stage, "weight_of", lambda *a: calls.append(a) or real(*a))
     with pytest.raises(KeyboardInterrupt):
         pack(str(source), tmp_path / "out", progress=StopsIn("pack", 5))
     assert len(calls) == 5
