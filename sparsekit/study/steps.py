@@ -174,8 +174,8 @@ def _add_steps(
     except SparsekitError as error:
         refused = f"{path}: {as_keywords(str(error))}"
     for parent in parents:
-        refused = refusal(verb, draft.kinds.get(parent, Kind.PLAIN), parent)
-        wrong = [f"{path}: {refused}"] if refused else []
+        unfit = refusal(verb, draft.kinds.get(parent, Kind.PLAIN), parent)
+        wrong = [f"{path}: {unfit}"] if unfit else []
         own = (parent or MODEL) if verb == "eval" else f"{parent}.{label}" if parent else label
         wrong += [refused] if refused else []
         draft.errors += [told for told in wrong if told not in draft.errors]

@@ -137,7 +137,7 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
         ("- prune: {1: 2}\n", "stages[0].prune: words are written as {key: value}, not {1: 2}"),
         ("- prune: {option: 5}\n", "stages[0].prune.option: "),
         ("- prune: {seed: true}\n", "stages[0].prune.seed: input should be a valid integer"),
-        ("- recover: {mixed_precision: false}\n", "input should be a valid string, not False"),
+        ("- recover: {mixed_precision: false}\n", "one of no, bf16 is wanted, not False"),
         ("- prune: {propagate: yes}\n", "input should be a valid boolean, not 'yes'"),
         ("- prune: [7]\n", "stages[0].prune[0]: words are written as {key: value}, not 7"),
         ("- recover: {method: ast}\n", "stages[0].recover: recover needs to know how long"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
+from sparsekit.weights.patterns import Pattern
 
 DATA = Path(__file__).parents[2] / "data" / "tiny-llama"
 
@@ -66,12 +67,15 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[[str, str, str], Run]:
-    def prune_as_published(method: str, pattern: str, recorded: str) -> Run:
+def run(tmp_path: Path) -> Callable[..., Run]:
+    def prune_as_published(
+        method: str, pattern: str, recorded: str, kind: type[Pattern] = Pattern
+    ) -> Run:
         calibration = str(DATA / "calibration.safetensors")
         config = PruneConfig(
             method=method, pattern=pattern, calibration=calibration, device="cpu", dtype="float32"
         )
+        object.__setattr__(config, "pattern", kind.parse(pattern))
         out = tmp_path / "out"
         prune(config, str(DATA / "model"), out)
         published = load_file(DATA / f"{recorded}.safetensors")
@@ -113,10 +117,9 @@ def test_run_equals_the_published_one(run, method: str, pattern: str, recorded: 
     ("method", "recorded"), [("magnitude", "magnitude_0.5"), ("sparsegpt", "sparsegpt_0.5")]
 )
 def test_run_with_the_published_threshold_equals_the_published_one(
-    run, monkeypatch: pytest.MonkeyPatch, method: str, recorded: str
+    run, method: str, recorded: str
 ) -> None:
-    monkeypatch.setattr("sparsekit.pruning.prepare.Pattern", PublishedThreshold)
-    found = run(method, "50%/tensor", recorded)
+    found = run(method, "50%/tensor", recorded, PublishedThreshold)
     found.check_masks()
     found.check_weights()
     found.check_the_rest()
@@ -136,17 +139,14 @@ def test_published_magnitude_removes_one_weight_more_in_every_tensor(run) -> Non
 
 
 @pytest.mark.parametrize("pattern", ["4:8", "60%/tensor"])
-def test_magnitude_without_a_recorded_run_follows_its_published_rule(
-    run, monkeypatch: pytest.MonkeyPatch, pattern: str
-) -> None:
+def test_magnitude_without_a_recorded_run_follows_its_published_rule(run, pattern: str) -> None:
     """No run was recorded for these two; the rule needs no calibration, so it is applied here.
 
     `prune_magnitude` of the same code removes the 4 smallest of every 8, or everything up to the
     absolute weight of rank ⌊0.6 n⌋ of the tensor.
     """
-    if pattern == "60%/tensor":
-        monkeypatch.setattr("sparsekit.pruning.prepare.Pattern", PublishedThreshold)
-    found = run("magnitude", pattern, "magnitude_2x4")  # for the names of its 21 weights
+    kind = PublishedThreshold if pattern == "60%/tensor" else Pattern
+    found = run("magnitude", pattern, "magnitude_2x4", kind)  # for the names of its 21 weights
     for name in found.published:
         size = found.dense[name].abs()
         if pattern == "4:8":
