@@ -87,7 +87,7 @@ def refine(
             assert told.shape == weight.shape[:1], f"{key} is no count of each row"
             assert not told.is_floating_point(), f"{key} is no count of each row"
     factors = getattr(refined, "factors", None)  # with such the weight is their product
-    sparse = refined.weight if factors is None else factors.core
+    sparse = refined.weight if factors is None else factors.core.values
     removed = sparse[~refined.mask]
     assert (removed == 0).all()
     assert not removed.signbit().any(), "-0.0 off the mask"
