@@ -27,7 +27,7 @@ def plan_unpack(
 ) -> dict[str, Any]:
     """What `unpack` would do, after the same checks; arguments and errors as of `unpack`."""
     job = unpack.prepare(model, out, overwrite=overwrite, progress=progress)
-    patterns = dict(Counter(str(layer.pattern) for layer in job.layers.values()))
+    patterns = dict(Counter(str(layer.stored.format.pattern) for layer in job.layers.values()))
     return begun(job.source, out, "unpack", job.layout) | _weights(job) | {"patterns": patterns}
 
 
