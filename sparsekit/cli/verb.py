@@ -18,6 +18,10 @@ Config = TypeVar("Config", bound=Options)
 ClickUsageError: Any = typer.BadParameter.__base__
 
 
+# Characters of a summary, which the help wraps instead of cutting it.
+SUMMARY = 200
+
+
 class Command(TyperCommand):
     """A command whose help shows its options by panel, and whose errors name it."""
 
@@ -62,12 +66,11 @@ class Group(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands, each panel under its own title."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        width = formatter.width - 6 - max(len(name) for name, _ in commands)
         panels: dict[str, list[tuple[str, str]]] = {}
         for name, command in commands:
             panel = getattr(command, "rich_help_panel", None)
             title = panel if isinstance(panel, str) else "Commands"
-            panels.setdefault(title, []).append((name, command.get_short_help_str(width)))
+            panels.setdefault(title, []).append((name, command.get_short_help_str(SUMMARY)))
         for title, records in panels.items():
             with formatter.section(title):
                 formatter.write_dl(records)

@@ -155,8 +155,8 @@ def test_bench_counts_linear_layers_that_stay_dense_too(pruned, family, tmp_path
 @pytest.mark.parametrize("tokens", [33, 64])
 def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
     """A last step that the tokens fill in part takes the rows that follow."""
-    config = replace(SHORT, data=str(tmp_path / "text.txt"), tokens=tokens)
     (tmp_path / "text.txt").write_text("abcdefgh " * 40)
+    config = replace(SHORT, data=str(tmp_path / "text.txt"), tokens=tokens)
     source = Checkpoint.open(pruned)
     ranks, device = Ranks(), torch.device("cpu")
     assert config.steps() == 2
