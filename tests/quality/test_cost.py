@@ -1,7 +1,8 @@
 """What pruning and training may cost: the project's limits, measured by its own bench.
 
-Slow: `pytest -m slow tests/test_cost.py -s` (about 20 minutes on two quiet cores, 10 GB of disk).
-The limits are the project's; the rows for the times come from the developers' parity data.
+On a real model: `pytest -m real tests/quality/test_cost.py -s` (about 20 minutes on two quiet
+cores, 10 GB of disk). The limits are the project's; the rows for the times come from the
+developers' parity data.
 """
 
 import json
@@ -14,7 +15,7 @@ from random_llama import random_llama
 
 ROWS = Path(__file__).parents[3] / "shared/parity/smollm2/calibration_c4_32x512.safetensors"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 
 
 def bench(*arguments: object) -> dict:

@@ -1,8 +1,8 @@
 """What ARMOR buys for its time on SmolLM2-135M, and what DSnoT does: the project's limits.
 
-Slow: `pytest -m slow tests/test_quality.py -s` (about two hours on two quiet cores). Rows,
-windows and the published perplexities are those of `test_real_model.py`. Each run is a process of
-its own with all cores. Times are told and, but for the budgets, not checked.
+On a real model: `pytest -m real tests/quality/test_quality.py -s` (about two hours on two quiet
+cores). Rows, windows and the published perplexities are those of `test_real_model.py`. Each run is
+a process of its own with all cores. Times are told and, but for the budgets, not checked.
 """
 
 import json
@@ -21,7 +21,7 @@ SPARSEGPT = 96.98  # 2:4, published
 SHORT = ("--method", "armor", "-O", "armor.block=64", "-O", "sweeps=6")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(not PARITY.is_dir(), reason="the parity data (../shared) is not here"),
 ]
 

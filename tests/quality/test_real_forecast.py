@@ -1,7 +1,7 @@
 """What a dry run says of time and memory against the run itself, on SmolLM2-135M and at 1.1B.
 
-Slow: `pytest -m slow tests/test_real_forecast.py -s` (half an hour on two quiet cores).
-The bar is the project's: within 30 %.
+On a real model: `pytest -m real tests/quality/test_real_forecast.py -s` (half an hour on two quiet
+cores). The bar is the project's: within 30 %.
 """
 
 import json
@@ -23,7 +23,7 @@ RUNS = {
 }
 ROWS = ["--samples", "32", "--length", "512"]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 
 
 def told(*words: object) -> tuple[dict, float]:

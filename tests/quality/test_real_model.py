@@ -1,9 +1,9 @@
 """SmolLM2-135M against what the published implementations give on the same rows and windows.
 
-Slow: `pytest -m slow tests/test_real_model.py` (about 25 minutes on two cores). The model comes
-from the package index (`sparsekit demo` fetches the same one); the rows, windows and masks come
-from the developers' parity data, `../shared/parity/smollm2`, and the perplexities from
-`../shared/reference/numbers.md`, both measured with the published code.
+On a real model: `pytest -m real tests/quality/test_real_model.py` (about 25 minutes on two cores).
+The model comes from the package index (`sparsekit demo` fetches the same one); the rows, windows
+and masks come from the developers' parity data, `../shared/parity/smollm2`, and the perplexities
+from `../shared/reference/numbers.md`, both measured with the published code.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ CALIBRATION = PARITY / "calibration_c4_32x512.safetensors"
 WINDOWS = PARITY / "eval_wikitext2_16x1024.safetensors"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(not PARITY.is_dir(), reason="the parity data (../shared) is not here"),
 ]
 

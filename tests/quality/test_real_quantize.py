@@ -1,8 +1,9 @@
 """What quantizing costs SmolLM2-135M at 2:4, and that no zero is revived, on every grid.
 
-Slow: `pytest -m slow tests/test_real_quantize.py -s` (half an hour on two quiet cores).
-Rows and windows are the developers' (../shared): 32 x 512 tokens of C4, every window of WikiText-2.
-Zeros that come back do not depend on how many rows there were, so that only what is scored has all.
+On a real model: `pytest -m real tests/quality/test_real_quantize.py -s` (half an hour on two quiet
+cores). Rows and windows are the developers' (../shared): 32 x 512 tokens of C4, every window of
+WikiText-2. Zeros that come back do not depend on how many rows there were, so that only what is
+scored has all.
 """
 
 import json
@@ -27,7 +28,7 @@ FEW = ("--samples", "8", "--length", "256")
 VLLM = os.environ.get("SPARSEKIT_VLLM")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(not ROWS.is_file(), reason="the developers' data (../shared) is not here"),
 ]
 # Stock transformers' own weights against the source's zeros and pattern, in a process of its own.

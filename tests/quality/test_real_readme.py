@@ -1,7 +1,7 @@
 """The commands of README's quick start print what it shows.
 
-Slow: `pytest -m slow tests/quality/test_real_readme.py` (three minutes on two quiet cores). The
-figures were taken with Python 3.11; other versions have another reference text.
+On a real model: `pytest -m real tests/quality/test_real_readme.py` (three minutes on two quiet
+cores). The figures were taken with Python 3.11; other versions have another reference text.
 """
 
 import os
@@ -19,7 +19,7 @@ NUMBER = r"\d[\d,]*(?:\.\d+)?"
 ALIKE = 0.15
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="another Python has another text"),
 ]
 

@@ -1,6 +1,7 @@
 """Recipes on SmolLM2-135M: killed and started again, and one shell line.
 
-Slow: `pytest -m slow tests/test_real_recipes.py -s` (half an hour to an hour on two cores).
+On a real model: `pytest -m real tests/quality/test_real_recipes.py -s` (half an hour to an hour on
+two cores).
 """
 
 import json
@@ -17,7 +18,7 @@ import pytest
 
 from sparsekit.files import sha256_file
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 COMMAND = f"{sys.executable} -m sparsekit"
 
 

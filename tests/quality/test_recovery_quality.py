@@ -1,9 +1,9 @@
 """What recovery training wins back on SmolLM2-135M at 2:4, by tokens and by minutes.
 
-Slow: `pytest -m slow tests/test_recovery_quality.py -s` (four hours on two quiet cores).
-Each run prints its perplexities, and how far leaving out the rest moved the last hidden states.
-Text and windows are the developers' (../shared): trained on C4, scored on every second of the 16
-windows of WikiText-2 ("k8": dense 20.9, SparseGPT 90.1; shared/reference/numbers.md).
+On a real model: `pytest -m real tests/quality/test_recovery_quality.py -s` (four hours on two quiet
+cores). Each run prints its perplexities, and how far leaving out the rest moved the last hidden
+states. Text and windows are the developers' (../shared): trained on C4, scored on every second of
+the 16 windows of WikiText-2 ("k8": dense 20.9, SparseGPT 90.1; shared/reference/numbers.md).
 """
 
 import itertools
@@ -38,7 +38,7 @@ MIXED = (
 NARROW, WIDE = (ROWS,), (TEXT, "--samples", "128", "--length", "1024")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(not TEXT.is_file(), reason="the developers' data (../shared) is not here"),
 ]
 

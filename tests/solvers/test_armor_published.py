@@ -267,7 +267,7 @@ def test_ten_sweeps_reach_at_least_the_loss_of_1000_published_iterations(text: s
     assert ours.loss() <= published.loss() < first
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @recorded
 @pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj"])
