@@ -22,7 +22,6 @@ from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.study.recipe import parse
 from sparsekit.study.schema import VERBS
-from sparsekit.text.calibration import Calibration
 
 LEGACY = Path(__file__).parent.parent / "data" / "legacy" / "sparse-24-bitmask"
 # The stages of a recipe that make a checkpoint of a kind.
@@ -47,7 +46,7 @@ LATER = {
 def folders(family, row_file, tmp_path_factory) -> dict[Kind, Path]:
     """A tiny checkpoint of each kind."""
     root, llama = tmp_path_factory.mktemp("kinds"), family("llama")
-    rows = Calibration(source=str(row_file))
+    rows = str(row_file)
 
     def pruned(name: str, **options) -> Path:
         return prune(PruneConfig(calibration=rows, **options), str(llama), root / name).out
