@@ -204,6 +204,7 @@ def shrink(verb: str, given: dict, rows: str) -> None:
             given["option"] = {"sweeps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_on_a_tiny_model(family, row_file, tmp_path, name):
     recipe = parse(shrunken(name, family("llama"), row_file))

@@ -10,6 +10,7 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.packing.pack import pack
 
 
+@pytest.mark.slow
 def test_a_packed_model_generates_the_same_tokens(pruned, tmp_path):
     packed = pack(str(pruned), tmp_path / "packed").out
     found = bench_infer(InferConfig(prompt=8, new=4), [str(pruned), str(packed)])

@@ -100,6 +100,7 @@ def watched(folder: Path, row_file: Path, out: Path, method: str) -> dict:
     return json.loads(found.stdout)
 
 
+@pytest.mark.slow
 def test_memory_of_a_fresh_process_does_not_grow_with_the_depth(tmp_path, row_file):
     folder = random_llama(tmp_path / "random", blocks=32, hidden=512, vocabulary=300)
     each = Checkpoint.open(folder).n_bytes // 32  # 6 MB
@@ -111,6 +112,7 @@ def test_memory_of_a_fresh_process_does_not_grow_with_the_depth(tmp_path, row_fi
 
 
 # ALPS takes long, and most memory: one block shows it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "blocks"), [("magnitude", 3), ("wanda", 3), ("sparsegpt", 3), ("alps", 1)]
 )

@@ -106,6 +106,7 @@ def hub(copy_of) -> Iterator[Callable[[str], Hub]]:
         running.server.server_close()
 
 
+@pytest.mark.slow
 def test_hub_model_is_fetched_once_shard_by_shard_and_pruned(hub, spawn, tmp_path):
     served = hub("llama_deep")
     (served.folder / "consolidated.safetensors").write_bytes(b"another form of the weights")
@@ -123,6 +124,7 @@ def test_hub_model_is_fetched_once_shard_by_shard_and_pruned(hub, spawn, tmp_pat
         assert written[0] == written[1] != sha256_file(served.folder / shard)
 
 
+@pytest.mark.slow
 def test_hub_model_of_an_unknown_type_is_refused_before_its_weights(hub, spawn, tmp_path):
     served = hub("llama")
     config = json.loads((served.folder / "config.json").read_text())
@@ -133,6 +135,7 @@ def test_hub_model_of_an_unknown_type_is_refused_before_its_weights(hub, spawn, 
     assert [name for name in served.fetched if name.endswith(".safetensors")] == []
 
 
+@pytest.mark.slow
 def test_hub_model_without_safetensors_says_how_to_convert_it(hub, spawn, tmp_path):
     served = hub("llama")
     (served.folder / "model.safetensors").rename(served.folder / "pytorch_model.bin")
@@ -163,6 +166,7 @@ def refused(spawn, tmp_path) -> Callable[..., SimpleNamespace]:
     return inspect
 
 
+@pytest.mark.slow
 def test_model_in_the_cache_needs_no_hub(hub, spawn, tmp_path):
     served = hub("llama_sharded")
     environment = served.environment(tmp_path / "home")
@@ -172,6 +176,7 @@ def test_model_in_the_cache_needs_no_hub(hub, spawn, tmp_path):
     assert online.stdout == offline.stdout
 
 
+@pytest.mark.slow
 def test_model_partly_in_the_cache_says_so_when_the_hub_is_out_of_reach(hub, spawn, tmp_path):
     served = hub("llama_sharded")
     shard = sorted(path.name for path in served.folder.glob("*.safetensors"))[1]
@@ -189,6 +194,7 @@ def test_gated_model_says_how_to_get_at_it(hub, refused):
     assert "accept them on its page of the hub, then log in" in refused(served).stderr
 
 
+@pytest.mark.slow
 def test_broken_transfer_is_one_line_and_the_same_command_goes_on(hub, refused, spawn, tmp_path):
     served = hub("llama_sharded")
     served.cut = sorted(path.name for path in served.folder.glob("*.safetensors"))[-1]
@@ -200,6 +206,7 @@ def test_broken_transfer_is_one_line_and_the_same_command_goes_on(hub, refused, 
     assert len(set(again)) == 1
 
 
+@pytest.mark.slow
 def test_full_disk_is_told_with_the_cache_that_needs_room(hub, refused):
     served = hub("llama")
     limit = (served.folder / SINGLE).stat().st_size // 2
@@ -225,6 +232,7 @@ def quantize(folder: Path, method: str = "gptq") -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -245,6 +253,7 @@ def test_repository_that_is_no_checkpoint_is_refused_by_its_name(hub, refused, d
     assert "snapshots" not in found.stderr  # where the hub's cache puts it helps nobody
 
 
+@pytest.mark.slow
 def test_a_model_on_a_grid_of_ours_is_fetched_as_any_other(hub, spawn, tmp_path):
     served = hub("llama")
     words = ("--method", "rtn", "--grid", "int8", "-q")
@@ -258,6 +267,7 @@ def test_a_model_on_a_grid_of_ours_is_fetched_as_any_other(hub, spawn, tmp_path)
     assert "int8" in found.stdout
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_loaded_from_python_too(hub, tmp_path):
     served = hub("llama")
     code = "import sparsekit; print(type(sparsekit.load('org/name')).__name__)"

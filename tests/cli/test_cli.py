@@ -84,6 +84,7 @@ def test_prune_writes_the_path_to_stdout_and_the_table_to_stderr(cli, family, ro
     assert "wanda 2:4: 2/2 model.layers.1" in found.stderr  # progress as plain lines
 
 
+@pytest.mark.slow
 def test_on_a_terminal_progress_is_a_bar_and_stdout_stays_clean(start, family, row_file, tmp_path):
     terminal, slave = pty.openpty()
     arguments = ("prune", family("llama_deep"), "-o", tmp_path / "out", "--calibration", row_file)
@@ -511,6 +512,7 @@ def test_eval_of_an_own_task_has_both_accuracies_with_errors(
     assert "shots" in table.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

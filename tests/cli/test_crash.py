@@ -88,6 +88,7 @@ def uninterrupted(family, many_rows, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "method"),
     [(1, "sparsegpt"), (3, "nowag"), (2, "armor"), (BLOCKS - 1, "sparsegpt")],
@@ -115,6 +116,7 @@ def test_run_killed_at_a_block_is_finished_by_the_same_command_to_the_same_bytes
     assert len(weights) == len({row["name"] for row in weights}) == 7 * BLOCKS
 
 
+@pytest.mark.slow
 def test_interrupt_is_exit_130_with_one_line_and_resumes_in_a_new_process(
     start, spawn, family, many_rows, tmp_path, uninterrupted
 ):
@@ -144,6 +146,7 @@ def test_run_killed_while_its_weights_are_laid_out_is_finished_too(
     assert hashes(out) == uninterrupted("sparsegpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ast", "cast"])
 def test_training_that_is_killed_goes_on_to_the_same_bytes(
     start, cli, pruned, row_file, tmp_path, method

@@ -58,6 +58,7 @@ def pipe(family, row_file, tmp_path):
 # Pipelines
 
 
+@pytest.mark.slow
 def test_prune_verify_eval_work_as_a_shell_pipeline(family, row_file, tmp_path):
     found = bash(
         f"set -o pipefail; tool prune {family('llama')} -o out --calibration {row_file} -q "
@@ -70,6 +71,7 @@ def test_prune_verify_eval_work_as_a_shell_pipeline(family, row_file, tmp_path):
     assert score["perplexity"]["windows"] == 5
 
 
+@pytest.mark.slow
 def test_prune_recover_quantize_eval_work_as_a_shell_pipeline(pipe, tmp_path, cli):
     codes, said, made = pipe()
     assert (codes, said) == ([0, 0, 0, 0, 0], [])
@@ -81,6 +83,7 @@ def test_prune_recover_quantize_eval_work_as_a_shell_pipeline(pipe, tmp_path, cl
     assert cli("verify", tmp_path / "C", "--pattern", "2:4").code == 0
 
 
+@pytest.mark.slow
 def test_stage_that_fails_in_the_middle_fails_the_pipe_with_one_line_of_its_own(pipe, tmp_path):
     codes, said, made = pipe(grid="int4-g48")  # of 32 and 64 inputs
     assert codes == [2, 0, 0, 2, 2]
@@ -93,6 +96,7 @@ def test_stage_that_fails_in_the_middle_fails_the_pipe_with_one_line_of_its_own(
     assert (tmp_path / "scores.json").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_stage_that_fails_at_once_does_not_end_the_work_before_it(pipe, tmp_path, cli):
     codes, said, made = pipe(recover="--lr -1")
     assert codes == [2, READER_GONE, 2, 2, 2]
@@ -139,6 +143,7 @@ def gone() -> int:
     return writer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [["inspect"], ["inspect", "--json"], ["methods"], ["--help"], ["--version"], ["prune", "-h"]],
@@ -154,6 +159,7 @@ def test_reader_of_stdout_that_has_gone_is_exit_141_without_a_word(start, pruned
     assert not re.search("BrokenPipe|Broken pipe|Traceback|ignored|error:", stderr), stderr
 
 
+@pytest.mark.slow
 def test_output_is_complete_when_nobody_reads_its_path(start, family, row_file, tmp_path, cli):
     writer = gone()
     process = start(
@@ -175,6 +181,7 @@ def test_failure_goes_before_a_reader_that_has_gone(start, tmp_path):
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_reader_of_stderr_that_has_gone_does_not_end_the_work(start, family, row_file, tmp_path):
     writer = gone()
     process = start(
@@ -188,6 +195,7 @@ def test_reader_of_stderr_that_has_gone_does_not_end_the_work(start, family, row
     assert (wrong.communicate(timeout=300)[0], wrong.returncode) == ("", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("closed", "code", "stdout"),
     [

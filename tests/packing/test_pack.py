@@ -133,6 +133,7 @@ def test_expanded_weights_are_saved_as_those_of_a_plain_model(sparse, tmp_path, 
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["first", "after", "never"])
 def test_importing_sparsekit_hf_is_what_lets_transformers_load_it(sparse, tmp_path, order):
     packed = pack(str(sparse()), tmp_path / "packed").out

@@ -218,6 +218,7 @@ print(json.dumps([peak_memory() - before, estimate["peak_memory_estimate_bytes"]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["gptq", "awq", "pack"])
 def test_peak_is_not_above_what_the_plan_says(what, make_llama, row_file, tmp_path):
     """On weights that are large beside what libraries take when they are first used."""

@@ -686,6 +686,7 @@ def test_layer_refuses_a_core_whose_places_do_not_rise(made):
         layer(torch.ones(1, layer.target.shape[1]))
 
 
+@pytest.mark.slow
 def test_model_card_tells_what_was_asked_for_besides_the_method(run, family):
     options = {
         "compensate": "lowrank",

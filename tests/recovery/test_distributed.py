@@ -79,6 +79,7 @@ def logged(folder):
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [WHOLE, SHARDED], ids=["multi_gpu", "fsdp"])
 def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path, way):
     """D3, and the same sums: half the batches each, a step for all; evaluations change nothing."""
@@ -126,6 +127,7 @@ def assert_alike(one, two):
     assert not [file.name for file in two.iterdir() if file.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_rows_that_each_computes(pruned, row_file, tmp_path, monkeypatch):
     """Of five rows, for almost five epochs; which of them computed a row changes nothing."""
     steps = {"tokens": 384, "batch": 1, "length": 16, "accumulate": 2, "lr": 1e-3}
@@ -149,6 +151,7 @@ def test_two_processes_keep_the_rows_that_each_computes(pruned, row_file, tmp_pa
         assert theirs["kept_mass"] == pytest.approx(mine["kept_mass"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_two_goes_on_to_the_same_bytes(pruned, tmp_path):
     """R1 where each process holds, and saves, a part: all die at once in the middle."""
     arguments = ("--method", "ast", "--tokens", 6400, "--batch", 2, "--length", 16)
@@ -175,6 +178,7 @@ def test_branches_with_shards_are_refused(pruned, tmp_path):
         prepare(config, str(pruned), tmp_path / "out", ranks=sharded)
 
 
+@pytest.mark.slow
 def test_shards_that_would_cut_groups_of_inputs_are_refused(family, row_file, tmp_path):
     done = launched(
         *(SHARDED, family("gpt2"), "-o", tmp_path / "out", "--tokens", 96, "--batch", 1),
@@ -185,6 +189,7 @@ def test_shards_that_would_cut_groups_of_inputs_are_refused(family, row_file, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_batches_that_cannot_be_shared_are_refused_by_all_processes(pruned, tmp_path):
     done = launched(
         *(WHOLE, pruned, "-o", tmp_path / "out", "--tokens", 1280, "--batch", 2, "--length", 16)
@@ -208,6 +213,7 @@ def compare_masks(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_whose_masks_differ_are_refused(tmp_path):
     """D3: not by a sum, which all masks of a pattern share."""
     torch.multiprocessing.spawn(compare_masks, (tmp_path,), nprocs=2)

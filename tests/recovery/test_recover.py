@@ -477,6 +477,7 @@ def test_measuring_changes_no_bit(family, rows, tmp_path, monkeypatch, method, o
     assert seen == [True] * 3
 
 
+@pytest.mark.slow
 def test_evaluating_does_not_change_the_outcome(family, tmp_path):
     """C9, for the method that computes with all entries."""
     short = replace(CAST, tokens=6400)
@@ -973,6 +974,7 @@ def test_a_loss_that_is_not_finite_before_training_is_not_put_down_to_the_rate(
         recover(SHORT, str(pruned), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
     config = replace(SHORT, tokens=None, max_time="20s")
     found = recover(config, str(pruned), tmp_path / "out")
@@ -1145,6 +1147,7 @@ def test_spans_that_cut_a_group_are_refused(family, tmp_path):
         recover(config, str(family("llama")), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_budget_below_what_is_safe_is_told(family, tmp_path, monkeypatch):
     """Three times the 99th percentile of what is off the mask, by section 4.3."""
     unsettled(monkeypatch)

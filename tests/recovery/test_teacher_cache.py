@@ -293,6 +293,7 @@ def test_speed_is_measured_as_if_no_row_were_there_unless_all_are(config, pruned
     assert slow.load() is found.load()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_time_limit_keeps_the_rows_too(config, pruned, tmp_path, passes):
     config = replace(config, tokens=None, max_time="20s")
     notes = Notes()

@@ -77,6 +77,7 @@ def test_room_for_saved_states_is_looked_at_first(pruned, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sizes_off_the_mask_are_those_of_all_weights(family, tmp_path, monkeypatch):
     seen, real = [], trainplan.Student.off_mask
 
@@ -108,6 +109,7 @@ def test_option_of_a_method_that_auto_may_not_take_is_refused():
         replace(SHORT, method="auto", option={"decay": "1"})
 
 
+@pytest.mark.slow
 def test_auto_with_a_time_goes_on_where_it_was_interrupted(pruned, tmp_path):
     class Stops(Notes):
         def step(self, label):
@@ -226,6 +228,7 @@ class Slows(Notes):
             time.sleep(0.25)
 
 
+@pytest.mark.slow
 def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_path):
     config = replace(SHORT, tokens=None, max_time="20s")
     notes, begun = Slows(), time.perf_counter()
@@ -242,6 +245,7 @@ def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_pat
     assert log[-1]["rate"] < 0.1 * SHORT.lr  # the schedule ran to its end
 
 
+@pytest.mark.slow
 def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp_path, monkeypatch):
     """The last step's share of the pull is (n - 1) / n of the steps that were taken."""
     config = replace(SHORT, method="cast", option={"decay": "1e-2"}, tokens=None, max_time="20s")
@@ -265,6 +269,7 @@ def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp
     assert shares[-1] == (steps - 1) / steps
 
 
+@pytest.mark.slow
 def test_measuring_leaves_time_for_steps(pruned, tmp_path, monkeypatch):
     """Steps take 2 s here: eight of them that only measure would leave none of 20 s."""
     real = Training.gradients
@@ -282,6 +287,7 @@ def test_measuring_leaves_time_for_steps(pruned, tmp_path, monkeypatch):
     assert found.entry["plan"]["steps"] >= 3
 
 
+@pytest.mark.slow
 def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
     class Stops(Slows):
         def note(self, text):

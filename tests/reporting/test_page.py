@@ -376,6 +376,7 @@ def test_text_and_axes_of_pictures_have_no_colour_of_one_theme(run):
         assert "#ffffff" not in picture
 
 
+@pytest.mark.slow
 def test_page_of_the_same_models_and_day_has_the_same_bytes(run):
     day = date(2026, 2, 3)
     text = page(compare([run]), day)
@@ -442,6 +443,7 @@ def rewritten(family, pruned, row_file, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "verbs"),
     [
@@ -633,6 +635,7 @@ def test_chromium_would_tell_of_a_load(run, tmp_path):
     assert "CONSOLE" in chromium(tmp_path / "bad.html", tmp_path / "profile").stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 @pytest.mark.parametrize("which", ["run", "hostile"])
 def test_a_phone_shows_the_page_without_scrolling_sideways(which, request, tmp_path):
@@ -643,6 +646,7 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(which, request, tmp_p
     assert width_on_a_phone(wide, tmp_path) > 390
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 def test_screenshots_of_both_themes(run, tmp_path):
     """To look at: `pytest tests/reporting/test_page.py -k screenshots --basetemp shots`."""

@@ -301,12 +301,14 @@ def test_seed_decides_what_a_task_draws_and_the_callers_generators_stay(checkpoi
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
+@pytest.mark.slow
 def test_groups_and_tags_stand_for_their_tasks_each_once(checkpoint, tasks_dir):
     scores = scored(checkpoint, ["tiny_group", "tiny_tag"], include_path=tasks_dir, limit=2)
     assert sorted(score.task for score in scores) == ["other", "tiny"]
     assert scores[0].task == "other"
 
 
+@pytest.mark.slow
 def test_unknown_task_is_refused_with_close_names(tasks_dir):
     with pytest.raises(UsageError, match=r"'arc_esay'.*did you mean 'arc_easy'") as caught:
         load_tasks(["tiny", "arc_esay", "tiny_gruop"], tasks_dir)
@@ -401,6 +403,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 def test_stdout_stays_clean_and_an_unreachable_hub_is_explained(checkpoint, tasks_dir, tmp_path):
     out = tmp_path / "out.json"
     # Offline mode only saves the retries, 23 s; the error is of the same type without it.

@@ -58,6 +58,7 @@ def test_a_second_run_does_nothing_again(recipe, tmp_path, monkeypatch):
     assert (out / "recipe.yaml").read_text() == recipe.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(recipe, tmp_path, stop):
     class Stops(Progress):
