@@ -1,9 +1,10 @@
-"""The README says what is there: its commands and their options, and its code."""
+"""The README says what is there: its commands and their options, and its code; all of it runs."""
 
 import ast
 import inspect
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,28 @@ README, RECIPES = (
     (ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "recipes/README.md")
 )
 LONGEST = 250
+LEGACY = Path(__file__).parent / "data" / "legacy" / "sparse-24-bitmask"
+# What a tiny model has fewer of: tokens, windows, seconds, and inputs that share a scale.
+SMALLER = [
+    (r"--samples \d+", "--samples 4"),
+    (r"--length \d+", "--length 32"),
+    (r"--limit \d+", "--limit 2"),
+    (r"--tokens \w+", "--tokens 1K --batch 2 --length 32 --lr 1e-4"),
+    (r"--max-time \w+", "--max-time 15s --batch 2 --length 32"),
+    (r"--accumulate \d+", ""),
+    (r"--budget \w+", "--budget 5s"),
+    (r"int4-g\d+", "int4-g16"),
+    (r"prune.samples=16", "prune.samples=4 prune.length=32 eval.length=32 eval.limit=2"),
+    (r"study.yaml -o study --dry-run", "study.yaml prune.length=32 -o study --dry-run"),
+]
+# Commands in the text leave out what the ones in blocks have.
+REST = {
+    "prune": "demo -o out-{n} --samples 4 --length 32",
+    "quantize": "pruned -o out-{n} --samples 4 --length 32",
+    "eval": "pruned --length 32 --limit 2",
+}
+# These are told by their own tests: they change the shell, or need several processes.
+ELSEWHERE = ("--install-completion",)
 
 
 def blocks(kind: str, text: str = README) -> list[str]:
@@ -26,12 +49,13 @@ def blocks(kind: str, text: str = README) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def lines() -> list[str]:
+def lines(page: str = README + RECIPES) -> list[str]:
     """Every command in a block or between backticks, from the word after `sparsekit`."""
-    shown = [line.removeprefix("$ ") for block in blocks("text") for line in block.splitlines()]
-    shell = "\n".join([*shown, *blocks("sh"), *blocks("sh", RECIPES)]).replace("\\\n", " ")
+    shown = blocks("text", page)
+    shown = [line.removeprefix("$ ") for block in shown for line in block.splitlines()]
+    shell = "\n".join([*shown, *blocks("sh", page)]).replace("\\\n", " ")
     found = re.findall(r"(?<![\w/.])sparsekit (\S.*)", "\n".join(re.split(r"[\n|]|&&", shell)))
-    prose = re.sub(r"```.*?```", "", README + RECIPES, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
     for code in re.findall(r"`([^`]+)`", prose):
         first, *rest = code.split()
         if rest and (first == "sparsekit" or first in typer.main.get_command(app).commands):
@@ -102,3 +126,34 @@ def test_python_compiles_and_uses_what_sparsekit_has(text):
         if given := inspect.get_annotations(function).get("given"):  # as Unpack[PruneWords]
             known = getattr(api, re.findall(r"\w+", given)[-1]).__annotations__
             assert set(words) - set(inspect.signature(function).parameters) <= set(known)
+
+
+def words(line: str, n: int, last: str) -> list[str]:
+    """The words of a command as it is run here."""
+    line = re.sub(r" > \S+", "", line)
+    for old, new in SMALLER:
+        line = re.sub(old, new, line)
+    found = shlex.split(line)
+    verb = found[0]
+    models = [word for word in found[1:2] if not word.startswith("-") or word == "-"]
+    if verb in REST and not models:
+        found += shlex.split(REST[verb].format(n=n))
+    return [last if word == "-" else word for word in found]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(cli, family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparsekit.checkpoint.resolve.demo_model", lambda *_: family("llama"))
+    shutil.copytree(LEGACY, "old")
+    last = ""
+    for n, line in enumerate(lines(README)):
+        if line.startswith(ELSEWHERE):
+            continue
+        given = words(line, n, last)
+        if given[0] in ("prune", "recover", "quantize", "pack", "unpack", "convert", "run"):
+            given += [] if given[0] == "run" else ["--overwrite"]
+        ran = cli(*given)
+        assert ran.code == 0, f"{line}: {shlex.join(given)}: {ran.stderr}"
+        if given[0] in ("prune", "recover", "quantize"):
+            last = ran.stdout.strip()
