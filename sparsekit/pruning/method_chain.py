@@ -58,7 +58,7 @@ class Chain:
         if config.refiner is not None:
             options = config.options_of("refiners")
             told = methods.describe("refiners", config.refiner)
-            defaults = told.rounds if config.budget is not None else {}
+            defaults = told.unlimited if config.budget is not None else {}
             refiner = methods.load("refiners", config.refiner, options, config.preset, defaults)
         return cls(
             pruner=pruner,
@@ -100,16 +100,16 @@ class Chain:
             told[kind] = {key: methods.as_text(value) for key, value in asdict(step).items()}
         return told
 
-    def block_of(self, target: Target, pattern: Pattern) -> int:
+    def block_size(self, target: Target, pattern: Pattern) -> int:
         """Side of the blocks of a weight's factors; 0 without such blocks."""
         if self.refiner is None or not self._refines(target):
             return 0
-        return self.refiner.block_of(*target.shape, pattern)
+        return self.refiner.block_size(*target.shape, pattern)
 
     def factor_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors that a weight gets; empty when it stays one matrix."""
         rows, columns = target.shape
-        block = self.block_of(target, pattern)
+        block = self.block_size(target, pattern)
         rank = self._rank_of(rows, columns)
         if not block and not rank:
             return {}
@@ -177,7 +177,7 @@ class Chain:
         return math.ceil(self.rank * min(rows, columns))
 
     def _refines(self, target: Target) -> bool:
-        return self.refiner is not None and self.refiner.covers(target.name)
+        return self.refiner is not None and self.refiner.applies_to(target.name)
 
     def _given(self, targets: Sequence[Target], device: torch.device) -> Pruned:
         assert self.given is not None

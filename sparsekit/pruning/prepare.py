@@ -58,12 +58,12 @@ class Job:
         found = family_notes(self.stream)
         if self.chain.refiner:
             for pattern in dict.fromkeys(map(self.patterns.of, self.targets)):
-                found += self.chain.refiner.cautions(pattern, self.chain.pruner)
+                found += self.chain.refiner.warnings(pattern, self.chain.pruner)
             if self.source.pruned():
                 found.append(
                     f"{self.source.path} is pruned already: to refine its mask, name its --dense"
                 )
-        sides = Counter(self.chain.block_of(t, self.patterns.of(t)) for t in self.targets)
+        sides = Counter(self.chain.block_size(t, self.patterns.of(t)) for t in self.targets)
         counts = [f"{side} in {count} weights" for side, count in sorted(sides.items()) if side]
         if counts:
             found.append(f"side of the blocks of A and B: {', '.join(counts)}")
@@ -154,7 +154,7 @@ def _refuse_what_does_not_go(
         if config.allocate != "none" and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
-        if config.reconstruct == "cg" and chain.block_of(target, pattern):
+        if config.reconstruct == "cg" and chain.block_size(target, pattern):
             raise UsageError(f"--reconstruct cg has no meaning for {config.title}", "leave it out")
 
 

@@ -37,7 +37,7 @@ class Refiner(ABC):
     """Named sets of options."""
     rowwise: ClassVar[bool] = False
     """As of `Pruner`."""
-    rounds: ClassVar[Mapping[str, Any]] = {}
+    unlimited: ClassVar[Mapping[str, Any]] = {}
     """Options with which only a time limit ends the method; empty: it does not work in rounds. Such
     a method tells in its numbers how many `sweeps` a weight got."""
     propagate: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class Refiner(ABC):
             NumericalError: The sums or the solution are not finite.
         """
 
-    def covers(self, name: str) -> bool:
+    def applies_to(self, name: str) -> bool:
         """Whether the weight of this name is refined, or stays as the initial method left it."""
         return True
 
@@ -68,10 +68,10 @@ class Refiner(ABC):
         """Why the method cannot have this pattern in a weight `[rows, columns]`; empty: it can."""
         return ""
 
-    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
+    def block_size(self, rows: int, columns: int, pattern: Pattern) -> int:
         """Side of the blocks of the factors that a weight gets; 0: it stays one matrix."""
         return 0
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
         """What the user should know before this pattern is asked for after this pruner."""
         return []

@@ -44,7 +44,7 @@ class Armor(Refiner):
 
     needs: ClassVar[Want] = Want.NORMS
     initial: ClassVar[str] = "nowag"
-    rounds: ClassVar[dict[str, Any]] = {"sweeps": 10000, "tolerance": 0.0}
+    unlimited: ClassVar[dict[str, Any]] = {"sweeps": 10000, "tolerance": 0.0}
     propagate: ClassVar[bool] = False
     block: int = 0
     """Side of the blocks, at most; 0: up to 128 and a quarter more numbers than the weight has."""
@@ -62,12 +62,12 @@ class Armor(Refiner):
             return f"armor: blocks of {self.block} do not hold {groups}"
         if (count := comb(pattern.group, pattern.keep)) > MOST_SUPPORTS:
             return f"armor tries all supports of a group, and {pattern} has {count:,}"
-        if not self.block_of(rows, columns, pattern):
+        if not self.block_size(rows, columns, pattern):
             return f"no block of whole groups of {pattern.group} divides {rows} x {columns}"
         return ""
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
-        """See `Refiner.cautions`."""
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """See `Refiner.warnings`."""
         count = comb(pattern.group, pattern.keep)
         if count <= MANY_SUPPORTS:
             return []
@@ -82,7 +82,7 @@ class Armor(Refiner):
         go_on: GoOn = always,
     ) -> Pruned:
         """See `Refiner.refine`; the result has factors."""
-        block = self.block_of(*weight.shape, pattern)
+        block = self.block_size(*weight.shape, pattern)
         normal, columns, rows = normalise(weight, EPSILON)
         metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
@@ -127,7 +127,7 @@ class Armor(Refiner):
             fit.fit_right()
         return fit, {"sweeps": done, "first_loss": first}
 
-    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
+    def block_size(self, rows: int, columns: int, pattern: Pattern) -> int:
         """The largest block that divides both sides and holds whole groups; 0: none does.
 
         Unless one was asked for, A and B add at most a quarter of the weight's numbers, if the

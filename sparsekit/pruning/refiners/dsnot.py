@@ -52,12 +52,12 @@ class Dsnot(Refiner):
     modules: Literal["all", "attention"] = "attention"
     """Which weights are refined; the others keep the initial mask."""
 
-    def covers(self, name: str) -> bool:
-        """See `Refiner.covers`."""
+    def applies_to(self, name: str) -> bool:
+        """See `Refiner.applies_to`."""
         return self.modules == "all" or "attn" in name or "attention" in name
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
-        """See `Refiner.cautions`."""
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """See `Refiner.warnings`."""
         found = []
         if pattern.scope == "group":
             known = f"DSnoT is known to make {pattern} models worse"
