@@ -16,7 +16,7 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block
 from sparsekit.provenance.entry import WeightRow, row_json
 from sparsekit.pruning.prepare import Job
-from sparsekit.pruning.refiners import always
+from sparsekit.pruning.refiners import no_limit
 from sparsekit.pruning.time_budget import Budget
 from sparsekit.quantization.storage import coded_tensors, read_coded
 from sparsekit.solvers.input_stats import InputSums
@@ -58,8 +58,8 @@ def _prune_group(
     dtype = job.source.places[group[0].name].dtype
     try:
         pattern = job.patterns.of(group[0])
-        with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
-            pruned = job.chain.run(group, stacked, sums, pattern, dtype, go_on)
+        with budget.weight(stacked.numel()) if budget else nullcontext(no_limit) as should_continue:
+            pruned = job.chain.run(group, stacked, sums, pattern, dtype, should_continue)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error

@@ -19,7 +19,7 @@ from sparsekit.model.architecture import Target
 from sparsekit.pipeline.selection import Patterns
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.solvers.hessian import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
 from sparsekit.solvers.input_stats import InputSums, Want
@@ -142,7 +142,7 @@ class Chain:
         sums: InputSums | None,
         pattern: Pattern,
         dtype: torch.dtype,  # that they have on disk
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """What becomes of the weights of a group.
 
@@ -162,7 +162,7 @@ class Chain:
             pruned = self._given(targets, weight.device)
         if self.refiner is not None and self._refines(targets[0]):
             assert sums is not None
-            pruned = self.refiner.refine(weight, pruned, sums, pattern, go_on)
+            pruned = self.refiner.refine(weight, pruned, sums, pattern, should_continue)
         if self.reconstruct == "cg":
             assert sums is not None
             pruned = _reconstruct(weight, pruned, sums)

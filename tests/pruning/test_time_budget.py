@@ -18,8 +18,8 @@ class Clock:
 def sweeps(budget: Budget, clock: Clock, size: int, falls: list[float], seconds: float) -> int:
     """Rounds that a weight gets whose loss falls by `falls`, at so many seconds each."""
     done, fall = 0, None
-    with budget.weight(size) as go_on:
-        while done < len(falls) and go_on(fall):
+    with budget.weight(size) as should_continue:
+        while done < len(falls) and should_continue(fall):
             clock.now += seconds
             fall = falls[done]
             done += 1

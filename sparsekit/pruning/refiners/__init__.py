@@ -15,12 +15,12 @@ from sparsekit.pruning.methods import Pruned, Pruner
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.weights.patterns import Pattern
 
-GoOn = Callable[[float | None], bool]
+ShouldContinue = Callable[[float | None], bool]
 """Whether another round is worth its time: asked with None before the first one, and later with
 how far the last one has lowered the loss."""
 
 
-def always(fall: float | None) -> bool:
+def no_limit(fall: float | None) -> bool:
     """There is no limit on the time."""
     return True
 
@@ -50,11 +50,11 @@ class Refiner(ABC):
         start: Pruned,  # not to be changed
         sums: InputSums,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """What becomes of a weight that has been pruned.
 
-        `go_on` is asked before each round, by methods that work in rounds.
+        `should_continue` is asked before each round, by methods that work in rounds.
 
         Raises:
             NumericalError: The sums or the solution are not finite.

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.solvers.armor_als import BlockFit
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.solvers.nowag_scaling import importance, normalise
@@ -79,14 +79,14 @@ class Armor(Refiner):
         start: Pruned,
         sums: InputSums,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """See `Refiner.refine`; the result has factors."""
         block = self.block_size(*weight.shape, pattern)
         normal, columns, rows = normalise(weight, EPSILON)
         metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
-        fit, told = self._fit(normal, core, metric, block, pattern, go_on)
+        fit, told = self._fit(normal, core, metric, block, pattern, should_continue)
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
         factors = Form(
@@ -109,14 +109,14 @@ class Armor(Refiner):
         metric: Tensor,
         block: int,
         pattern: Pattern,
-        go_on: GoOn,
+        should_continue: ShouldContinue,
     ) -> tuple[BlockFit, dict[str, float]]:
         """The factors by coordinate descent, and what to tell of it."""
         fit = BlockFit(weight, core, metric, block=block, keep=pattern.keep, group=pattern.group)
         first = loss = fit.loss()
         done = 0
         fall: float | None = None
-        while done < self.sweeps and go_on(fall):
+        while done < self.sweeps and should_continue(fall):
             done += 1
             before, loss = loss, fit.sweep()
             fall = before - loss

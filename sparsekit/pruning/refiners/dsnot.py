@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.weights.patterns import Pattern
 
@@ -73,7 +73,7 @@ class Dsnot(Refiner):
         start: Pruned,
         sums: InputSums,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """See `Refiner.refine`; the surviving weights are those of the dense weight."""
         rows = _Rows(self, weight, start, sums)
