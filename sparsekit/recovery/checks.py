@@ -39,7 +39,7 @@ def refuse_misfits(
 ) -> None:
     """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""
     width = config.slorb
-    if width is not None and recoverer.settles:
+    if width is not None and recoverer.dense_until_end:
         raise UsageError(
             f"--slorb does not go with {config.method}: it computes with all entries until the end",
             "take --method ast",

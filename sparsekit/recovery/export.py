@@ -41,12 +41,12 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
             from having vanished.
     """
     optimizer = training.optimizer
-    settles = optimizer.rule.frees and not optimizer.rule.hides
+    dense_until_end = optimizer.rule.frees and not optimizer.rule.hides
     flips = optimizer.refresh() if training.refresh else 0
     (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
     found = {"sparsity_measure": sparsity_measure(optimizer)}
     tokens = training.rows.take(0, 1).to(training.student.device)
-    before = hidden_states(training.student, tokens) if settles else None
+    before = hidden_states(training.student, tokens) if dense_until_end else None
     for weight in optimizer.sparse.values():
         weight.view.copy_(weight.values)
     if before is not None:

@@ -263,7 +263,7 @@ def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None
         f"steps take longer than was measured: {steps} in the place of {plan.steps}, so that "
         "--max-time is kept"
     )
-    if work.job.recoverer.settles:
+    if work.job.recoverer.dense_until_end:
         before, now = (decay_budget(work.job.config.schedule, p) for p in (plan, training.plan))
         progress.note(f"decay budget: {now:.4g} in the place of {before:.4g}")
     progress.begin(_title(work), steps, optimizer.steps)

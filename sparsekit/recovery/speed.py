@@ -58,8 +58,10 @@ def bench_recover(
     scale = student.scale(1e-6)
     plan = Plan(
         steps=steps + 1,
-        rate=config.lr or job.recoverer.rate_of(scale),
-        share=job.recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight,
+        rate=config.lr or job.recoverer.default_lr(scale),
+        share=job.recoverer.default_kl_weight(scale)
+        if config.kl_weight is None
+        else config.kl_weight,
         decay=job.recoverer.decay_of(scale),
         masked_gradient=scale.masked_gradient,
     )

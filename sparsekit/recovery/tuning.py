@@ -66,8 +66,8 @@ def make_plan(
     config, recoverer = job.config, job.recoverer
     steps, (perplexity, evaluation) = config.steps(), _first(job, student, windows, progress)
     scale = student.scale(0.0)
-    share = recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight
-    rate = config.lr or recoverer.rate_of(scale)
+    share = recoverer.default_kl_weight(scale) if config.kl_weight is None else config.kl_weight
+    rate = config.lr or recoverer.default_lr(scale)
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
         limit = math.inf if config.max_time is None else started + config.max_time
@@ -93,7 +93,7 @@ def make_plan(
         f", {share:.2f} of the loss is the divergence from the teacher"
         + (f", decay {decay:.3g}" if decay else "")
     )
-    if recoverer.settles:
+    if recoverer.dense_until_end:
         _require_budget(config, student, plan, progress)
     return plan
 
