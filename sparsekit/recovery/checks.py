@@ -92,8 +92,8 @@ def refuse_silent_teacher(
         UsageError: Says what to give instead.
     """
     chosen = recoverer.needs_gradient and recoverer.decay_of(Scale(parameters=0)) == 0
-    hides = recoverer.rule(0.0).hides
-    if chosen and not hides and config.kl_weight == 1 and source.path == teacher.path:
+    masks_forward = recoverer.rule(0.0).masks_forward
+    if chosen and not masks_forward and config.kl_weight == 1 and source.path == teacher.path:
         raise UsageError(
             "--kl-weight 1: at first the model is its own teacher and the loss has no gradient, by "
             "whose size the decay would be chosen",

@@ -41,7 +41,7 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
             from having vanished.
     """
     optimizer = training.optimizer
-    dense_until_end = optimizer.rule.frees and not optimizer.rule.hides
+    dense_until_end = optimizer.rule.updates_pruned and not optimizer.rule.masks_forward
     flips = optimizer.refresh() if training.refresh else 0
     (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
     found = {"sparsity_measure": sparsity_measure(optimizer)}

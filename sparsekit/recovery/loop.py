@@ -130,10 +130,10 @@ class Training:
         optimizer, plan = self.optimizer, self.plan
         step = optimizer.steps
         rate = plan.rate * rate_at(self.config.schedule, step, plan.steps)
-        hides, last = optimizer.rule.hides, step == plan.steps - 1
-        selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
+        masks_forward, last = optimizer.rule.masks_forward, step == plan.steps - 1
+        selects = bool(self.refresh) and (step % self.refresh == 0 or (masks_forward and last))
         # A model that computes with all entries selects before the step, one with a mask after it.
-        flips = optimizer.refresh() if selects and not hides else 0
+        flips = optimizer.refresh() if selects and not masks_forward else 0
         means = self.gradients(step)
         if not math.isfinite(means.loss):
             raise NumericalError(
@@ -144,7 +144,7 @@ class Training:
             norm = optimizer.step(rate, step / plan.steps)
         except NumericalError as error:
             raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
-        if selects and hides:
+        if selects and masks_forward:
             flips = optimizer.refresh()
         sparsity = sparsity_measure(optimizer) if selects else None
         flipped = sum(map(optimizer.flipped, optimizer.sparse)) if selects else None

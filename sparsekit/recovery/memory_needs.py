@@ -119,7 +119,7 @@ def training_bytes(
 
     In mixed precision a pass also keeps the weights as it multiplied them, in 16 bits.
     """
-    halves = 10 if recoverer.rule(0.0).hides or recoverer.spans else 8
+    halves = 10 if recoverer.rule(0.0).masks_forward or recoverer.spans else 8
     halves += config.mixed_precision == "bf16"
     taught = _teacher_bytes(config, teacher) if teacher else 0
     return halves * _float32_bytes(source) // 2 + taught

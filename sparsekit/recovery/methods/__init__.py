@@ -13,11 +13,11 @@ from torch import Tensor
 class Rule(ABC):
     """How Adam's step treats entries off the mask."""
 
-    hides: bool = False
+    masks_forward: bool = False
     """Whether the model computes with the kept entries only, while the others are trained on."""
-    frees: bool = False
+    updates_pruned: bool = False
     """Whether entries off the mask follow their gradient; else they are zero, and stay so."""
-    squares_mix: bool = False
+    second_moment_of_mixed: bool = False
     """Whether the second moment is that of what `mix` gives, or that of the gradient."""
 
     @abstractmethod

@@ -56,8 +56,8 @@ class Continuous(Rule):
         decay: λ.
     """
 
-    frees = True
-    squares_mix = True
+    updates_pruned = True
+    second_moment_of_mixed = True
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
