@@ -17,7 +17,7 @@ from sparsekit.model.block_stream import Block
 from sparsekit.provenance.entry import WeightRow, row_json
 from sparsekit.pruning.prepare import Job
 from sparsekit.pruning.refiners import no_limit
-from sparsekit.pruning.time_budget import Budget
+from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.storage import coded_tensors, read_coded
 from sparsekit.solvers.input_stats import InputSums
 from sparsekit.weights.core_format import CoreFormat
@@ -29,7 +29,7 @@ FITTED = 8
 
 
 def prune_block(
-    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
+    job: Job, block: Block, sums: dict[str, InputSums], budget: TimeBudget | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
@@ -49,7 +49,7 @@ def prune_block(
 
 
 def _prune_group(
-    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
+    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: TimeBudget | None
 ) -> tuple[list[WeightRow], dict[str, Tensor]]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.errors import DataError, PatternError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.methods import Pruned, Pruner
 from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
@@ -36,7 +36,7 @@ RECONSTRUCT_DAMPING = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
+class MethodChain:
     """The methods of a run, in the order in which they are applied."""
 
     pruner: Pruner | None
@@ -50,7 +50,7 @@ class Chain:
     """What the kept weights are put on; None: they stay as they are."""
 
     @classmethod
-    def build(cls, config: PruneConfig, given: Checkpoint | None) -> Chain:
+    def build(cls, config: PruneConfig, given: Checkpoint | None) -> MethodChain:
         """The methods that a checked configuration names."""
         pruner = refiner = None
         if config.pruner is not None:
@@ -119,7 +119,7 @@ class Chain:
         self,
         targets: Sequence[Target],
         sums: Mapping[str, InputSums],
-        patterns: Patterns,
+        patterns: WeightPatterns,
         places: Mapping[str, TensorPlace],
     ) -> list[list[Target]]:
         """Targets that are solved as one: those with the same inputs, if no row needs another."""
@@ -204,7 +204,9 @@ def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
             )
 
 
-def require_patterns(given: Checkpoint, targets: Sequence[Target], patterns: Patterns) -> None:
+def require_patterns(
+    given: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
+) -> None:
     """Refuse a sparse model that does not have the patterns.
 
     Raises:

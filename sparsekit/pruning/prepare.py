@@ -15,11 +15,11 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
-from sparsekit.pipeline.selection import Patterns, family_notes, select
+from sparsekit.pipeline.selection import WeightPatterns, family_notes, select
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.method_chain import Chain, require_shapes
+from sparsekit.pruning.method_chain import MethodChain, require_shapes
 from sparsekit.quantization.storage import coded_layout, refuse_misfits
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.calibration import Calibration
@@ -32,8 +32,8 @@ class Job:
     """A checked configuration with everything that the loop needs."""
 
     config: PruneConfig
-    chain: Chain
-    patterns: Patterns
+    chain: MethodChain
+    patterns: WeightPatterns
     source: Checkpoint
     stream: BlockStream
     targets: list[Target]
@@ -91,7 +91,7 @@ def prepare(
         refuse_source(out, source.path)
     for folder in (source, given):
         folder.require("prune")
-    chain = Chain.build(config, given if config.dense is not None else None)
+    chain = MethodChain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
@@ -122,20 +122,20 @@ def prepare(
     )
 
 
-def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
+def _patterns(config: PruneConfig, given: Checkpoint) -> WeightPatterns:
     """The pattern that was asked for, or those that a sparse model was pruned to."""
     if config.pattern is not None or config.dense is None:
-        return Patterns(base=config.pattern or Pattern.parse("2:4"))
+        return WeightPatterns(base=config.pattern or Pattern.parse("2:4"))
     told = given.pruned(converted=True)
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
     base = Pattern.parse(told[-1]["recipe"]["pattern"])
     own = {row["name"]: Pattern.parse(row["pattern"]) for e in told for row in e["weights"]}
-    return Patterns(base=base, own={name: one for name, one in own.items() if one != base})
+    return WeightPatterns(base=base, own={name: one for name, one in own.items() if one != base})
 
 
 def _refuse_what_does_not_go(
-    config: PruneConfig, chain: Chain, targets: Sequence[Target], patterns: Patterns
+    config: PruneConfig, chain: MethodChain, targets: Sequence[Target], patterns: WeightPatterns
 ) -> None:
     """Refuse methods that cannot have the pattern or each other.
 
@@ -162,8 +162,8 @@ def _layout(
     config: PruneConfig,
     source: Checkpoint,
     targets: Sequence[Target],
-    chain: Chain,
-    patterns: Patterns,
+    chain: MethodChain,
+    patterns: WeightPatterns,
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
     parts = {t.name: chain.factor_shapes(t, patterns.of(t)) for t in targets}
@@ -182,7 +182,7 @@ def _layout(
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
-def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
+def _refuse_misfits(targets: Sequence[Target], patterns: WeightPatterns) -> None:
     """Refuse a pattern whose groups do not divide the inputs of its targets.
 
     Raises:

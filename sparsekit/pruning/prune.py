@@ -26,7 +26,7 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import require_patterns
 from sparsekit.pruning.owl import allocate
 from sparsekit.pruning.prepare import Job, prepare
-from sparsekit.pruning.time_budget import Budget
+from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.quantization.storage import coded_config
 from sparsekit.text.rows import TokenRows
@@ -102,7 +102,7 @@ def prune(
     return Report(out=out, entry=entry)
 
 
-def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None:
+def _budget(job: Job, writer: CheckpointWriter, started: float) -> TimeBudget | None:
     """The time limit of a run that began at `started`, for the blocks that are not done."""
     if job.config.budget is None:
         return None
@@ -113,7 +113,7 @@ def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None
         for block in blocks
         if block.name not in writer.finished
     ]
-    return Budget(job.config.budget - (time.perf_counter() - started), sizes)
+    return TimeBudget(job.config.budget - (time.perf_counter() - started), sizes)
 
 
 def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress) -> None:

@@ -14,7 +14,7 @@ ADJUST = 1.1
 LEAST = 1e-6
 
 
-class Budget:
+class TimeBudget:
     """Shares out a time limit over weights that are solved one after the other.
 
     In the first block every weight gets its even share by size. From the rates at which the losses

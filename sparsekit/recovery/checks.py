@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.methods import Recoverer, Scale
 from sparsekit.text.calibration import tokenizer_key
@@ -35,7 +35,7 @@ def refuse_other_heads(source: Checkpoint) -> None:
 
 
 def refuse_misfits(
-    targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer, config: RecoverConfig
+    targets: Sequence[Target], patterns: WeightPatterns, recoverer: Recoverer, config: RecoverConfig
 ) -> None:
     """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""
     width = config.slorb
@@ -61,7 +61,7 @@ def refuse_misfits(
             )
 
 
-def refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverConfig) -> None:
+def refuse_cuts(targets: Sequence[Target], patterns: WeightPatterns, config: RecoverConfig) -> None:
     """Refuse what shards of rows would cut into pieces that no longer match.
 
     Raises:

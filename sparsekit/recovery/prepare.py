@@ -17,7 +17,7 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
-from sparsekit.pipeline.selection import Patterns, family_notes
+from sparsekit.pipeline.selection import WeightPatterns, family_notes
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
@@ -61,7 +61,7 @@ class Recovery:
     linear: list[Target]
     """All linear weights of the blocks."""
     targets: list[Target]
-    patterns: Patterns
+    patterns: WeightPatterns
     skipped: list[dict[str, str]]
     layout: Layout
     device: torch.device
@@ -239,7 +239,7 @@ def require_parent(job: Recovery, fingerprint: str) -> None:
 
 
 def _layout(
-    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: Patterns
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
 ) -> Layout:
     """The files of the output: the source's, and one for the branches if there are such."""
     if config.slorb is None:
