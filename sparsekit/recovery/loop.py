@@ -14,7 +14,7 @@ import torch
 from sparsekit.errors import MemoryShortError, NumericalError
 from sparsekit.memory import is_out_of_memory
 from sparsekit.recovery.config import SHORTEST, RecoverConfig, rate_at
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loss import model_losses, products_of, sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
 from sparsekit.recovery.teacher_cache import TopTeacher
@@ -104,7 +104,7 @@ class Training:
         config: RecoverConfig,
         plan: Plan,
         refresh: int,
-        ranks: Ranks,
+        processes: Processes,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -113,7 +113,7 @@ class Training:
         self.config = config
         self.plan = plan
         self.refresh = refresh
-        self.ranks = ranks
+        self.processes = processes
 
     @property
     def done(self) -> bool:
@@ -177,11 +177,11 @@ class Training:
 
     def _gradients(self, step: int) -> Means:
         """See `gradients`."""
-        config, ranks = self.config, self.ranks
+        config, processes = self.config, self.processes
         # Backward passes through shards give means over the processes, and the rest is summed.
-        shards = ranks.size if ranks.shards else 1
+        shards = processes.size if processes.shards else 1
         sums = torch.zeros(4, dtype=torch.float64)
-        for part in ranks.parts(config.accumulate):
+        for part in processes.parts(config.accumulate):
             first = (step * config.accumulate + part) * config.batch
             tokens = self.rows.take(first, config.batch).to(self.student.device)
             teacher, kept = self.teacher, torch.ones((), device=tokens.device)
@@ -199,13 +199,13 @@ class Training:
             (losses.total * shards / config.accumulate).backward()
             told = [losses.total.detach(), losses.divergence, losses.entropy, kept]
             sums += torch.stack([one.double() for one in told]).cpu() / config.accumulate
-        if ranks.size > 1:
+        if processes.size > 1:
             whole = self.optimizer.whole_gradients()
-            ranks.sum_(whole)
-            for gradient in whole if ranks.shards else ():
+            processes.sum_(whole)
+            for gradient in whole if processes.shards else ():
                 gradient /= shards
             sums = sums.to(self.student.device)
-            ranks.sum_([sums])
+            processes.sum_([sums])
         loss, divergence, entropy, kept = sums.tolist()
         return Means(loss=loss, divergence=divergence, entropy=entropy, kept_mass=kept)
 

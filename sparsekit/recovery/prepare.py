@@ -30,7 +30,7 @@ from sparsekit.recovery.checks import (
     refuse_sparse_teacher,
 )
 from sparsekit.recovery.config import AUTO, RecoverConfig
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.memory_needs import (
     require_memory,
     require_pass,
@@ -85,7 +85,7 @@ def prepare(
     out: Path,
     *,
     overwrite: bool = False,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     saves: bool = True,
     progress: Progress = SILENT,
 ) -> Recovery:
@@ -105,7 +105,7 @@ def prepare(
         DataError: A model cannot be read, or the teacher is not one for this student.
         StorageError: The disk has no room for the output.
     """
-    ranks = ranks or Ranks()
+    processes = processes or Processes()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("recover")
     refuse_other_heads(source)
@@ -116,7 +116,7 @@ def prepare(
     targets, left = sparse_targets(config, source, linear)
     patterns = patterns_of(config, source, targets)
     refuse_misfits(targets, patterns, recoverer, config)
-    if ranks.shards:
+    if processes.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     require_disk(out, layout, state_bytes(source) if saves else 0)
@@ -139,20 +139,20 @@ def prepare(
         device=device,
         notes=notes + _notes(config, source, stream),
     )
-    _require_memory(job, ranks)
+    _require_memory(job, processes)
     return job
 
 
-def _require_memory(job: Recovery, ranks: Ranks) -> None:
+def _require_memory(job: Recovery, processes: Processes) -> None:
     """Refuse what cannot fit into memory.
 
     Raises:
         DataError: Says what is needed, and what there is.
     """
     require_memory(
-        job.config, job.source, job.loaded, job.recoverer, job.device, shards=ranks.shards
+        job.config, job.source, job.loaded, job.recoverer, job.device, shards=processes.shards
     )
-    if not ranks.shards:
+    if not processes.shards:
         require_pass(job.config, job.source, job.loaded, job.linear, job.recoverer, job.device)
 
 

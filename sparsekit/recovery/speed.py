@@ -16,7 +16,7 @@ from sparsekit.memory import peak_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import selection_seconds
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loop import Plan, Training
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.optimizer import MaskedAdam
@@ -53,8 +53,8 @@ def bench_recover(
     config = job.config
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss
-    student = Student.load(job, rows, Ranks())
-    teacher = load_teacher(job, Ranks())
+    student = Student.load(job, rows, Processes())
+    teacher = load_teacher(job, Processes())
     scale = student.scale(1e-6)
     plan = Plan(
         steps=steps + 1,
@@ -66,7 +66,7 @@ def bench_recover(
         masked_gradient=scale.masked_gradient,
     )
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
-    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Ranks())
+    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Processes())
     loading = time.perf_counter() - begun
     progress.begin("training steps", steps + 1)
     seconds = []

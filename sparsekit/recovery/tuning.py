@@ -16,7 +16,7 @@ from sparsekit.recovery.deadline import (
     selection_seconds,
     steps_within,
 )
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loop import Plan, Training
 from sparsekit.recovery.loss import measure
 from sparsekit.recovery.prepare import Recovery
@@ -44,7 +44,7 @@ def make_plan(
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
     windows: TokenRows | None,
-    ranks: Ranks,
+    processes: Processes,
     started: float,
     progress: Progress,
 ) -> Plan:
@@ -71,10 +71,12 @@ def make_plan(
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
         limit = math.inf if config.max_time is None else started + config.max_time
-        step, saving, gradient = _probe(job, student, teacher, rows, share, limit, ranks, progress)
+        step, saving, gradient = _probe(
+            job, student, teacher, rows, share, limit, processes, progress
+        )
     if config.max_time is not None:
         left = limit - time.perf_counter()
-        steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
+        steps = processes.broadcast(steps_within(config, left, step, evaluation, saving))
         if steps < 1:
             raise _no_time(left, step, closing_seconds(saving, evaluation))
         progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
@@ -126,7 +128,7 @@ def _probe(
     rows: TrainingRows,
     share: float,
     limit: float,
-    ranks: Ranks,
+    processes: Processes,
     progress: Progress,
 ) -> tuple[float, float, float]:
     """Take some steps that change nothing, fewer when the time of the run (`limit`) ends before.
@@ -140,7 +142,7 @@ def _probe(
     if isinstance(teacher, TopTeacher) and job.config.max_time is not None:
         teacher = teacher.measured()
     optimizer = student.optimizer(recoverer.rule(0.0))
-    trial = Training(student.model, teacher, optimizer, rows, job.config, plan, 0, ranks)
+    trial = Training(student.model, teacher, optimizer, rows, job.config, plan, 0, processes)
     progress.begin("measuring speed and gradients", PROBED)
     seconds, begun = [], time.perf_counter()
     for _ in range(PROBED):
@@ -153,7 +155,7 @@ def _probe(
                 "and at the text",
             ) from error
         progress.step(f"{seconds[-1]:.1f} s a step")
-        if ranks.of_main(time.perf_counter() > begun + PROBING * (limit - begun)):
+        if processes.broadcast(time.perf_counter() > begun + PROBING * (limit - begun)):
             break
     progress.end()
     step = median(seconds)

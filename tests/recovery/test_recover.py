@@ -36,7 +36,7 @@ from sparsekit.recovery import prepare as recovery
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import saved_state as trainstate
 from sparsekit.recovery.config import RecoverConfig, rate_at
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
 from sparsekit.recovery.methods.ast import Ast
 from sparsekit.recovery.methods.fixed import Fixed
@@ -161,7 +161,7 @@ def test_a_teacher_in_16_bits_keeps_its_buffers(family, row_file, tmp_path, name
     teachers = []
     for one in (replace(config, mixed_precision="no"), config):
         job = prepare(one, str(family(name)), tmp_path / "out")
-        teachers.append(stage.load_teacher(job, Ranks()))
+        teachers.append(stage.load_teacher(job, Processes()))
     whole, half = teachers
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     buffers = dict(half.named_buffers())
@@ -220,15 +220,15 @@ def test_masks_are_compared_at_each_saved_state_and_before_the_output(
 
 def test_masks_that_differ_between_whole_models_stop_the_run(monkeypatch):
     """D3: the comparison itself; of shards each process has its own."""
-    monkeypatch.setattr(Ranks, "of_all", lambda self, value: [value, "another"])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, "another"])
     optimizer = SimpleNamespace(fingerprint=lambda: "one")
-    two = SimpleNamespace(ranks=Ranks(size=2), optimizer=optimizer)
+    two = SimpleNamespace(processes=Processes(size=2), optimizer=optimizer)
     with pytest.raises(NumericalError, match="masks"):
         stage._require_same_masks(two)
     stage._require_same_masks(
-        SimpleNamespace(ranks=Ranks(size=2, shards=True), optimizer=optimizer)
+        SimpleNamespace(processes=Processes(size=2, shards=True), optimizer=optimizer)
     )
-    stage._require_same_masks(SimpleNamespace(ranks=Ranks(), optimizer=optimizer))
+    stage._require_same_masks(SimpleNamespace(processes=Processes(), optimizer=optimizer))
 
 
 def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):

@@ -22,7 +22,7 @@ from sparsekit.recovery import inputs as automethod
 from sparsekit.recovery import tuning as trainplan
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import CLOSING, PLANNED, steps_within
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
 from sparsekit.recovery.loop import Plan, Training
 from sparsekit.recovery.methods.cast import Continuous
@@ -158,25 +158,25 @@ def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
     (tmp_path / "text.txt").write_text("abcdefgh " * 40)
     config = replace(SHORT, data=str(tmp_path / "text.txt"), tokens=tokens)
     source = Checkpoint.open(pruned)
-    ranks, device = Ranks(), torch.device("cpu")
+    processes, device = Processes(), torch.device("cpu")
     assert config.steps() == 2
-    read = automethod.tokens_to_read(config, source, device, ranks)
+    read = automethod.tokens_to_read(config, source, device, processes)
     assert len(config.corpus(read).rows(source, None)) == 4
 
 
 def test_with_a_time_whole_steps_of_text_are_read_and_more_for_more_time(pruned):
-    source, ranks = Checkpoint.open(pruned), Ranks()
+    source, processes = Checkpoint.open(pruned), Processes()
     config = replace(SHORT, tokens=None, max_time="0.000001s")
     reads = [
         automethod.tokens_to_read(
-            replace(config, max_time=f"{t:.9f}s"), source, torch.device("cpu"), ranks
+            replace(config, max_time=f"{t:.9f}s"), source, torch.device("cpu"), processes
         )
         for t in (1e-9, 60.0, 120.0)
     ]
     assert reads[0] == 32  # one step, so that the time is named, not the text
     assert reads[2] == pytest.approx(2 * reads[1], abs=32)
     config = replace(config, max_time="60s", mixed_precision="bf16")
-    more = automethod.tokens_to_read(config, source, torch.device("cpu"), ranks)
+    more = automethod.tokens_to_read(config, source, torch.device("cpu"), processes)
     assert more == pytest.approx(2 * reads[1], abs=32)
 
 
