@@ -46,7 +46,7 @@ EVAL_WINDOWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class TrainingInputs:
     """A checked job with all that its training reads."""
 
     job: Recovery
@@ -67,7 +67,7 @@ class Work:
     @classmethod
     def read(
         cls, config: RecoverConfig, model: str, out: Path, *, overwrite: bool, progress: Progress
-    ) -> Work:
+    ) -> TrainingInputs:
         """Check a configuration, and read what it names; arguments and errors as of `recover`."""
         cost = Cost()
         processes = Processes.current(pick_device(config.device))

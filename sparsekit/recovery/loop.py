@@ -56,7 +56,7 @@ class StepRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """What is chosen before the first step, and kept when a run goes on."""
 
     steps: int
@@ -102,7 +102,7 @@ class Training:
         optimizer: MaskedAdam,
         rows: TrainingRows,
         config: RecoverConfig,
-        plan: Plan,
+        plan: TrainingPlan,
         refresh: int,
         processes: Processes,
     ) -> None:

@@ -25,9 +25,9 @@ from sparsekit.provenance.model_card import model_card
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import Deadline, saving_seconds
 from sparsekit.recovery.export import finish, write_tensors
-from sparsekit.recovery.inputs import Work
+from sparsekit.recovery.inputs import TrainingInputs
 from sparsekit.recovery.log import PROGRESS, TrainingLog
-from sparsekit.recovery.loop import Plan, Training, memory_told
+from sparsekit.recovery.loop import Training, TrainingPlan, memory_told
 from sparsekit.recovery.loss import measure, sparsity_measure
 from sparsekit.recovery.saved_state import (
     POINTER,
@@ -74,7 +74,7 @@ def recover(
         CheckFailedError: The decay has not brought the entries off the mask to zero.
         StorageError: The output cannot be written.
     """
-    work = Work.read(config, model, out, overwrite=overwrite, progress=progress)
+    work = TrainingInputs.read(config, model, out, overwrite=overwrite, progress=progress)
     job, processes, recipe = work.job, work.processes, work.recipe
     writing = None
     if processes.main:
@@ -127,7 +127,7 @@ def _forget(out: Path) -> None:
 
 
 def _entry(
-    work: Work,
+    work: TrainingInputs,
     model: str,
     training: Training,
     finished: Mapping[str, Any],
@@ -155,13 +155,13 @@ def _entry(
     }
 
 
-def _training(work: Work, student: Student) -> Training:
+def _training(work: TrainingInputs, student: Student) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
     job, rows, top, processes = work.job, work.rows, work.top, work.processes
     config, folder, progress = job.config, work.folder, work.progress
     teacher = top or load_teacher(job, processes)
     if processes.broadcast((folder / PLAN).is_file()):
-        plan = Plan(**read_json(folder / PLAN))
+        plan = TrainingPlan(**read_json(folder / PLAN))
     else:
         begun = work.cost.started
         plan = make_plan(job, student, teacher, rows, work.windows, processes, begun, progress)
@@ -178,7 +178,7 @@ def _training(work: Work, student: Student) -> Training:
     return training
 
 
-def _train(work: Work, training: Training) -> TrainingLog:
+def _train(work: TrainingInputs, training: Training) -> TrainingLog:
     """Take the steps that are left; gives the log of all steps."""
     config, windows, folder = work.job.config, work.windows, work.folder
     progress, processes, optimizer = work.progress, work.processes, training.optimizer
@@ -242,12 +242,12 @@ def _evaluated(training: Training, windows: TokenRows, deadline: Deadline) -> di
     return told | {"sparsity": sparsity_measure(optimizer)}
 
 
-def _title(work: Work) -> str:
+def _title(work: TrainingInputs) -> str:
     """What is done, for people."""
     return f"recover {work.job.config.method} {work.job.patterns.base}"
 
 
-def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None:
+def _shorten(work: TrainingInputs, training: Training, steps: int, *, saves: bool) -> None:
     """Plan fewer steps, so that the run ends in time; what was done is saved under the new plan.
 
     A state that is saved already (not `saves`) is not written over.

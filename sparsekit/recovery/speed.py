@@ -17,7 +17,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import selection_seconds
 from sparsekit.recovery.distributed import Processes
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.optimizer import MaskedAdam
 from sparsekit.recovery.prepare import prepare
@@ -56,7 +56,7 @@ def bench_recover(
     student = Student.load(job, rows, Processes())
     teacher = load_teacher(job, Processes())
     scale = student.scale(1e-6)
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps + 1,
         rate=config.lr or job.recoverer.default_lr(scale),
         share=job.recoverer.default_kl_weight(scale)

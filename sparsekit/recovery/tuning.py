@@ -17,7 +17,7 @@ from sparsekit.recovery.deadline import (
     steps_within,
 )
 from sparsekit.recovery.distributed import Processes
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import measure
 from sparsekit.recovery.prepare import Recovery
 from sparsekit.recovery.student import PROBED, Student
@@ -47,7 +47,7 @@ def make_plan(
     processes: Processes,
     started: float,
     progress: Progress,
-) -> Plan:
+) -> TrainingPlan:
     """Steps, rates and strengths, some of them measured on steps that change nothing.
 
     Args:
@@ -81,7 +81,7 @@ def make_plan(
             raise _no_time(left, step, closing_seconds(saving, evaluation))
         progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
     decay = recoverer.decay_of(student.scale(gradient))
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps,
         rate=rate,
         share=share,
@@ -138,7 +138,7 @@ def _probe(
         mean square of the averaged gradient off the masks.
     """
     recoverer = job.recoverer
-    plan = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
+    plan = TrainingPlan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
     if isinstance(teacher, TopTeacher) and job.config.max_time is not None:
         teacher = teacher.measured()
     optimizer = student.optimizer(recoverer.rule(0.0))
@@ -165,7 +165,7 @@ def _probe(
 
 
 def _require_budget(
-    config: RecoverConfig, student: Student, plan: Plan, progress: Progress
+    config: RecoverConfig, student: Student, plan: TrainingPlan, progress: Progress
 ) -> None:
     """Refuse a pull that cannot bring the entries off the mask to zero in the steps there are.
 
@@ -201,7 +201,7 @@ def _require_budget(
         )
 
 
-def decay_budget(schedule: Schedule, plan: Plan, *, outward: bool = False) -> float:
+def decay_budget(schedule: Schedule, plan: TrainingPlan, *, outward: bool = False) -> float:
     """How far the pull can move a weight in all steps together (specification, section 4.3).
 
     Args:

@@ -24,7 +24,7 @@ from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import CLOSING, PLANNED, steps_within
 from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.methods.cast import Continuous
 from sparsekit.recovery.recover import recover
 from sparsekit.recovery.speed import bench_recover
@@ -204,7 +204,9 @@ def test_the_decay_budget_is_that_of_the_specification(schedule, strengths):
     """
     near = 0.01 if schedule == "constant" else 0.07
     for times, wanted in zip((1, 0.1, 10), strengths, strict=True):
-        plan = Plan(steps=7500, rate=2e-5, share=1.0, decay=times * 4e-7, masked_gradient=4e-7)
+        plan = TrainingPlan(
+            steps=7500, rate=2e-5, share=1.0, decay=times * 4e-7, masked_gradient=4e-7
+        )
         assert decay_budget(schedule, plan) == pytest.approx(wanted, rel=near, abs=7e-4)
 
 
