@@ -17,7 +17,7 @@ import torch
 
 from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.progress import Progress
-from sparsekit.pruning.prepare import Job
+from sparsekit.pruning.prepare import PruneJob
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.rows import TokenRows
 from sparsekit.weights.patterns import Pattern
@@ -29,7 +29,7 @@ OUTLIER, SPREAD = 5.0, 0.08
 STEP = 10_000
 
 
-def allocate(job: Job, rows: TokenRows, progress: Progress) -> WeightPatterns:
+def allocate(job: PruneJob, rows: TokenRows, progress: Progress) -> WeightPatterns:
     """The pattern of each weight, alike within a block, from one pass of the dense model."""
     wanted = {target.name for target in job.targets}
     outliers, sizes, names = [], [], []

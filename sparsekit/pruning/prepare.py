@@ -28,7 +28,7 @@ from sparsekit.weights.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PruneJob:
     """A checked configuration with everything that the loop needs."""
 
     config: PruneConfig
@@ -77,7 +77,7 @@ def prepare(
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> Job:
+) -> PruneJob:
     """Check a configuration against a model and an output folder.
 
     Raises:
@@ -107,7 +107,7 @@ def prepare(
     calibration = config.rows
     if calibration is not None:
         calibration.require(source)
-    return Job(
+    return PruneJob(
         config=config,
         chain=chain,
         patterns=patterns,
