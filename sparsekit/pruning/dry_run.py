@@ -10,7 +10,7 @@ from sparsekit.pipeline.forecast import forecast
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.block import prune_block
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.prepare import PruneJob, prepare
+from sparsekit.pruning.prepare import PruneJob, prepare_prune
 from sparsekit.solvers.input_stats import Want
 
 
@@ -37,7 +37,7 @@ def plan(
         UsageError: As `prune`.
         DataError: As `prune`, except for what only reading all weights shows.
     """
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
     zeros = sum(job.patterns.of(t).zeros(*t.shape) for t in job.targets)
     return {

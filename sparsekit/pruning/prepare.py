@@ -20,7 +20,7 @@ from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import MethodChain, require_shapes
-from sparsekit.quantization.storage import coded_layout, refuse_misfits
+from sparsekit.quantization.storage import coded_layout, refuse_grid
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.core_format import CoreFormat
@@ -70,7 +70,7 @@ class PruneJob:
         return found
 
 
-def prepare(
+def prepare_prune(
     config: PruneConfig,
     model: str,
     out: Path,
@@ -96,10 +96,10 @@ def prepare(
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
-    _refuse_misfits(targets, patterns)
+    _refuse_patterns(targets, patterns)
     _refuse_what_does_not_go(config, chain, targets, patterns)
     if chain.grid is not None:
-        refuse_misfits(chain.grid, targets, skipped, flag="--then")
+        refuse_grid(chain.grid, targets, skipped, flag="--then")
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)
@@ -182,7 +182,7 @@ def _layout(
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
-def _refuse_misfits(targets: Sequence[Target], patterns: WeightPatterns) -> None:
+def _refuse_patterns(targets: Sequence[Target], patterns: WeightPatterns) -> None:
     """Refuse a pattern whose groups do not divide the inputs of its targets.
 
     Raises:

@@ -25,7 +25,7 @@ from sparsekit.pruning.block import prune_block, restore
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import require_patterns
 from sparsekit.pruning.owl import allocate
-from sparsekit.pruning.prepare import PruneJob, prepare
+from sparsekit.pruning.prepare import PruneJob, prepare_prune
 from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.quantization.storage import coded_config
@@ -60,7 +60,7 @@ def prune(
         StorageError: The output cannot be written.
     """
     cost = Cost()
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
     if job.chain.given:

@@ -58,7 +58,7 @@ def read_coded(writer: CheckpointWriter, target: Target, grid: Grid) -> Tensor:
     return Form.from_stored(parts, CoreFormat(grid=grid), target.shape).dense()
 
 
-def refuse_misfits(
+def refuse_grid(
     grid: Grid,
     targets: Sequence[Target],
     skipped: Sequence[Mapping[str, str]],

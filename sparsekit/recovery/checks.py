@@ -34,7 +34,7 @@ def refuse_other_heads(source: Checkpoint) -> None:
             )
 
 
-def refuse_misfits(
+def refuse_patterns(
     targets: Sequence[Target], patterns: WeightPatterns, recoverer: Recoverer, config: RecoverConfig
 ) -> None:
     """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""

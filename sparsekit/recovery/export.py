@@ -16,7 +16,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.loop import Training
 from sparsekit.recovery.loss import sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.slorb import Branch
 from sparsekit.recovery.sparse_weight import is_sharded
 from sparsekit.recovery.student import Student
@@ -70,7 +70,7 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
 
 
 def write_tensors(
-    job: Recovery, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
+    job: RecoverJob, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
 ) -> list[dict[str, Any]]:
     """Put all tensors in their places; gives a row for each that is sparse.
 

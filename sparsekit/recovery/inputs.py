@@ -20,7 +20,7 @@ from sparsekit.provenance.entry import NUMERICS
 from sparsekit.provenance.environment import versions
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.distributed import Processes
-from sparsekit.recovery.prepare import Recovery, prepare, require_parent
+from sparsekit.recovery.prepare import RecoverJob, prepare_recover, require_parent
 from sparsekit.recovery.student import top_teacher
 from sparsekit.recovery.teacher_cache import TopTeacher
 from sparsekit.text.calibration import evaluation_rows
@@ -49,7 +49,7 @@ EVAL_WINDOWS = 8
 class TrainingInputs:
     """A checked job with all that its training reads."""
 
-    job: Recovery
+    job: RecoverJob
     rows: TrainingRows
     windows: TokenRows | None
     """What perplexities are measured on during training; None: nothing."""
@@ -73,7 +73,7 @@ class TrainingInputs:
         processes = Processes.current(pick_device(config.device))
         processes.parts(config.accumulate)
         progress = progress if processes.main else SILENT
-        job = prepare(
+        job = prepare_recover(
             config, model, out, overwrite=overwrite, processes=processes, progress=progress
         )
         windows = _windows(job)  # before the text, which may be long
@@ -97,7 +97,7 @@ class TrainingInputs:
         )
 
 
-def _rows(job: Recovery, processes: Processes, progress: Progress) -> TrainingRows:
+def _rows(job: RecoverJob, processes: Processes, progress: Progress) -> TrainingRows:
     """The rows; the main process tokenises the text, the others find it done."""
     tokens = processes.broadcast(tokens_to_read(job.config, job.source, job.device, processes))
     corpus = job.config.corpus(tokens)
@@ -122,7 +122,7 @@ def _rows(job: Recovery, processes: Processes, progress: Progress) -> TrainingRo
     return rows
 
 
-def _windows(job: Recovery) -> TokenRows | None:
+def _windows(job: RecoverJob) -> TokenRows | None:
     """What perplexities are measured on during training; None: nothing."""
     config = job.config
     if config.eval_every is None:
@@ -131,7 +131,7 @@ def _windows(job: Recovery) -> TokenRows | None:
     return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)
 
 
-def _recipe(job: Recovery, rows: TrainingRows, processes: Processes) -> dict[str, Any]:
+def _recipe(job: RecoverJob, rows: TrainingRows, processes: Processes) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     config = job.config
     told = {key: value for key, value in config if key not in UNRECORDED}

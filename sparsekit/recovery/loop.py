@@ -92,7 +92,7 @@ class Training:
         config: Rows in a step.
         plan: Steps, rates and shares.
         refresh: Steps between two selections of the largest entries; 0: none.
-        ranks: The processes that share the batches of a step.
+        processes: The processes that share the batches of a step.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Training:
             MemoryShortError: A forward and backward pass does not fit into memory.
         """
         where = f"in a pass over {self.config.batch} rows of {self.config.length} tokens"
-        with memory_told(where, _smaller(self.config)):
+        with explain_out_of_memory(where, _smaller(self.config)):
             return self._gradients(step)
 
     def _gradients(self, step: int) -> Means:
@@ -211,7 +211,7 @@ class Training:
 
 
 @contextlib.contextmanager
-def memory_told(where: str, way_out: str) -> Iterator[None]:
+def explain_out_of_memory(where: str, hint: str) -> Iterator[None]:
     """Tell where there was too little memory, and what to do.
 
     Raises:
@@ -222,7 +222,7 @@ def memory_told(where: str, way_out: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryShortError(f"out of memory {where}", way_out) from error
+        raise MemoryShortError(f"out of memory {where}", hint) from error
 
 
 def _smaller(config: RecoverConfig) -> str:

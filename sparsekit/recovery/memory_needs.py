@@ -25,7 +25,7 @@ def require_memory(
     teacher: Checkpoint | None,
     recoverer: Recoverer,
     device: torch.device,
-    way_out: str = "",
+    hint: str = "",
     *,
     shards: bool = False,
 ) -> None:
@@ -46,7 +46,7 @@ def require_memory(
         raise DataError(
             f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told}, "
             f"besides the activations; {free / 1e9:.1f} GB are available",
-            way_out
+            hint
             or "shard it over several GPUs or machines (accelerate launch --use_fsdp "
             "--fsdp_version 2)"
             + (", or leave out the teacher with --kl-weight 0" if teacher else ""),

@@ -3,8 +3,9 @@
 The model computes with ordinary parameters, so that its forward and backward passes, and sums of
 its gradients over processes, are those of any model. What is trained may lie beside the parameter:
 
-- a rule that `masks_forward` lets the model compute with `mask * weight` while the other entries of the
-  weight live on; the gradient by the parameter is then the straight-through one, for all entries;
+- a rule with `masks_forward` makes the model compute with `mask * weight` while the other entries
+  of the weight are kept; the gradient of the parameter is then the straight-through gradient, for
+  all entries;
 - with scales the parameter is `weight * scale`, one scale for each of a few spans of a row.
 
 Source: one family (recovery specification, section 4.1): AdamW; SR-STE of AST (Huang et al., AAAI

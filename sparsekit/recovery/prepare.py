@@ -22,10 +22,10 @@ from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
     refuse_cuts,
-    refuse_misfits,
     refuse_more_than_the_vocabulary,
     refuse_other_heads,
     refuse_other_teacher,
+    refuse_patterns,
     refuse_silent_teacher,
     refuse_sparse_teacher,
 )
@@ -48,7 +48,7 @@ BEST = "ast"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class RecoverJob:
     """A checked configuration with everything that training needs."""
 
     config: RecoverConfig
@@ -79,7 +79,7 @@ class Recovery:
         return training_bytes(self.config, self.source, self.loaded, self.recoverer)
 
 
-def prepare(
+def prepare_recover(
     config: RecoverConfig,
     model: str,
     out: Path,
@@ -88,7 +88,7 @@ def prepare(
     processes: Processes | None = None,
     saves: bool = True,
     progress: Progress = SILENT,
-) -> Recovery:
+) -> RecoverJob:
     """Check a configuration against a model, its teacher and an output folder.
 
     Args:
@@ -96,7 +96,7 @@ def prepare(
         model: A folder, hub id or `demo`.
         out: The folder to make.
         overwrite: Whether it may replace an earlier output.
-        ranks: The processes that train together; None: this one.
+        processes: The processes that train together; None: this one.
         saves: Whether room for saved states is needed too.
         progress: Told of downloads.
 
@@ -115,7 +115,7 @@ def prepare(
     linear = stream.targets()
     targets, left = sparse_targets(config, source, linear)
     patterns = patterns_of(config, source, targets)
-    refuse_misfits(targets, patterns, recoverer, config)
+    refuse_patterns(targets, patterns, recoverer, config)
     if processes.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
@@ -125,7 +125,7 @@ def prepare(
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
         refuse_silent_teacher(config, recoverer, source, teacher)
-    job = Recovery(
+    job = RecoverJob(
         config=config,
         recoverer=recoverer,
         source=source,
@@ -143,7 +143,7 @@ def prepare(
     return job
 
 
-def _require_memory(job: Recovery, processes: Processes) -> None:
+def _require_memory(job: RecoverJob, processes: Processes) -> None:
     """Refuse what cannot fit into memory.
 
     Raises:
@@ -224,7 +224,7 @@ def _dense(source: Checkpoint) -> Mapping[str, str]:
     return teachers[0] if trained and teachers else history[0]["source"]
 
 
-def require_parent(job: Recovery, fingerprint: str) -> None:
+def require_parent(job: RecoverJob, fingerprint: str) -> None:
     """Refuse a teacher that was not named and is no longer what the history says.
 
     Raises:

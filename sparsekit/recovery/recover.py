@@ -27,7 +27,7 @@ from sparsekit.recovery.deadline import Deadline, saving_seconds
 from sparsekit.recovery.export import finish, write_tensors
 from sparsekit.recovery.inputs import TrainingInputs
 from sparsekit.recovery.log import PROGRESS, TrainingLog
-from sparsekit.recovery.loop import Training, TrainingPlan, memory_told
+from sparsekit.recovery.loop import Training, TrainingPlan, explain_out_of_memory
 from sparsekit.recovery.loss import measure, sparsity_measure
 from sparsekit.recovery.saved_state import (
     POINTER,
@@ -82,7 +82,7 @@ def recover(
     with writing or contextlib.nullcontext() as writer:
         processes.wait()
         try:
-            with memory_told("outside the training passes", BESIDE):
+            with explain_out_of_memory("outside the training passes", BESIDE):
                 student = Student.load(job, work.rows, processes)
                 training = _training(work, student)
                 log = _train(work, training)

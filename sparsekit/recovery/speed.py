@@ -20,7 +20,7 @@ from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.student import Student, load_teacher
 
 # Products of each shape that are timed; the median counts.
@@ -49,7 +49,7 @@ def bench_recover(
         raise UsageError(f"--steps must be at least 1, not {steps}")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare(config, model, Path(folder) / "out", saves=False, progress=progress)
+        job = prepare_recover(config, model, Path(folder) / "out", saves=False, progress=progress)
     config = job.config
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss

@@ -22,7 +22,7 @@ from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.memory_needs import require_memory
 from sparsekit.recovery.methods import Rule, Scale
 from sparsekit.recovery.optimizer import MaskedAdam, Settings
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.slorb import Branch, attach
 from sparsekit.recovery.sparse_weight import SparseWeight
 from sparsekit.recovery.teacher_cache import TopTeacher
@@ -50,7 +50,7 @@ class Student:
     processes: Processes
 
     @classmethod
-    def load(cls, job: Recovery, rows: TrainingRows, processes: Processes) -> Student:
+    def load(cls, job: RecoverJob, rows: TrainingRows, processes: Processes) -> Student:
         """The model in float32, each weight that is to be sparse with its mask."""
         skeleton = Skeleton(job.source, job.device, torch.float32)
         model = skeleton.fill()
@@ -82,7 +82,7 @@ class Student:
         made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={}, processes=processes)
         return replace(made, branches=made._branches(job)) if job.config.slorb else made
 
-    def _branches(self, job: Recovery) -> dict[str, Branch]:
+    def _branches(self, job: RecoverJob) -> dict[str, Branch]:
         """A branch beside each sparse weight, for what it lacks against the dense parent's."""
         found = {}
         by_disk = {on_disk: name for name, on_disk in self.skeleton.on_disk.items()}
@@ -144,7 +144,7 @@ class Student:
         return sums.tolist()
 
 
-def load_teacher(job: Recovery, processes: Processes) -> PreTrainedModel | None:
+def load_teacher(job: RecoverJob, processes: Processes) -> PreTrainedModel | None:
     """The frozen dense model; None when the loss does not ask for it.
 
     Of a few largest probabilities, which other runs use too, it is float32; else of the type in
@@ -164,7 +164,7 @@ def load_teacher(job: Recovery, processes: Processes) -> PreTrainedModel | None:
 
 
 def top_teacher(
-    job: Recovery, rows: TrainingRows, processes: Processes, progress: Progress
+    job: RecoverJob, rows: TrainingRows, processes: Processes, progress: Progress
 ) -> TopTeacher | None:
     """The teacher of whom the largest probabilities are kept; None when all are looked at.
 
@@ -179,12 +179,12 @@ def top_teacher(
     if positions is not None:
         teacher.announce(positions, progress)
     if teacher.missing(positions):
-        way_out = "run it first where there is more memory, with the same cache of rows"
-        require_memory(job.config, job.source, job.teacher, job.recoverer, job.device, way_out)
+        hint = "run it first where there is more memory, with the same cache of rows"
+        require_memory(job.config, job.source, job.teacher, job.recoverer, job.device, hint)
     return teacher
 
 
-def rows_of_run(job: Recovery) -> int | None:
+def rows_of_run(job: RecoverJob) -> int | None:
     """How many rows in their order a run looks at; None: with `--max-time` it may be any."""
     config = job.config
     if config.tokens is None:

@@ -19,7 +19,7 @@ from sparsekit.recovery.deadline import (
 from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import measure
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.student import PROBED, Student
 from sparsekit.recovery.teacher_cache import TopTeacher
 from sparsekit.text.rows import TokenRows
@@ -39,7 +39,7 @@ SAFE = 3
 
 
 def make_plan(
-    job: Recovery,
+    job: RecoverJob,
     student: Student,
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
@@ -56,7 +56,7 @@ def make_plan(
         teacher: The dense one.
         rows: What to train on.
         windows: What perplexities are measured on; None: nothing is.
-        ranks: The processes that share the work.
+        processes: The processes that share the work.
         started: When the run began, in seconds of `time.perf_counter`.
         progress: Told of the choices.
 
@@ -110,7 +110,7 @@ def _no_time(left: float, step: float, end: float) -> UsageError:
 
 
 def _first(
-    job: Recovery, student: Student, windows: TokenRows | None, progress: Progress
+    job: RecoverJob, student: Student, windows: TokenRows | None, progress: Progress
 ) -> tuple[float | None, float]:
     """Perplexity before training, if any is wanted, and the seconds that it took."""
     if windows is None:
@@ -122,7 +122,7 @@ def _first(
 
 
 def _probe(
-    job: Recovery,
+    job: RecoverJob,
     student: Student,
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,

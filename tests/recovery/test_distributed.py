@@ -19,7 +19,7 @@ from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG, PROGRESS
 from sparsekit.recovery.methods.fixed import Held
 from sparsekit.recovery.optimizer import MaskedAdam, Settings
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.recover import recover
 from sparsekit.recovery.saved_state import POINTER
 from sparsekit.recovery.sparse_weight import SparseWeight
@@ -172,7 +172,7 @@ def test_branches_with_shards_are_refused(pruned, tmp_path):
     config = RecoverConfig(method="ast", slorb=16, tokens=640, **STEP)
     sharded = Processes(rank=0, size=2, shards=True)
     with pytest.raises(UsageError, match="--slorb needs whole weights"):
-        prepare(config, str(pruned), tmp_path / "out", processes=sharded)
+        prepare_recover(config, str(pruned), tmp_path / "out", processes=sharded)
 
 
 def test_shards_that_would_cut_groups_of_inputs_are_refused(family, row_file, tmp_path):
