@@ -48,10 +48,10 @@ class Method:
     """The method that a refiner begins with by default."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Named sets of options, of a refiner."""
-    rounds: Mapping[str, Any] = field(default_factory=dict)
+    unlimited: Mapping[str, Any] = field(default_factory=dict)
     """Options of a refiner with which only a time limit ends it."""
     factors: bool = False
-    """Of a refiner: it keeps weights as factors, whose sides it tells by `block_of`."""
+    """Of a refiner: it keeps weights as factors, whose sides it tells by `block_size`."""
 
 
 def names(kind: str) -> list[str]:
@@ -82,8 +82,8 @@ def describe(kind: str, name: str) -> Method:
         options=tuple(_options(body)),
         initial=_constant(body, "initial") or "",
         presets=_constant(body, "presets") or {},
-        rounds=_constant(body, "rounds") or {},
-        factors=any(getattr(node, "name", "") == "block_of" for node in body),
+        unlimited=_constant(body, "unlimited") or {},
+        factors=any(getattr(node, "name", "") == "block_size" for node in body),
     )
 
 

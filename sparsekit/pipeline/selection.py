@@ -13,7 +13,7 @@ from sparsekit.weights.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patterns:
+class WeightPatterns:
     """The pattern of each weight: one for all, but where blocks or a given mask differ."""
 
     base: Pattern

@@ -15,9 +15,9 @@ from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block
 from sparsekit.provenance.entry import WeightRow, row_json
-from sparsekit.pruning.prepare import Job
-from sparsekit.pruning.refiners import always
-from sparsekit.pruning.time_budget import Budget
+from sparsekit.pruning.prepare import PruneJob
+from sparsekit.pruning.refiners import no_limit
+from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.storage import coded_tensors, read_coded
 from sparsekit.solvers.input_stats import InputSums
 from sparsekit.weights.core_format import CoreFormat
@@ -29,7 +29,7 @@ FITTED = 8
 
 
 def prune_block(
-    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
+    job: PruneJob, block: Block, sums: dict[str, InputSums], budget: TimeBudget | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
@@ -49,7 +49,11 @@ def prune_block(
 
 
 def _prune_group(
-    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
+    job: PruneJob,
+    block: Block,
+    group: list[Target],
+    sums: InputSums | None,
+    budget: TimeBudget | None,
 ) -> tuple[list[WeightRow], dict[str, Tensor]]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()
@@ -58,8 +62,8 @@ def _prune_group(
     dtype = job.source.places[group[0].name].dtype
     try:
         pattern = job.patterns.of(group[0])
-        with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
-            pruned = job.chain.run(group, stacked, sums, pattern, dtype, go_on)
+        with budget.weight(stacked.numel()) if budget else nullcontext(no_limit) as should_continue:
+            pruned = job.chain.run(group, stacked, sums, pattern, dtype, should_continue)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
         raise NumericalError(f"{names}: {error.message}", error.hint) from error
@@ -115,7 +119,7 @@ def _numbers(told: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[
     return found
 
 
-def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
+def restore(job: PruneJob, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
     """The tensors of a block that has been written; products of factors are made again."""
     grid = job.chain.grid
     coded = {target.name for target in job.targets} if grid else set()

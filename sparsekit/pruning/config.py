@@ -228,7 +228,7 @@ class PruneConfig(ReadsRows):
                     "leave out one of the two",
                 )
         told = methods.describe("refiners", self.refiner) if self.refiner else None
-        if self.budget is not None and not (told and told.rounds):
+        if self.budget is not None and not (told and told.unlimited):
             raise UsageError(f"--budget has no effect on {self.title}", "armor takes one")
         if self.refiner is None and self.preset is not None:
             raise UsageError("--preset has no effect without a refinement", "pass --refine dsnot")

@@ -10,7 +10,7 @@ from sparsekit.pipeline.forecast import forecast
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.block import prune_block
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.prepare import Job, prepare
+from sparsekit.pruning.prepare import PruneJob, prepare_prune
 from sparsekit.solvers.input_stats import Want
 
 
@@ -37,7 +37,7 @@ def plan(
         UsageError: As `prune`.
         DataError: As `prune`, except for what only reading all weights shows.
     """
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
     zeros = sum(job.patterns.of(t).zeros(*t.shape) for t in job.targets)
     return {
@@ -58,7 +58,7 @@ def plan(
     }
 
 
-def _seconds(job: Job, progress: Progress) -> float:
+def _seconds(job: PruneJob, progress: Progress) -> float:
     """How long the run would take."""
     if job.config.budget is not None:
         return job.config.budget
@@ -75,7 +75,7 @@ def _seconds(job: Job, progress: Progress) -> float:
     )
 
 
-def _bits(job: Job) -> float | None:
+def _bits(job: PruneJob) -> float | None:
     """Mean bits on disk of a weight that is kept as factors; None without such."""
     stored = [place for place in job.layout.places.values() if place.file == FACTORS]
     shapes = [t.shape for t in job.targets if job.chain.factor_shapes(t, job.patterns.of(t))]

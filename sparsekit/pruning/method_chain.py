@@ -16,10 +16,10 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.errors import DataError, PatternError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.solvers.hessian import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
 from sparsekit.solvers.input_stats import InputSums, Want
@@ -36,7 +36,7 @@ RECONSTRUCT_DAMPING = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
+class MethodChain:
     """The methods of a run, in the order in which they are applied."""
 
     pruner: Pruner | None
@@ -50,7 +50,7 @@ class Chain:
     """What the kept weights are put on; None: they stay as they are."""
 
     @classmethod
-    def build(cls, config: PruneConfig, given: Checkpoint | None) -> Chain:
+    def build(cls, config: PruneConfig, given: Checkpoint | None) -> MethodChain:
         """The methods that a checked configuration names."""
         pruner = refiner = None
         if config.pruner is not None:
@@ -58,7 +58,7 @@ class Chain:
         if config.refiner is not None:
             options = config.options_of("refiners")
             told = methods.describe("refiners", config.refiner)
-            defaults = told.rounds if config.budget is not None else {}
+            defaults = told.unlimited if config.budget is not None else {}
             refiner = methods.load("refiners", config.refiner, options, config.preset, defaults)
         return cls(
             pruner=pruner,
@@ -100,16 +100,16 @@ class Chain:
             told[kind] = {key: methods.as_text(value) for key, value in asdict(step).items()}
         return told
 
-    def block_of(self, target: Target, pattern: Pattern) -> int:
+    def block_size(self, target: Target, pattern: Pattern) -> int:
         """Side of the blocks of a weight's factors; 0 without such blocks."""
         if self.refiner is None or not self._refines(target):
             return 0
-        return self.refiner.block_of(*target.shape, pattern)
+        return self.refiner.block_size(*target.shape, pattern)
 
     def factor_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors that a weight gets; empty when it stays one matrix."""
         rows, columns = target.shape
-        block = self.block_of(target, pattern)
+        block = self.block_size(target, pattern)
         rank = self._rank_of(rows, columns)
         if not block and not rank:
             return {}
@@ -119,7 +119,7 @@ class Chain:
         self,
         targets: Sequence[Target],
         sums: Mapping[str, InputSums],
-        patterns: Patterns,
+        patterns: WeightPatterns,
         places: Mapping[str, TensorPlace],
     ) -> list[list[Target]]:
         """Targets that are solved as one: those with the same inputs, if no row needs another."""
@@ -142,7 +142,7 @@ class Chain:
         sums: InputSums | None,
         pattern: Pattern,
         dtype: torch.dtype,  # that they have on disk
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """What becomes of the weights of a group.
 
@@ -162,7 +162,7 @@ class Chain:
             pruned = self._given(targets, weight.device)
         if self.refiner is not None and self._refines(targets[0]):
             assert sums is not None
-            pruned = self.refiner.refine(weight, pruned, sums, pattern, go_on)
+            pruned = self.refiner.refine(weight, pruned, sums, pattern, should_continue)
         if self.reconstruct == "cg":
             assert sums is not None
             pruned = _reconstruct(weight, pruned, sums)
@@ -177,7 +177,7 @@ class Chain:
         return math.ceil(self.rank * min(rows, columns))
 
     def _refines(self, target: Target) -> bool:
-        return self.refiner is not None and self.refiner.covers(target.name)
+        return self.refiner is not None and self.refiner.applies_to(target.name)
 
     def _given(self, targets: Sequence[Target], device: torch.device) -> Pruned:
         assert self.given is not None
@@ -204,7 +204,9 @@ def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
             )
 
 
-def require_patterns(given: Checkpoint, targets: Sequence[Target], patterns: Patterns) -> None:
+def require_patterns(
+    given: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
+) -> None:
     """Refuse a sparse model that does not have the patterns.
 
     Raises:

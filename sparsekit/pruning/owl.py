@@ -15,9 +15,9 @@ from fractions import Fraction
 
 import torch
 
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.progress import Progress
-from sparsekit.pruning.prepare import Job
+from sparsekit.pruning.prepare import PruneJob
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.rows import TokenRows
 from sparsekit.weights.patterns import Pattern
@@ -29,7 +29,7 @@ OUTLIER, SPREAD = 5.0, 0.08
 STEP = 10_000
 
 
-def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
+def allocate(job: PruneJob, rows: TokenRows, progress: Progress) -> WeightPatterns:
     """The pattern of each weight, alike within a block, from one pass of the dense model."""
     wanted = {target.name for target in job.targets}
     outliers, sizes, names = [], [], []
@@ -61,7 +61,7 @@ def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
     )
     pairs = zip(names, patterns, strict=True)
     own = {name: pattern for block, pattern in pairs for name in block}
-    return Patterns(base=job.pattern, own=own)
+    return WeightPatterns(base=job.pattern, own=own)
 
 
 def keep_shares(outliers: Sequence[float], sizes: Sequence[int], keep: float) -> list[float]:

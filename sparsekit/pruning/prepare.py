@@ -15,12 +15,12 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
-from sparsekit.pipeline.selection import Patterns, family_notes, select
+from sparsekit.pipeline.selection import WeightPatterns, family_notes, select
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.method_chain import Chain, require_shapes
-from sparsekit.quantization.storage import coded_layout, refuse_misfits
+from sparsekit.pruning.method_chain import MethodChain, require_shapes
+from sparsekit.quantization.storage import coded_layout, refuse_grid
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.core_format import CoreFormat
@@ -28,12 +28,12 @@ from sparsekit.weights.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PruneJob:
     """A checked configuration with everything that the loop needs."""
 
     config: PruneConfig
-    chain: Chain
-    patterns: Patterns
+    chain: MethodChain
+    patterns: WeightPatterns
     source: Checkpoint
     stream: BlockStream
     targets: list[Target]
@@ -58,26 +58,26 @@ class Job:
         found = family_notes(self.stream)
         if self.chain.refiner:
             for pattern in dict.fromkeys(map(self.patterns.of, self.targets)):
-                found += self.chain.refiner.cautions(pattern, self.chain.pruner)
+                found += self.chain.refiner.warnings(pattern, self.chain.pruner)
             if self.source.pruned():
                 found.append(
                     f"{self.source.path} is pruned already: to refine its mask, name its --dense"
                 )
-        sides = Counter(self.chain.block_of(t, self.patterns.of(t)) for t in self.targets)
+        sides = Counter(self.chain.block_size(t, self.patterns.of(t)) for t in self.targets)
         counts = [f"{side} in {count} weights" for side, count in sorted(sides.items()) if side]
         if counts:
             found.append(f"side of the blocks of A and B: {', '.join(counts)}")
         return found
 
 
-def prepare(
+def prepare_prune(
     config: PruneConfig,
     model: str,
     out: Path,
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> Job:
+) -> PruneJob:
     """Check a configuration against a model and an output folder.
 
     Raises:
@@ -91,15 +91,15 @@ def prepare(
         refuse_source(out, source.path)
     for folder in (source, given):
         folder.require("prune")
-    chain = Chain.build(config, given if config.dense is not None else None)
+    chain = MethodChain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
-    _refuse_misfits(targets, patterns)
+    _refuse_patterns(targets, patterns)
     _refuse_what_does_not_go(config, chain, targets, patterns)
     if chain.grid is not None:
-        refuse_misfits(chain.grid, targets, skipped, flag="--then")
+        refuse_grid(chain.grid, targets, skipped, flag="--then")
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)
@@ -107,7 +107,7 @@ def prepare(
     calibration = config.rows
     if calibration is not None:
         calibration.require(source)
-    return Job(
+    return PruneJob(
         config=config,
         chain=chain,
         patterns=patterns,
@@ -122,20 +122,20 @@ def prepare(
     )
 
 
-def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
+def _patterns(config: PruneConfig, given: Checkpoint) -> WeightPatterns:
     """The pattern that was asked for, or those that a sparse model was pruned to."""
     if config.pattern is not None or config.dense is None:
-        return Patterns(base=config.pattern or Pattern.parse("2:4"))
+        return WeightPatterns(base=config.pattern or Pattern.parse("2:4"))
     told = given.pruned(converted=True)
     if not told:
         raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
     base = Pattern.parse(told[-1]["recipe"]["pattern"])
     own = {row["name"]: Pattern.parse(row["pattern"]) for e in told for row in e["weights"]}
-    return Patterns(base=base, own={name: one for name, one in own.items() if one != base})
+    return WeightPatterns(base=base, own={name: one for name, one in own.items() if one != base})
 
 
 def _refuse_what_does_not_go(
-    config: PruneConfig, chain: Chain, targets: Sequence[Target], patterns: Patterns
+    config: PruneConfig, chain: MethodChain, targets: Sequence[Target], patterns: WeightPatterns
 ) -> None:
     """Refuse methods that cannot have the pattern or each other.
 
@@ -149,12 +149,12 @@ def _refuse_what_does_not_go(
         if chain.grid is not None and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--then does not go with the factors of {cause}", "leave out one")
-        if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
+        if reason := chain.refiner.mismatch(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
         if config.allocate != "none" and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
-        if config.reconstruct == "cg" and chain.block_of(target, pattern):
+        if config.reconstruct == "cg" and chain.block_size(target, pattern):
             raise UsageError(f"--reconstruct cg has no meaning for {config.title}", "leave it out")
 
 
@@ -162,8 +162,8 @@ def _layout(
     config: PruneConfig,
     source: Checkpoint,
     targets: Sequence[Target],
-    chain: Chain,
-    patterns: Patterns,
+    chain: MethodChain,
+    patterns: WeightPatterns,
 ) -> Layout:
     """The files of the output: the source's, and one for the factors of weights that get some."""
     parts = {t.name: chain.factor_shapes(t, patterns.of(t)) for t in targets}
@@ -182,13 +182,13 @@ def _layout(
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
-def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
+def _refuse_patterns(targets: Sequence[Target], patterns: WeightPatterns) -> None:
     """Refuse a pattern whose groups do not divide the inputs of its targets.
 
     Raises:
         UsageError: Names the first such weight, and the ways out.
     """
-    odd = [target for target in targets if patterns.of(target).misfit(target.shape[1])]
+    odd = [target for target in targets if patterns.of(target).mismatch(target.shape[1])]
     if not odd:
         return
     pattern = patterns.of(odd[0])
@@ -201,6 +201,6 @@ def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
         modules = dict.fromkeys(t.name.removesuffix(".weight").rpartition(".")[2] for t in odd)
         ways.append("leave it dense with " + " ".join(f"--skip {name}" for name in modules))
     raise UsageError(
-        f"{odd[0].name}: {pattern.misfit(odd[0].shape[1])}",
+        f"{odd[0].name}: {pattern.mismatch(odd[0].shape[1])}",
         ", or ".join(ways) or "50% fits every weight",
     )

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from sparsekit.pruning.refiners import GoOn
+from sparsekit.pruning.refiners import ShouldContinue
 
 # A weight gets at most so many times the even share of the time that is left.
 MOST_SHARE = 3.0
@@ -14,7 +14,7 @@ ADJUST = 1.1
 LEAST = 1e-6
 
 
-class Budget:
+class TimeBudget:
     """Shares out a time limit over weights that are solved one after the other.
 
     In the first block every weight gets its even share by size. From the rates at which the losses
@@ -42,14 +42,14 @@ class Budget:
         self._rates: list[tuple[float, int]] = []
 
     @contextmanager
-    def weight(self, size: int) -> Iterator[GoOn]:
+    def weight(self, size: int) -> Iterator[ShouldContinue]:
         """Solve a weight of this many numbers; what is given decides on each of its sweeps."""
         began = last = self._clock()
         share = max(0.0, self._for_solving()) * size / max(1, self._ends[-1] - self._done)
         limit = share if self._least is None else MOST_SHARE * share
         rate = 0.0
 
-        def go_on(fall: float | None) -> bool:
+        def should_continue(fall: float | None) -> bool:
             nonlocal last, rate
             if fall is None:
                 return share > 0
@@ -60,7 +60,7 @@ class Budget:
             # A sweep of which more than half would lie beyond the limit is not begun.
             return not slow and now - began + took / 2 < limit
 
-        yield go_on
+        yield should_continue
         self._done += size
         self._solving += self._clock() - began
         self._learn(rate, size, late=self._clock() - began > share)

@@ -8,9 +8,9 @@ from sparsekit.pipeline.dry_run import _name, begun
 from sparsekit.pipeline.forecast import forecast
 from sparsekit.pipeline.selection import family_notes
 from sparsekit.progress import SILENT, Progress
-from sparsekit.quantization import prepare as quantjob
 from sparsekit.quantization.block import quantize_block
 from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize
 
 
 def plan_quantize(
@@ -26,7 +26,7 @@ def plan_quantize(
 
     `timed` also quantizes the first block, in memory, to tell how long the run would take.
     """
-    job = quantjob.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_quantize(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(math.prod(target.shape) for target in job.targets)
     return {
         **begun(job.source, out, config.method, job.layout),
@@ -44,7 +44,7 @@ def plan_quantize(
     }
 
 
-def _quantize_seconds(job: quantjob.QuantizeJob, progress: Progress) -> float:
+def _quantize_seconds(job: QuantizeJob, progress: Progress) -> float:
     """How long the run would take."""
     return forecast(
         job.stream,

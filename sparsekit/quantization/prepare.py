@@ -15,7 +15,7 @@ from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.methods import Quantizer
-from sparsekit.quantization.storage import coded_layout, refuse_misfits
+from sparsekit.quantization.storage import coded_layout, refuse_grid
 from sparsekit.solvers.input_stats import Want
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
@@ -51,7 +51,7 @@ class QuantizeJob:
         return self.config.format != "dense"
 
 
-def prepare(
+def prepare_quantize(
     config: QuantizeConfig,
     model: str,
     out: Path,
@@ -72,7 +72,7 @@ def prepare(
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
     grid = config.grid
-    refuse_misfits(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
+    refuse_grid(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
     layout = Layout.of(source)
     if config.format != "dense":
         layout = coded_layout(source, targets, grid)

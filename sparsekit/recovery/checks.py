@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.methods import Recoverer, Scale
 from sparsekit.text.calibration import tokenizer_key
@@ -34,19 +34,19 @@ def refuse_other_heads(source: Checkpoint) -> None:
             )
 
 
-def refuse_misfits(
-    targets: Sequence[Target], patterns: Patterns, recoverer: Recoverer, config: RecoverConfig
+def refuse_patterns(
+    targets: Sequence[Target], patterns: WeightPatterns, recoverer: Recoverer, config: RecoverConfig
 ) -> None:
     """Refuse a pattern, spans of scales or of branches that do not divide a weight's inputs."""
     width = config.slorb
-    if width is not None and recoverer.settles:
+    if width is not None and recoverer.dense_until_end:
         raise UsageError(
             f"--slorb does not go with {config.method}: it computes with all entries until the end",
             "take --method ast",
         )
     for target in targets:
         columns, pattern, spans = target.shape[1], patterns.of(target), recoverer.spans
-        if reason := pattern.misfit(columns):
+        if reason := pattern.mismatch(columns):
             raise UsageError(f"{target.name}: {reason}", "another --pattern fits")
         if spans and (columns % spans or (pattern.group and columns // spans % pattern.group)):
             raise UsageError(
@@ -61,7 +61,7 @@ def refuse_misfits(
             )
 
 
-def refuse_cuts(targets: Sequence[Target], patterns: Patterns, config: RecoverConfig) -> None:
+def refuse_cuts(targets: Sequence[Target], patterns: WeightPatterns, config: RecoverConfig) -> None:
     """Refuse what shards of rows would cut into pieces that no longer match.
 
     Raises:
@@ -92,8 +92,8 @@ def refuse_silent_teacher(
         UsageError: Says what to give instead.
     """
     chosen = recoverer.needs_gradient and recoverer.decay_of(Scale(parameters=0)) == 0
-    hides = recoverer.rule(0.0).hides
-    if chosen and not hides and config.kl_weight == 1 and source.path == teacher.path:
+    masks_forward = recoverer.rule(0.0).masks_forward
+    if chosen and not masks_forward and config.kl_weight == 1 and source.path == teacher.path:
         raise UsageError(
             "--kl-weight 1: at first the model is its own teacher and the loss has no gradient, by "
             "whose size the decay would be chosen",

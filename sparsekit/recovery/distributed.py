@@ -23,7 +23,7 @@ PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
+class Processes:
     """This process among those that train together."""
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Ranks:
     """Whether each process holds a part of the decoder blocks only."""
 
     @classmethod
-    def current(cls, device: str) -> Ranks:
+    def current(cls, device: str) -> Processes:
         """The processes that a launcher started, connected; or this one alone.
 
         Raises:
@@ -97,7 +97,7 @@ class Ranks:
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
-    def of_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The value that the main process has."""
         if self.size == 1:
             return value
@@ -105,7 +105,7 @@ class Ranks:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def of_all(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """What each process has."""
         if self.size == 1:
             return [value]
@@ -119,7 +119,7 @@ class Ranks:
         Raises:
             NumericalError: They differ.
         """
-        found = self.of_all(value)
+        found = self.gather(value)
         if len(set(found)) > 1:
             odd = next(rank for rank, one in enumerate(found) if one != found[0])
             raise NumericalError(

@@ -6,10 +6,10 @@ from typing import Any
 
 from sparsekit.pipeline.dry_run import begun
 from sparsekit.progress import SILENT, Progress
-from sparsekit.recovery import prepare as recovery
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import WRITTEN
 from sparsekit.recovery.memory_needs import pass_bytes, state_bytes
+from sparsekit.recovery.prepare import RecoverJob, prepare_recover
 from sparsekit.recovery.speed import bench_recover
 from sparsekit.recovery.student import PROBED
 
@@ -31,7 +31,7 @@ def plan_recover(
     The memory is what weights, gradients, moments and teacher take: activations come on top.
     `timed` also takes some steps, in memory, to tell how long the run would take.
     """
-    job = recovery.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_recover(config, model, out, overwrite=overwrite, progress=progress)
     config = job.config
     size = sum(math.prod(target.shape) for target in job.targets)
     zeros = sum(job.patterns.of(target).zeros(*target.shape) for target in job.targets)
@@ -58,7 +58,7 @@ def plan_recover(
     }
 
 
-def _recover_seconds(job: recovery.Recovery, model: str, progress: Progress) -> float:
+def _recover_seconds(job: RecoverJob, model: str, progress: Progress) -> float:
     """How long the run would take, without perplexities on its way and without sampling its text.
 
     Loading is measured, and some steps, each with the teacher; those that measure gradients before

@@ -16,7 +16,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.loop import Training
 from sparsekit.recovery.loss import sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.slorb import Branch
 from sparsekit.recovery.sparse_weight import is_sharded
 from sparsekit.recovery.student import Student
@@ -41,12 +41,12 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
             from having vanished.
     """
     optimizer = training.optimizer
-    settles = optimizer.rule.frees and not optimizer.rule.hides
+    dense_until_end = optimizer.rule.updates_pruned and not optimizer.rule.masks_forward
     flips = optimizer.refresh() if training.refresh else 0
     (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
     found = {"sparsity_measure": sparsity_measure(optimizer)}
     tokens = training.rows.take(0, 1).to(training.student.device)
-    before = hidden_states(training.student, tokens) if settles else None
+    before = hidden_states(training.student, tokens) if dense_until_end else None
     for weight in optimizer.sparse.values():
         weight.view.copy_(weight.values)
     if before is not None:
@@ -70,7 +70,7 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
 
 
 def write_tensors(
-    job: Recovery, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
+    job: RecoverJob, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
 ) -> list[dict[str, Any]]:
     """Put all tensors in their places; gives a row for each that is sparse.
 

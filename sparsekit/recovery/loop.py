@@ -14,7 +14,7 @@ import torch
 from sparsekit.errors import MemoryShortError, NumericalError
 from sparsekit.memory import is_out_of_memory
 from sparsekit.recovery.config import SHORTEST, RecoverConfig, rate_at
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loss import model_losses, products_of, sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
 from sparsekit.recovery.teacher_cache import TopTeacher
@@ -56,7 +56,7 @@ class StepRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """What is chosen before the first step, and kept when a run goes on."""
 
     steps: int
@@ -92,7 +92,7 @@ class Training:
         config: Rows in a step.
         plan: Steps, rates and shares.
         refresh: Steps between two selections of the largest entries; 0: none.
-        ranks: The processes that share the batches of a step.
+        processes: The processes that share the batches of a step.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Training:
         optimizer: MaskedAdam,
         rows: TrainingRows,
         config: RecoverConfig,
-        plan: Plan,
+        plan: TrainingPlan,
         refresh: int,
-        ranks: Ranks,
+        processes: Processes,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -113,7 +113,7 @@ class Training:
         self.config = config
         self.plan = plan
         self.refresh = refresh
-        self.ranks = ranks
+        self.processes = processes
 
     @property
     def done(self) -> bool:
@@ -130,10 +130,10 @@ class Training:
         optimizer, plan = self.optimizer, self.plan
         step = optimizer.steps
         rate = plan.rate * rate_at(self.config.schedule, step, plan.steps)
-        hides, last = optimizer.rule.hides, step == plan.steps - 1
-        selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
+        masks_forward, last = optimizer.rule.masks_forward, step == plan.steps - 1
+        selects = bool(self.refresh) and (step % self.refresh == 0 or (masks_forward and last))
         # A model that computes with all entries selects before the step, one with a mask after it.
-        flips = optimizer.refresh() if selects and not hides else 0
+        flips = optimizer.refresh() if selects and not masks_forward else 0
         means = self.gradients(step)
         if not math.isfinite(means.loss):
             raise NumericalError(
@@ -144,7 +144,7 @@ class Training:
             norm = optimizer.step(rate, step / plan.steps)
         except NumericalError as error:
             raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
-        if selects and hides:
+        if selects and masks_forward:
             flips = optimizer.refresh()
         sparsity = sparsity_measure(optimizer) if selects else None
         flipped = sum(map(optimizer.flipped, optimizer.sparse)) if selects else None
@@ -172,16 +172,16 @@ class Training:
             MemoryShortError: A forward and backward pass does not fit into memory.
         """
         where = f"in a pass over {self.config.batch} rows of {self.config.length} tokens"
-        with memory_told(where, _smaller(self.config)):
+        with explain_out_of_memory(where, _smaller(self.config)):
             return self._gradients(step)
 
     def _gradients(self, step: int) -> Means:
         """See `gradients`."""
-        config, ranks = self.config, self.ranks
+        config, processes = self.config, self.processes
         # Backward passes through shards give means over the processes, and the rest is summed.
-        shards = ranks.size if ranks.shards else 1
+        shards = processes.size if processes.shards else 1
         sums = torch.zeros(4, dtype=torch.float64)
-        for part in ranks.parts(config.accumulate):
+        for part in processes.parts(config.accumulate):
             first = (step * config.accumulate + part) * config.batch
             tokens = self.rows.take(first, config.batch).to(self.student.device)
             teacher, kept = self.teacher, torch.ones((), device=tokens.device)
@@ -199,19 +199,19 @@ class Training:
             (losses.total * shards / config.accumulate).backward()
             told = [losses.total.detach(), losses.divergence, losses.entropy, kept]
             sums += torch.stack([one.double() for one in told]).cpu() / config.accumulate
-        if ranks.size > 1:
+        if processes.size > 1:
             whole = self.optimizer.whole_gradients()
-            ranks.sum_(whole)
-            for gradient in whole if ranks.shards else ():
+            processes.sum_(whole)
+            for gradient in whole if processes.shards else ():
                 gradient /= shards
             sums = sums.to(self.student.device)
-            ranks.sum_([sums])
+            processes.sum_([sums])
         loss, divergence, entropy, kept = sums.tolist()
         return Means(loss=loss, divergence=divergence, entropy=entropy, kept_mass=kept)
 
 
 @contextlib.contextmanager
-def memory_told(where: str, way_out: str) -> Iterator[None]:
+def explain_out_of_memory(where: str, hint: str) -> Iterator[None]:
     """Tell where there was too little memory, and what to do.
 
     Raises:
@@ -222,7 +222,7 @@ def memory_told(where: str, way_out: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryShortError(f"out of memory {where}", way_out) from error
+        raise MemoryShortError(f"out of memory {where}", hint) from error
 
 
 def _smaller(config: RecoverConfig) -> str:

@@ -98,7 +98,7 @@ def measure(
     """
     full = {}
     for name, weight in sparse.items():
-        if not rule.hides and rule.frees:
+        if not rule.masks_forward and rule.updates_pruned:
             full[name] = weight.view.clone()
             weight.view.copy_(weight.values)
     try:

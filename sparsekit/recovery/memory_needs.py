@@ -25,7 +25,7 @@ def require_memory(
     teacher: Checkpoint | None,
     recoverer: Recoverer,
     device: torch.device,
-    way_out: str = "",
+    hint: str = "",
     *,
     shards: bool = False,
 ) -> None:
@@ -46,7 +46,7 @@ def require_memory(
         raise DataError(
             f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told}, "
             f"besides the activations; {free / 1e9:.1f} GB are available",
-            way_out
+            hint
             or "shard it over several GPUs or machines (accelerate launch --use_fsdp "
             "--fsdp_version 2)"
             + (", or leave out the teacher with --kl-weight 0" if teacher else ""),
@@ -119,7 +119,7 @@ def training_bytes(
 
     In mixed precision a pass also keeps the weights as it multiplied them, in 16 bits.
     """
-    halves = 10 if recoverer.rule(0.0).hides or recoverer.spans else 8
+    halves = 10 if recoverer.rule(0.0).masks_forward or recoverer.spans else 8
     halves += config.mixed_precision == "bf16"
     taught = _teacher_bytes(config, teacher) if teacher else 0
     return halves * _float32_bytes(source) // 2 + taught

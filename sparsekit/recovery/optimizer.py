@@ -3,8 +3,9 @@
 The model computes with ordinary parameters, so that its forward and backward passes, and sums of
 its gradients over processes, are those of any model. What is trained may lie beside the parameter:
 
-- a rule that `hides` lets the model compute with `mask * weight` while the other entries of the
-  weight live on; the gradient by the parameter is then the straight-through one, for all entries;
+- a rule with `masks_forward` makes the model compute with `mask * weight` while the other entries
+  of the weight are kept; the gradient of the parameter is then the straight-through gradient, for
+  all entries;
 - with scales the parameter is `weight * scale`, one scale for each of a few spans of a row.
 
 Source: one family (recovery specification, section 4.1): AdamW; SR-STE of AST (Huang et al., AAAI
@@ -125,9 +126,9 @@ class MaskedAdam:
     def refresh(self) -> int:
         """Select the largest entries of every weight anew; gives how many changed sides."""
         flips = sum(weight.refresh() for weight in self.sparse.values())
-        if self.rule.hides:
+        if self.rule.masks_forward:
             for weight in self.sparse.values():
-                weight.publish(hides=True)
+                weight.publish(masks_forward=True)
         return int(self.total(flips)[0])
 
     def flipped(self, name: str) -> int:
@@ -203,7 +204,7 @@ class MaskedAdam:
         for name, weight in self.sparse.items():
             mask = unpack_bits(state[f"{name}.mask"], weight.mask.shape[1]).bool()
             weight.mask = mask.to(weight.weight.device)
-            weight.publish(hides=self.rule.hides)
+            weight.publish(masks_forward=self.rule.masks_forward)
         self.steps = steps
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -215,7 +216,7 @@ class MaskedAdam:
                 spans = gradient.unflatten(1, (weight.scale.shape[1], -1))
                 found[name + SCALE] = (spans * weight.weight.view_as(spans)).sum(-1)
                 spans.mul_(weight.scale[:, :, None])
-            found[name] = gradient if self.rule.frees else gradient.mul_(weight.mask)
+            found[name] = gradient if self.rule.updates_pruned else gradient.mul_(weight.mask)
         for name, parameter in self.others.items():
             if parameter.grad is None:
                 raise NumericalError(f"{name} has no gradient: the loss does not depend on it")
@@ -249,7 +250,7 @@ class MaskedAdam:
         self._adam(name, weight.weight, gradients[name], factor, rate, decay, weight.mask, done)
         if weight.scale is not None:
             self._adam(name + SCALE, weight.scale, gradients[name + SCALE], factor, rate, 0.0)
-        weight.publish(hides=self.rule.hides)
+        weight.publish(masks_forward=self.rule.masks_forward)
 
     def _adam(
         self,
@@ -276,7 +277,7 @@ class MaskedAdam:
                 w.mul_(1 - rate * decay)
             mean.lerp_(g, 1 - beta1)
             mixed = mean if kept is None else rule.mix(mean, w, kept, done)
-            squared = mixed if kept is not None and rule.squares_mix else g
+            squared = mixed if kept is not None and rule.second_moment_of_mixed else g
             square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
             size = (square / (1 - beta2**self.steps)).add_(NEXT_TO_NOTHING).sqrt_()
             size += self.settings.epsilon

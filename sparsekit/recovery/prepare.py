@@ -17,20 +17,20 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
-from sparsekit.pipeline.selection import Patterns, family_notes
+from sparsekit.pipeline.selection import WeightPatterns, family_notes
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
     refuse_cuts,
-    refuse_misfits,
     refuse_more_than_the_vocabulary,
     refuse_other_heads,
     refuse_other_teacher,
+    refuse_patterns,
     refuse_silent_teacher,
     refuse_sparse_teacher,
 )
 from sparsekit.recovery.config import AUTO, RecoverConfig
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.memory_needs import (
     require_memory,
     require_pass,
@@ -48,7 +48,7 @@ BEST = "ast"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class RecoverJob:
     """A checked configuration with everything that training needs."""
 
     config: RecoverConfig
@@ -61,7 +61,7 @@ class Recovery:
     linear: list[Target]
     """All linear weights of the blocks."""
     targets: list[Target]
-    patterns: Patterns
+    patterns: WeightPatterns
     skipped: list[dict[str, str]]
     layout: Layout
     device: torch.device
@@ -79,16 +79,16 @@ class Recovery:
         return training_bytes(self.config, self.source, self.loaded, self.recoverer)
 
 
-def prepare(
+def prepare_recover(
     config: RecoverConfig,
     model: str,
     out: Path,
     *,
     overwrite: bool = False,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     saves: bool = True,
     progress: Progress = SILENT,
-) -> Recovery:
+) -> RecoverJob:
     """Check a configuration against a model, its teacher and an output folder.
 
     Args:
@@ -96,7 +96,7 @@ def prepare(
         model: A folder, hub id or `demo`.
         out: The folder to make.
         overwrite: Whether it may replace an earlier output.
-        ranks: The processes that train together; None: this one.
+        processes: The processes that train together; None: this one.
         saves: Whether room for saved states is needed too.
         progress: Told of downloads.
 
@@ -105,7 +105,7 @@ def prepare(
         DataError: A model cannot be read, or the teacher is not one for this student.
         StorageError: The disk has no room for the output.
     """
-    ranks = ranks or Ranks()
+    processes = processes or Processes()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("recover")
     refuse_other_heads(source)
@@ -115,8 +115,8 @@ def prepare(
     linear = stream.targets()
     targets, left = sparse_targets(config, source, linear)
     patterns = patterns_of(config, source, targets)
-    refuse_misfits(targets, patterns, recoverer, config)
-    if ranks.shards:
+    refuse_patterns(targets, patterns, recoverer, config)
+    if processes.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     require_disk(out, layout, state_bytes(source) if saves else 0)
@@ -125,7 +125,7 @@ def prepare(
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
         refuse_silent_teacher(config, recoverer, source, teacher)
-    job = Recovery(
+    job = RecoverJob(
         config=config,
         recoverer=recoverer,
         source=source,
@@ -139,20 +139,20 @@ def prepare(
         device=device,
         notes=notes + _notes(config, source, stream),
     )
-    _require_memory(job, ranks)
+    _require_memory(job, processes)
     return job
 
 
-def _require_memory(job: Recovery, ranks: Ranks) -> None:
+def _require_memory(job: RecoverJob, processes: Processes) -> None:
     """Refuse what cannot fit into memory.
 
     Raises:
         DataError: Says what is needed, and what there is.
     """
     require_memory(
-        job.config, job.source, job.loaded, job.recoverer, job.device, shards=ranks.shards
+        job.config, job.source, job.loaded, job.recoverer, job.device, shards=processes.shards
     )
-    if not ranks.shards:
+    if not processes.shards:
         require_pass(job.config, job.source, job.loaded, job.linear, job.recoverer, job.device)
 
 
@@ -224,7 +224,7 @@ def _dense(source: Checkpoint) -> Mapping[str, str]:
     return teachers[0] if trained and teachers else history[0]["source"]
 
 
-def require_parent(job: Recovery, fingerprint: str) -> None:
+def require_parent(job: RecoverJob, fingerprint: str) -> None:
     """Refuse a teacher that was not named and is no longer what the history says.
 
     Raises:
@@ -239,7 +239,7 @@ def require_parent(job: Recovery, fingerprint: str) -> None:
 
 
 def _layout(
-    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: Patterns
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
 ) -> Layout:
     """The files of the output: the source's, and one for the branches if there are such."""
     if config.slorb is None:

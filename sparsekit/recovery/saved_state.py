@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from sparsekit.errors import DataError
 from sparsekit.files import fsync_path, read_json, storage_errors, write_json
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.optimizer import MaskedAdam
 
 # Seconds between two saved states, when no number of steps is given.
@@ -19,7 +19,7 @@ POINTER = ".sparsekit-state.json"
 STATES = ".sparsekit-state-*.saved"
 
 
-def save_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> None:
+def save_state(folder: Path, optimizer: MaskedAdam, processes: Processes) -> None:
     """Write weights, masks (as bits), moments and the number of steps.
 
     The order of the rows follows from the number of steps and the seed, and nothing else is drawn.
@@ -28,8 +28,8 @@ def save_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> None:
     Raises:
         StorageError: It could not be written; the state before is untouched.
     """
-    file = _file(folder, optimizer.steps, ranks)
-    if ranks.main or ranks.shards:
+    file = _file(folder, optimizer.steps, processes)
+    if processes.main or processes.shards:
         tensors = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
         with storage_errors(folder):
             try:
@@ -38,26 +38,26 @@ def save_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> None:
                 raise OSError(str(error)) from error
             fsync_path(file)
             fsync_path(folder)
-    ranks.wait()
-    if ranks.main:
-        write_json(folder / POINTER, {"steps": optimizer.steps, "processes": ranks.size})
-        current = _file(folder, optimizer.steps, ranks).name.rpartition("-")[0]
+    processes.wait()
+    if processes.main:
+        write_json(folder / POINTER, {"steps": optimizer.steps, "processes": processes.size})
+        current = _file(folder, optimizer.steps, processes).name.rpartition("-")[0]
         for old in folder.glob(STATES):
             if old.name.rpartition("-")[0] != current:
                 old.unlink(missing_ok=True)
 
 
-def load_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> bool:
+def load_state(folder: Path, optimizer: MaskedAdam, processes: Processes) -> bool:
     """Bring an optimizer and its weights to the saved state; False when there is none.
 
     Raises:
         DataError: It is damaged, or was written by another number of processes with shards.
         NumericalError: It does not fit this run.
     """
-    if not ranks.of_main((folder / POINTER).is_file()):
+    if not processes.broadcast((folder / POINTER).is_file()):
         return False
     pointer = read_json(folder / POINTER)
-    file = _file(folder, pointer["steps"], ranks)
+    file = _file(folder, pointer["steps"], processes)
     try:
         with safe_open(file, "pt") as state:
             tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
@@ -76,7 +76,7 @@ def forget_states(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _file(folder: Path, steps: int, ranks: Ranks) -> Path:
+def _file(folder: Path, steps: int, processes: Processes) -> Path:
     """Where a process finds its part of a state."""
-    part = ranks.rank if ranks.shards else 0
+    part = processes.rank if processes.shards else 0
     return folder / STATES.replace("*", f"{steps}-{part}")

@@ -51,13 +51,13 @@ class SparseWeight:
                 "load the model in float32",
             )
         view = local(parameter.data).T if transposed else local(parameter.data)
-        weight = view.clone() if rule.hides or spans else view
+        weight = view.clone() if rule.masks_forward or spans else view
         scale = torch.ones(len(view), spans, device=view.device) if spans else None
         mask = pattern.mask(view.abs() if inputs is None else view.abs() * inputs)
         made = cls(parameter, transposed, pattern, weight, mask, scale, inputs)
-        if not rule.frees:
+        if not rule.updates_pruned:
             weight.masked_fill_(~made.mask, 0.0)
-        made.publish(hides=rule.hides)
+        made.publish(masks_forward=rule.masks_forward)
         return made
 
     @property
@@ -87,9 +87,9 @@ class SparseWeight:
         spans = self.scale.shape[1]
         return (tensor.unflatten(1, (spans, -1)) * self.scale[:, :, None]).flatten(1)
 
-    def publish(self, *, hides: bool) -> None:
+    def publish(self, *, masks_forward: bool) -> None:
         """Bring the parameter up to date with the weight."""
-        if hides:
+        if masks_forward:
             torch.mul(self.weight, self.mask, out=self.view)
         elif self.scale is not None:
             self.view.copy_(self.scaled(self.weight))

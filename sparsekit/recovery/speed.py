@@ -16,11 +16,11 @@ from sparsekit.memory import peak_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import selection_seconds
-from sparsekit.recovery.distributed import Ranks
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.distributed import Processes
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.student import Student, load_teacher
 
 # Products of each shape that are timed; the median counts.
@@ -49,22 +49,24 @@ def bench_recover(
         raise UsageError(f"--steps must be at least 1, not {steps}")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare(config, model, Path(folder) / "out", saves=False, progress=progress)
+        job = prepare_recover(config, model, Path(folder) / "out", saves=False, progress=progress)
     config = job.config
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss
-    student = Student.load(job, rows, Ranks())
-    teacher = load_teacher(job, Ranks())
+    student = Student.load(job, rows, Processes())
+    teacher = load_teacher(job, Processes())
     scale = student.scale(1e-6)
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps + 1,
-        rate=config.lr or job.recoverer.rate_of(scale),
-        share=job.recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight,
+        rate=config.lr or job.recoverer.default_lr(scale),
+        share=job.recoverer.default_kl_weight(scale)
+        if config.kl_weight is None
+        else config.kl_weight,
         decay=job.recoverer.decay_of(scale),
         masked_gradient=scale.masked_gradient,
     )
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
-    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Ranks())
+    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Processes())
     loading = time.perf_counter() - begun
     progress.begin("training steps", steps + 1)
     seconds = []

@@ -17,12 +17,12 @@ from sparsekit.model.architecture import find_blocks
 from sparsekit.model.full_model import hidden_states, load_whole, require_plain_head
 from sparsekit.model.skeleton import Skeleton
 from sparsekit.progress import Progress
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.memory_needs import require_memory
 from sparsekit.recovery.methods import Rule, Scale
 from sparsekit.recovery.optimizer import MaskedAdam, Settings
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.slorb import Branch, attach
 from sparsekit.recovery.sparse_weight import SparseWeight
 from sparsekit.recovery.teacher_cache import TopTeacher
@@ -47,10 +47,10 @@ class Student:
     """By name on disk."""
     branches: Mapping[str, Branch]
     """What lies beside sparse weights, by the same names."""
-    ranks: Ranks
+    processes: Processes
 
     @classmethod
-    def load(cls, job: Recovery, rows: TrainingRows, ranks: Ranks) -> Student:
+    def load(cls, job: RecoverJob, rows: TrainingRows, processes: Processes) -> Student:
         """The model in float32, each weight that is to be sparse with its mask."""
         skeleton = Skeleton(job.source, job.device, torch.float32)
         model = skeleton.fill()
@@ -58,8 +58,8 @@ class Student:
         require_plain_head(model)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        if ranks.shards:
-            ranks.shard(skeleton.blocks, job.device)
+        if processes.shards:
+            processes.shard(skeleton.blocks, job.device)
         parameters = dict(model.named_parameters())
         by_disk = {on_disk: name for name, on_disk in skeleton.on_disk.items()}
         norms: dict[str, Tensor] = {}
@@ -79,10 +79,10 @@ class Student:
             )
             for target in job.targets
         }
-        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={}, ranks=ranks)
+        made = cls(model=model, skeleton=skeleton, sparse=sparse, branches={}, processes=processes)
         return replace(made, branches=made._branches(job)) if job.config.slorb else made
 
-    def _branches(self, job: Recovery) -> dict[str, Branch]:
+    def _branches(self, job: RecoverJob) -> dict[str, Branch]:
         """A branch beside each sparse weight, for what it lacks against the dense parent's."""
         found = {}
         by_disk = {on_disk: name for name, on_disk in self.skeleton.on_disk.items()}
@@ -104,7 +104,7 @@ class Student:
     def optimizer(self, rule: Rule) -> MaskedAdam:
         """A fresh one over all parameters."""
         others = other_parameters(self.model, [w.parameter for w in self.sparse.values()])
-        sums = (lambda tensor: self.ranks.sum_([tensor])) if self.ranks.shards else None
+        sums = (lambda tensor: self.processes.sum_([tensor])) if self.processes.shards else None
         return MaskedAdam(self.sparse, others, rule, Settings(), sums)
 
     def scale(self, masked_gradient: float) -> Scale:
@@ -133,18 +133,18 @@ class Student:
                 high = max(high, sizes.kthvalue(place).values.item())
             total, count = total + sizes.sum(dtype=torch.float64).item(), count + len(sizes)
         total, count = self._over_shards(total, count)
-        return total / max(1.0, count), max(self.ranks.of_all(high))
+        return total / max(1.0, count), max(self.processes.gather(high))
 
     def _over_shards(self, *values: float) -> list[float]:
         """Sums over what this process holds, as sums over the whole model."""
         sums = torch.tensor(values, dtype=torch.float64)
-        if self.ranks.shards:
+        if self.processes.shards:
             sums = sums.to(self.model.device)
-            self.ranks.sum_([sums])
+            self.processes.sum_([sums])
         return sums.tolist()
 
 
-def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
+def load_teacher(job: RecoverJob, processes: Processes) -> PreTrainedModel | None:
     """The frozen dense model; None when the loss does not ask for it.
 
     Of a few largest probabilities, which other runs use too, it is float32; else of the type in
@@ -158,13 +158,13 @@ def load_teacher(job: Recovery, ranks: Ranks) -> PreTrainedModel | None:
         # Not its buffers: rotary frequencies of 8 bits turn far tokens by whole radians.
         for parameter in teacher.parameters():
             parameter.data = parameter.data.to(products_of(job.config))
-    if ranks.shards:
-        ranks.shard(find_blocks(teacher)[1], job.device)
+    if processes.shards:
+        processes.shard(find_blocks(teacher)[1], job.device)
     return teacher
 
 
 def top_teacher(
-    job: Recovery, rows: TrainingRows, ranks: Ranks, progress: Progress
+    job: RecoverJob, rows: TrainingRows, processes: Processes, progress: Progress
 ) -> TopTeacher | None:
     """The teacher of whom the largest probabilities are kept; None when all are looked at.
 
@@ -174,17 +174,17 @@ def top_teacher(
     """
     if job.config.teacher_top is None:
         return None
-    teacher = TopTeacher.of(job, rows, cache(partial(load_teacher, job, ranks)))
+    teacher = TopTeacher.of(job, rows, cache(partial(load_teacher, job, processes)))
     positions = rows_of_run(job)
     if positions is not None:
         teacher.announce(positions, progress)
     if teacher.missing(positions):
-        way_out = "run it first where there is more memory, with the same cache of rows"
-        require_memory(job.config, job.source, job.teacher, job.recoverer, job.device, way_out)
+        hint = "run it first where there is more memory, with the same cache of rows"
+        require_memory(job.config, job.source, job.teacher, job.recoverer, job.device, hint)
     return teacher
 
 
-def rows_of_run(job: Recovery) -> int | None:
+def rows_of_run(job: RecoverJob) -> int | None:
     """How many rows in their order a run looks at; None: with `--max-time` it may be any."""
     config = job.config
     if config.tokens is None:

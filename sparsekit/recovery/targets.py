@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, PatternError, UsageError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns, skipped
+from sparsekit.pipeline.selection import WeightPatterns, skipped
 from sparsekit.recovery.checks import DENSE_ZEROS, zero_share
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.weights.patterns import Pattern
@@ -38,21 +38,23 @@ def sparse_targets(
     return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
 
 
-def patterns_of(config: RecoverConfig, source: Checkpoint, targets: Sequence[Target]) -> Patterns:
+def patterns_of(
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target]
+) -> WeightPatterns:
     """The pattern that was asked for, that of the history, or 2:4 for a dense model.
 
     Raises:
         UsageError: The model does not have the pattern that it should have, and none was named.
     """
     if config.pattern is not None:
-        return Patterns(base=config.pattern)
+        return WeightPatterns(base=config.pattern)
     told = told_patterns(source)
     if told:
         base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])
         own = {name: Pattern.parse(text) for name, text in told.items()}
-        patterns = Patterns(base=base, own={n: one for n, one in own.items() if one != base})
+        patterns = WeightPatterns(base=base, own={n: one for n, one in own.items() if one != base})
     else:
-        patterns = Patterns(base=Pattern(keep=2, group=4))
+        patterns = WeightPatterns(base=Pattern(keep=2, group=4))
     missing = ""
     for target in targets:
         weight = source.read([target.name])[target.name]

@@ -35,7 +35,7 @@ from sparsekit.model.full_model import hidden_states
 from sparsekit.progress import Progress
 from sparsekit.provenance.entry import NUMERICS
 from sparsekit.recovery.distillation import Top, chunk_positions
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.text import cache_file
 from sparsekit.text.training_rows import TrainingRows
 
@@ -66,7 +66,7 @@ class TopTeacher:
 
     @classmethod
     def of(
-        cls, job: Recovery, rows: TrainingRows, load: Callable[[], PreTrainedModel]
+        cls, job: RecoverJob, rows: TrainingRows, load: Callable[[], PreTrainedModel]
     ) -> TopTeacher:
         """The teacher of a run with `--teacher-top`; no file is looked at yet."""
         on_cpu = job.device.type == "cpu"

@@ -16,10 +16,10 @@ from sparsekit.recovery.deadline import (
     selection_seconds,
     steps_within,
 )
-from sparsekit.recovery.distributed import Ranks
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.distributed import Processes
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import measure
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.student import PROBED, Student
 from sparsekit.recovery.teacher_cache import TopTeacher
 from sparsekit.text.rows import TokenRows
@@ -39,15 +39,15 @@ SAFE = 3
 
 
 def make_plan(
-    job: Recovery,
+    job: RecoverJob,
     student: Student,
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
     windows: TokenRows | None,
-    ranks: Ranks,
+    processes: Processes,
     started: float,
     progress: Progress,
-) -> Plan:
+) -> TrainingPlan:
     """Steps, rates and strengths, some of them measured on steps that change nothing.
 
     Args:
@@ -56,7 +56,7 @@ def make_plan(
         teacher: The dense one.
         rows: What to train on.
         windows: What perplexities are measured on; None: nothing is.
-        ranks: The processes that share the work.
+        processes: The processes that share the work.
         started: When the run began, in seconds of `time.perf_counter`.
         progress: Told of the choices.
 
@@ -66,20 +66,22 @@ def make_plan(
     config, recoverer = job.config, job.recoverer
     steps, (perplexity, evaluation) = config.steps(), _first(job, student, windows, progress)
     scale = student.scale(0.0)
-    share = recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight
-    rate = config.lr or recoverer.rate_of(scale)
+    share = recoverer.default_kl_weight(scale) if config.kl_weight is None else config.kl_weight
+    rate = config.lr or recoverer.default_lr(scale)
     gradient = 0.0
     if config.max_time is not None or recoverer.needs_gradient:
         limit = math.inf if config.max_time is None else started + config.max_time
-        step, saving, gradient = _probe(job, student, teacher, rows, share, limit, ranks, progress)
+        step, saving, gradient = _probe(
+            job, student, teacher, rows, share, limit, processes, progress
+        )
     if config.max_time is not None:
         left = limit - time.perf_counter()
-        steps = ranks.of_main(steps_within(config, left, step, evaluation, saving))
+        steps = processes.broadcast(steps_within(config, left, step, evaluation, saving))
         if steps < 1:
             raise _no_time(left, step, closing_seconds(saving, evaluation))
         progress.note(f"{steps} steps of {step:.2f} s in the time that is left")
     decay = recoverer.decay_of(student.scale(gradient))
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps,
         rate=rate,
         share=share,
@@ -93,7 +95,7 @@ def make_plan(
         f", {share:.2f} of the loss is the divergence from the teacher"
         + (f", decay {decay:.3g}" if decay else "")
     )
-    if recoverer.settles:
+    if recoverer.dense_until_end:
         _require_budget(config, student, plan, progress)
     return plan
 
@@ -108,7 +110,7 @@ def _no_time(left: float, step: float, end: float) -> UsageError:
 
 
 def _first(
-    job: Recovery, student: Student, windows: TokenRows | None, progress: Progress
+    job: RecoverJob, student: Student, windows: TokenRows | None, progress: Progress
 ) -> tuple[float | None, float]:
     """Perplexity before training, if any is wanted, and the seconds that it took."""
     if windows is None:
@@ -120,13 +122,13 @@ def _first(
 
 
 def _probe(
-    job: Recovery,
+    job: RecoverJob,
     student: Student,
     teacher: PreTrainedModel | TopTeacher | None,
     rows: TrainingRows,
     share: float,
     limit: float,
-    ranks: Ranks,
+    processes: Processes,
     progress: Progress,
 ) -> tuple[float, float, float]:
     """Take some steps that change nothing, fewer when the time of the run (`limit`) ends before.
@@ -136,11 +138,11 @@ def _probe(
         mean square of the averaged gradient off the masks.
     """
     recoverer = job.recoverer
-    plan = Plan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
+    plan = TrainingPlan(steps=1 << 40, rate=0.0, share=share, decay=0.0, masked_gradient=0.0)
     if isinstance(teacher, TopTeacher) and job.config.max_time is not None:
         teacher = teacher.measured()
     optimizer = student.optimizer(recoverer.rule(0.0))
-    trial = Training(student.model, teacher, optimizer, rows, job.config, plan, 0, ranks)
+    trial = Training(student.model, teacher, optimizer, rows, job.config, plan, 0, processes)
     progress.begin("measuring speed and gradients", PROBED)
     seconds, begun = [], time.perf_counter()
     for _ in range(PROBED):
@@ -153,7 +155,7 @@ def _probe(
                 "and at the text",
             ) from error
         progress.step(f"{seconds[-1]:.1f} s a step")
-        if ranks.of_main(time.perf_counter() > begun + PROBING * (limit - begun)):
+        if processes.broadcast(time.perf_counter() > begun + PROBING * (limit - begun)):
             break
     progress.end()
     step = median(seconds)
@@ -163,7 +165,7 @@ def _probe(
 
 
 def _require_budget(
-    config: RecoverConfig, student: Student, plan: Plan, progress: Progress
+    config: RecoverConfig, student: Student, plan: TrainingPlan, progress: Progress
 ) -> None:
     """Refuse a pull that cannot bring the entries off the mask to zero in the steps there are.
 
@@ -199,7 +201,7 @@ def _require_budget(
         )
 
 
-def decay_budget(schedule: Schedule, plan: Plan, *, outward: bool = False) -> float:
+def decay_budget(schedule: Schedule, plan: TrainingPlan, *, outward: bool = False) -> float:
     """How far the pull can move a weight in all steps together (specification, section 4.3).
 
     Args:

@@ -11,13 +11,13 @@ from sparsekit.checkpoint.kind import TAKES, Kind, refusal
 from sparsekit.errors import DataError, UsageError
 from sparsekit.packing import convert, pack, pack_plan, unpack
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.prepare import prepare as prepare_prune
+from sparsekit.pruning.prepare import prepare_prune
 from sparsekit.pruning.prune import prune
 from sparsekit.quantization.config import QuantizeConfig
-from sparsekit.quantization.prepare import prepare as prepare_quantize
+from sparsekit.quantization.prepare import prepare_quantize
 from sparsekit.quantization.quantize import quantize
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.recovery.prepare import prepare as prepare_recover
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.study.recipe import parse

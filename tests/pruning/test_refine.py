@@ -14,11 +14,11 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.files import sha256_file
 from sparsekit.inspection.verify import verify
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.provenance.entry import Report
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
-from sparsekit.pruning.method_chain import Chain
+from sparsekit.pruning.method_chain import MethodChain
 from sparsekit.pruning.prune import prune
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.weights.patterns import Pattern
@@ -757,8 +757,8 @@ def test_weights_of_unlike_treatment_are_not_solved_as_one():
         Target(name, name.removesuffix(".weight"), transposed=False, shape=(4, 8)) for name in names
     ]
     sums = dict.fromkeys(names, InputSums(8, Want.MOMENTS))
-    one = Patterns(base=Pattern.parse("50%"))
-    two = Patterns(base=Pattern.parse("50%"), own={names[0]: Pattern.parse("60%")})
+    one = WeightPatterns(base=Pattern.parse("50%"))
+    two = WeightPatterns(base=Pattern.parse("50%"), own={names[0]: Pattern.parse("60%")})
 
     places = {
         name: TensorPlace("file", dtype, (4, 8), 0, 0)
@@ -766,7 +766,7 @@ def test_weights_of_unlike_treatment_are_not_solved_as_one():
     }
 
     def sizes(patterns, **options):
-        chain = Chain.build(PruneConfig(method="dsnot", initial="sparsegpt", **options), None)
+        chain = MethodChain.build(PruneConfig(method="dsnot", initial="sparsegpt", **options), None)
         return [len(group) for group in chain.groups(targets, sums, patterns, places)]
 
     assert sizes(one) == [2, 1]

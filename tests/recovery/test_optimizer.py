@@ -19,12 +19,12 @@ TWO_OF_FOUR = Pattern(keep=2, group=4)
 
 
 class Hiding(Held):
-    hides = True
-    frees = True
+    masks_forward = True
+    updates_pruned = True
 
 
 class Free(Held):
-    frees = True
+    updates_pruned = True
 
 
 def parameter(*shape, seed=0):
@@ -147,7 +147,7 @@ def test_changing_hidden_entries_changes_no_output():
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
     before = weight.parameter.clone()
     weight.weight[~weight.mask] *= 0.5
-    weight.publish(hides=True)
+    weight.publish(masks_forward=True)
     assert torch.equal(weight.parameter.abs(), before.abs())
 
 
@@ -157,7 +157,7 @@ def test_scales_of_1_change_nothing_and_scaled_weights_are_the_index_formula():
     weight = SparseWeight.of(plain, TWO_OF_FOUR, rule=Free(), spans=2)
     assert torch.equal(weight.parameter, weight.weight)
     weight.scale.copy_(torch.rand(3, 2, generator=torch.Generator().manual_seed(2)) + 0.5)
-    weight.publish(hides=False)
+    weight.publish(masks_forward=False)
     for row in range(3):
         for column in range(8):
             wanted = weight.weight[row, column] * weight.scale[row, column * 2 // 8]
@@ -167,7 +167,7 @@ def test_scales_of_1_change_nothing_and_scaled_weights_are_the_index_formula():
 def test_gradients_of_weight_and_scale_are_those_of_autograd():
     weight = SparseWeight.of(parameter(3, 8), TWO_OF_FOUR, rule=Free(), spans=2)
     weight.scale.copy_(torch.tensor([[0.5, 2.0]] * 3))
-    weight.publish(hides=False)
+    weight.publish(masks_forward=False)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     (x @ weight.parameter.T).square().sum().backward()
     w, a = weight.weight.clone().requires_grad_(), weight.scale.clone().requires_grad_()

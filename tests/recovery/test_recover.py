@@ -36,12 +36,12 @@ from sparsekit.recovery import prepare as recovery
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import saved_state as trainstate
 from sparsekit.recovery.config import RecoverConfig, rate_at
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
 from sparsekit.recovery.methods.ast import Ast
 from sparsekit.recovery.methods.fixed import Fixed
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
@@ -76,7 +76,7 @@ def linear(checkpoint):
 )
 def test_a_method_has_its_own_schedule(pruned, tmp_path, method, asked, taken):
     config = replace(SHORT, method=method, schedule=asked)
-    assert prepare(config, str(pruned), tmp_path / "out").config.schedule == taken
+    assert prepare_recover(config, str(pruned), tmp_path / "out").config.schedule == taken
 
 
 @pytest.mark.parametrize("method", ["fixed", "ast", "cast"])
@@ -160,8 +160,8 @@ def test_a_teacher_in_16_bits_keeps_its_buffers(family, row_file, tmp_path, name
     config = replace(SHORT, data=str(row_file), mixed_precision="bf16")
     teachers = []
     for one in (replace(config, mixed_precision="no"), config):
-        job = prepare(one, str(family(name)), tmp_path / "out")
-        teachers.append(stage.load_teacher(job, Ranks()))
+        job = prepare_recover(one, str(family(name)), tmp_path / "out")
+        teachers.append(stage.load_teacher(job, Processes()))
     whole, half = teachers
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     buffers = dict(half.named_buffers())
@@ -220,15 +220,15 @@ def test_masks_are_compared_at_each_saved_state_and_before_the_output(
 
 def test_masks_that_differ_between_whole_models_stop_the_run(monkeypatch):
     """D3: the comparison itself; of shards each process has its own."""
-    monkeypatch.setattr(Ranks, "of_all", lambda self, value: [value, "another"])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, "another"])
     optimizer = SimpleNamespace(fingerprint=lambda: "one")
-    two = SimpleNamespace(ranks=Ranks(size=2), optimizer=optimizer)
+    two = SimpleNamespace(processes=Processes(size=2), optimizer=optimizer)
     with pytest.raises(NumericalError, match="masks"):
         stage._require_same_masks(two)
     stage._require_same_masks(
-        SimpleNamespace(ranks=Ranks(size=2, shards=True), optimizer=optimizer)
+        SimpleNamespace(processes=Processes(size=2, shards=True), optimizer=optimizer)
     )
-    stage._require_same_masks(SimpleNamespace(ranks=Ranks(), optimizer=optimizer))
+    stage._require_same_masks(SimpleNamespace(processes=Processes(), optimizer=optimizer))
 
 
 def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
@@ -1107,7 +1107,7 @@ def test_a_machine_without_16_bit_units_is_told(pruned, tmp_path, monkeypatch, r
     seconds = {torch.float32: 1.0, torch.bfloat16: ratio}
     monkeypatch.setattr(recovery, "product_seconds", seconds.__getitem__)
     config = replace(SHORT, mixed_precision="bf16")
-    notes = prepare(config, str(pruned), tmp_path / "out").notes
+    notes = prepare_recover(config, str(pruned), tmp_path / "out").notes
     assert any("take 8.0 times as long as in float32" in note for note in notes) == told
 
 
@@ -1130,7 +1130,7 @@ def test_a_batch_that_cannot_fit_is_refused_first_with_one_that_may(
     with pytest.raises(DataError, match=f"3 rows of 16 tokens keeps about .*{hint}"):
         recover(config, str(pruned), tmp_path / "out")
     monkeypatch.setattr(memory_needs, "available_memory", lambda: int(held + 2.1 * row))
-    prepare(config, str(pruned), tmp_path / "out")
+    prepare_recover(config, str(pruned), tmp_path / "out")
 
 
 def test_cast_refuses_steps_that_cannot_bring_the_entries_to_zero(family, tmp_path):
@@ -1247,7 +1247,7 @@ def test_a_sparse_model_without_the_pattern_is_refused_and_asks_for_it(copy_of, 
 def test_the_pattern_of_the_history_may_be_named_in_any_way(family, row_file, tmp_path, written):
     config = PruneConfig(pattern="50%", calibration=str(row_file))
     sparse = prune(config, str(family("llama")), tmp_path / "sparse").out
-    notes = prepare(replace(SHORT, pattern=written), str(sparse), tmp_path / "out").notes
+    notes = prepare_recover(replace(SHORT, pattern=written), str(sparse), tmp_path / "out").notes
     assert not any("was pruned to" in note for note in notes)
 
 

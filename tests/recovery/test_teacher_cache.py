@@ -18,9 +18,9 @@ from sparsekit.progress import SILENT
 from sparsekit.recovery import memory_needs, student
 from sparsekit.recovery import teacher_cache as teacher
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.recover import recover
 from sparsekit.recovery.student import top_teacher
 
@@ -278,9 +278,9 @@ def test_memory_for_the_teacher_is_asked_for_only_where_it_is_needed(
 
 def test_speed_is_measured_as_if_no_row_were_there_unless_all_are(config, pruned, tmp_path, passes):
     recover(replace(config, tokens=32), str(pruned), tmp_path / "two-rows")
-    job = prepare(config, str(pruned), tmp_path / "out")
+    job = prepare_recover(config, str(pruned), tmp_path / "out")
     rows = config.corpus(None).rows(job.source, job.teacher)
-    found = top_teacher(job, rows, Ranks(), SILENT)
+    found = top_teacher(job, rows, Processes(), SILENT)
     passes.clear()
     slow = found.measured()
     for _ in range(2):
@@ -319,9 +319,14 @@ def test_what_cannot_be_kept_is_refused(config, pruned, tmp_path, change, messag
 
 def test_shards_are_refused(config, pruned, tmp_path):
     with pytest.raises(UsageError, match="--teacher-top needs a whole teacher"):
-        prepare(config, str(pruned), tmp_path / "out", ranks=Ranks(size=2, shards=True))
-    prepare(
-        replace(config, teacher_top=None), str(pruned), tmp_path / "out", ranks=Ranks(shards=True)
+        prepare_recover(
+            config, str(pruned), tmp_path / "out", processes=Processes(size=2, shards=True)
+        )
+    prepare_recover(
+        replace(config, teacher_top=None),
+        str(pruned),
+        tmp_path / "out",
+        processes=Processes(shards=True),
     )
 
 

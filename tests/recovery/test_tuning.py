@@ -22,9 +22,9 @@ from sparsekit.recovery import inputs as automethod
 from sparsekit.recovery import tuning as trainplan
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import CLOSING, PLANNED, steps_within
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.methods.cast import Continuous
 from sparsekit.recovery.recover import recover
 from sparsekit.recovery.speed import bench_recover
@@ -160,25 +160,25 @@ def test_no_row_comes_twice_where_the_text_has_more(pruned, tmp_path, tokens):
     (tmp_path / "text.txt").write_text("abcdefgh " * 40)
     config = replace(SHORT, data=str(tmp_path / "text.txt"), tokens=tokens)
     source = Checkpoint.open(pruned)
-    ranks, device = Ranks(), torch.device("cpu")
+    processes, device = Processes(), torch.device("cpu")
     assert config.steps() == 2
-    read = automethod.tokens_to_read(config, source, device, ranks)
+    read = automethod.tokens_to_read(config, source, device, processes)
     assert len(config.corpus(read).rows(source, None)) == 4
 
 
 def test_with_a_time_whole_steps_of_text_are_read_and_more_for_more_time(pruned):
-    source, ranks = Checkpoint.open(pruned), Ranks()
+    source, processes = Checkpoint.open(pruned), Processes()
     config = replace(SHORT, tokens=None, max_time="0.000001s")
     reads = [
         automethod.tokens_to_read(
-            replace(config, max_time=f"{t:.9f}s"), source, torch.device("cpu"), ranks
+            replace(config, max_time=f"{t:.9f}s"), source, torch.device("cpu"), processes
         )
         for t in (1e-9, 60.0, 120.0)
     ]
     assert reads[0] == 32  # one step, so that the time is named, not the text
     assert reads[2] == pytest.approx(2 * reads[1], abs=32)
     config = replace(config, max_time="60s", mixed_precision="bf16")
-    more = automethod.tokens_to_read(config, source, torch.device("cpu"), ranks)
+    more = automethod.tokens_to_read(config, source, torch.device("cpu"), processes)
     assert more == pytest.approx(2 * reads[1], abs=32)
 
 
@@ -206,7 +206,9 @@ def test_the_decay_budget_is_that_of_the_specification(schedule, strengths):
     """
     near = 0.01 if schedule == "constant" else 0.07
     for times, wanted in zip((1, 0.1, 10), strengths, strict=True):
-        plan = Plan(steps=7500, rate=2e-5, share=1.0, decay=times * 4e-7, masked_gradient=4e-7)
+        plan = TrainingPlan(
+            steps=7500, rate=2e-5, share=1.0, decay=times * 4e-7, masked_gradient=4e-7
+        )
         assert decay_budget(schedule, plan) == pytest.approx(wanted, rel=near, abs=7e-4)
 
 

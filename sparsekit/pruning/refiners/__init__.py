@@ -15,12 +15,12 @@ from sparsekit.pruning.methods import Pruned, Pruner
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.weights.patterns import Pattern
 
-GoOn = Callable[[float | None], bool]
+ShouldContinue = Callable[[float | None], bool]
 """Whether another round is worth its time: asked with None before the first one, and later with
 how far the last one has lowered the loss."""
 
 
-def always(fall: float | None) -> bool:
+def no_limit(fall: float | None) -> bool:
     """There is no limit on the time."""
     return True
 
@@ -37,7 +37,7 @@ class Refiner(ABC):
     """Named sets of options."""
     rowwise: ClassVar[bool] = False
     """As of `Pruner`."""
-    rounds: ClassVar[Mapping[str, Any]] = {}
+    unlimited: ClassVar[Mapping[str, Any]] = {}
     """Options with which only a time limit ends the method; empty: it does not work in rounds. Such
     a method tells in its numbers how many `sweeps` a weight got."""
     propagate: ClassVar[bool] = True
@@ -50,28 +50,28 @@ class Refiner(ABC):
         start: Pruned,  # not to be changed
         sums: InputSums,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """What becomes of a weight that has been pruned.
 
-        `go_on` is asked before each round, by methods that work in rounds.
+        `should_continue` is asked before each round, by methods that work in rounds.
 
         Raises:
             NumericalError: The sums or the solution are not finite.
         """
 
-    def covers(self, name: str) -> bool:
+    def applies_to(self, name: str) -> bool:
         """Whether the weight of this name is refined, or stays as the initial method left it."""
         return True
 
-    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
+    def mismatch(self, pattern: Pattern, rows: int, columns: int) -> str:
         """Why the method cannot have this pattern in a weight `[rows, columns]`; empty: it can."""
         return ""
 
-    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
+    def block_size(self, rows: int, columns: int, pattern: Pattern) -> int:
         """Side of the blocks of the factors that a weight gets; 0: it stays one matrix."""
         return 0
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
         """What the user should know before this pattern is asked for after this pruner."""
         return []

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.solvers.armor_als import BlockFit
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.solvers.nowag_scaling import importance, normalise
@@ -44,7 +44,7 @@ class Armor(Refiner):
 
     needs: ClassVar[Want] = Want.NORMS
     initial: ClassVar[str] = "nowag"
-    rounds: ClassVar[dict[str, Any]] = {"sweeps": 10000, "tolerance": 0.0}
+    unlimited: ClassVar[dict[str, Any]] = {"sweeps": 10000, "tolerance": 0.0}
     propagate: ClassVar[bool] = False
     block: int = 0
     """Side of the blocks, at most; 0: up to 128 and a quarter more numbers than the weight has."""
@@ -53,8 +53,8 @@ class Armor(Refiner):
     tolerance: float = 0.005
     """Stop when a sweep lowers the loss by a smaller share than this."""
 
-    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
-        """See `Refiner.misfit`."""
+    def mismatch(self, pattern: Pattern, rows: int, columns: int) -> str:
+        """See `Refiner.mismatch`."""
         if pattern.scope != "group":
             return f"armor needs an N:M pattern, not {pattern}: 2:4 is usual"
         if self.block % pattern.group:
@@ -62,12 +62,12 @@ class Armor(Refiner):
             return f"armor: blocks of {self.block} do not hold {groups}"
         if (count := comb(pattern.group, pattern.keep)) > MOST_SUPPORTS:
             return f"armor tries all supports of a group, and {pattern} has {count:,}"
-        if not self.block_of(rows, columns, pattern):
+        if not self.block_size(rows, columns, pattern):
             return f"no block of whole groups of {pattern.group} divides {rows} x {columns}"
         return ""
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
-        """See `Refiner.cautions`."""
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """See `Refiner.warnings`."""
         count = comb(pattern.group, pattern.keep)
         if count <= MANY_SUPPORTS:
             return []
@@ -79,14 +79,14 @@ class Armor(Refiner):
         start: Pruned,
         sums: InputSums,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """See `Refiner.refine`; the result has factors."""
-        block = self.block_of(*weight.shape, pattern)
+        block = self.block_size(*weight.shape, pattern)
         normal, columns, rows = normalise(weight, EPSILON)
         metric = importance(sums.squares)
         core = start.weight / columns / rows[:, None]
-        fit, told = self._fit(normal, core, metric, block, pattern, go_on)
+        fit, told = self._fit(normal, core, metric, block, pattern, should_continue)
         # A best value may be 0: the mask has the exact count all the same.
         mask = pattern.mask(fit.core.abs())
         factors = Form(
@@ -109,14 +109,14 @@ class Armor(Refiner):
         metric: Tensor,
         block: int,
         pattern: Pattern,
-        go_on: GoOn,
+        should_continue: ShouldContinue,
     ) -> tuple[BlockFit, dict[str, float]]:
         """The factors by coordinate descent, and what to tell of it."""
         fit = BlockFit(weight, core, metric, block=block, keep=pattern.keep, group=pattern.group)
         first = loss = fit.loss()
         done = 0
         fall: float | None = None
-        while done < self.sweeps and go_on(fall):
+        while done < self.sweeps and should_continue(fall):
             done += 1
             before, loss = loss, fit.sweep()
             fall = before - loss
@@ -127,7 +127,7 @@ class Armor(Refiner):
             fit.fit_right()
         return fit, {"sweeps": done, "first_loss": first}
 
-    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
+    def block_size(self, rows: int, columns: int, pattern: Pattern) -> int:
         """The largest block that divides both sides and holds whole groups; 0: none does.
 
         Unless one was asked for, A and B add at most a quarter of the weight's numbers, if the

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.solvers.input_stats import InputSums, Want
 from sparsekit.weights.patterns import Pattern
 
@@ -52,12 +52,12 @@ class Dsnot(Refiner):
     modules: Literal["all", "attention"] = "attention"
     """Which weights are refined; the others keep the initial mask."""
 
-    def covers(self, name: str) -> bool:
-        """See `Refiner.covers`."""
+    def applies_to(self, name: str) -> bool:
+        """See `Refiner.applies_to`."""
         return self.modules == "all" or "attn" in name or "attention" in name
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
-        """See `Refiner.cautions`."""
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """See `Refiner.warnings`."""
         found = []
         if pattern.scope == "group":
             known = f"DSnoT is known to make {pattern} models worse"
@@ -73,7 +73,7 @@ class Dsnot(Refiner):
         start: Pruned,
         sums: InputSums,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
         """See `Refiner.refine`; the surviving weights are those of the dense weight."""
         rows = _Rows(self, weight, start, sums)

@@ -13,11 +13,11 @@ from torch import Tensor
 class Rule(ABC):
     """How Adam's step treats entries off the mask."""
 
-    hides: bool = False
+    masks_forward: bool = False
     """Whether the model computes with the kept entries only, while the others are trained on."""
-    frees: bool = False
+    updates_pruned: bool = False
     """Whether entries off the mask follow their gradient; else they are zero, and stay so."""
-    squares_mix: bool = False
+    second_moment_of_mixed: bool = False
     """Whether the second moment is that of what `mix` gives, or that of the gradient."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Recoverer(ABC):
 
     needs_gradient: ClassVar[bool] = False
     """Whether a choice goes by the size of the gradients, which a few batches then measure."""
-    settles: ClassVar[bool] = False
+    dense_until_end: ClassVar[bool] = False
     """Whether the model computes with entries off the mask until the end, so that they must have
     vanished by then."""
     schedule: ClassVar[Literal["flat", "cosine", "linear"]] = "flat"
@@ -73,11 +73,11 @@ class Recoverer(ABC):
     def decay_of(self, scale: Scale) -> float:
         """λ: the largest strength of the pull toward zero; 0: none."""
 
-    def rate_of(self, scale: Scale) -> float:
+    def default_lr(self, scale: Scale) -> float:
         """The largest learning rate when none is given."""
         return by_size(scale.parameters, 1e-4, 5e-5, 2e-5)
 
-    def share_of(self, scale: Scale) -> float:
+    def default_kl_weight(self, scale: Scale) -> float:
         """The share of the divergence in the loss when none is given."""
         return by_size(scale.parameters, 2 / 3, 1 / 2, 1 / 3)
 

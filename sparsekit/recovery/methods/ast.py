@@ -72,14 +72,14 @@ class Annealed(Rule):
         coupled: Whether the decay goes through both moments, as a part of the gradient.
     """
 
-    hides = True
-    frees = True
+    masks_forward = True
+    updates_pruned = True
 
     def __init__(self, decay: float, ramp: float, *, coupled: bool) -> None:
         self.decay = decay
         self.ramp = ramp
         self.coupled = coupled
-        self.squares_mix = not coupled
+        self.second_moment_of_mixed = not coupled
 
     def strength(self, done: float) -> float:
         """λ after this share of the steps."""

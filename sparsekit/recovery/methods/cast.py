@@ -28,7 +28,7 @@ class Cast(Recoverer):
     """Dense forward; AdamS; a scale for each half of a row."""
 
     needs_gradient: ClassVar[bool] = True
-    settles: ClassVar[bool] = True
+    dense_until_end: ClassVar[bool] = True
     spans: int = 2
     """Spans of a row that have a trained scale each; 0: none."""
     refresh: int = 10
@@ -40,8 +40,8 @@ class Cast(Recoverer):
         """See `Recoverer.rule`."""
         return Continuous(decay)
 
-    def rate_of(self, scale: Scale) -> float:
-        """See `Recoverer.rate_of`; the second is a choice, the third is published."""
+    def default_lr(self, scale: Scale) -> float:
+        """See `Recoverer.default_lr`; the second is a choice, the third is published."""
         return by_size(scale.parameters, 1e-4, 2e-5, 2e-5)
 
     def decay_of(self, scale: Scale) -> float:
@@ -56,8 +56,8 @@ class Continuous(Rule):
         decay: λ.
     """
 
-    frees = True
-    squares_mix = True
+    updates_pruned = True
+    second_moment_of_mixed = True
 
     def __init__(self, decay: float) -> None:
         self.decay = decay

@@ -25,8 +25,8 @@ class Fixed(Recoverer):
         """See `Recoverer.rule`."""
         return Held()
 
-    def rate_of(self, scale: Scale) -> float:
-        """See `Recoverer.rate_of`."""
+    def default_lr(self, scale: Scale) -> float:
+        """See `Recoverer.default_lr`."""
         return by_size(scale.parameters, 4e-4, 5e-5, 2e-5)
 
     def decay_of(self, scale: Scale) -> float:

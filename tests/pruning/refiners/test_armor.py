@@ -193,8 +193,8 @@ def test_option_that_cannot_be_is_refused(options: dict[str, str], match: str) -
 # ------------------------------------------------------------------------------- its blocks
 
 
-def block_of(rows: int, columns: int, text: str = "2:4", block: int = 0) -> int:
-    return armor(block=block).block_of(rows, columns, Pattern.parse(text))
+def block_size(rows: int, columns: int, text: str = "2:4", block: int = 0) -> int:
+    return armor(block=block).block_size(rows, columns, Pattern.parse(text))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def block_of(rows: int, columns: int, text: str = "2:4", block: int = 0) -> int:
     ],
 )
 def test_block_is_the_largest_that_adds_a_quarter_at_most(rows, columns, block) -> None:
-    assert block_of(rows, columns) == block
+    assert block_size(rows, columns) == block
     assert block * (rows + columns) <= 0.25 * rows * columns
     larger = [b for b in range(block + 4, 129, 4) if rows % b == columns % b == 0]
     assert all(b * (rows + columns) > 0.25 * rows * columns for b in larger)
@@ -219,8 +219,8 @@ def test_block_is_the_largest_that_adds_a_quarter_at_most(rows, columns, block) 
 
 def test_smallest_block_is_taken_where_none_adds_a_quarter_only() -> None:
     """24 x 20: blocks of 4 add 4 · 44 to 480 numbers, more than a quarter."""
-    assert block_of(24, 20) == 4
-    assert block_of(8, 8, "4:8") == 8
+    assert block_size(24, 20) == 4
+    assert block_size(8, 8, "4:8") == 8
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,13 @@ def test_smallest_block_is_taken_where_none_adds_a_quarter_only() -> None:
 )
 def test_given_block_falls_to_the_largest_divisor(asked: int, found: int) -> None:
     """Of 192 and 576 in whole groups of 4, whatever it adds."""
-    assert block_of(192, 576, block=asked) == found
+    assert block_size(192, 576, block=asked) == found
 
 
 @pytest.mark.parametrize(("text", "block"), [("2:4", 36), ("4:8", 24), ("2:6", 36), ("5:10", 0)])
 def test_block_holds_whole_groups(text: str, block: int) -> None:
     """A divisor of 72, at most 40."""
-    assert block_of(72, 360, text, block=40) == block
+    assert block_size(72, 360, text, block=40) == block
 
 
 @pytest.mark.parametrize(
@@ -250,19 +250,19 @@ def test_block_holds_whole_groups(text: str, block: int) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(options, text, rows, columns, match) -> None:
-    assert match in armor(**options).misfit(Pattern.parse(text), rows, columns)
+    assert match in armor(**options).mismatch(Pattern.parse(text), rows, columns)
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "4:8", "5:10", "1:16", "2:16"])
 def test_what_fits_is_not_refused(text: str) -> None:
-    assert armor().misfit(Pattern.parse(text), 320, 640) == ""
+    assert armor().mismatch(Pattern.parse(text), 320, 640) == ""
 
 
 def test_many_supports_come_with_a_caution_that_counts_them() -> None:
-    (caution,) = armor().cautions(Pattern.parse("5:10"), None)
+    (caution,) = armor().warnings(Pattern.parse("5:10"), None)
     assert caution == "5:10 has 252 supports a group: a sweep takes 42 times 2:4's"
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:16"])
 def test_few_supports_come_without_a_caution(text: str) -> None:
-    assert armor().cautions(Pattern.parse(text), None) == []
+    assert armor().warnings(Pattern.parse(text), None) == []

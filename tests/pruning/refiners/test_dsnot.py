@@ -512,8 +512,8 @@ def test_modules_may_be_those_of_attention_only(family, name, attention, others)
     assert len(names) == 2 * len(parts)  # of two blocks
     for weight in names:
         (part,) = (part for part in parts if weight.endswith(f".{part}.weight"))
-        assert some.covers(weight) == (part in attention), weight
-        assert every.covers(weight)
+        assert some.applies_to(weight) == (part in attention), weight
+        assert every.applies_to(weight)
 
 
 def test_preset_has_the_published_values() -> None:
@@ -527,7 +527,7 @@ def test_preset_has_the_published_values() -> None:
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "1:4"])
 def test_n_of_m_comes_with_a_caution_that_names_the_pattern(text: str) -> None:
-    (caution,) = methods.load("refiners", "dsnot", {}).cautions(Pattern.parse(text), None)
+    (caution,) = methods.load("refiners", "dsnot", {}).warnings(Pattern.parse(text), None)
     assert f"make {text} models worse" in caution
     assert "compare" in caution
 
@@ -535,12 +535,12 @@ def test_n_of_m_comes_with_a_caution_that_names_the_pattern(text: str) -> None:
 @pytest.mark.parametrize("text", ["50%", "60%", "50%/tensor"])
 def test_unstructured_pattern_comes_without_a_caution(text: str) -> None:
     wanda = methods.load("pruners", "wanda", {})
-    assert methods.load("refiners", "dsnot", {}).cautions(Pattern.parse(text), wanda) == []
+    assert methods.load("refiners", "dsnot", {}).warnings(Pattern.parse(text), wanda) == []
 
 
 def test_pruner_whose_values_are_lost_is_named() -> None:
     sparsegpt = methods.load("pruners", "sparsegpt", {})
-    (caution,) = methods.load("refiners", "dsnot", {}).cautions(Pattern.parse("50%"), sparsegpt)
+    (caution,) = methods.load("refiners", "dsnot", {}).warnings(Pattern.parse("50%"), sparsegpt)
     assert caution == "where DSnoT refines, the values that sparsegpt gave the weights are lost"
 
 
