@@ -149,7 +149,7 @@ def _refuse_what_does_not_go(
         if chain.grid is not None and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
             raise UsageError(f"--then does not go with the factors of {cause}", "leave out one")
-        if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
+        if reason := chain.refiner.mismatch(pattern, *target.shape) if chain.refiner else "":
             raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
         if config.allocate != "none" and chain.factor_shapes(target, pattern):
             cause = f"--compensate {config.compensate}" if config.share else config.title
@@ -188,7 +188,7 @@ def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
     Raises:
         UsageError: Names the first such weight, and the ways out.
     """
-    odd = [target for target in targets if patterns.of(target).misfit(target.shape[1])]
+    odd = [target for target in targets if patterns.of(target).mismatch(target.shape[1])]
     if not odd:
         return
     pattern = patterns.of(odd[0])
@@ -201,6 +201,6 @@ def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
         modules = dict.fromkeys(t.name.removesuffix(".weight").rpartition(".")[2] for t in odd)
         ways.append("leave it dense with " + " ".join(f"--skip {name}" for name in modules))
     raise UsageError(
-        f"{odd[0].name}: {pattern.misfit(odd[0].shape[1])}",
+        f"{odd[0].name}: {pattern.mismatch(odd[0].shape[1])}",
         ", or ".join(ways) or "50% fits every weight",
     )

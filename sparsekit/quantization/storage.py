@@ -78,14 +78,14 @@ def refuse_misfits(
     Raises:
         UsageError: Names the first such weight, and the ways out.
     """
-    odd = next((target for target in targets if grid.misfit(target.shape[1])), None)
+    odd = next((target for target in targets if grid.mismatch(target.shape[1])), None)
     if odd is not None:
         common = math.gcd(*(target.shape[1] for target in targets))
         fitting = next((g for g in (128, 64, 32, 16) if common % g == 0), None)
         hint = f"{flag} int{grid.bits}"
         if fitting:
             hint = f"{flag} int{grid.bits}-g{fitting} fits, and so does {hint}"
-        raise UsageError(f"{odd.name}: {grid.misfit(odd.shape[1])}", hint)
+        raise UsageError(f"{odd.name}: {grid.mismatch(odd.shape[1])}", hint)
     if not coded:
         return
     transposed = next((target for target in targets if target.transposed), None)

@@ -46,7 +46,7 @@ def refuse_misfits(
         )
     for target in targets:
         columns, pattern, spans = target.shape[1], patterns.of(target), recoverer.spans
-        if reason := pattern.misfit(columns):
+        if reason := pattern.mismatch(columns):
             raise UsageError(f"{target.name}: {reason}", "another --pattern fits")
         if spans and (columns % spans or (pattern.group and columns // spans % pattern.group)):
             raise UsageError(

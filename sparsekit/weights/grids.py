@@ -57,7 +57,7 @@ class Grid:
             return "fp8" if self.floating else "w8a8"
         return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
 
-    def misfit(self, columns: int) -> str:
+    def mismatch(self, columns: int) -> str:
         """Why a weight with this many inputs cannot have the grid; empty when it can."""
         if self.group and columns % self.group:
             return f"{columns} inputs do not divide into groups of {self.group}"

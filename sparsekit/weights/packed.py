@@ -72,7 +72,7 @@ def packing(weight: Tensor, patterns: Iterable[Pattern], bits: int = 0) -> Patte
     zeros = kept.numel() - int(kept.sum())
     if not zeros:
         return None
-    fitting = [p for p in patterns if not p.misfit(columns) and _fits(kept, p)]
+    fitting = [p for p in patterns if not p.mismatch(columns) and _fits(kept, p)]
     tried = sorted(fitting, key=lambda p: packed_bytes((rows, columns), bits, p))
     tried.append(exact_pattern(zeros, kept.numel()))
     whole = kept.numel() * bits / 8

@@ -65,7 +65,7 @@ class Pattern:
         percent = f"{(Decimal(share.numerator) / share.denominator).normalize():f}%"
         return percent if self.scope == "row" else f"{percent}/tensor"
 
-    def misfit(self, columns: int) -> str:
+    def mismatch(self, columns: int) -> str:
         """Why a weight with this many inputs cannot have the pattern; empty when it can."""
         if self.scope == "group" and columns % self.group:
             return f"{columns} inputs do not divide into groups of {self.group}"
@@ -97,7 +97,7 @@ class Pattern:
             raise NumericalError(f"scores for the pattern {self} contain NaN")
         rows, columns = scores.shape
         if self.scope == "group":
-            if reason := self.misfit(columns):
+            if reason := self.mismatch(columns):
                 raise PatternError(reason)
             return _group_mask(scores, self.keep, self.group)
         if self.scope == "row":
@@ -112,7 +112,7 @@ class Pattern:
             PatternError: Names the first offending row (and group).
         """
         rows, columns = weight.shape
-        if reason := self.misfit(columns):
+        if reason := self.mismatch(columns):
             raise PatternError(f"{name}: {reason}")
         zero = weight == 0
         if self.scope == "tensor":

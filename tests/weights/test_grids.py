@@ -25,9 +25,9 @@ def test_other_texts_are_no_grid(text):
 
 
 def test_a_group_that_does_not_divide_is_told():
-    assert Grid.parse("int4-g64").misfit(96) == "96 inputs do not divide into groups of 64"
-    assert not Grid.parse("int4-g32").misfit(96)
-    assert not Grid.parse("int8").misfit(97)
+    assert Grid.parse("int4-g64").mismatch(96) == "96 inputs do not divide into groups of 64"
+    assert not Grid.parse("int4-g32").mismatch(96)
+    assert not Grid.parse("int8").mismatch(97)
 
 
 @pytest.mark.parametrize("text", ["int4", "int8", "w8a8", "fp8"])

@@ -224,9 +224,9 @@ def test_nan_scores_are_refused(text: str) -> None:
 
 def test_columns_that_do_not_divide_are_refused() -> None:
     pattern = Pattern.parse("2:4")
-    assert pattern.misfit(10) == "10 inputs do not divide into groups of 4"
-    assert pattern.misfit(12) == ""
-    assert Pattern.parse("50%").misfit(10) == ""
+    assert pattern.mismatch(10) == "10 inputs do not divide into groups of 4"
+    assert pattern.mismatch(12) == ""
+    assert Pattern.parse("50%").mismatch(10) == ""
     with pytest.raises(PatternError, match="10 inputs do not divide into groups of 4"):
         pattern.mask(torch.rand(2, 10))
     with pytest.raises(PatternError, match=r"^q: 10 inputs do not divide into groups of 4"):

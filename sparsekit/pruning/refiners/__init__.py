@@ -64,7 +64,7 @@ class Refiner(ABC):
         """Whether the weight of this name is refined, or stays as the initial method left it."""
         return True
 
-    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
+    def mismatch(self, pattern: Pattern, rows: int, columns: int) -> str:
         """Why the method cannot have this pattern in a weight `[rows, columns]`; empty: it can."""
         return ""
 

@@ -53,8 +53,8 @@ class Armor(Refiner):
     tolerance: float = 0.005
     """Stop when a sweep lowers the loss by a smaller share than this."""
 
-    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
-        """See `Refiner.misfit`."""
+    def mismatch(self, pattern: Pattern, rows: int, columns: int) -> str:
+        """See `Refiner.mismatch`."""
         if pattern.scope != "group":
             return f"armor needs an N:M pattern, not {pattern}: 2:4 is usual"
         if self.block % pattern.group:

@@ -250,12 +250,12 @@ def test_block_holds_whole_groups(text: str, block: int) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(options, text, rows, columns, match) -> None:
-    assert match in armor(**options).misfit(Pattern.parse(text), rows, columns)
+    assert match in armor(**options).mismatch(Pattern.parse(text), rows, columns)
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "4:8", "5:10", "1:16", "2:16"])
 def test_what_fits_is_not_refused(text: str) -> None:
-    assert armor().misfit(Pattern.parse(text), 320, 640) == ""
+    assert armor().mismatch(Pattern.parse(text), 320, 640) == ""
 
 
 def test_many_supports_come_with_a_caution_that_counts_them() -> None:

@@ -32,7 +32,7 @@ def accepted(patterns: list[str], rows: int, columns: int) -> list[tuple[str, st
         (name, text)
         for name in REFINERS
         for text in patterns
-        if not load(name).misfit(Pattern.parse(text), rows, columns)
+        if not load(name).mismatch(Pattern.parse(text), rows, columns)
     ]
 
 
@@ -136,7 +136,7 @@ def test_unusual_patterns(name: str, text: str) -> None:
 @every_refiner
 def test_pattern_that_is_usual_for_pruners_is_accepted(name: str) -> None:
     """`prune` names 2:4 as the way out when a refiner refuses a pattern."""
-    assert not load(name).misfit(Pattern.parse("2:4"), 64, 64)
+    assert not load(name).mismatch(Pattern.parse("2:4"), 64, 64)
 
 
 @every_pattern
