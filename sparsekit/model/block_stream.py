@@ -22,7 +22,7 @@ from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target, find_targets
 from sparsekit.model.recording import Call, InputRecorder, Seen, same
 from sparsekit.model.skeleton import Skeleton
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 
 # Families for which the test suite shows that the stream equals the forward bit for bit.
 TESTED_FAMILIES = frozenset(
@@ -246,8 +246,8 @@ class Block:
 
     @torch.no_grad()
     def observe(
-        self, targets: Iterable[Target], want: Want, *, advance: bool = False
-    ) -> dict[str, InputSums]:
+        self, targets: Iterable[Target], want: Stats, *, advance: bool = False
+    ) -> dict[str, InputStats]:
         """Sums of the inputs of each target, by its name on disk, over all token rows.
 
         Targets that read the same tensor (q, k and v) share one object. Unless the hidden states

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
-from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputSums, Want
+from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputStats, Stats
 
 # Comparisons of one row's arguments, by identity; the second tensor is held so that no other
 # tensor can take its identity meanwhile.
@@ -41,7 +41,7 @@ class InputRecorder:
         module: nn.Module,
         name: str,
         targets: list[Target],
-        want: Want,
+        want: Stats,
         *,
         rows: int,
         device: torch.device,
@@ -52,7 +52,7 @@ class InputRecorder:
         self.want = want
         self.device = device
         self.compute = compute
-        self.sums: dict[str, InputSums] = {}
+        self.sums: dict[str, InputStats] = {}
         self._targets = targets
         self._handles: list[Any] = []
         self._inputs: list[tuple[str, Tensor, int]] = []
@@ -112,7 +112,7 @@ class InputRecorder:
         for name, leader in zip(self._order, self._leaders, strict=True):
             if name == leader and name not in self.sums:
                 columns = next(t.shape[1] for t in self._targets if t.name == name)
-                self.sums[name] = InputSums(columns, self.want, self.device)
+                self.sums[name] = InputStats(columns, self.want, self.device)
             self.sums[name] = self.sums[leader]
 
     def _add(self, sample: int) -> None:

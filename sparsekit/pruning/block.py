@@ -19,7 +19,7 @@ from sparsekit.pruning.prepare import Job
 from sparsekit.pruning.refiners import always
 from sparsekit.pruning.time_budget import Budget
 from sparsekit.quantization.storage import coded_tensors, read_coded
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes
@@ -29,7 +29,7 @@ FITTED = 8
 
 
 def prune_block(
-    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
+    job: Job, block: Block, sums: dict[str, InputStats], budget: Budget | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
@@ -49,7 +49,7 @@ def prune_block(
 
 
 def _prune_group(
-    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
+    job: Job, block: Block, group: list[Target], sums: InputStats | None, budget: Budget | None
 ) -> tuple[list[WeightRow], dict[str, Tensor]]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""
     started = time.perf_counter()

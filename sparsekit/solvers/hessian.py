@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericalError
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 
 # A failed factorisation is tried again with ten times the damping, up to this share.
 MOST_DAMPING = 1.0
@@ -30,7 +30,7 @@ class Factor:
     damping: float  # share of the mean diagonal that was needed
 
 
-def factorise(sums: InputSums, damping: float) -> Factor:
+def factorise(sums: InputStats, damping: float) -> Factor:
     """The factor that optimal-brain-surgeon sweeps use, shared by weights with the same input.
 
     One Cholesky step instead of the published three with an inverse: with J the reversal of the
@@ -47,7 +47,7 @@ def factorise(sums: InputSums, damping: float) -> Factor:
     return sums.derived(("factor", damping), lambda: _factorise(sums, damping))
 
 
-def _factorise(sums: InputSums, damping: float) -> Factor:
+def _factorise(sums: InputStats, damping: float) -> Factor:
     hessian = sums.gram * (2 / sums.rows)
     require_finite(hessian)
     diagonal = hessian.diagonal()
@@ -89,7 +89,7 @@ class UnitGram:
     scale: Tensor  # d [in] float32; a weight is multiplied by it to match
 
 
-def unit_gram(sums: InputSums, damping: float) -> UnitGram:
+def unit_gram(sums: InputStats, damping: float) -> UnitGram:
     """The Gram matrix that least squares on a support is solved with, shared between weights.
 
     Args:

@@ -16,7 +16,7 @@ PANEL = 192
 SAMPLE_TOKENS = 256
 
 
-class Want(enum.Flag):
+class Stats(enum.Flag):
     """What to sum; several can be wanted together."""
 
     NORMS = enum.auto()
@@ -27,7 +27,7 @@ class Want(enum.Flag):
     """The whole Gram matrix, whose diagonal is the sum of squares."""
 
 
-class InputSums:
+class InputStats:
     """Sums over the inputs of one or more weights that read the same tensor.
 
     Rows are added one at a time and in order, so the sums do not depend on any batch size.
@@ -40,7 +40,7 @@ class InputSums:
         device: Where the sums live.
     """
 
-    def __init__(self, columns: int, want: Want, device: torch.device | str = "cpu") -> None:
+    def __init__(self, columns: int, want: Stats, device: torch.device | str = "cpu") -> None:
         self.columns = columns
         self.rows = 0
         self.tokens = 0
@@ -51,11 +51,11 @@ class InputSums:
         self._totals: Tensor | None = None
         self._row_squares: Tensor | None = None  # over rows, (sum over the row's tokens)² / tokens
         double = {"dtype": torch.float64, "device": device}
-        if Want.GRAM in want:
+        if Stats.GRAM in want:
             self._gram = torch.zeros(columns, columns, device=device)
         else:
             self._squares = torch.zeros(columns, **double)
-        if Want.MOMENTS in want:
+        if Stats.MOMENTS in want:
             self._totals = torch.zeros(columns, **double)
             self._row_squares = torch.zeros(columns, **double)
 
@@ -96,14 +96,14 @@ class InputSums:
     def totals(self) -> Tensor:
         """Sum over all tokens of the input, `[in]` float32."""
         if self._totals is None:
-            raise ValueError("these sums hold no moments; ask for Want.MOMENTS")
+            raise ValueError("these sums hold no moments; ask for Stats.MOMENTS")
         return self._totals.float()
 
     @property
     def variance(self) -> Tensor:
         """Variance over the tokens of a row, averaged over all tokens, `[in]` float32."""
         if self._row_squares is None:
-            raise ValueError("these sums hold no moments; ask for Want.MOMENTS")
+            raise ValueError("these sums hold no moments; ask for Stats.MOMENTS")
         squares = self.squares.double()
         return ((squares - self._row_squares) / self.tokens).clamp_min(0).float()
 
@@ -111,7 +111,7 @@ class InputSums:
     def gram(self) -> Tensor:
         """Sum over all tokens of x xᵀ, `[in, in]` float32; not to be changed in place."""
         if self._gram is None:
-            raise ValueError("these sums hold no Gram matrix; ask for Want.GRAM")
+            raise ValueError("these sums hold no Gram matrix; ask for Stats.GRAM")
         return self.derived("gram", self._mirror)
 
     def _mirror(self) -> Tensor:

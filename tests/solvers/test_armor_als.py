@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsekit import registry as methods
 from sparsekit.solvers.armor_als import BlockFit
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.solvers.nowag_scaling import importance, normalise
 from sparsekit.weights.block_diagonal import times_left, times_right
 from sparsekit.weights.patterns import Pattern
@@ -112,7 +112,7 @@ def test_products_are_those_of_the_block_diagonal_matrices() -> None:
 
 def test_start_is_nowag() -> None:
     """Identity factors and NoWag's mask: the loss is the weighted share of what it removes."""
-    weight, sums = weight_of(ROWS, COLUMNS), sums_of(inputs_of(200, COLUMNS), Want.NORMS)
+    weight, sums = weight_of(ROWS, COLUMNS), sums_of(inputs_of(200, COLUMNS), Stats.NORMS)
     pruned = methods.load("pruners", "nowag", {}).prune(weight, sums, Pattern.parse("2:4"))
     normal, columns, rows = normalise(weight, 1e-5)
     core, h = pruned.weight / columns / rows[:, None], importance(sums.squares)

@@ -14,7 +14,7 @@ from oracles import (
 
 from sparsekit.errors import NumericalError
 from sparsekit.solvers.hessian import Factor, factorise, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def test_fewer_tokens_than_inputs_work_with_the_default_damping() -> None:
 
 
 def test_hopeless_gram_is_an_error_after_the_last_damping() -> None:
-    sums = InputSums(3, Want.GRAM)
+    sums = InputStats(3, Stats.GRAM)
     sums.update(torch.eye(3))
     sums.gram.copy_(torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]))  # no Gram matrix
     with pytest.raises(NumericalError, match="3 tokens is not positive definite"):

@@ -25,7 +25,7 @@ from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned, Pruner
 from sparsekit.solvers.column_sweep import Rounding, Sweep, Unit
 from sparsekit.solvers.hessian import factorise
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.patterns import Pattern
 
@@ -34,7 +34,7 @@ from sparsekit.weights.patterns import Pattern
 class Sparsegpt(Pruner):
     """Score W² / U_jj², with an optimal-brain-surgeon update of the columns to the right."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     updates: ClassVar[bool] = True
     rowwise: ClassVar[bool] = True
     damping: float = 0.01
@@ -46,14 +46,14 @@ class Sparsegpt(Pruner):
         if self.block < 1:
             raise UsageError("option block of sparsegpt must be above 0", "its default is 128")
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         return self._pass(weight, sums, pattern, None, torch.float32)
 
     def prune_on_grid(
         self,
         weight: Tensor,
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         grid: Grid,
         dtype: torch.dtype,
@@ -64,7 +64,7 @@ class Sparsegpt(Pruner):
     def _pass(
         self,
         weight: Tensor,
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         grid: Grid | None,
         dtype: torch.dtype,

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsekit.quantization.methods import Quantized, Quantizer
 from sparsekit.solvers.column_sweep import Rounding, Sweep
 from sparsekit.solvers.hessian import factorise
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Grid
 
 
@@ -27,14 +27,14 @@ from sparsekit.weights.grids import Grid
 class Gptq(Quantizer):
     """An optimal-brain-surgeon update of the columns to the right of a rounded one."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
 
     def quantize(
         self,
         weight: Tensor,
-        sums: InputSums | None,
+        sums: InputStats | None,
         grid: Grid,
         dtype: torch.dtype,
         mask: Tensor | None = None,

@@ -11,7 +11,7 @@ from sparsekit.pruning.methods.sparsegpt import Sparsegpt
 from sparsekit.quantization.methods.awq import Awq
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.quantization.methods.rtn import Rtn
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.patterns import Pattern
 
@@ -26,8 +26,8 @@ def inputs(seed: int = 1) -> torch.Tensor:
     return torch.randn(ROWS * 100, IN, generator=generator) @ mixing
 
 
-def sums_of(x: torch.Tensor) -> InputSums:
-    sums = InputSums(IN, Want.GRAM)
+def sums_of(x: torch.Tensor) -> InputStats:
+    sums = InputStats(IN, Stats.GRAM)
     for row in x.chunk(ROWS):
         sums.update(row, sample=50)
     return sums
