@@ -1,4 +1,4 @@
-"""Sums over inputs, against float64 products of the whole input."""
+"""Statistics of inputs, against float64 products of the whole input."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_norms_do_not_lose_small_rows_after_a_large_one() -> None:
     assert float(sums.squares) == 2.0**24 + 100
 
 
-def test_gram_that_was_read_goes_on_to_be_summed() -> None:
+def test_gram_can_be_read_between_updates() -> None:
     x = inputs_of(90, 2 * PANEL + 44)
     read, unread = InputStats(x.shape[1], Stats.GRAM), InputStats(x.shape[1], Stats.GRAM)
     for row in x.chunk(3):
@@ -78,7 +78,7 @@ def test_gram_that_was_read_goes_on_to_be_summed() -> None:
 
 
 def test_gram_of_norms_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ask for Stats\.GRAM"):
+    with pytest.raises(ValueError, match=r"Stats\.GRAM"):
         _ = sums_of(inputs_of(8, 4), Stats.NORMS).gram
 
 
