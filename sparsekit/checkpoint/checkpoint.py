@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.compressed_tensors import grid_of, quantization, with_weights
+from sparsekit.checkpoint.compressed_tensors import decoded_places, grid_of, quantization
 from sparsekit.checkpoint.folder import (
     FACTORS,
     INDEX,
@@ -50,7 +50,7 @@ AGAIN = "copy the folder again"
 # A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
 SOON_READ = 1 << 30
 # Stages after which each weight has a pattern that the history tells.
-PATTERNED = ("prune", "recover", "pack")
+PATTERN_STAGES = ("prune", "recover", "pack")
 
 
 @dataclass(eq=False)
@@ -108,7 +108,7 @@ class Checkpoint:
             packed = packed_forms(path, factors)
         grid = grid_of(quantization(path))
         if grid is not None:
-            places, quantized = with_weights(path, places, grid)
+            places, quantized = decoded_places(path, places, grid)
         return cls(
             path=path,
             places=dict(sorted(places.items())),
@@ -196,7 +196,7 @@ class Checkpoint:
             converted: Whether conversions count that found one; they name no dense model.
         """
         history = self.provenance()["history"]
-        return [e for e in history if e.get("stage") in PATTERNED or (converted and _found(e))]
+        return [e for e in history if e.get("stage") in PATTERN_STAGES or (converted and _found(e))]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in their dtype on disk, in memory of their own."""
@@ -303,5 +303,5 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
-    told = entry.get("stage") in PATTERNED or _found(entry)
+    told = entry.get("stage") in PATTERN_STAGES or _found(entry)
     return not told or all(isinstance(entry.get(k), t) for k, t in parts)

@@ -125,7 +125,7 @@ def quantization(path: Path) -> Any:
     return told.get("quantization_config") if isinstance(told, dict) else None
 
 
-def with_weights(
+def decoded_places(
     path: Path, places: Mapping[str, TensorPlace], grid: Grid
 ) -> tuple[dict[str, TensorPlace], dict[str, StoredForm]]:
     """Places with weights where their codes and scales are, and those of codes and scales.

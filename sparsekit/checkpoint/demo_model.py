@@ -205,10 +205,10 @@ def convert(gguf: Path, folder: Path) -> None:
                 tokenizer.save_pretrained(folder)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        settle(folder)
+        make_durable(folder)
 
 
-def settle(folder: Path) -> None:
+def make_durable(folder: Path) -> None:
     """Give the files of a new checkpoint one mode, and make them durable."""
     # safetensors makes its file readable for the owner alone, whatever the umask says.
     mode = (folder / "config.json").stat().st_mode & 0o777

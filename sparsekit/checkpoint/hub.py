@@ -80,14 +80,14 @@ def _refuse_other_forms(repo: str, told: Any) -> None:
         DataError: Says what to do.
     """
     from sparsekit.checkpoint.compressed_tensors import grid_of
-    from sparsekit.checkpoint.kind import not_read
+    from sparsekit.checkpoint.kind import unsupported_format
 
     if is_packed(told):
         raise DataError(
             f"{repo} is packed", f"fetch it with hf download {repo}, and name the folder"
         )
     if told and grid_of(told) is None:
-        raise not_read(repo, {"quantization_config": told})
+        raise unsupported_format(repo, {"quantization_config": told})
 
 
 def _shards(repo: str, folder: Path) -> list[str]:

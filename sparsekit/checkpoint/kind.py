@@ -145,7 +145,7 @@ def kind_of(config: Mapping[str, Any], *, on_grid: bool, factors: bool, alone: b
     return Kind.PRODUCTS if factors else Kind.PLAIN
 
 
-def not_read(name: object, config: Mapping[str, Any]) -> DataError:
+def unsupported_format(name: object, config: Mapping[str, Any]) -> DataError:
     """The error for a checkpoint whose format sparsekit does not read.
 
     Args:

@@ -13,7 +13,7 @@ from sparsekit.progress import SILENT, Progress
 DEMO = "demo"
 
 
-def check(reference: str) -> Path | None:
+def check_reference(reference: str) -> Path | None:
     """Refuse what can be no model, as far as names of files show it; gives the folder if there is.
 
     This takes neither torch nor the network, so a wrong word is answered at once.
@@ -39,13 +39,13 @@ def resolve(reference: str, progress: Progress = SILENT) -> Path:
         StorageError: The model cannot be kept in the cache.
     """
     if not reference:
-        check(reference)
+        check_reference(reference)
     if reference == DEMO:
         return demo_model(progress)
     return _folder(reference) if _is_local(reference) else fetch(reference, progress)
 
 
-def at_hand(reference: str) -> Path | None:
+def local_folder(reference: str) -> Path | None:
     """The folder of a model that is here already, without asking the network; None: it is not."""
     if reference == DEMO:
         place = demo_folder()
@@ -56,7 +56,7 @@ def at_hand(reference: str) -> Path | None:
     return place if (place / "config.json").is_file() else None
 
 
-def title(reference: str) -> str:
+def display_name(reference: str) -> str:
     """What a model is called without its place: the last part of its path or hub id."""
     return SMOLLM2.model if reference == DEMO else Path(reference).resolve().name
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparsekit.checkpoint.output_folder import refuse_output, refuse_source
-from sparsekit.checkpoint.resolve import check
+from sparsekit.checkpoint.resolve import check_reference
 from sparsekit.cli import complete
 from sparsekit.errors import DataError, UsageError
 from sparsekit.pipeline.options import DEVICES, WHERE
@@ -82,7 +82,7 @@ def named(name: str) -> str:
     """
     if name == "-":
         return _piped()
-    check(name)
+    check_reference(name)
     return name
 
 
@@ -108,7 +108,7 @@ def _piped() -> str:
     if len(lines[0]) > PATH_LENGTH:
         raise UsageError(f"stdin has a line of {len(lines[0])} characters", ONE_PATH)
     try:
-        check(lines[0])
+        check_reference(lines[0])
     except DataError as error:
         raise DataError(f"{error.message} (read from stdin)", error.hint) from error
     return lines[0]
@@ -120,6 +120,6 @@ def refuse_early(model: str, out: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: The output cannot be written there.
     """
-    if folder := check(model):
+    if folder := check_reference(model):
         refuse_source(out, folder)
     refuse_output(out, overwrite=overwrite)

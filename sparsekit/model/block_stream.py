@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target, find_targets
-from sparsekit.model.recording import Call, InputRecorder, Seen, same
+from sparsekit.model.recording import BlockCall, Comparisons, InputRecorder, equal_calls
 from sparsekit.model.skeleton import Skeleton
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 
 # Families for which the test suite shows that the stream equals the forward bit for bit.
 TESTED_FAMILIES = frozenset(
@@ -53,8 +53,8 @@ class BlockStream:
         self.model = self.skeleton.model
         self.hidden: list[Tensor] = []
         """For each token row the input of the current block, `[1, length, hidden]`."""
-        self._calls: list[list[Call]] = []
-        self._seen: Seen = {}
+        self._calls: list[list[BlockCall]] = []
+        self._seen: Comparisons = {}
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
@@ -133,24 +133,24 @@ class BlockStream:
         keep = {} if wanted is None else {"logits_to_keep": wanted}
         return self.model(inputs_embeds=dummy, use_cache=False, **keep).logits
 
-    def _record(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+    def _record(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         if index == 0:
             self.hidden.append(hidden.to("cpu", copy=True))
             self._seen = {}
         calls = self._calls[index]
         # Rows of one length are called alike; then one copy serves them all.
-        alike = calls and same(calls[0], call, self._seen)
+        alike = calls and equal_calls(calls[0], call, self._seen)
         calls.append(calls[0] if alike else call)
         return hidden
 
     @contextmanager
-    def _stubs(self, answer: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+    def _stubs(self, answer: Callable[[int, Tensor, BlockCall], Tensor]) -> Iterator[None]:
         """Let every block answer by a function instead of computing."""
 
         def stub(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-                return answer(index, hidden, Call(args[1:], kwargs)).to(self.device)
+                return answer(index, hidden, BlockCall(args[1:], kwargs)).to(self.device)
 
             return forward
 
@@ -246,8 +246,8 @@ class Block:
 
     @torch.no_grad()
     def observe(
-        self, targets: Iterable[Target], want: Want, *, advance: bool = False
-    ) -> dict[str, InputSums]:
+        self, targets: Iterable[Target], want: Stats, *, advance: bool = False
+    ) -> dict[str, InputStats]:
         """Sums of the inputs of each target, by its name on disk, over all token rows.
 
         Targets that read the same tensor (q, k and v) share one object. Unless the hidden states

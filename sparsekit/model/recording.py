@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
-from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputSums, Want
+from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputStats, Stats
 
 # Comparisons of one row's arguments, by identity; the second tensor is held so that no other
 # tensor can take its identity meanwhile.
-Seen = dict[tuple[int, int], tuple[bool, Tensor]]
+Comparisons = dict[tuple[int, int], tuple[bool, Tensor]]
 
 
 class _Reached(Exception):
@@ -41,7 +41,7 @@ class InputRecorder:
         module: nn.Module,
         name: str,
         targets: list[Target],
-        want: Want,
+        want: Stats,
         *,
         rows: int,
         device: torch.device,
@@ -52,7 +52,7 @@ class InputRecorder:
         self.want = want
         self.device = device
         self.compute = compute
-        self.sums: dict[str, InputSums] = {}
+        self.sums: dict[str, InputStats] = {}
         self._targets = targets
         self._handles: list[Any] = []
         self._inputs: list[tuple[str, Tensor, int]] = []
@@ -112,7 +112,7 @@ class InputRecorder:
         for name, leader in zip(self._order, self._leaders, strict=True):
             if name == leader and name not in self.sums:
                 columns = next(t.shape[1] for t in self._targets if t.name == name)
-                self.sums[name] = InputSums(columns, self.want, self.device)
+                self.sums[name] = InputStats(columns, self.want, self.device)
             self.sums[name] = self.sums[leader]
 
     def _add(self, sample: int) -> None:
@@ -126,21 +126,21 @@ class InputRecorder:
 
 
 @dataclass
-class Call:
+class BlockCall:
     """What a block is called with, besides the hidden states."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
 
-def same(first: Any, second: Any, seen: Seen) -> bool:
+def equal_calls(first: Any, second: Any, seen: Comparisons) -> bool:
     """Whether two recorded values are equal, tensors by content."""
     if first is second:
         return True
     if type(first) is not type(second):
         return False
-    if isinstance(first, Call):
-        return same(first.positional, second.positional, seen) and same(
+    if isinstance(first, BlockCall):
+        return equal_calls(first.positional, second.positional, seen) and equal_calls(
             first.named, second.named, seen
         )
     if isinstance(first, Tensor):
@@ -151,10 +151,12 @@ def same(first: Any, second: Any, seen: Seen) -> bool:
         return seen[key][0]
     if isinstance(first, (tuple, list)):
         return len(first) == len(second) and all(
-            same(a, b, seen) for a, b in zip(first, second, strict=True)
+            equal_calls(a, b, seen) for a, b in zip(first, second, strict=True)
         )
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k], seen) for k in first)
+        return first.keys() == second.keys() and all(
+            equal_calls(first[k], second[k], seen) for k in first
+        )
     try:
         return bool(first == second)
     except (RuntimeError, ValueError, TypeError):

@@ -12,7 +12,7 @@ import torch
 from sparsekit.memory import KEPT_BYTES
 from sparsekit.pipeline.loops import Rewrite, rewrite_block
 from sparsekit.solvers.hessian import FACTORING_BYTES
-from sparsekit.solvers.input_stats import SAMPLE_TOKENS, Want
+from sparsekit.solvers.input_stats import SAMPLE_TOKENS, Stats
 
 if TYPE_CHECKING:
     from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -28,10 +28,10 @@ def forecast(
     transform: Rewrite,
     *,
     calibration: Calibration | None,
-    want: Want | None,
+    want: Stats | None,
     propagate: bool,
     others: Sequence[Checkpoint] = (),
-    passes: Sequence[Want] = (),
+    passes: Sequence[Stats] = (),
     progress: Progress,
 ) -> float:
     """Seconds that a run will take on this machine, from its first block, which is not kept.
@@ -76,7 +76,7 @@ def forecast(
 
 def peak_estimate(
     stream: BlockStream,
-    want: Want | None,
+    want: Stats | None,
     calibration: Calibration | None,
     gram_bytes: int = FACTORING_BYTES,
 ) -> int:
@@ -99,7 +99,7 @@ def peak_estimate(
         # Which weights share an input shows in the forward only: at most one Gram matrix for each.
         widths = [target.shape[1] for target in block.targets]
         grams = 0
-        if want and Want.GRAM in want:
+        if want and Stats.GRAM in want:
             grams = 4 * sum(w * w for w in widths) + gram_bytes * max(widths) ** 2
         solving = 2 * max(math.prod(target.shape) for target in block.targets)
         blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)

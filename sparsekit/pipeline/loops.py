@@ -9,7 +9,7 @@ from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block, BlockStream
 from sparsekit.progress import Progress
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 
 # Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
 # integers, sorted, and the masks of the patterns that are tried.
@@ -17,7 +17,7 @@ PACKING_BYTES = 32
 # The same while it is unpacked: its places, and the dense weight.
 UNPACKING_BYTES = 24
 Make = Callable[[str], tuple[Mapping[str, Tensor], Any]]
-Rewrite = Callable[[Block, dict[str, InputSums]], tuple[list[dict[str, Any]], dict[str, Tensor]]]
+Rewrite = Callable[[Block, dict[str, InputStats]], tuple[list[dict[str, Any]], dict[str, Tensor]]]
 
 
 def rewrite_blocks(
@@ -27,7 +27,7 @@ def rewrite_blocks(
     transform: Rewrite,
     restore: Callable[[Block], dict[str, Tensor]],
     *,
-    want: Want | None,
+    want: Stats | None,
     propagate: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def rewrite_block(
     transform: Rewrite,
     write: Callable[[str, dict[str, Tensor], Any], None],
     *,
-    want: Want | None,
+    want: Stats | None,
     propagate: bool,
 ) -> list[dict[str, Any]]:
     """Observe, rewrite, write and advance one block; gives its report rows.
@@ -84,7 +84,7 @@ def rewrite_block(
     block.load()
     wanted = {target.name for target in targets}
     chosen = [target for target in block.targets if target.name in wanted]
-    sums: dict[str, InputSums] = {}
+    sums: dict[str, InputStats] = {}
     if want and chosen:
         sums = block.observe(chosen, want, advance=not propagate and not _is_last(block))
     rows, tensors = transform(block, sums)

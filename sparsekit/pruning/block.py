@@ -19,7 +19,7 @@ from sparsekit.pruning.prepare import PruneJob
 from sparsekit.pruning.refiners import no_limit
 from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.storage import coded_tensors, read_coded
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes
@@ -29,7 +29,7 @@ FITTED = 8
 
 
 def prune_block(
-    job: PruneJob, block: Block, sums: dict[str, InputSums], budget: TimeBudget | None
+    job: PruneJob, block: Block, sums: dict[str, InputStats], budget: TimeBudget | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
@@ -52,7 +52,7 @@ def _prune_group(
     job: PruneJob,
     block: Block,
     group: list[Target],
-    sums: InputSums | None,
+    sums: InputStats | None,
     budget: TimeBudget | None,
 ) -> tuple[list[WeightRow], dict[str, Tensor]]:
     """Prune weights with the same inputs, stacked, and put the parts in their places."""

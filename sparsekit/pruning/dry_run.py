@@ -11,7 +11,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.block import prune_block
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prepare import PruneJob, prepare_prune
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 
 
 def plan(
@@ -70,7 +70,7 @@ def _seconds(job: PruneJob, progress: Progress) -> float:
         want=job.want,
         propagate=job.propagate,
         others=[job.chain.given] if job.chain.given else [],
-        passes=[Want.NORMS] if job.config.allocate == "owl" else [],
+        passes=[Stats.NORMS] if job.config.allocate == "owl" else [],
         progress=progress,
     )
 

@@ -22,7 +22,7 @@ from sparsekit.pruning.methods import Pruned, Pruner
 from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.solvers.hessian import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.solvers.low_rank import compensate
 from sparsekit.weights.core import Values
 from sparsekit.weights.form import Form
@@ -75,13 +75,13 @@ class MethodChain:
         return [step for step in (self.pruner, self.refiner) if step is not None]
 
     @property
-    def want(self) -> Want:
+    def want(self) -> Stats:
         """The sums that the run reads; the norms at least, to measure the output error."""
-        want = Want.NORMS
+        want = Stats.NORMS
         for step in self.steps:
-            want |= step.needs or Want.NORMS
+            want |= step.needs or Stats.NORMS
         whole = self.reconstruct == "cg" or self.grid is not None
-        return want | Want.GRAM if whole else want
+        return want | Stats.GRAM if whole else want
 
     @property
     def gram_bytes(self) -> int:
@@ -118,7 +118,7 @@ class MethodChain:
     def groups(
         self,
         targets: Sequence[Target],
-        sums: Mapping[str, InputSums],
+        sums: Mapping[str, InputStats],
         patterns: WeightPatterns,
         places: Mapping[str, TensorPlace],
     ) -> list[list[Target]]:
@@ -139,7 +139,7 @@ class MethodChain:
         self,
         targets: Sequence[Target],
         weight: Tensor,  # theirs, stacked, [out, in] float32
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         dtype: torch.dtype,  # that they have on disk
         should_continue: ShouldContinue = no_limit,
@@ -222,7 +222,7 @@ def require_patterns(
             ) from error
 
 
-def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
+def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputStats) -> Pruned:
     """The same mask with the weights that least squares gives on it."""
     solved = solve_on_support(
         weight,
@@ -235,7 +235,7 @@ def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
 
 
 def _put_on_grid(
-    weight: Tensor, pruned: Pruned, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+    weight: Tensor, pruned: Pruned, sums: InputStats | None, grid: Grid, dtype: torch.dtype
 ) -> Pruned:
     """The same mask with kept weights on a grid, which make up for what rounding loses.
 
@@ -248,7 +248,7 @@ def _put_on_grid(
     return replace(pruned, weight=found.codes.dense().float(), codes=found.codes, numbers=numbers)
 
 
-def _compensate(weight: Tensor, pruned: Pruned, sums: InputSums, rank: int) -> Pruned:
+def _compensate(weight: Tensor, pruned: Pruned, sums: InputStats, rank: int) -> Pruned:
     """The same with a low-rank matrix beside it that makes up for most of what is lost."""
     up, down = compensate(weight - pruned.weight, sums.squares.sqrt(), rank)
     factors = pruned.factors or Form(core=Values(pruned.weight, pruned.mask))

@@ -18,7 +18,7 @@ import torch
 from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.progress import Progress
 from sparsekit.pruning.prepare import PruneJob
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.text.rows import TokenRows
 from sparsekit.weights.patterns import Pattern
 
@@ -40,7 +40,7 @@ def allocate(job: PruneJob, rows: TokenRows, progress: Progress) -> WeightPatter
         chosen = [target for target in block.targets if target.name in wanted]
         last = block.index == len(job.stream) - 1
         if chosen:
-            sums = block.observe(chosen, Want.NORMS, advance=not last)
+            sums = block.observe(chosen, Stats.NORMS, advance=not last)
             scores = torch.cat(
                 [(block.weight(t).abs() * sums[t.name].squares.sqrt()).flatten() for t in chosen]
             )

@@ -21,7 +21,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import MethodChain, require_shapes
 from sparsekit.quantization.storage import coded_layout, refuse_grid
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.patterns import Pattern
@@ -38,7 +38,7 @@ class PruneJob:
     stream: BlockStream
     targets: list[Target]
     skipped: list[dict[str, str]]
-    want: Want | None
+    want: Stats | None
     propagate: bool
     layout: Layout
     calibration: Calibration | None

@@ -15,13 +15,13 @@ from sparsekit.model.block_stream import Block
 from sparsekit.quantization.input_scale import fold_scale
 from sparsekit.quantization.prepare import QuantizeJob
 from sparsekit.quantization.storage import coded_tensors, read_coded
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.grids import Codes
 from sparsekit.weights.quantized import parts_of
 
 
 def quantize_block(
-    job: QuantizeJob, block: Block, sums: Mapping[str, InputSums]
+    job: QuantizeJob, block: Block, sums: Mapping[str, InputStats]
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Quantize the chosen weights of one block; gives report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
@@ -48,7 +48,7 @@ class _Scaled:
 
 
 def _scale_inputs(
-    job: QuantizeJob, block: Block, targets: Sequence[Target], sums: Mapping[str, InputSums]
+    job: QuantizeJob, block: Block, targets: Sequence[Target], sums: Mapping[str, InputStats]
 ) -> dict[str, _Scaled]:
     """For each weight of a block the scales that its method wants and the block can take back."""
     scaled = {target.name: _Scaled() for target in targets}
@@ -74,7 +74,7 @@ def _quantize_weight(
     job: QuantizeJob,
     block: Block,
     target: Target,
-    sums: InputSums | None,
+    sums: InputStats | None,
     scaled: Mapping[str, _Scaled],
 ) -> tuple[dict[str, Any], Codes]:
     """Quantize one weight, put what it then is into the block, and tell of it."""

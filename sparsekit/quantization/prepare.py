@@ -16,7 +16,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.methods import Quantizer
 from sparsekit.quantization.storage import coded_layout, refuse_grid
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
 
@@ -36,9 +36,9 @@ class QuantizeJob:
     calibration: Calibration | None
 
     @property
-    def want(self) -> Want | None:
+    def want(self) -> Stats | None:
         """What is summed over the inputs of weights; None: no row runs through the model."""
-        return (self.quantizer.needs or Want.NORMS) if self.calibration else None
+        return (self.quantizer.needs or Stats.NORMS) if self.calibration else None
 
     @property
     def room(self) -> int:

@@ -39,7 +39,7 @@ from sparsekit.recovery.memory_needs import (
 )
 from sparsekit.recovery.methods import Recoverer
 from sparsekit.recovery.targets import patterns_of, sparse_targets, told_patterns
-from sparsekit.text.rows import capped
+from sparsekit.text.rows import cap_length
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.packed import factor_shapes
 
@@ -160,7 +160,7 @@ def _completed(
     config: RecoverConfig, source: Checkpoint
 ) -> tuple[RecoverConfig, Recoverer, list[str]]:
     """A length that the model takes, a method and its schedule; and what to tell of them."""
-    length, notes = capped(config.length, source.config)
+    length, notes = cap_length(config.length, source.config)
     config, told = config.model_copy(update={"length": length}), list(notes)
     if config.method == AUTO:
         config, why = chosen(config)

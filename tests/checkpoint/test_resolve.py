@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparsekit.checkpoint.demo_model import SMOLLM2
-from sparsekit.checkpoint.resolve import check, resolve, title
+from sparsekit.checkpoint.resolve import check_reference, display_name, resolve
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import cache_dir
 
@@ -57,7 +57,7 @@ def test_folder_called_demo_is_reached_by_its_path(demo_folder, tmp_path, monkey
     [("demo", "SmolLM2-135M-Instruct"), ("org/name", "name"), ("a/b/pruned/", "pruned")],
 )
 def test_title_is_the_name_without_its_place(reference, expected):
-    assert title(reference) == expected
+    assert display_name(reference) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,19 +67,19 @@ def test_title_is_the_name_without_its_place(reference, expected):
 def test_near_miss_is_told_what_could_be_meant(family, monkeypatch, reference, meant):
     monkeypatch.chdir(family("llama").parent)
     with pytest.raises(DataError, match=rf"no such model folder: {reference}; {meant}"):
-        check(reference)
+        check_reference(reference)
 
 
 def test_check_refuses_a_folder_without_a_checkpoint_and_leaves_hub_ids_alone(tmp_path):
     with pytest.raises(DataError, match=r"has no config\.json"):
-        check(str(tmp_path))
+        check_reference(str(tmp_path))
     with pytest.raises(UsageError, match="empty"):
-        check("")
-    check("org/name")
-    check("demo")
+        check_reference("")
+    check_reference("org/name")
+    check_reference("demo")
 
 
 @pytest.mark.parametrize("name", ["./" + "n" * 300, "~nobody-of-this-name/x", "a\nb", "a/b/c"])
 def test_name_that_no_folder_can_have_is_refused_like_any_other(name):
     with pytest.raises(DataError, match="no such model folder"):
-        check(name)
+        check_reference(name)

@@ -8,7 +8,7 @@ from torch import nn
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, NumericalError
 from sparsekit.model.block_stream import BlockStream
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 
 NINE = ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "opt", "phi3"]
 WINDOW = 8  # of the sliding layers in conftest.py
@@ -198,7 +198,7 @@ def test_weights_that_read_one_tensor_share_one_sum(family, rows, name, shared, 
     stream.feed(rows)
     block = stream.block(0)
     block.load()
-    found = block.observe(block.targets, Want.GRAM)
+    found = block.observe(block.targets, Stats.GRAM)
     sums = {key.removesuffix(".weight").rpartition(".")[2]: value for key, value in found.items()}
     for group in shared:
         assert len({id(sums[member]) for member in group}) == 1
@@ -215,7 +215,7 @@ def test_sums_equal_those_of_plain_hooks_on_the_ordinary_model(family, rows, nam
     stream.feed(rows)
     for block in stream:
         block.load()
-        sums = block.observe(block.targets, Want.GRAM)
+        sums = block.observe(block.targets, Stats.GRAM)
         for target in block.targets:
             x = expected[f"{block.name}.{target.module}"].double()
             assert sums[target.name].tokens == rows.numel()
@@ -226,7 +226,7 @@ def test_sums_equal_those_of_plain_hooks_on_the_ordinary_model(family, rows, nam
         block.advance()
 
 
-@pytest.mark.parametrize("want", [Want.NORMS, Want.GRAM])
+@pytest.mark.parametrize("want", [Stats.NORMS, Stats.GRAM])
 def test_stopping_early_gives_the_sums_of_a_full_pass(family, rows, want):
     def collected(advance: bool) -> list[torch.Tensor]:
         stream = stream_of(family("gemma3"))
@@ -252,7 +252,7 @@ def test_stopping_early_spares_the_last_product_of_every_row_but_the_first(famil
     runs = []
     block.module.mlp.down_proj.register_forward_hook(lambda *_: runs.append(1))
     before = [hidden.clone() for hidden in stream.hidden]
-    block.observe(block.targets, Want.NORMS)
+    block.observe(block.targets, Stats.NORMS)
     assert len(runs) == 1  # the first row shows the order of the calls
     assert all(torch.equal(a, b) for a, b in zip(before, stream.hidden, strict=True))
 
@@ -405,7 +405,7 @@ def test_only_one_block_is_in_memory_at_a_time(family, rows, name):
     assert real() == set()
     for block in stream:
         block.load()
-        block.observe(block.targets, Want.GRAM, advance=True)
+        block.observe(block.targets, Stats.GRAM, advance=True)
         assert real() == {
             n for n, _ in stream.model.named_parameters() if n.startswith(block.name + ".")
         }

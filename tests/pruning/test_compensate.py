@@ -18,14 +18,14 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.solvers.low_rank import compensate
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 def test_error_is_the_tail_of_the_singular_values_and_falls_with_the_rank(shape):
     lost = weight_of(*shape)
-    scale = sums_of(inputs_of(200, shape[1]), Want.NORMS).squares.sqrt()
+    scale = sums_of(inputs_of(200, shape[1]), Stats.NORMS).squares.sqrt()
     singular = np.linalg.svd((lost * scale).double().numpy(), compute_uv=False)
     before = np.inf
     for rank in (1, 2, 5, 12, 24):

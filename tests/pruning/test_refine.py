@@ -20,7 +20,7 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.method_chain import MethodChain
 from sparsekit.pruning.prune import prune
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -756,7 +756,7 @@ def test_weights_of_unlike_treatment_are_not_solved_as_one():
     targets = [
         Target(name, name.removesuffix(".weight"), transposed=False, shape=(4, 8)) for name in names
     ]
-    sums = dict.fromkeys(names, InputSums(8, Want.MOMENTS))
+    sums = dict.fromkeys(names, InputStats(8, Stats.MOMENTS))
     one = WeightPatterns(base=Pattern.parse("50%"))
     two = WeightPatterns(base=Pattern.parse("50%"), own={names[0]: Pattern.parse("60%")})
 

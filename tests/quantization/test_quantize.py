@@ -29,7 +29,7 @@ from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.patterns import Pattern
 
@@ -392,7 +392,7 @@ def test_one_pass_loses_less_than_two(family, row_file, rows, tmp_path, method):
     stream.feed(rows)
     block = next(iter(stream))
     block.load()
-    sums = block.observe(block.targets, Want.NORMS, advance=False)
+    sums = block.observe(block.targets, Stats.NORMS, advance=False)
     lost = []
     for folder in folders:
         read = Checkpoint.open(folder).read([target.name for target in block.targets])

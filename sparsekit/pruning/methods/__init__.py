@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.solvers.hessian import FACTORING_BYTES
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.patterns import Pattern
@@ -38,7 +38,7 @@ class Pruned:
 class Pruner(ABC):
     """A pruning method with its options."""
 
-    needs: ClassVar[Want | None] = None
+    needs: ClassVar[Stats | None] = None
     """Which sums of the inputs the method reads; None needs no calibration."""
     rowwise: ClassVar[bool] = False
     """Whether a row's result depends on no other row, unless the pattern compares them; weights
@@ -54,7 +54,7 @@ class Pruner(ABC):
     def prune(
         self,
         weight: Tensor,  # [out, in] float32, not to be changed
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
     ) -> Pruned:
         """The pruned weight and its mask, which has exactly the pattern.
@@ -66,7 +66,7 @@ class Pruner(ABC):
     def prune_on_grid(
         self,
         weight: Tensor,  # [out, in] float32, not to be changed
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         grid: Grid,
         dtype: torch.dtype,  # of the scales

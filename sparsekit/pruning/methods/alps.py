@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
 from sparsekit.solvers.hessian import UnitGram, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 # The penalty is looked at every third iteration and grows with the share of the support that
@@ -30,7 +30,7 @@ GROWTH = ((0.1, 1.3), (SLOW, 1.2), (0.0, 1.1))
 class Alps(Pruner):
     """Least layer error under the pattern, approximately; no initial score is needed."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     updates: ClassVar[bool] = True
     gram_bytes: ClassVar[int] = 8 * 6  # eigenvectors, inverse, what LAPACK works in; float64
     damping: float = 0.01
@@ -50,7 +50,7 @@ class Alps(Pruner):
                 "penalty and iterations of alps must be above 0", "0.1 and 300 are usual"
             )
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
         system = unit_gram(sums, self.damping)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.patterns import Pattern
 
 
@@ -20,7 +20,7 @@ from sparsekit.weights.patterns import Pattern
 class Magnitude(Pruner):
     """Score |W|; needs no calibration."""
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         scores = weight.abs()
         mask = pattern.mask(scores)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.solvers.nowag_scaling import importance, normalise
 from sparsekit.weights.patterns import Pattern
 
@@ -21,12 +21,12 @@ from sparsekit.weights.patterns import Pattern
 class Nowag(Pruner):
     """Score W̄² h with W̄ the doubly normalised weight and h the squared input."""
 
-    needs: ClassVar[Want | None] = Want.NORMS
+    needs: ClassVar[Stats | None] = Stats.NORMS
     propagate: ClassVar[bool] = False
     epsilon: float = 1e-5
     """Added to every column and row norm."""
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
         normal, _, _ = normalise(weight, self.epsilon)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 
@@ -23,11 +23,11 @@ from sparsekit.weights.patterns import Pattern
 class Ria(Pruner):
     """Score (|W| / column sum + |W| / row sum) ‖X‖ᵖ."""
 
-    needs: ClassVar[Want | None] = Want.NORMS
+    needs: ClassVar[Stats | None] = Stats.NORMS
     power: float = 0.5
     """Exponent of the input norm."""
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
         size = weight.abs()

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 
@@ -21,9 +21,9 @@ from sparsekit.weights.patterns import Pattern
 class Wanda(Pruner):
     """Score |W_ij| ‖X_j‖₂; the surviving weights stay as they are."""
 
-    needs: ClassVar[Want | None] = Want.NORMS
+    needs: ClassVar[Stats | None] = Stats.NORMS
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
         scores = weight.abs() * sums.squares.sqrt()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 ShouldContinue = Callable[[float | None], bool]
@@ -29,7 +29,7 @@ def no_limit(fall: float | None) -> bool:
 class Refiner(ABC):
     """A refinement with its options."""
 
-    needs: ClassVar[Want]
+    needs: ClassVar[Stats]
     """Which sums of the inputs the method reads."""
     initial: ClassVar[str]
     """The pruner that the method begins with when none is named."""
@@ -48,7 +48,7 @@ class Refiner(ABC):
         self,
         weight: Tensor,  # the dense weight, [out, in] float32, not to be changed
         start: Pruned,  # not to be changed
-        sums: InputSums,
+        sums: InputStats,
         pattern: Pattern,
         should_continue: ShouldContinue = no_limit,
     ) -> Pruned:

@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
 from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.solvers.armor_als import BlockFit
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.solvers.nowag_scaling import importance, normalise
 from sparsekit.weights.core import Values
 from sparsekit.weights.form import Form
@@ -42,7 +42,7 @@ MANY_SUPPORTS, MOST_SUPPORTS = 100, 1000
 class Armor(Refiner):
     """A S B with A and B block-diagonal, starting as the initial method's weight."""
 
-    needs: ClassVar[Want] = Want.NORMS
+    needs: ClassVar[Stats] = Stats.NORMS
     initial: ClassVar[str] = "nowag"
     unlimited: ClassVar[dict[str, Any]] = {"sweeps": 10000, "tolerance": 0.0}
     propagate: ClassVar[bool] = False
@@ -77,7 +77,7 @@ class Armor(Refiner):
         self,
         weight: Tensor,
         start: Pruned,
-        sums: InputSums,
+        sums: InputStats,
         pattern: Pattern,
         should_continue: ShouldContinue = no_limit,
     ) -> Pruned:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
 from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 
@@ -33,7 +33,7 @@ from sparsekit.weights.patterns import Pattern
 class Dsnot(Refiner):
     """Grow what the output misses most for its variance, remove what scores least."""
 
-    needs: ClassVar[Want] = Want.MOMENTS
+    needs: ClassVar[Stats] = Stats.MOMENTS
     initial: ClassVar[str] = "wanda"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"units": "sequence", "same_sign": False}
@@ -71,7 +71,7 @@ class Dsnot(Refiner):
         self,
         weight: Tensor,
         start: Pruned,
-        sums: InputSums,
+        sums: InputStats,
         pattern: Pattern,
         should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
@@ -91,7 +91,7 @@ class Dsnot(Refiner):
 class _Rows:
     """All rows of one weight while they are refined in step."""
 
-    def __init__(self, method: Dsnot, weight: Tensor, start: Pruned, sums: InputSums) -> None:
+    def __init__(self, method: Dsnot, weight: Tensor, start: Pruned, sums: InputStats) -> None:
         self.mask = start.mask.clone()
         self.given = weight * (sums.totals / sums.tokens)  # [out, in]: share of the mean output
         self.missing = keep_on(~self.mask, self.given).sum(1, keepdim=True)  # [out, 1]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Codes, Grid
 
 
@@ -31,13 +31,13 @@ class Quantized:
 class Quantizer(ABC):
     """A quantization method with its options."""
 
-    needs: ClassVar[Want | None] = None
+    needs: ClassVar[Stats | None] = None
     """Which sums of the inputs the method reads; None needs no calibration."""
 
     def input_scale(
         self,
         weights: Sequence[Tensor],  # each [out, in] float32, of the layers that share the input
-        sums: InputSums | None,
+        sums: InputStats | None,
         grid: Grid,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Mapping[str, float]] | None:
@@ -52,7 +52,7 @@ class Quantizer(ABC):
     def quantize(
         self,
         weight: Tensor,  # [out, in] float32, not to be changed
-        sums: InputSums | None,
+        sums: InputStats | None,
         grid: Grid,  # that divides the inputs
         dtype: torch.dtype,
     ) -> Quantized:

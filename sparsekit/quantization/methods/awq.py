@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.quantization.methods import Quantized, Quantizer
 from sparsekit.solvers.hessian import require_finite
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Codes, Grid
 
 # Of an input that is never anything, before all are brought to the mean 1.
@@ -34,7 +34,7 @@ LEAST_SCALE = 1e-4
 class Awq(Quantizer):
     """Scale = importance ** ratio, with the ratio that leaves the least output error."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     ratios: int = 20
     """How many ratios are tried, evenly spaced from 0 (no scale) up to, but not with, 1."""
 
@@ -43,7 +43,7 @@ class Awq(Quantizer):
             raise UsageError("option ratios of awq must be above 0", "its default is 20")
 
     def input_scale(
-        self, weights: Sequence[Tensor], sums: InputSums | None, grid: Grid, dtype: torch.dtype
+        self, weights: Sequence[Tensor], sums: InputStats | None, grid: Grid, dtype: torch.dtype
     ) -> tuple[Tensor, Mapping[str, float]] | None:
         """See `Quantizer.input_scale`."""
         assert sums is not None
@@ -57,20 +57,20 @@ class Awq(Quantizer):
         return (chosen, {"ratio": ratio}) if ratio else None
 
     def quantize(
-        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+        self, weight: Tensor, sums: InputStats | None, grid: Grid, dtype: torch.dtype
     ) -> Quantized:
         """To the nearest numbers; see `Quantizer.quantize`."""
         return Quantized(codes=Codes.nearest(grid, weight, dtype))
 
 
-def scale_of(sums: InputSums, ratio: float) -> Tensor:
+def scale_of(sums: InputStats, ratio: float) -> Tensor:
     """The scale of each input at a ratio, `[in]`; its largest and smallest are inverse."""
     importance = (sums.squares / sums.tokens).sqrt()
     scale = importance.pow(ratio).clamp_min(LEAST_SCALE)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _loss(weight: Tensor, scale: Tensor, sums: InputSums, grid: Grid, dtype: torch.dtype) -> float:
+def _loss(weight: Tensor, scale: Tensor, sums: InputStats, grid: Grid, dtype: torch.dtype) -> float:
     """The relative output error over all calibration tokens of a weight rounded with a scale."""
     rounded = Codes.nearest(grid, weight * scale, dtype).dense().float() / scale
     lost, given = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.quantization.methods import Quantized, Quantizer
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.grids import Codes, Grid
 
 
@@ -18,7 +18,7 @@ class Rtn(Quantizer):
     """The scale spans the largest number of each row or group."""
 
     def quantize(
-        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+        self, weight: Tensor, sums: InputStats | None, grid: Grid, dtype: torch.dtype
     ) -> Quantized:
         """See `Quantizer.quantize`."""
         return Quantized(codes=Codes.nearest(grid, weight, dtype))

@@ -15,7 +15,7 @@ import sparsekit.pruning.methods
 from sparsekit import registry as methods
 from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.patterns import Pattern
 
 PATTERNS = ["2:4", "1:4", "4:8", "50%", "37%", "50%/tensor"]
@@ -28,7 +28,7 @@ def load(name: str) -> Pruner:
     return methods.load("pruners", name, {})
 
 
-def sums_for(pruner: Pruner, inputs: torch.Tensor) -> InputSums | None:
+def sums_for(pruner: Pruner, inputs: torch.Tensor) -> InputStats | None:
     return sums_of(inputs, pruner.needs) if pruner.needs else None
 
 

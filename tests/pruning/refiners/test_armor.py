@@ -11,7 +11,7 @@ from sparsekit import registry as methods
 from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned
 from sparsekit.pruning.refiners import Refiner
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.weights.patterns import Pattern
 
 ROWS, COLUMNS = 32, 64
@@ -23,7 +23,7 @@ def armor(**options: str | float) -> Refiner:
 
 def start_of(initial: str = "nowag", text: str = "2:4", dead: tuple[int, ...] = ()) -> Pruned:
     pruner = methods.load("pruners", initial, {})
-    sums = sums_of(inputs_of(200, COLUMNS, dead=dead), Want.GRAM)
+    sums = sums_of(inputs_of(200, COLUMNS, dead=dead), Stats.GRAM)
     return pruner.prune(weight_of(ROWS, COLUMNS), sums, Pattern.parse(text))
 
 
@@ -76,7 +76,7 @@ def quadratic_loss(weight: torch.Tensor, made: torch.Tensor) -> float:
 def test_losses_are_those_of_the_first_and_the_last_weight() -> None:
     """On a weight whose rows and columns differ: the norms must end in the right factor."""
     weight = weight_of(ROWS, COLUMNS) * torch.logspace(-1, 1, ROWS)[:, None]
-    sums, pattern = sums_of(inputs_of(200, COLUMNS), Want.GRAM), Pattern.parse("2:4")
+    sums, pattern = sums_of(inputs_of(200, COLUMNS), Stats.GRAM), Pattern.parse("2:4")
     start = methods.load("pruners", "nowag", {}).prune(weight, sums, pattern)
     refiner = armor(block=8)
     made = refiner.refine(weight, start, sums, pattern)
@@ -142,7 +142,7 @@ def test_zeros_of_a_weight_stay_positive_in_its_core() -> None:
     """`verify` takes -0.0 for an offender."""
     weight, refiner = weight_of(ROWS, COLUMNS), armor(block=8)
     weight[8:16], weight[3], weight[:, 8:12] = 0, 0, 0
-    sums, pattern = sums_of(inputs_of(200, COLUMNS), Want.GRAM), Pattern.parse("2:4")
+    sums, pattern = sums_of(inputs_of(200, COLUMNS), Stats.GRAM), Pattern.parse("2:4")
     start = methods.load("pruners", "nowag", {}).prune(weight, sums, pattern)
     core = refiner.refine(weight, start, sums, pattern).factors.core.values
     assert not core[8:16].any()
@@ -162,7 +162,7 @@ def test_sweeps_end_when_the_loss_falls_by_less_than_the_tolerance() -> None:
 def test_it_starts_from_nowag_on_the_inputs_of_the_dense_model() -> None:
     """As the scripts of LawrenceRLiu/ARMOR@3977e54 do."""
     made = armor()
-    assert (made.initial, made.propagate, made.needs) == ("nowag", False, Want.NORMS)
+    assert (made.initial, made.propagate, made.needs) == ("nowag", False, Stats.NORMS)
 
 
 # ------------------------------------------------------------------------------- what it tells

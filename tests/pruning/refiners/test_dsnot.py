@@ -17,7 +17,7 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import UsageError
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.pruning.methods import Pruned
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.weights.patterns import Pattern
 
 UNSTRUCTURED = ["50%", "37%", "60%"]
@@ -42,7 +42,7 @@ def biased_inputs_of(
 def start_of(
     weight: torch.Tensor, inputs: torch.Tensor, text: str, initial: str = "wanda"
 ) -> Pruned:
-    sums = sums_of(inputs, Want.GRAM | Want.MOMENTS, CALIBRATION_ROWS)
+    sums = sums_of(inputs, Stats.GRAM | Stats.MOMENTS, CALIBRATION_ROWS)
     return methods.load("pruners", initial, {}).prune(weight, sums, Pattern.parse(text))
 
 
@@ -56,7 +56,7 @@ def refine(
 ) -> Pruned:
     given = {key: str(value) for key, value in options.items()}
     dsnot = methods.load("refiners", "dsnot", given, preset)
-    sums = sums_of(inputs, Want.MOMENTS, CALIBRATION_ROWS)
+    sums = sums_of(inputs, Stats.MOMENTS, CALIBRATION_ROWS)
     return dsnot.refine(weight, start, sums, Pattern.parse(text))
 
 
@@ -358,7 +358,7 @@ def test_power_does_not_matter_when_all_variances_are_equal(text: str) -> None:
     signs = torch.tensor([1.0, -1.0]).repeat(25)
     deviations = [signs[torch.randperm(50, generator=generator)] for _ in range(4 * 64)]
     inputs = means + 2 * torch.stack(deviations).view(4, 64, 50).transpose(1, 2).reshape(200, 64)
-    assert (sums_of(inputs, Want.MOMENTS, CALIBRATION_ROWS).variance == 4).all()
+    assert (sums_of(inputs, Stats.MOMENTS, CALIBRATION_ROWS).variance == 4).all()
     weight = weight_of(24, 64)
     start = start_of(weight, inputs, text)
     masks = [refine(weight, start, inputs, text, power=power).mask for power in (0, 1)]

@@ -13,7 +13,7 @@ from sparsekit import registry as methods
 from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned
 from sparsekit.pruning.refiners import Refiner
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 REFINERS = methods.names("refiners")
@@ -40,9 +40,9 @@ every_refiner = pytest.mark.parametrize("name", REFINERS)
 every_pattern = pytest.mark.parametrize(("name", "text"), accepted(PATTERNS, 24, 64))
 
 
-def sums_for(name: str, inputs: torch.Tensor, initial: str | None = None) -> InputSums:
+def sums_for(name: str, inputs: torch.Tensor, initial: str | None = None) -> InputStats:
     pruner = methods.load("pruners", initial or load(name).initial, {})
-    return sums_of(inputs, load(name).needs | (pruner.needs or Want.NORMS))
+    return sums_of(inputs, load(name).needs | (pruner.needs or Stats.NORMS))
 
 
 def start_of(
@@ -237,7 +237,7 @@ def test_description_matches_the_class(name: str) -> None:
     method, refiner = methods.describe("refiners", name), load(name)
     assert method.name == name
     assert not method.data_free
-    assert isinstance(refiner.needs, Want)
+    assert isinstance(refiner.needs, Stats)
     assert method.initial == refiner.initial
     assert method.presets == refiner.presets
     fields = dataclasses.fields(refiner)
