@@ -240,7 +240,8 @@ def run(
         SparsekitError: As the command.
     """
     if timed and not dry:
-        raise UsageError("timed has no effect without dry", "add it, or leave timed out")
+        hint = "add it, or leave out timed"
+        raise UsageError("timed has no effect without dry", hint, code="no-effect")
     from sparsekit.study.recipe import parse, read_recipe, recipe_file
     from sparsekit.study.schema import write_yaml
 

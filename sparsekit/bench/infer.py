@@ -43,7 +43,8 @@ class InferConfig:
         """
         for name, least in (("prompt", 1), ("new", 2), ("batch", 1)):
             if getattr(self, name) < least:
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+                message = f"--{name} must be at least {least}, not {getattr(self, name)}"
+                raise UsageError(message, code="out-of-range")
         one_of("--resident", self.resident, RESIDENT)
 
 

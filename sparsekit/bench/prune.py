@@ -52,9 +52,10 @@ def bench_prune(
         progress: Told of each block.
     """
     if repeat < 1:
-        raise UsageError(f"--repeat must be at least 1, not {repeat}")
+        raise UsageError(f"--repeat must be at least 1, not {repeat}", code="out-of-range")
     if scratch is not None and not scratch.is_dir():
-        raise UsageError(f"--scratch {scratch} is no folder", "make it, or leave the option out")
+        hint = "make it, or leave out the option"
+        raise UsageError(f"--scratch {scratch} is not a folder", hint, code="not-a-folder")
     source = Checkpoint.open(resolve(model, progress))
     if floor:
         dtype = compute_dtype(config.dtype, pick_device(config.device), source)

@@ -70,7 +70,8 @@ Timed = Annotated[
 def refuse_timed(*, dry_run: bool, timed: bool) -> None:
     """Refuse to time a run that is made anyway."""
     if timed and not dry_run:
-        raise UsageError("--time has no effect without --dry-run", "add it, or leave --time out")
+        message = "--time has no effect without --dry-run"
+        raise UsageError(message, "add it, or leave out --time", code="no-effect")
 
 
 def named(name: str) -> str:
@@ -96,21 +97,27 @@ def _piped() -> str:
     try:
         lines = [line.strip() for line in sys.stdin if line.strip()]
     except UnicodeDecodeError as error:
-        raise UsageError("stdin is no text", ONE_PATH) from error
+        raise UsageError("stdin is not text", ONE_PATH, code="not-text") from error
     if not lines:
-        raise UsageError("no model on stdin: the command before the pipe failed or wrote no path")
+        message = "no model on stdin: the command before the pipe failed or wrote no path"
+        raise UsageError(message, code="empty-stdin")
     if lines[0].startswith(('{"', '["', "[{")):
         raise UsageError(
-            "stdin holds JSON, not a path", "leave out --json in the command before the pipe"
+            "stdin holds JSON, not a path",
+            "leave out --json in the command before the pipe",
+            code="json-on-stdin",
         )
     if len(lines) > 1:
-        raise UsageError(f"stdin has {len(lines)} lines, not one", ONE_PATH)
+        message = f"stdin has {len(lines)} lines, not one"
+        raise UsageError(message, ONE_PATH, code="several-lines")
     if len(lines[0]) > PATH_LENGTH:
-        raise UsageError(f"stdin has a line of {len(lines[0])} characters", ONE_PATH)
+        message = f"stdin has a line of {len(lines[0])} characters"
+        raise UsageError(message, ONE_PATH, code="path-too-long")
     try:
         check_reference(lines[0])
     except DataError as error:
-        raise DataError(f"{error.message} (read from stdin)", error.hint) from error
+        message = f"{error.message} (read from stdin)"
+        raise DataError(message, error.hint, code=error.code) from error
     return lines[0]
 
 

@@ -41,7 +41,8 @@ def compare(
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working():
         if csv + markdown + json > 1:
-            raise UsageError("stdout takes one of --json, --csv and --markdown", "leave out others")
+            message = "stdout takes one of --json, --csv and --markdown"
+            raise UsageError(message, "leave out the others", code="conflicting-options")
         places = _places(folders)
         from sparsekit.reporting.compare import compare as stage
 
@@ -81,7 +82,9 @@ def _places(folders: list[str]) -> list[Path]:
         names += [line.strip() for line in sys.stdin if line.strip()] if name == "-" else [name]
     if not names:
         raise UsageError(
-            "no folder on stdin", "pipe paths, as: sparsekit compare … | sparsekit report -"
+            "no folder on stdin",
+            "pipe paths: sparsekit compare … | sparsekit report -",
+            code="empty-stdin",
         )
     return [Path(name).expanduser() for name in names]
 

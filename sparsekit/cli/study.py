@@ -123,7 +123,7 @@ def copy_recipe(
         source = recipe_file(recipe)
         file = target / source.name if target.is_dir() else target
         if file.exists():
-            raise UsageError(f"{file} exists", "choose another name")
+            raise UsageError(f"{file} exists", "choose another name", code="output-exists")
         write_atomic(file, source.read_bytes())
         terminal.result(file, {"out": str(file)})
 

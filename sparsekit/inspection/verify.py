@@ -40,13 +40,14 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     source = _written(resolve(model, progress))
     pruned = source.pruned(converted=True)
     if given is None and not pruned:
-        raise UsageError(f"{model} has no history that names a pattern", "pass --pattern 2:4")
+        message = f"{model} has no history that names a pattern"
+        raise UsageError(message, "pass --pattern 2:4", code="no-history")
     told = _latest(pruned)
     _require_factors(source, told)
     try:
         fingerprint = source.scan(progress)
     except DataError as error:
-        raise CheckFailedError(error.message, error.hint) from error
+        raise CheckFailedError(error.message, error.hint, code=error.code) from error
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     expected = {name: row["pattern"] for name, row in told.items()}
     progress.begin("verify", len(stream))
@@ -59,7 +60,7 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
             checked += 1
             zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
     except DataError as error:  # factors that do not fit together
-        raise CheckFailedError(error.message, error.hint) from error
+        raise CheckFailedError(error.message, error.hint, code=error.code) from error
     progress.end()
     _check_factors(source, stream)
     _check_tied(source, stream)
@@ -81,7 +82,7 @@ def _written(path: Path) -> Checkpoint:
         return Checkpoint.open(path)
     except DataError as error:
         if (path / PROVENANCE).is_file():
-            raise CheckFailedError(error.message, error.hint) from error
+            raise CheckFailedError(error.message, error.hint, code=error.code) from error
         raise
 
 
@@ -100,7 +101,8 @@ def _told(
             yield name, weight
     for name in sorted(left):  # outside of blocks, as an output head that was converted
         if name not in source.places:
-            raise CheckFailedError(f"{name} is in the history of {source.path} but not in it")
+            message = f"{name} is in the history of {source.path} but not in it"
+            raise CheckFailedError(message, code="incomplete-checkpoint")
         yield name, source.read([name])[name]
 
 
@@ -117,7 +119,8 @@ def _require_factors(source: Checkpoint, told: Mapping[str, Mapping[str, Any]]) 
     """Factors must be there where the history says so."""
     factored = {name for name, row in told.items() if row.get("bits") is not None}
     if missing := sorted(factored - source.packed.keys()):
-        raise CheckFailedError(f"{missing[0]} has no factors in {FACTORS}", "copy the folder again")
+        message = f"{missing[0]} has no factors in {FACTORS}"
+        raise CheckFailedError(message, "copy the folder again", code="incomplete-checkpoint")
 
 
 def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
@@ -132,6 +135,7 @@ def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
             raise CheckFailedError(
                 f"{name}: its factors do not multiply to it at {list(off)}",
                 "the weights were changed after pruning",
+                code="factors-differ",
             )
 
 
@@ -140,7 +144,8 @@ def _refuse_negative_zero(weight: torch.Tensor, name: str) -> None:
     if negative.any():
         row, column = negative.nonzero()[0].tolist()
         raise CheckFailedError(
-            f"{name}: row {row}, input {column} is -0.0, which some kernels take for a value"
+            f"{name}: row {row}, input {column} is -0.0, which some kernels take for a value",
+            code="negative-zero",
         )
 
 
@@ -150,4 +155,5 @@ def _check_tied(source: Checkpoint, stream: BlockStream) -> None:
         if name in source.places and origin in source.places:
             both = source.read([name, origin])
             if not torch.equal(both[name], both[origin]):
-                raise CheckFailedError(f"{name} is tied to {origin} but differs from it")
+                message = f"{name} is tied to {origin} but differs from it"
+                raise CheckFailedError(message, code="tied-weights-differ")

@@ -116,7 +116,8 @@ def _places(folder: Path) -> list[Path]:
     if is_checkpoint(folder) or (folder / SCORES).is_file():
         return [folder]
     if not folder.is_dir():
-        raise DataError(f"no such folder: {folder}", "name a checkpoint, or a folder of them")
+        hint = "name a checkpoint, or a folder of them"
+        raise DataError(f"no such folder: {folder}", hint, code="no-such-model")
     inside = sorted(
         place
         for place in folder.iterdir()
@@ -126,8 +127,9 @@ def _places(folder: Path) -> list[Path]:
     scored = [place for place in inside if (place / SCORES).is_file() and place not in found]
     if not found and not scored:
         raise DataError(
-            f"{folder} is no checkpoint and holds none",
-            "name a folder that sparsekit wrote, or one that such folders are in",
+            f"{folder} is not a checkpoint and holds none",
+            "name a folder that sparsekit wrote, or one that holds such folders",
+            code="no-checkpoint",
         )
     return [*scored, *found]
 

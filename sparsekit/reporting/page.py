@@ -180,8 +180,11 @@ def _refuse(out: Path) -> None:
         UsageError: It would be lost.
     """
     if out.is_dir():
-        raise UsageError(f"{out} is a folder", "name a file, as --out report.html")
+        raise UsageError(
+            f"{out} is a folder", "name a file, e.g. --out report.html", code="not-a-file"
+        )
     if out.is_file():
         with out.open("rb") as file:
             if MARK.encode() not in file.read(4096):
-                raise UsageError(f"{out} is no report of sparsekit", "choose another --out")
+                message = f"{out} is not a report of sparsekit"
+                raise UsageError(message, "choose another --out", code="not-a-report")

@@ -151,6 +151,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"step {row['step']} has no numbers")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file} is damaged: {error}", "delete it to leave out its curves"
+            f"{file} is damaged: {error}",
+            "delete it to leave out its curves",
+            code="damaged-file",
         ) from error
     return rows

@@ -21,7 +21,7 @@ def _names(words: str | Sequence[str]) -> list[str]:
 
 def _folder(word: str) -> Path:
     if not Path(word).is_dir():
-        raise UsageError(f"--include-path {word} is not a folder")
+        raise UsageError(f"--include-path {word} is not a folder", code="not-a-folder")
     return Path(word)
 
 
@@ -81,11 +81,12 @@ class EvalConfig(Options):
         """Refuse what does not go together."""
         for name in ("include_path", "batch_size"):
             if getattr(self, name) is not None and not self.tasks:
-                raise UsageError(f"--{name.replace('_', '-')} has no effect without --tasks")
+                message = f"--{name.replace('_', '-')} has no effect without --tasks"
+                raise UsageError(message, code="no-effect")
         if self.length is not None and self.windows_of is None:
             raise UsageError("--length has no effect on tasks", "name a text: --text builtin")
         if self.seed < 0:
-            raise UsageError(f"--seed must not be negative, not {self.seed}")
+            raise UsageError(f"--seed must not be negative, not {self.seed}", code="out-of-range")
         return self
 
     @property

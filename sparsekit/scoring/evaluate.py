@@ -154,11 +154,13 @@ def _refuse_other_windows(subject: _Subject, baseline: _Subject) -> None:
             f"{subject.name} would be measured on windows of {length} tokens, {baseline.name} of "
             f"{other}",
             f"give both the same: --length {min(length, other)}",
+            code="other-windows",
         )
     if ours.fingerprint != theirs.fingerprint:
         raise DataError(
             f"{subject.name} and {baseline.name} cut {ours.source} into different tokens",
             "models with different tokenizers cannot be compared window by window",
+            code="other-windows",
         )
 
 

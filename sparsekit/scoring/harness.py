@@ -61,10 +61,11 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
     from lm_eval.tasks import TaskManager
 
     if not names:
-        raise UsageError("no task is named", "give at least one")
+        raise UsageError("no task is named", "name at least one", code="no-task")
     if include_path is not None:
         if not include_path.is_dir():
-            raise UsageError(f"{include_path} is not a folder of lm-eval tasks")
+            message = f"{include_path} is not a folder of lm-eval tasks"
+            raise UsageError(message, code="not-a-folder")
         local = TaskManager(include_path=include_path, include_defaults=False)
         # Reading the thousands of stock files takes 10 s; a local task needs none of them, but a
         # group or a tag may have members there.
@@ -76,6 +77,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
         raise UsageError(
             f"lm-eval knows no task {' or '.join(repr(name) for name in unknown)}",
             "; ".join(did_you_mean(name, manager.all_tasks) for name in unknown),
+            code="no-such-task",
         )
     return manager
 
@@ -96,23 +98,28 @@ def _load(manager: "TaskManager", name: str) -> "Mapping[str, Task]":
         return manager.load([name])["tasks"]
     except (OSError, DatasetsError) as error:
         raise DataError(
-            f"the data of task '{name}' cannot be had: {error}",
+            f"the data of task '{name}' is not available: {error}",
             "stock tasks load their data from the Hugging Face hub; without it, put task "
-            "files that read local data in a folder and name it with --include-path",
+            "files that read local data in a folder and pass it as --include-path",
+            code="no-task-data",
         ) from error
     except (ImportError, ValueError) as error:
-        raise DataError(f"task '{name}' cannot be loaded: {error}") from error
+        message = f"task '{name}' cannot be loaded: {error}"
+        raise DataError(message, code="invalid-task") from error
 
 
 def _add_task(tasks: dict[str, "Task"], name: str, task: "Task") -> None:
     """Add a task that is not there yet."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise UsageError(f"task '{name}' runs code that the model writes", "use lm_eval itself")
+        message = f"task '{name}' runs code that the model writes"
+        raise UsageError(message, "use lm_eval itself", code="unsupported-task")
     if getattr(task, "MULTIMODAL", False):
-        raise UsageError(f"task '{name}' is not a task on text alone", "use lm_eval itself")
+        message = f"task '{name}' is not a task on text alone"
+        raise UsageError(message, "use lm_eval itself", code="unsupported-task")
     # A group may set options of its members.
     if name in tasks and tasks[name].dump_config() != task.dump_config():
-        raise UsageError(f"task '{name}' is asked for twice, with different options")
+        message = f"task '{name}' is named twice, with different options"
+        raise UsageError(message, code="given-twice")
     tasks.setdefault(name, task)
 
 
@@ -131,12 +138,14 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
     # know the one named, and asks the hub about the path.
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype):
-        raise UsageError(f"unknown dtype '{dtype}'", "use float32, bfloat16 or float16")
+        hint = "use float32, bfloat16 or float16"
+        raise UsageError(f"unknown dtype '{dtype}'", hint, code="not-a-choice")
     model = load_whole(Checkpoint.open(path), wanted, SCORING_TASKS)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the model cannot be put on device '{device}': {error}") from error
+        message = f"the model cannot be put on device '{device}': {error}"
+        raise UsageError(message, code="no-such-device") from error
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 

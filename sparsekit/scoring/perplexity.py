@@ -91,6 +91,7 @@ def perplexity(
             f"{source.path}: the loss is not a number on window "
             f"{next(i for i, loss in enumerate(losses) if not math.isfinite(loss))}",
             "compute in a wider type (--dtype float32), or the model is broken",
+            code="not-finite",
         )
     return Perplexity(
         text=rows.source,

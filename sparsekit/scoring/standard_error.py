@@ -24,9 +24,10 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedD
         DataError: The two do not pair up, or are empty.
     """
     if len(ours) != len(theirs):
-        raise DataError(f"cannot pair {len(ours)} samples with {len(theirs)}")
+        message = f"cannot pair {len(ours)} samples with {len(theirs)}"
+        raise DataError(message, code="other-samples")
     if not ours:
-        raise DataError("there are no samples to pair")
+        raise DataError("there are no samples to pair", code="no-samples")
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     stderr = mean_stderr(differences)
     return PairedDifference(

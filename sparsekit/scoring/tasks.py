@@ -88,7 +88,8 @@ def score_tasks(
         DataError: The checkpoint or its tokenizer cannot be had.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"a limit of {limit} samples leaves nothing to score")
+        message = f"a limit of {limit} samples leaves nothing to score"
+        raise UsageError(message, code="out-of-range")
     with seeded(seed), quiet(logging.ERROR):
         for task in tasks.values():
             task.set_fewshot_seed(seed)
@@ -110,6 +111,7 @@ def compare_tasks(ours: TaskScore, baseline: TaskScore) -> Mapping[str, PairedDi
             raise DataError(
                 f"{ours.task}: cannot compare with {baseline.task}: {_mismatch(field)}",
                 "score both checkpoints with the same tasks and the same limit",
+                code="other-samples",
             )
     return {
         name: paired_difference(values, baseline.samples[name])

@@ -48,12 +48,12 @@ def read_yaml(text: str) -> Any:
     try:
         return _yaml().load(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"not valid YAML: {str(error)[:80]}") from error
+        raise UsageError(f"not valid YAML: {str(error)[:80]}", code="invalid-yaml") from error
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise UsageError(f"{place}not valid YAML: {reason}") from error
+        raise UsageError(f"{place}not valid YAML: {reason}", code="invalid-yaml") from error
 
 
 def write_yaml(value: Any) -> str:
@@ -66,7 +66,8 @@ def write_yaml(value: Any) -> str:
     try:
         _yaml().dump(value, text)
     except YAMLError as error:
-        raise UsageError(f"a recipe holds text, numbers and lists: {error}"[:200]) from error
+        message = f"a recipe holds text, numbers and lists: {error}"[:200]
+        raise UsageError(message, code="not-yaml") from error
     return text.getvalue()
 
 
