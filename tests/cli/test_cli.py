@@ -844,7 +844,7 @@ def test_armor_with_a_budget_says_what_it_did(cli, family, row_file, tmp_path):
     assert "bits a weight as factors" in found.stderr
     for text in ("10", "0s", "ten minutes", "-5m"):
         wrong = cli(*command, "-o", tmp_path / "c", f"--budget={text}")
-        assert_one_line_error(wrong, 2, r"is no time; write it as 90s, 10m or 2h")
+        assert_one_line_error(wrong, 2, r"not a duration; write it as 90s, 10m or 2h")
     wrong = cli("prune", family("llama"), "-o", tmp_path / "c", "--budget", "10m")
     assert_one_line_error(wrong, 2, r"--budget has no effect on wanda; armor takes one")
 
