@@ -186,7 +186,7 @@ def test_a_model_that_is_its_own_teacher_tells_no_size_of_gradients(family, tmp_
     config = replace(SHORT, method="cast", pattern="2:4", kl_weight=1.0)
     with refused("no-gradient", "--kl-weight 1", "-O decay", kind=UsageError):
         recover(config, str(family("llama")), tmp_path / "out")
-    with refused("decay-too-weak", "-O decay", kind=UsageError):  # the next check
+    with refused("decay-too-weak", kind=UsageError):  # the next check
         recover(replace(config, option={"decay": "1e-9"}), str(family("llama")), tmp_path / "out")
 
 
