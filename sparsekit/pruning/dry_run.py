@@ -1,4 +1,4 @@
-"""What a prune run would do and cost, told without doing it."""
+"""The plan of a pruning run."""
 
 import math
 from pathlib import Path
@@ -23,19 +23,19 @@ def plan(
     timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `prune` would do, after the same checks, without a written byte.
+    """Run the checks of `prune` and describe what it would do; nothing is written.
 
     Args:
-        config: As of `prune`, as are `model`, `out`, `overwrite` and `progress`.
-        model: See there.
-        out: See there.
-        overwrite: See there.
-        timed: Also prune the first block, in memory, to tell how long the run would take.
-        progress: See there.
+        config: The options.
+        model: A folder, hub id or `demo`.
+        out: The folder that would be made.
+        overwrite: Whether it may replace an earlier output.
+        timed: Also prune the first block, in memory, to estimate the duration.
+        progress: Receives progress and notes.
 
     Raises:
-        UsageError: As `prune`.
-        DataError: As `prune`, except for what only reading all weights shows.
+        UsageError: `prune` would raise it.
+        DataError: `prune` would raise it before it reads all weights.
     """
     job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
@@ -59,7 +59,7 @@ def plan(
 
 
 def _seconds(job: PruneJob, progress: Progress) -> float:
-    """How long the run would take."""
+    """Estimated duration of the run."""
     if job.config.budget is not None:
         return job.config.budget
     return forecast(
@@ -76,7 +76,7 @@ def _seconds(job: PruneJob, progress: Progress) -> float:
 
 
 def _bits(job: PruneJob) -> float | None:
-    """Mean bits on disk of a weight that is kept as factors; None without such."""
+    """Mean bits per entry of weights that are stored as factors; None without factors."""
     stored = [place for place in job.layout.places.values() if place.file == FACTORS]
     shapes = [t.shape for t in job.targets if job.chain.factor_shapes(t, job.patterns.of(t))]
     if not stored:

@@ -1,4 +1,4 @@
-"""What a quantize run will do: every check and every choice that needs no weights."""
+"""Preparation of a quantization run: all checks and choices that need no weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from sparsekit.weights.grids import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob:
-    """A checked configuration with everything that the loop needs."""
+    """A checked configuration with everything that the loop over blocks needs."""
 
     config: QuantizeConfig
     quantizer: Quantizer
@@ -37,17 +37,17 @@ class QuantizeJob:
 
     @property
     def want(self) -> Stats | None:
-        """What is summed over the inputs of weights; None: no row runs through the model."""
+        """Sums over the inputs of weights; None: no forward pass."""
         return (self.quantizer.needs or Stats.NORMS) if self.calibration else None
 
     @property
     def room(self) -> int:
-        """The memory that the run is expected to take above the libraries, in bytes."""
+        """Estimated memory of the run in bytes, without the libraries."""
         return peak_estimate(self.stream, self.want, self.calibration)
 
     @property
     def coded(self) -> bool:
-        """Whether codes are stored, or the numbers that they stand for."""
+        """Whether codes are stored, or the rounded numbers."""
         return self.config.format != "dense"
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: batches, teacher, learning rate, masks; every method is a rule in it."""
+"""Training loop: batches, teacher, learning rate and masks; a method is a rule of the optimizer."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """What the log tells of one step."""
+    """The log row of one step."""
 
     step: int
-    """Steps done."""
+    """Number of steps taken."""
     tokens: int
     """Tokens trained on so far."""
     loss: float
     divergence: float
-    """KL from the teacher, in nats for each token."""
+    """KL from the teacher, in nats per token."""
     entropy: float
-    """CE with the text, in nats for each token."""
+    """CE with the text, in nats per token."""
     rate: float
     norm: float
-    """Of all gradients, before clipping."""
+    """Norm of all gradients, before clipping."""
     flips: int
-    """Mask entries that changed sides in this step's selection."""
+    """Mask entries that this step's selection changed."""
     flipped: int | None = None
-    """Those on another side than before the first step; None without a selection."""
+    """Mask entries that differ from the initial mask; None without a selection."""
     seconds: float
     sparsity: float | None = None
     """Σ|m W| / Σ|W| after this step's selection; None without one."""
     kept_mass: float | None = None
-    """Mean share of the teacher's mass that the loss looked at; None: it looked at all of it."""
+    """Mean share of the teacher's probability in the loss; None: all of it."""
 
     def to_json(self) -> dict[str, float]:
-        """Everything that there is, as JSON."""
+        """All values except None, as JSON."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What is chosen before the first step, and kept when a run goes on."""
+    """Choices made before the first step, and kept when a run resumes."""
 
     steps: int
     rate: float
@@ -65,33 +65,33 @@ class TrainingPlan:
     decay: float
     masked_gradient: float
     perplexity: float | None = None
-    """Of the sparse model before training, where perplexities are asked for."""
+    """Perplexity of the sparse model before training, with `--eval-every`."""
     evaluation_seconds: float = 0.0
-    """That measuring it took."""
+    """Seconds of that evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What the batches of a step gave, each a mean over its tokens."""
+    """Mean values over the tokens of a step."""
 
     loss: float
     divergence: float
     entropy: float
     kept_mass: float
-    """1 when the loss looked at all of the teacher's mass."""
+    """Share of the teacher's probability in the loss; 1: all of it."""
 
 
 class Training:
     """A student, its teacher and its optimizer, step by step.
 
     Args:
-        student: The model that is trained, in float32.
-        teacher: The dense model, or what is kept of it; None when the loss needs none.
-        optimizer: Holds the student's parameters.
-        rows: What is trained on.
-        config: Rows in a step.
-        plan: Steps, rates and shares.
-        refresh: Steps between two selections of the largest entries; 0: none.
+        student: The model to train, in float32.
+        teacher: The dense model, or its cached probabilities; None when the loss needs none.
+        optimizer: Optimizer of the student's parameters.
+        rows: Training rows.
+        config: Batch size, accumulation, schedule and temperature.
+        plan: Steps, learning rate and weights of the loss.
+        refresh: Steps between mask selections; 0: none.
         processes: The processes that share the batches of a step.
     """
 
@@ -132,18 +132,20 @@ class Training:
         rate = plan.rate * rate_at(self.config.schedule, step, plan.steps)
         masks_forward, last = optimizer.rule.masks_forward, step == plan.steps - 1
         selects = bool(self.refresh) and (step % self.refresh == 0 or (masks_forward and last))
-        # A model that computes with all entries selects before the step, one with a mask after it.
+        # A dense model selects its mask before the step, a masked one after it.
         flips = optimizer.refresh() if selects and not masks_forward else 0
         means = self.gradients(step)
         if not math.isfinite(means.loss):
             raise NumericalError(
                 f"step {step + 1}: the loss is {means.loss}",
-                "a smaller --lr may do",
+                "try a smaller --lr",
+                code="not-finite",
             )
         try:
             norm = optimizer.step(rate, step / plan.steps)
         except NumericalError as error:
-            raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
+            message = f"step {step + 1}: {error.message}"
+            raise NumericalError(message, error.hint, code=error.code) from error
         if selects and masks_forward:
             flips = optimizer.refresh()
         sparsity = sparsity_measure(optimizer) if selects else None
@@ -164,9 +166,9 @@ class Training:
         )
 
     def gradients(self, step: int) -> Means:
-        """Leave the gradients of one step's batches in the parameters.
+        """Accumulate the gradients of one step in the parameters.
 
-        Every process computes its part of the batches, and has the sum of all afterwards.
+        Every process computes its part of the batches and gets the sum of all.
 
         Raises:
             MemoryShortError: A forward and backward pass does not fit into memory.
@@ -176,9 +178,9 @@ class Training:
             return self._gradients(step)
 
     def _gradients(self, step: int) -> Means:
-        """See `gradients`."""
+        """Accumulate gradients, as in `gradients`."""
         config, processes = self.config, self.processes
-        # Backward passes through shards give means over the processes, and the rest is summed.
+        # FSDP averages gradients of shards over the processes; the others are summed.
         shards = processes.size if processes.shards else 1
         sums = torch.zeros(4, dtype=torch.float64)
         for part in processes.parts(config.accumulate):
@@ -197,8 +199,8 @@ class Training:
                 products=products_of(config),
             )
             (losses.total * shards / config.accumulate).backward()
-            told = [losses.total.detach(), losses.divergence, losses.entropy, kept]
-            sums += torch.stack([one.double() for one in told]).cpu() / config.accumulate
+            values = [losses.total.detach(), losses.divergence, losses.entropy, kept]
+            sums += torch.stack([value.double() for value in values]).cpu() / config.accumulate
         if processes.size > 1:
             whole = self.optimizer.whole_gradients()
             processes.sum_(whole)
@@ -212,7 +214,7 @@ class Training:
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, hint: str) -> Iterator[None]:
-    """Tell where there was too little memory, and what to do.
+    """Turn a failed allocation into an error that says where it happened, with a hint.
 
     Raises:
         MemoryShortError: An allocation failed.
@@ -222,15 +224,15 @@ def explain_out_of_memory(where: str, hint: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryShortError(f"out of memory {where}", hint) from error
+        raise MemoryShortError(f"out of memory {where}", hint, code="out-of-memory") from error
 
 
 def _smaller(config: RecoverConfig) -> str:
-    """What takes half of the memory of a pass, or as near as it gets."""
+    """Options with which a pass takes about half of the memory."""
     accumulate = f"--accumulate {2 * config.accumulate}"
     if config.batch > 1:
         half, odd = divmod(config.batch, 2)
-        share = f"{half} of {config.batch} parts of it" if odd else "half of it for the same steps"
+        share = f"{half}/{config.batch} of it" if odd else "half of it for the same steps"
         return f"--batch {half} {accumulate} takes {share}"
     if config.length // 2 >= SHORTEST:
         return f"--length {config.length // 2} {accumulate} takes half of it"

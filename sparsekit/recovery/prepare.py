@@ -1,4 +1,4 @@
-"""What a recover run will do: every check and every choice that needs no training."""
+"""Preparation of a recovery run: all checks and choices that need no training."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from sparsekit.recovery.memory_needs import (
     training_bytes,
 )
 from sparsekit.recovery.methods import Recoverer
-from sparsekit.recovery.targets import patterns_of, sparse_targets, told_patterns
+from sparsekit.recovery.targets import patterns_of, recorded_patterns, sparse_targets
 from sparsekit.text.rows import cap_length
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.packed import factor_shapes
 
-# What `auto` stands for.
+# The method of `--method auto`.
 BEST = "ast"
 
 
@@ -57,7 +57,7 @@ class RecoverJob:
     teacher: Checkpoint | None
     """The dense model; None when nothing needs it."""
     teacher_name: str
-    """What the user or the history calls it; empty without one."""
+    """Its name according to the user or the history; empty without a teacher."""
     linear: list[Target]
     """All linear weights of the blocks."""
     targets: list[Target]
@@ -69,7 +69,7 @@ class RecoverJob:
 
     @property
     def loaded(self) -> Checkpoint | None:
-        """The teacher that is in memory all the time; None: it may do without the model."""
+        """The teacher that stays in memory; None if the model is not needed all the time."""
         needed = self.config.kl_weight != 0 and self.config.teacher_top is None
         return self.teacher if needed else None
 
@@ -92,17 +92,17 @@ def prepare_recover(
     """Check a configuration against a model, its teacher and an output folder.
 
     Args:
-        config: What to do.
+        config: The options.
         model: A folder, hub id or `demo`.
         out: The folder to make.
         overwrite: Whether it may replace an earlier output.
         processes: The processes that train together; None: this one.
-        saves: Whether room for saved states is needed too.
-        progress: Told of downloads.
+        saves: Whether to check disk space for saved states too.
+        progress: Receives downloads.
 
     Raises:
         UsageError: The configuration does not fit the model, or `out` is in use.
-        DataError: A model cannot be read, or the teacher is not one for this student.
+        DataError: A model cannot be read, or the teacher does not fit the model.
         StorageError: The disk has no room for the output.
     """
     processes = processes or Processes()
@@ -144,10 +144,10 @@ def prepare_recover(
 
 
 def _require_memory(job: RecoverJob, processes: Processes) -> None:
-    """Refuse what cannot fit into memory.
+    """Refuse a run that does not fit into memory.
 
     Raises:
-        DataError: Says what is needed, and what there is.
+        DataError: Names the memory needed and available.
     """
     require_memory(
         job.config, job.source, job.loaded, job.recoverer, job.device, shards=processes.shards
@@ -159,22 +159,23 @@ def _require_memory(job: RecoverJob, processes: Processes) -> None:
 def _completed(
     config: RecoverConfig, source: Checkpoint
 ) -> tuple[RecoverConfig, Recoverer, list[str]]:
-    """A length that the model takes, a method and its schedule; and what to tell of them."""
-    length, notes = cap_length(config.length, source.config)
-    config, told = config.model_copy(update={"length": length}), list(notes)
+    """Resolve length, method and schedule; also returns notes for the user."""
+    length, capping = cap_length(config.length, source.config)
+    config, notes = config.model_copy(update={"length": length}), list(capping)
     if config.method == AUTO:
         config, why = chosen(config)
-        told.append(why)
+        notes.append(why)
     recoverer = methods.load("recoverers", config.method, config.option)
-    moves = recoverer.refresh or config.pattern is not None or not told_patterns(source)
-    if config.metric != "magnitude" and not moves:
+    selects = recoverer.refresh or config.pattern is not None or not recorded_patterns(source)
+    if config.metric != "magnitude" and not selects:
         raise UsageError(
-            f"--metric {config.metric} has no effect: the mask that {source.path} has stays",
+            f"--metric {config.metric} has no effect: the mask of {source.path} is kept",
             "leave it out, or prune with --method wanda first",
+            code="no-effect",
         )
     if config.schedule == AUTO:
         config = config.model_copy(update={"schedule": recoverer.schedule})
-    return config, recoverer, told
+    return config, recoverer, notes
 
 
 def _open_teacher(
@@ -185,18 +186,18 @@ def _open_teacher(
     out: Path,
     progress: Progress,
 ) -> Checkpoint:
-    """The dense model.
+    """Open the dense model.
 
     Raises:
-        UsageError: The output folder holds it, or it has fewer tokens than are to be looked at.
-        DataError: It cannot be read, or is not one for this student.
+        UsageError: The output folder holds it, or `--teacher-top` exceeds its vocabulary.
+        DataError: It cannot be read, or does not fit the model.
     """
     try:
         teacher = Checkpoint.open(resolve(teacher_name, progress))
     except (DataError, UsageError) as error:
-        raise DataError(
-            f"the teacher cannot be read: {error.message}", "name the dense model with --teacher"
-        ) from error
+        message = f"the teacher cannot be read: {error.message}"
+        hint = "name the dense model with --teacher"
+        raise DataError(message, hint, code="no-teacher") from error
     refuse_source(out, teacher.path)
     refuse_other_teacher(source, teacher)
     refuse_more_than_the_vocabulary(config, teacher)
@@ -206,15 +207,15 @@ def _open_teacher(
 
 
 def _parent(source: Checkpoint) -> str | None:
-    """The dense model that the history of a sparse one begins with, where that can be reached."""
+    """Path of the dense model at the start of the history; None without a history."""
     return _dense(source).get("path")
 
 
 def _dense(source: Checkpoint) -> Mapping[str, str]:
-    """What the history says of the dense model.
+    """The history's record of the dense model.
 
-    It is what was pruned; where the history begins with training, what taught first, or without a
-    teacher what was trained.
+    That is the model that was pruned; if the history starts with training, the first teacher, or
+    the model that was trained without one.
     """
     history = source.pruned()
     if not history:
@@ -225,23 +226,24 @@ def _dense(source: Checkpoint) -> Mapping[str, str]:
 
 
 def require_parent(job: RecoverJob, fingerprint: str) -> None:
-    """Refuse a teacher that was not named and is no longer what the history says.
+    """Refuse a changed teacher, unless it was named with `--teacher`.
 
     Raises:
-        DataError: Its weights are others.
+        DataError: Its weights differ from those in the history.
     """
-    told = _dense(job.source).get("fingerprint")
-    if job.config.teacher is None and told not in (None, fingerprint):
+    recorded = _dense(job.source).get("fingerprint")
+    if job.config.teacher is None and recorded not in (None, fingerprint):
         raise DataError(
             f"the weights in {job.teacher_name} are not those that {job.source.path} was made from",
-            "name the dense model with --teacher, if they are to teach all the same",
+            "name the dense model with --teacher to use it anyway",
+            code="teacher-changed",
         )
 
 
 def _layout(
     config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
 ) -> Layout:
-    """The files of the output: the source's, and one for the branches if there are such."""
+    """The files of the output: those of the source, and one for branches if there are any."""
     if config.slorb is None:
         return Layout.of(source)
     parts = {
@@ -256,31 +258,31 @@ def _layout(
 
 
 def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:
-    """What the user should know before the run."""
-    found = []
-    asked = None if config.pattern is None else str(config.pattern)
-    others = sorted(set(told_patterns(source).values()) - {asked})
-    if asked is not None and others:
-        told = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
-        found.append(
-            f"{source.path} was pruned to {told}: what is kept is chosen anew, the largest "
-            f"weights, {asked}"
+    """Notes for the user before the run."""
+    notes = []
+    requested = None if config.pattern is None else str(config.pattern)
+    others = sorted(set(recorded_patterns(source).values()) - {requested})
+    if requested is not None and others:
+        earlier = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
+        notes.append(
+            f"{source.path} was pruned to {earlier}: new masks keep its largest weights at "
+            f"{requested}"
         )
     if config.slorb is not None:
-        found.append(
-            "the branches of --slorb cannot be folded into the sparse weights, and a model that "
-            "was trained with them is much worse without"
+        notes.append(
+            "the branches of --slorb cannot be folded into the sparse weights, and a model trained "
+            "with them is much worse without"
         )
     if config.mixed_precision == "bf16" and stream.device.type == "cpu":
         times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
         if times > 1:
-            found.append(
+            notes.append(
                 f"products in bfloat16 take {times:.1f} times as long as in float32 on this "
                 "machine: --mixed-precision no is faster"
             )
-    return [*found, *family_notes(stream)]
+    return [*notes, *family_notes(stream)]
 
 
 def chosen(config: RecoverConfig) -> tuple[RecoverConfig, str]:
-    """A configuration with a method in the place of `auto`, and what to tell of it."""
+    """Replace the method `auto`; also returns a note for the user."""
     return config.model_copy(update={"method": BEST}), f"--method auto is {BEST}"

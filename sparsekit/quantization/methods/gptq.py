@@ -1,13 +1,16 @@
-"""GPTQ: round column by column and let the later columns make up for it; zeros stay.
+"""GPTQ: round by column; later columns compensate.
 
 Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", algorithm 1; the code in IST-DASLab/gptq@2d65066, `gptq.py`.
-Differs: a weight that is 0 is rounded to 0 whatever it should make up for, and what that leaves is
-made up for by the columns to its right (llm-compressor, which kept zeros until 0.13, dropped it);
-the sweep is SparseGPT's, with the Cholesky factor of the Hessian instead of that of its inverse
-(see `HessianFactor`); scales come from what the columns of a group hold when the first is reached,
-also where groups are shorter than the published blocks of 128 columns; inputs that were zero for
-every token are rounded, not zeroed; damping is raised and reported when the factorisation fails.
+Differs: a weight that is 0 stays 0, and the columns to its right compensate for the error that it
+would have absorbed (llm-compressor kept zeros until 0.13). The sweep is SparseGPT's, with the
+Cholesky factor of the Hessian instead of that of its inverse. Scales come from the values of a
+group's columns when the first one is reached, also if groups are shorter than the published blocks
+of 128 columns. Inputs that were zero for every token are rounded, not zeroed. Damping is raised and
+reported when the factorisation fails.
+Cost: one Cholesky factorisation and one sweep over the columns per weight; the Gram matrix of each
+input, in² float32.
+Result: perplexity 137.9 from 99.6 (SmolLM2-135M at 2:4 from SparseGPT, on int4-g64).
 """
 
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from sparsekit.weights.grids import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Quantizer):
-    """An optimal-brain-surgeon update of the columns to the right of a rounded one."""
+    """OBS update of the columns to the right of a rounded column."""
 
     needs: ClassVar[Stats | None] = Stats.GRAM
     damping: float = 0.01
@@ -41,11 +44,11 @@ class Gptq(Quantizer):
     ) -> Quantized:
         """See `Quantizer.quantize`.
 
-        With a mask `[out, in]`, True = keep, what is off it becomes 0, which the rest makes up for.
+        With a mask `[out, in]`, True = keep, entries off it become 0 and later columns compensate.
         """
         assert sums is not None
         factor = factorise(sums, self.damping)
-        columns = weight.T.contiguous()  # codes where they are passed
+        columns = weight.T.contiguous()  # replaced by codes as the sweep passes
         error, kept = columns.clone(), (columns != 0 if mask is None else mask.T).float()
         rounding = Rounding(grid, dtype, columns * kept)
 

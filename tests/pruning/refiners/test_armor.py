@@ -6,6 +6,7 @@ The steps themselves are checked in `tests/solvers/test_armor_als.py`.
 import pytest
 import torch
 from oracles import inputs_of, loss, nowag_scores, sums_of, weight_of
+from refusals import refused
 
 from sparsekit import registry as methods
 from sparsekit.errors import UsageError
@@ -178,15 +179,15 @@ def test_report_tells_block_sweeps_and_losses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "match"),
+    ("options", "code", "named"),
     [
-        ({"solver": "adam"}, r"armor has no option 'solver'"),
-        ({"block": "-8"}, r"block of armor must be a number at or above 0"),
-        ({"sweeps": "1.5"}, r"sweeps of armor takes int"),
+        ({"solver": "adam"}, "no-option", "'solver'"),
+        ({"block": "-8"}, "out-of-range", "block of armor"),
+        ({"sweeps": "1.5"}, "not-a-number", "sweeps of armor"),
     ],
 )
-def test_option_that_cannot_be_is_refused(options: dict[str, str], match: str) -> None:
-    with pytest.raises(UsageError, match=match):
+def test_option_that_cannot_be_is_refused(options: dict[str, str], code: str, named: str) -> None:
+    with refused(code, "armor", named, kind=UsageError):
         armor(**options)
 
 
@@ -238,19 +239,20 @@ def test_block_holds_whole_groups(text: str, block: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "text", "rows", "columns", "match"),
+    ("options", "text", "rows", "columns", "named"),
     [
-        ({}, "50%", 64, 64, "armor needs an N:M pattern, not 50%"),
-        ({}, "50%/tensor", 64, 64, "armor needs an N:M pattern, not 50%/tensor"),
-        ({"block": 6}, "2:4", 64, 64, "blocks of 6 do not hold whole groups of 4"),
-        ({"block": 4}, "4:8", 64, 64, "blocks of 4 do not hold whole groups of 8"),
-        ({}, "8:16", 64, 64, "tries all supports of a group, and 8:16 has 12,870"),
-        ({}, "2:4", 63, 64, "no block of whole groups of 4 divides 63 x 64"),
-        ({}, "4:8", 12, 64, "no block of whole groups of 8 divides 12 x 64"),
+        ({}, "50%", 64, 64, ("N:M", "50%")),
+        ({}, "50%/tensor", 64, 64, ("N:M", "50%/tensor")),
+        ({"block": 6}, "2:4", 64, 64, ("block=6", "multiple of 4", "2:4")),
+        ({"block": 4}, "4:8", 64, 64, ("block=4", "multiple of 8", "4:8")),
+        ({}, "8:16", 64, 64, ("8:16", "12,870")),
+        ({}, "2:4", 63, 64, ("multiple of 4", "63 x 64")),
+        ({}, "4:8", 12, 64, ("multiple of 8", "12 x 64")),
     ],
 )
-def test_what_does_not_fit_is_refused(options, text, rows, columns, match) -> None:
-    assert match in armor(**options).mismatch(Pattern.parse(text), rows, columns)
+def test_what_does_not_fit_is_refused(options, text, rows, columns, named) -> None:
+    reason = armor(**options).mismatch(Pattern.parse(text), rows, columns)
+    assert all(value in reason for value in named)
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "4:8", "5:10", "1:16", "2:16"])
@@ -260,7 +262,7 @@ def test_what_fits_is_not_refused(text: str) -> None:
 
 def test_many_supports_come_with_a_caution_that_counts_them() -> None:
     (caution,) = armor().warnings(Pattern.parse("5:10"), None)
-    assert caution == "5:10 has 252 supports a group: a sweep takes 42 times 2:4's"
+    assert all(value in caution for value in ("5:10", "252", "42 times"))
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:16"])

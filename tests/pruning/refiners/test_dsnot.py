@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracles import exact_count, inputs_of, sums_of, weight_of
+from refusals import refused
 
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -541,19 +542,21 @@ def test_unstructured_pattern_comes_without_a_caution(text: str) -> None:
 def test_pruner_whose_values_are_lost_is_named() -> None:
     sparsegpt = methods.load("pruners", "sparsegpt", {})
     (caution,) = methods.load("refiners", "dsnot", {}).warnings(Pattern.parse("50%"), sparsegpt)
-    assert caution == "where DSnoT refines, the values that sparsegpt gave the weights are lost"
+    assert "sparsegpt" in caution
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "match"),
+    ("option", "value", "code", "choices"),
     [
-        ("units", "tokens", "units of dsnot is one of relative, token, sequence, not 'tokens'"),
-        ("same_sign", "1", "same_sign of dsnot is one of yes, no, true, false, not '1'"),
-        ("modules", "mlp", "modules of dsnot is one of all, attention"),
-        ("cycles", "1.5", "cycles of dsnot takes int"),
-        ("threshold", "-1", "threshold of dsnot must be a number at or above 0"),
+        ("units", "tokens", "not-a-choice", "relative, token, sequence"),
+        ("same_sign", "1", "not-a-choice", "yes, no, true, false"),
+        ("modules", "mlp", "not-a-choice", "all, attention"),
+        ("cycles", "1.5", "not-a-number", ""),
+        ("threshold", "-1", "out-of-range", ""),
     ],
 )
-def test_option_out_of_its_range_is_refused(option: str, value: str, match: str) -> None:
-    with pytest.raises(UsageError, match=match):
+def test_option_out_of_its_range_is_refused(
+    option: str, value: str, code: str, choices: str
+) -> None:
+    with refused(code, f"{option} of dsnot", value, choices, kind=UsageError):
         methods.load("refiners", "dsnot", {option: value})
