@@ -1,4 +1,4 @@
-"""What enters the prunable weights of a block while it runs: collected row by row, then summed."""
+"""Recording of the inputs of a block's weights and of the arguments of a block."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
 from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputStats, Stats
 
-# Comparisons of one row's arguments, by identity; the second tensor is held so that no other
-# tensor can take its identity meanwhile.
+# Results of tensor comparisons, by identity; the second tensor is kept alive so that no
+# other one can get its identity.
 Comparisons = dict[tuple[int, int], tuple[bool, Tensor]]
 
 
@@ -95,12 +95,18 @@ class InputRecorder:
         return hook
 
     def _learn(self) -> None:
-        """From the first row: the order of the calls, and which of them share an input."""
+        """Learn the order of the calls, and which of them share an input, from the first row.
+
+        Raises:
+            DataError: A target was not called.
+        """
         self._order = [name for name, _, _ in self._inputs]
         missing = [t.name for t in self._targets if t.name not in self._order]
         if missing:
             raise DataError(
-                f"{', '.join(missing)}: no calibration token reaches it", "exclude it with --skip"
+                f"{', '.join(missing)}: no calibration token reaches it",
+                "exclude it with --skip",
+                code="unsupported-model",
             )
         for position, (name, x, _) in enumerate(self._inputs):
             earlier = (i for i in range(position) if self._inputs[i][1] is x)
@@ -117,17 +123,24 @@ class InputRecorder:
 
     def _add(self, sample: int) -> None:
         if [name for name, _, _ in self._inputs] != self._order:
-            raise DataError(f"{self.name}: its calls depend on the data", "exclude it with --skip")
+            raise DataError(
+                f"{self.name}: its calls depend on the data",
+                "exclude it with --skip",
+                code="unsupported-model",
+            )
         for (name, x, version), leader in zip(self._inputs, self._leaders, strict=True):
             if x._version != version:
-                raise DataError(f"{name}: its input is changed in place during the forward")
+                raise DataError(
+                    f"{name}: its input is changed in place during the forward pass",
+                    code="unsupported-model",
+                )
             if name == leader:
                 self.sums[name].update(x.reshape(-1, x.shape[-1]), sample)
 
 
 @dataclass
 class BlockCall:
-    """What a block is called with, besides the hidden states."""
+    """The arguments of a block, other than the hidden states."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]

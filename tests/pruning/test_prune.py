@@ -741,7 +741,7 @@ def test_progress_names_the_method_and_every_block(family, row_file, tmp_path):
 
 
 def test_reading_a_large_checkpoint_is_shown_weight_by_weight(family, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsekit.checkpoint.checkpoint.SOON_READ", 0)
+    monkeypatch.setattr("sparsekit.checkpoint.checkpoint.QUIET_BYTES", 0)
     seen = Recorder()
     prune(PruneConfig(method="magnitude"), str(family("llama")), tmp_path / "out", progress=seen)
     names = list(Checkpoint.open(family("llama")).places)

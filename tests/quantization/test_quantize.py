@@ -266,7 +266,7 @@ def test_what_is_quantized_already_is_refused_by_name(run, sparse, tmp_path):
 def test_a_model_of_factors_is_refused(run, family, row_file, tmp_path):
     config = PruneConfig(method="magnitude", compensate="lowrank", calibration=str(row_file))
     factored = prune(config, str(family("llama")), tmp_path / "factored").out
-    with pytest.raises(DataError, match=r"keeps factors beside its weights.*prune without armor"):
+    with pytest.raises(DataError, match=r"stores factors next to its weights.*prune without armor"):
         run(factored, grid="int4-g16")
 
 

@@ -629,7 +629,7 @@ def test_a_model_that_changes_its_logits_is_refused(copy_of, tmp_path, key, valu
 def test_a_model_with_factors_is_refused(family, row_file, tmp_path):
     config = PruneConfig(method="armor", option={"sweeps": "1"}, calibration=str(row_file))
     out = prune(config, str(family("llama")), tmp_path / "armor").out
-    with pytest.raises(DataError, match="keeps factors beside its weights"):
+    with pytest.raises(DataError, match="stores factors next to its weights"):
         recover(replace(SHORT, pattern="2:4"), str(out), tmp_path / "out")
 
 

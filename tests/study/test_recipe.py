@@ -143,19 +143,19 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
         ("- recover: {method: ast}\n", "stages[0].recover: recover needs either"),
         (
             "- prune: {method: armor}\n- recover: {tokens: 4096}\n",
-            "stages[1].recover: armor keeps factors beside its weights",
+            "stages[1].recover: armor stores factors next to its weights",
         ),
         (
             "- prune: {refine: armor}\n- quantize: {}\n",
-            "keeps factors beside its weights",
+            "stores factors next to its weights",
         ),
         (
             "- prune: {compensate: lowrank}\n- quantize: {}\n",
-            "stages[1].quantize: wanda keeps factors beside its weights",
+            "stages[1].quantize: wanda stores factors next to its weights",
         ),
         (
             "- recover: {slorb: 16, tokens: 4096}\n- recover: {tokens: 4096}\n",
-            "keeps factors beside its weights, which are not sparse themselves: recover",
+            "stores factors next to its weights, which are not sparse themselves: recover",
         ),
         (
             "- prune: [{method: wanda, samples: 4}, {method: wanda, samples: 8}]\n",
