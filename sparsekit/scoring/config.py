@@ -83,8 +83,6 @@ class EvalConfig(Options):
             if getattr(self, name) is not None and not self.tasks:
                 message = f"--{name.replace('_', '-')} has no effect without --tasks"
                 raise UsageError(message, code="no-effect")
-        if self.length is not None and self.windows_of is None:
-            raise UsageError("--length has no effect on tasks", "name a text: --text builtin")
         if self.seed < 0:
             raise UsageError(f"--seed must not be negative, not {self.seed}", code="out-of-range")
         return self

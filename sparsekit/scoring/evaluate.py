@@ -91,6 +91,8 @@ def evaluations(
 
     Arguments and errors are those of `evaluate`.
     """
+    if config.length is not None and config.windows_of is None:
+        progress.note("--length has no effect on tasks; add --text builtin to measure perplexity")
     names = [*([baseline] if baseline else []), *models]
     subjects = [_subject(config, name, progress) for name in names]
     tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}

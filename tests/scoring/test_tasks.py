@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listeners import Notes
 from refusals import refused
 
 from sparsekit.errors import DataError, UsageError
@@ -495,3 +496,11 @@ def test_shared_arc_easy_runs_without_network(checkpoint):
     assert (score.task, score.version, score.n) == ("arc_easy_local", "1.0", 8)
     assert len(score.samples["acc"]) == len(score.samples["acc_norm"]) == 8
     assert set(score.samples["acc"]) <= {0.0, 1.0}
+
+
+def test_a_length_without_a_text_is_noted_and_the_tasks_are_scored(checkpoint, tasks_dir):
+    notes = Notes()
+    config = EvalConfig(length=32, tasks=["tiny"], include_path=tasks_dir)
+    (score,) = evaluate(config, [str(checkpoint)], None, notes)
+    assert (score.perplexity, len(score.tasks)) == (None, 1)
+    assert any("--length" in note for note in notes.told)
