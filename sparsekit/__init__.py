@@ -20,7 +20,7 @@ __all__ = ["evaluate", "load", "masked", "prune", "quantize", "recover", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """The verbs, imported when they are asked for."""
+    """Public names, imported on first use."""
     if name in ("evaluate", "prune", "quantize", "recover", "run"):
         from sparsekit import api
 
@@ -31,23 +31,23 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Public names."""
     return [*__all__, "__version__"]
 
 
 def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -> PreTrainedModel:
-    """A checkpoint as a transformers model on the CPU, also one that is packed or factors.
+    """Load a checkpoint, packed and factored ones too, as a transformers model on the CPU.
 
     Args:
-        path: The folder; a hub id or `demo` does too.
+        path: Folder, hub id or `demo`.
         dtype: `float32`, `bfloat16`, `float16`; auto: the type on disk.
-        resident: `packed` keeps packed weights and factors as they are, and each layer unpacks its
-            own when it is called; `expand` holds dense ones, which is faster and takes more memory.
-            Only those can be saved with `save_pretrained`.
+        resident: `packed` keeps packed weights and factors in memory, and each layer unpacks its
+            weight on every call. `expand` makes dense weights, which is faster and takes more
+            memory; only these can be saved with `save_pretrained`.
 
     Raises:
-        UsageError: Another word for `dtype` or `resident`.
-        DataError: It cannot be read, is quantized in another way than ours, lacks weights, or does
+        UsageError: `dtype` or `resident` is unknown.
+        DataError: The checkpoint cannot be read, has a foreign quantization, lacks weights, or does
             not fit into memory.
     """
     from sparsekit.model.full_model import load
@@ -56,14 +56,14 @@ def load(path: str | Path, dtype: str = "auto", resident: Resident = "packed") -
 
 
 def masked(model: nn.Module) -> Masked:
-    """Keep the zeros of a model's matrices while anything else trains it.
+    """Context manager that keeps the zeros of a model while any trainer trains it.
 
-    A context manager: `with sparsekit.masked(model): trainer.train()`. The entries that are zero
-    now are zero after every step of a torch optimizer, and when it is left, so that adapters which
-    were merged in between have not filled them.
+    `with sparsekit.masked(model): trainer.train()`. The entries that are zero on entry are reset to
+    zero after every step of a torch optimizer, and on exit, so that adapters merged in between do
+    not fill them.
 
     Raises:
-        UsageError: The model has no zeros, or is no module.
+        UsageError: The model has no zeros, or is not a module.
     """
     from sparsekit.recovery.masked import Masked
 

@@ -1,4 +1,4 @@
-"""The verbs as functions; their keywords are the options of the commands."""
+"""Verbs as functions whose keywords are the options of the commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Writer(Protocol[P, Result]):
-    """A verb that writes a model; its keywords are those that make its configuration."""
+    """A verb that writes a model; its keywords are the options."""
 
     def __call__(
         self,
@@ -37,11 +37,11 @@ class Writer(Protocol[P, Result]):
         *none: P.args,
         **words: P.kwargs,
     ) -> Result:
-        """Carry out the verb."""
+        """Run the verb."""
 
 
 class Measure(Protocol[P, Result]):
-    """A verb that measures models; its keywords are those that make its configuration."""
+    """A verb that measures models; its keywords are the options."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Measure(Protocol[P, Result]):
         *none: P.args,
         **words: P.kwargs,
     ) -> Result:
-        """Carry out the verb."""
+        """Run the verb."""
 
 
 def _writer(
@@ -67,12 +67,12 @@ def _measure(
 
 
 def _with_keywords(config: Any, body: Callable[..., Any]) -> Any:
-    """A function of a configuration as one of the options that make it."""
-    own = list(inspect.signature(body).parameters.values())[1:]
-    # What only this verb has comes first.
+    """Convert a function of a configuration into one of the options."""
+    parameters = list(inspect.signature(body).parameters.values())[1:]
+    # Options that only this verb has come first.
     names = sorted(config.model_fields, key=lambda name: name not in config.__annotations__)
     fields = {name: config.model_fields[name] for name in names}
-    made = [
+    options = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -85,16 +85,16 @@ def _with_keywords(config: Any, body: Callable[..., Any]) -> Any:
     def verb(*places: Any, **keywords: Any) -> Any:
         words = {key: value for key, value in keywords.items() if key not in mine}
         with _as_keywords():
-            options = config(**words)
-            return body(options, *places, **{k: v for k, v in keywords.items() if k in mine})
+            made = config(**words)
+            return body(made, *places, **{k: v for k, v in keywords.items() if k in mine})
 
-    mine = [parameter.name for parameter in own]
-    places = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
-    rest = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    mine = [parameter.name for parameter in parameters]
+    places = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    rest = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     result = inspect.signature(body).return_annotation
     verb.__name__ = verb.__qualname__ = body.__name__
     verb.__module__ = body.__module__
-    signature = inspect.Signature([*places, *made, *rest], return_annotation=result)
+    signature = inspect.Signature([*places, *options, *rest], return_annotation=result)
     verb.__signature__ = signature  # type: ignore[attr-defined]
     lines = (f"    {name}: {as_keywords(field.description)}" for name, field in fields.items())
     verb.__doc__ = "\n".join([inspect.cleandoc(body.__doc__ or ""), "", "Options:", *lines])
@@ -103,7 +103,7 @@ def _with_keywords(config: Any, body: Callable[..., Any]) -> Any:
 
 @contextmanager
 def _as_keywords() -> Iterator[None]:
-    """Errors name keywords in the place of flags."""
+    """Name keywords instead of flags in errors."""
     try:
         yield
     except SparsekitError as error:
@@ -113,7 +113,7 @@ def _as_keywords() -> Iterator[None]:
 
 
 @_writer(PruneConfig)
-def prune(  # noqa: D417  (the configuration is made from the keywords)
+def prune(  # noqa: D417  (callers pass keywords instead of config)
     config: PruneConfig,
     model: str | Path,
     out: str | Path,
@@ -125,15 +125,15 @@ def prune(  # noqa: D417  (the configuration is made from the keywords)
 
     Args:
         model: A folder, hub id or `demo`.
-        out: The folder to make; it appears when it is complete.
+        out: Folder to write; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each block.
+        progress: Reports each block.
 
     Returns:
-        The folder, and what was done.
+        The folder, and the history entry.
 
     Raises:
-        SparsekitError: As the command; its message and hint are what that shows.
+        SparsekitError: As the command, with the same message and hint.
     """
     from sparsekit.pruning.prune import prune as stage
 
@@ -151,10 +151,10 @@ def recover(
 ) -> Report | None:
     """Write a trained copy of a model, as `sparsekit recover MODEL -o OUT` does.
 
-    Arguments and errors are those of `prune`, but for the options.
+    Arguments and errors are those of `prune`, except for the options.
 
     Returns:
-        The folder, and what was done; None in a process that trains along with the main one.
+        The folder, and the history entry; None in processes other than the main one.
     """
     from sparsekit.recovery.recover import recover as stage
 
@@ -170,9 +170,9 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Report:
-    """Write a copy of a model on a grid, as `sparsekit quantize MODEL -o OUT` does.
+    """Write a quantized copy of a model, as `sparsekit quantize MODEL -o OUT` does.
 
-    Arguments and errors are those of `prune`, but for the options.
+    Arguments and errors are those of `prune`, except for the options.
     """
     from sparsekit.quantization.quantize import quantize as stage
 
@@ -187,14 +187,12 @@ def evaluate(  # noqa: D417  (the same)
     save: bool = False,
     progress: Progress = SILENT,
 ) -> list[Score]:
-    """The scores of one or more models, as `sparsekit eval MODELS` measures them.
-
-    The score of a baseline comes first.
+    """Scores of models, as `sparsekit eval MODELS` measures them; a baseline comes first.
 
     Args:
         models: Folders, hub ids or `demo`.
-        save: Keep the scores beside each model, which sparsekit wrote, for `compare` and `report`.
-        progress: Told of each block and model.
+        save: Store the scores with each model, which sparsekit must have written.
+        progress: Reports each block and model.
 
     Raises:
         SparsekitError: As the command.
@@ -206,10 +204,10 @@ def evaluate(  # noqa: D417  (the same)
         require_own(names)
     from sparsekit.scoring.evaluate import evaluate as stage
 
-    found = stage(config, names, config.baseline, progress)
+    scores = stage(config, names, config.baseline, progress)
     if save:
-        save_scores(found[len(found) - len(names) :], names, config, config.baseline)
-    return found
+        save_scores(scores[len(scores) - len(names) :], names, config, config.baseline)
+    return scores
 
 
 def run(
@@ -222,19 +220,19 @@ def run(
     timed: bool = False,
     progress: Progress = SILENT,
 ) -> list[Done]:
-    """Carry out a recipe, as `sparsekit run RECIPE -o OUT` does.
+    """Run a recipe, as `sparsekit run RECIPE -o OUT` does.
 
     Args:
-        recipe: A file, the name of one that is shipped, or what one would hold.
-        out: The folder of the run; None: the recipe's name.
-        overrides: Words to replace, as `prune.samples=8`.
-        start: The stage to make again, with what follows.
-        dry: Whether to look only.
-        timed: Of a dry run: tell how long steps would take, from their first blocks.
-        progress: Told of each step.
+        recipe: A file, the name of a shipped recipe, or the content of one.
+        out: Folder of the run; None: the recipe's name.
+        overrides: Options to replace, e.g. `prune.samples=8`.
+        start: Stage to run again, with the stages after it.
+        dry: Whether to plan only.
+        timed: Whether a dry run estimates the duration of steps from their first blocks.
+        progress: Reports each step.
 
     Returns:
-        What became of each step.
+        The outcome of each step.
 
     Raises:
         SparsekitError: As the command.
@@ -247,10 +245,10 @@ def run(
 
     if isinstance(recipe, Mapping):
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()}
-        told, name = parse(write_yaml(plain), overrides), "run"
+        parsed, name = parse(write_yaml(plain), overrides), "run"
     else:
         file = recipe_file(str(recipe))
-        told, name = read_recipe(file, overrides), file.stem
+        parsed, name = read_recipe(file, overrides), file.stem
     from sparsekit.study.run import run as stage
 
-    return stage(told, Path(out or name), start=start, dry=dry, timed=timed, progress=progress)
+    return stage(parsed, Path(out or name), start=start, dry=dry, timed=timed, progress=progress)

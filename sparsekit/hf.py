@@ -1,6 +1,6 @@
-"""Lets transformers load packed checkpoints: `import sparsekit.hf` registers the loader.
+"""Loader of packed checkpoints for transformers, registered by `import sparsekit.hf`.
 
-After it `AutoModelForCausalLM.from_pretrained` takes them; `sparsekit.load` needs no import.
+Afterwards `AutoModelForCausalLM.from_pretrained` loads them; `sparsekit.load` needs no import.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @register_quantization_config(PACKED_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What config.json says of a packed checkpoint: its method's name and nothing else."""
+    """Quantization configuration of a packed checkpoint: the name of the method only."""
 
     def __init__(self, quant_method: str = PACKED_METHOD, **_: Any) -> None:
         self.quant_method = quant_method
@@ -31,12 +31,12 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(PACKED_METHOD)
 class PackedLoader(HfQuantizer):
-    """Puts layers that compute with values and places where the model has linear ones."""
+    """Replaces linear layers with layers that compute with packed weights."""
 
     requires_calibration = True
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Name the weight files; a loader that does not know of us finds none, and says so."""
+        """Name the weight files; a loader without sparsekit reports that there are none."""
         config.transformers_weights = PACKED_INDEX
         return config
 
@@ -46,15 +46,15 @@ class PackedLoader(HfQuantizer):
         with torch.device("cpu"):  # transformers is building on meta
             source.scan()
         for module in model.modules():
-            # GPT-2's would be initialised by the `weight` of layers that have none any more.
+            # GPT-2 would initialise the `weight` of layers, which packed layers do not have.
             if any(isinstance(child, FormLinear) for child in module.children()):
                 module._is_hf_initialized = True
 
     @property
     def is_trainable(self) -> bool:
-        """Layers whose values are packed are not."""
+        """Packed layers are not trainable."""
         return False
 
     def is_serializable(self) -> bool:
-        """Only `sparsekit pack` writes this form."""
+        """Only `sparsekit pack` writes this format."""
         return False

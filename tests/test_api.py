@@ -3,9 +3,11 @@
 import importlib.resources
 import inspect
 import json
+import re
 import shutil
 
 import pytest
+from refusals import refused
 
 import sparsekit
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -79,7 +81,7 @@ def test_evaluate_saves_the_scores_that_the_command_saves(cli, family, pruned, r
     (model / SCORES).unlink()
     sparsekit.evaluate(model, baseline=family("llama"), text=rows, save=True)
     assert (model / SCORES).read_bytes() == theirs
-    with pytest.raises(UsageError, match="was not written by sparsekit"):
+    with pytest.raises(UsageError, match=re.escape(str(family("llama")))):
         sparsekit.evaluate([model, family("llama")], text=rows, save=True)
 
 
@@ -111,7 +113,7 @@ def test_a_dry_run_tells_the_time_where_it_is_asked_to(family, row_file, tmp_pat
     (timed,) = sparsekit.run(told, tmp_path / "out", dry=True, timed=True)
     assert plain.plan["seconds_estimate"] is None
     assert timed.plan["seconds_estimate"] > 0
-    with pytest.raises(UsageError, match="timed has no effect without dry"):
+    with refused("no-effect", "timed", "dry", kind=UsageError):
         sparsekit.run(told, tmp_path / "out", timed=True)
     assert not (tmp_path / "out").exists()
 
@@ -121,19 +123,19 @@ def test_the_package_says_that_it_is_typed():
 
 
 def test_a_wrong_word_is_an_error_with_its_reason(family, tmp_path):
-    with pytest.raises(UsageError, match="no method 'wnada'"):
+    with pytest.raises(UsageError, match="'wnada'"):
         sparsekit.prune(family("llama"), tmp_path / "out", method="wnada")
     for wrong in (UsageError, TypeError):
         with pytest.raises(wrong, match="metod") as error:
             sparsekit.prune(family("llama"), tmp_path / "out", metod="wanda")
         assert error.value.hint == "did you mean 'method'?"
-    with pytest.raises(UsageError, match=r"sparsity.*use pattern 50%"):
+    with pytest.raises(UsageError, match=r"sparsity.*pattern 50%"):
         sparsekit.prune(family("llama"), tmp_path / "out", sparsity=0.5)
     with pytest.raises(UsageError, match=r"^samples: .*not '8'"):
         sparsekit.prune(family("llama"), tmp_path / "out", samples="8")
-    with pytest.raises(UsageError, match=r"^rank has no effect without compensate lowrank"):
+    with pytest.raises(UsageError, match=r"^rank .*compensate lowrank"):
         sparsekit.prune(family("llama"), tmp_path / "out", rank="5%")
-    with pytest.raises(UsageError, match=r"exists; .* or pass overwrite"):
+    with pytest.raises(UsageError, match=r" overwrite"):
         sparsekit.prune(family("llama"), tmp_path, pattern="2:4", method="magnitude")
 
 
@@ -141,5 +143,5 @@ def test_every_public_name_is_there_and_documented():
     assert set(dir(sparsekit)) == {*sparsekit.__all__, "__version__"}
     for name in sparsekit.__all__:
         assert getattr(sparsekit, name).__doc__
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="'nothing'"):
         _ = sparsekit.nothing

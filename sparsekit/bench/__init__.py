@@ -1,1 +1,1 @@
-"""What sparsekit itself costs."""
+"""Time and memory of sparsekit itself."""

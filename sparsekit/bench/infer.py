@@ -1,4 +1,4 @@
-"""What a checkpoint costs to load and to run: `bench infer`."""
+"""Time and memory of loading and running checkpoints."""
 
 import multiprocessing
 import time
@@ -24,22 +24,22 @@ BENCH_INFER = MemoryUse("bench infer", hint="sparsekit eval streams it")
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    """The options of `bench infer`; the command's flags have the same names and defaults."""
+    """Options of `bench infer`; the flags have the same names and defaults."""
 
     prompt: int = 256
-    """Tokens of the prompt."""
+    """Tokens per prompt."""
     new: int = 32
-    """Tokens that are generated, one at a time."""
+    """Tokens to generate, one at a time."""
     batch: int = 1
     resident: Resident = "packed"
-    """Whether packed weights and factors stay so in memory, or are expanded when loaded."""
+    """Whether packed weights and factors stay packed in memory or are expanded on loading."""
     device: str = "auto"
 
     def check(self) -> None:
-        """Refuse numbers with which nothing can be measured.
+        """Check the options.
 
         Raises:
-            UsageError: One is too small.
+            UsageError: A number is too small, or `resident` is unknown.
         """
         for name, least in (("prompt", 1), ("new", 2), ("batch", 1)):
             if getattr(self, name) < least:
@@ -50,42 +50,42 @@ class InferConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Inferred:
-    """What was measured of one checkpoint, in a process of its own."""
+    """Measurements of one checkpoint in its own process."""
 
     model: str
     disk_bytes: int
     load_seconds: float
     resident_bytes: int
-    """What the process has taken more after loading, and a first forward pass, than before.
+    """Growth of the process's host memory through loading and a first forward pass.
 
-    Of the host's memory, which on a GPU is not where the weights are.
+    On a GPU the weights are not in host memory.
     """
     peak_bytes: int
-    """The most that it took more than before loading."""
+    """Peak growth of host memory."""
     device_bytes: int
-    """What torch has allocated on the GPU after loading and a first forward pass; 0 without one."""
+    """GPU memory that torch has allocated after the first forward pass; 0 without a GPU."""
     device_peak_bytes: int
-    """The most that it had allocated there."""
+    """Peak GPU memory that torch has allocated."""
     prefill: float
-    """Tokens of the prompt a second."""
+    """Prompt tokens per second."""
     decode: float
-    """Generated tokens a second."""
+    """Generated tokens per second."""
     tokens: list[int]
-    """What was generated from the first prompt; the same for the same model."""
+    """Tokens generated from the first prompt, the same for the same model."""
 
 
 def bench_infer(
     config: InferConfig, models: Sequence[str], progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """Load and run checkpoints, each in a process of its own, and tell what that took.
+    """Load and run checkpoints, each in its own process, and measure time and memory.
 
-    A first forward pass, of which some forms unpack or expand their weights, is part of loading.
-    Tokens are generated greedily from prompts that are the same for all.
+    Loading includes a first forward pass, in which some forms unpack or expand their weights.
+    All models generate greedily from the same prompts.
 
     Args:
-        config: How much to run.
+        config: Prompt, tokens and batch.
         models: Folders, hub ids or `demo`.
-        progress: Told of each model.
+        progress: Reports each model.
 
     Raises:
         UsageError: A number is too small.
@@ -96,7 +96,7 @@ def bench_infer(
     progress.begin("load and run", len(paths))
     rows = []
     for name, path in paths:
-        # A fresh interpreter, so that memory is that of this model.
+        # A fresh interpreter, so that the memory is that of this model only.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows.append(pool.apply(_measure, (config, name, str(path), torch.get_num_threads())))
         progress.step(name)
@@ -130,7 +130,7 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     model(input_ids=prompt[:, :1], use_cache=False)
     wait()
     load_seconds, resident = time.perf_counter() - started, process.memory_info().rss - before
-    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
     cache = new_cache(model)
     started = time.perf_counter()
     token = model(input_ids=prompt, **cache, use_cache=True).logits[:, -1:].argmax(-1)
@@ -139,8 +139,8 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
     tokens = [token]
     started = time.perf_counter()
     for _ in range(config.new - 1):
-        found = model(input_ids=tokens[-1], **cache, use_cache=True)
-        tokens.append(found.logits[:, -1:].argmax(-1))
+        output = model(input_ids=tokens[-1], **cache, use_cache=True)
+        tokens.append(output.logits[:, -1:].argmax(-1))
     wait()
     decode = config.batch * (config.new - 1) / (time.perf_counter() - started)
     return Inferred(
@@ -149,7 +149,7 @@ def _measure(config: InferConfig, name: str, path: str, threads: int) -> Inferre
         load_seconds=load_seconds,
         resident_bytes=resident,
         peak_bytes=peak_memory() - before,
-        device_bytes=held,
+        device_bytes=allocated,
         device_peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else 0,
         prefill=prefill,
         decode=decode,

@@ -1,4 +1,4 @@
-"""What pruning costs: time against one plain forward pass, and peak memory."""
+"""Time of pruning relative to one plain forward pass, and peak memory."""
 
 import statistics
 import tempfile
@@ -23,7 +23,7 @@ from sparsekit.pruning.prune import prune
 from sparsekit.text.calibration import Calibration
 from sparsekit.text.rows import TokenRows
 
-# Why the floor needs the whole model in memory, and what can be had without.
+# The floor needs the whole model in memory.
 PLAIN_FORWARD = MemoryUse("the plain forward", hint="leave it out with --no-floor")
 
 
@@ -36,20 +36,20 @@ def bench_prune(
     scratch: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Time whole `prune` runs (reading, checking and writing included) against the floor.
+    """Time `prune` runs, including reading, checking and writing, relative to the floor.
 
-    The floor is one plain forward of the model's decoder, as transformers loads it, over the
-    same calibration rows in the same process and compute type, run right after each `prune`; the
-    ratio is the median over these pairs, since a machine's speed drifts. Memory is the peak of the
-    first run, before anything else is loaded, above the process with its libraries imported.
+    The floor is one plain forward pass of the model's decoder in transformers, over the same
+    calibration rows in the same process and compute type, right after each `prune`. The ratio is
+    the median over these pairs, since a machine's speed drifts. Memory is the peak of the first run
+    above the process with its libraries imported.
 
     Args:
-        config: What to prune with.
+        config: Options of `prune`.
         model: A folder, hub id or `demo`.
-        repeat: Runs of each; the medians count.
-        floor: Whether to run the floor, for which the whole model must fit into memory.
-        scratch: Folder for the output, which is deleted; None takes the system's.
-        progress: Told of each block.
+        repeat: Runs of each; the result is the median.
+        floor: Whether to run the floor, which needs the whole model in memory.
+        scratch: Folder for the temporary output; None: the system's.
+        progress: Reports each block.
     """
     if repeat < 1:
         raise UsageError(f"--repeat must be at least 1, not {repeat}", code="out-of-range")
@@ -61,7 +61,7 @@ def bench_prune(
         dtype = compute_dtype(config.dtype, pick_device(config.device), source)
         require_memory(source, dtype, PLAIN_FORWARD)
     rows = (config.rows or Calibration()).rows(source, progress)
-    build_without_weights(source, torch.float32)  # transformers' code of this family is loaded
+    build_without_weights(source, torch.float32)  # loads transformers' code of this family
     before = psutil.Process().memory_info().rss
     seconds: list[float] = []
     floors: list[float] = []
@@ -96,7 +96,7 @@ def bench_prune(
 
 @torch.no_grad()
 def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, Any]) -> float:
-    """Seconds of the plain forward, on the device and in the type that pruning used."""
+    """Seconds of the plain forward pass, with the device and type of pruning."""
     dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
     model = load_whole(source, dtype, PLAIN_FORWARD).to(device)
     tokens, decoder = rows.tokens.to(device), model.base_model

@@ -13,16 +13,16 @@ from sparsekit.cli.options import Debug, Json, Quiet
 
 
 def version_text() -> str:
-    """The version alone in the first line, for scripts; below it those of the libraries."""
+    """The version in the first line, for scripts, followed by those of the libraries."""
     from sparsekit.provenance.environment import package_versions
 
-    found = package_versions()
-    first = found.pop("sparsekit")
-    return "\n".join([first, *(f"{name} {version}" for name, version in found.items())])
+    versions = package_versions()
+    first = versions.pop("sparsekit")
+    return "\n".join([first, *(f"{name} {version}" for name, version in versions.items())])
 
 
 def env(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Show versions and machine for a bug report, without names, keys and home directory.
+    """Show versions and machine for a bug report, without names, keys or home directory.
 
     Example: sparsekit env
     """

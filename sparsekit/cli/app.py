@@ -1,4 +1,4 @@
-"""The verbs of the command line. A command parses, calls one stage, and shows its report."""
+"""Verbs of the command line. A command parses, calls one stage, and shows its report."""
 
 from typing import Annotated
 
@@ -66,10 +66,10 @@ for _panel, _verbs in VERBS.items():
 
 
 def main() -> None:
-    """Run the command line in a process of its own."""
+    """Run the command line."""
     stdout = streams.guard()
     try:
-        # The name is the same under `python -m`, also in the variable of shell completion.
+        # The same name under `python -m`, also for shell completion.
         app(prog_name="sparsekit")
     except SystemExit as end:
         raise SystemExit(streams.exit_code(stdout, end.code)) from None

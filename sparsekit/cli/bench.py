@@ -1,4 +1,4 @@
-"""The verb `bench`: what sparsekit itself costs."""
+"""Verb `bench`: time and memory of sparsekit itself."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,10 @@ from sparsekit.pruning.config import PruneConfig
 from sparsekit.recovery.config import RecoverConfig
 
 app = typer.Typer(
-    help="Measure what sparsekit itself costs.", no_args_is_help=True, rich_markup_mode=None
+    help="Measure time and memory of sparsekit itself.", no_args_is_help=True, rich_markup_mode=None
 )
 
-# Options of `prune`, and of `recover`, that change how long a weight, or a step, takes.
+# Options of `prune` and `recover` that change how long a weight or a step takes.
 PRUNING = (
     *("method", "pattern", "option", "preset", "initial", "reconstruct", "propagate"),
     *("calibration", "samples", "length", "seed", "device", "dtype"),
@@ -28,17 +28,17 @@ TRAINING = ("method", "batch", "length", "teacher", "mixed_precision", "device")
 @takes(PruneConfig, only=PRUNING)
 def bench_prune(
     model: Model,
-    repeat: Annotated[int, typer.Option(help="Runs of each; medians count.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Runs of each; the result is the median.")] = 3,
     floor: Annotated[
-        bool, typer.Option(help="Also run the plain forward (needs the model in memory).")
+        bool, typer.Option(help="Also time a plain forward pass; needs the whole model in memory.")
     ] = True,
-    scratch: Annotated[Path | None, typer.Option(help="Folder for the deleted output.")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the temporary output.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
     **words: Any,
 ) -> None:
-    """Time pruning against one plain forward over the same rows, and measure its peak memory.
+    """Time pruning against one plain forward pass over the same rows; measure peak memory.
 
     Example: sparsekit bench prune demo --samples 32 --length 512
     """
@@ -56,13 +56,13 @@ def bench_prune(
 @takes(RecoverConfig, only=TRAINING, defaults={"method": "fixed"})
 def bench_recover(
     model: Model = "demo",
-    steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.")] = 6,
+    steps: Annotated[int, typer.Option(help="Steps to time; the result is the median.")] = 6,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
     **words: Any,
 ) -> None:
-    """Time training against the machine's rate of matrix products, and tell what it holds.
+    """Time training against the machine's matrix products; measure its memory.
 
     Example: sparsekit bench recover demo
     """
@@ -79,13 +79,13 @@ def bench_recover(
 @app.command("infer", cls=Command)
 def bench_infer(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or 'demo'.")],
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
-    new: Annotated[int, typer.Option(help="Tokens that are generated, one at a time.")] = 32,
-    batch: Annotated[int, typer.Option(help="Prompts in one pass.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens per prompt.")] = 256,
+    new: Annotated[int, typer.Option(help="Tokens to generate, one at a time.")] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts per pass.")] = 1,
     resident: Annotated[
         str,
         typer.Option(
-            help="packed: as on disk; expand: dense once they are loaded.",
+            help="packed: keep weights as on disk; expand: make them dense on loading.",
             autocompletion=complete.words("packed", "expand"),
         ),
     ] = "packed",
@@ -94,12 +94,12 @@ def bench_infer(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time loading, prompt and generation of MODELS, and tell what memory they take.
+    """Time loading, prompt and generation of MODELS; measure their memory.
 
     Example: sparsekit bench infer pruned packed
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
-    with terminal.working(takes_less="fewer --prompt or --batch") as progress:
+    with terminal.working(takes_less="a smaller --prompt or --batch takes less") as progress:
         names = [named(name) for name in models]
         from sparsekit.bench.infer import InferConfig
         from sparsekit.bench.infer import bench_infer as stage
@@ -115,7 +115,7 @@ def bench_infer(
 
 
 def show_inference(terminal: Terminal, result: dict[str, Any]) -> None:
-    """What loading and running took; stdout has a line for each model, with tokens a second."""
+    """Show time and memory; stdout has one line per model with tokens per second."""
     memory = {"resident_bytes": "MB resident", "peak_bytes": "MB peak"}
     if result["device"] == "cuda":
         memory |= {"device_bytes": "MB on the GPU", "device_peak_bytes": "MB peak there"}
@@ -142,7 +142,7 @@ def show_inference(terminal: Terminal, result: dict[str, Any]) -> None:
 
 
 def show_train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
-    """Speed of training as a share of the possible, and the parts of its memory."""
+    """Show the speed of training as a share of the possible, and its memory."""
     terminal.table(
         f"{result['method']} on {result['model']}, {result['threads']} threads",
         ("tokens/s", "GFLOP/token", "matrix GFLOP/s", "share of the possible"),
@@ -156,7 +156,7 @@ def show_train_speed(terminal: Terminal, result: dict[str, Any]) -> None:
         ],
     )
     parts = [(name, f"{size / 1e6:.0f} MB") for name, size in result["bytes"].items()]
-    terminal.table("memory", ("what", "size"), [*parts, ("peak", _megabytes(result))])
+    terminal.table("memory", ("part", "size"), [*parts, ("peak", _megabytes(result))])
     terminal.result(f"{result['share_of_the_possible']:.3f}", result)
 
 
@@ -165,7 +165,7 @@ def _megabytes(result: dict[str, Any]) -> str:
 
 
 def show_bench(terminal: Terminal, result: dict[str, Any]) -> None:
-    """Times, their ratio, and memory."""
+    """Show times, their ratio, and memory."""
     ratio = result["ratio"]
     rows = [
         (

@@ -1,4 +1,4 @@
-"""The words that a shell offers for an option, where there are only so many or some are usual."""
+"""Shell completion of options with known or common values."""
 
 from collections.abc import Callable
 
@@ -12,32 +12,32 @@ Words = Callable[[], list[tuple[str, str]]]
 
 
 def words(*known: str) -> Words:
-    """Offers these words."""
+    """Completion of given words."""
     return lambda: [(word, "") for word in known]
 
 
 def names(*kinds: str, before: tuple[str, ...] = ()) -> Words:
-    """Offers the methods of some kinds, with what they do; `before` comes first."""
+    """Completion of methods of some kinds, with summaries; `before` comes first."""
 
     def found() -> list[tuple[str, str]]:
-        told = [methods.describe(kind, name) for kind in kinds for name in methods.names(kind)]
-        return [*((word, "") for word in before), *((m.name, m.summary) for m in told)]
+        known = [methods.describe(kind, name) for kind in kinds for name in methods.names(kind)]
+        return [*((word, "") for word in before), *((m.name, m.summary) for m in known)]
 
     return found
 
 
 def presets() -> list[tuple[str, str]]:
-    """Offers the named sets of options that refiners have."""
-    told = [methods.describe("refiners", name) for name in methods.names("refiners")]
-    found: dict[str, list[str]] = {}
-    for method in told:
+    """Completion of the presets of refiners."""
+    refiners = [methods.describe("refiners", name) for name in methods.names("refiners")]
+    presets: dict[str, list[str]] = {}
+    for method in refiners:
         for preset in method.presets:
-            found.setdefault(preset, []).append(method.name)
-    return [(preset, f"of {', '.join(having)}") for preset, having in found.items()]
+            presets.setdefault(preset, []).append(method.name)
+    return [(preset, f"of {', '.join(owners)}") for preset, owners in presets.items()]
 
 
 def recipes() -> list[tuple[str, str]]:
-    """Offers the recipes that come with sparsekit, with what they do."""
+    """Completion of shipped recipes, with summaries."""
     return [(name, summary(file)) for name, file in shipped().items()]
 
 

@@ -1,4 +1,4 @@
-"""What the user sees: progress, tables and errors on stderr, one result on stdout, exit codes."""
+"""Output of a command: progress, tables and errors on stderr, one result on stdout."""
 
 import json
 import os
@@ -21,15 +21,15 @@ from sparsekit.memory import is_out_of_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
-# The command that runs, which its errors name: in a pipe of several one sees which failed.
+# The running command, which errors name so that a failing pipe shows where.
 VERB: ContextVar[str] = ContextVar("verb", default="")
 FEWER_ROWS = "fewer --samples or a shorter --length take less"
 SHORTER_ROWS = "a smaller --batch or --length takes less"
 # Columns of a table that goes to a file or pipe.
 FILE_WIDTH = 160
-# What a column of text is wide at least, if it has that much, and what is between columns.
+# Least width of a column of longer text, and the gap between columns.
 TEXT_WIDTH, GAP = 14, 2
-# A cell of numbers: with a sign, a unit, a standard error, as a pattern N:M, or of nothing.
+# A numeric cell: with sign, unit or standard error, a pattern N:M, or empty.
 NUMBER = re.compile(r"([+-]?\d[\d.,:]*(e[+-]?\d+)?( ?[%A-Za-z/]+)?( ± [\d.e-]+)?|[-*]|)")
 
 
@@ -39,7 +39,7 @@ class Terminal:
     Args:
         json: Whether the result is JSON.
         quiet: Whether to leave out progress, notes and tables; errors are always shown.
-        debug: Whether an error comes with its traceback.
+        debug: Whether to show the traceback of an error.
     """
 
     def __init__(self, *, json: bool = False, quiet: bool = False, debug: bool = False) -> None:
@@ -51,14 +51,14 @@ class Terminal:
             self.stderr.width = FILE_WIDTH
 
     def result(self, text: Any, value: Any) -> None:
-        """The command's one result: `value` as JSON when asked for, else `text`, on stdout."""
+        """Write the result to stdout: `value` with --json, else `text`."""
         print(json.dumps(value, ensure_ascii=False) if self.json else text, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table on stderr; columns of numbers are right-aligned, columns of nothing left out.
+        """Print a table on stderr, with numbers right-aligned and without empty columns.
 
-        What is too wide for the terminal becomes several tables, each with the first column: text
-        may break, a number never does.
+        A table that is too wide for the terminal is split into several, each with the first column.
+        Text may wrap, numbers do not.
         """
         if self.quiet:
             return
@@ -89,7 +89,7 @@ class Terminal:
             title = ""
 
     def note(self, text: str) -> None:
-        """A line on stderr."""
+        """Print a line on stderr."""
         if not self.quiet:
             self.stderr.print(text, markup=False)
 
@@ -97,11 +97,11 @@ class Terminal:
     def working(
         self, *, resumable: bool = False, takes_less: str = FEWER_ROWS
     ) -> Iterator[Progress]:
-        """A progress display, and one line for an error that ends the work.
+        """Context with a progress display, which reports an error in one line.
 
         Args:
-            resumable: Whether the same command goes on where an interruption stopped it.
-            takes_less: What to do when memory was short.
+            resumable: Whether the same command resumes after an interruption.
+            takes_less: Hint for an error of memory.
         """
         display = SILENT if self.quiet else progress_display(self.stderr)
         try:
@@ -112,7 +112,7 @@ class Terminal:
             self._fail(f"error: {error.message}", error.hint, error.exit_code, error.code)
         except KeyboardInterrupt:
             display.end()
-            hint = "the same command goes on after what is finished" if resumable else ""
+            hint = "run the same command again to resume" if resumable else ""
             self._fail("interrupted", hint, INTERRUPTED)
         except Exception as error:
             display.end()
@@ -134,7 +134,7 @@ class Terminal:
 
 
 def _parts(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """The columns of each of the tables that a table is shown as, so that all fit a width."""
+    """Split columns into tables that fit a width."""
     needed = [
         _narrowest(column, [row[index] for row in cells]) for index, column in enumerate(columns)
     ]
@@ -148,7 +148,7 @@ def _parts(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -
 
 
 def _narrowest(title: str, cells: Sequence[str]) -> int:
-    """The fewest characters that a column can be shown in: those of its numbers, or some text."""
+    """Least width of a column: that of its numbers, or of its longest word."""
     longest = max(map(len, cells), default=0)
     word = max((len(word) for word in title.split()), default=0)
     return max(word, longest if _is_numeric(cells) else min(longest, TEXT_WIDTH))
@@ -159,7 +159,7 @@ def _is_numeric(cells: Sequence[str]) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of the libraries off stderr."""
+    """Turn off progress bars and advice of the libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -171,7 +171,7 @@ def quiet_libraries() -> None:
 
 
 def by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of weights by the last part of their names."""
+    """Weights by the last part of their names."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in weights:
         kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
@@ -179,7 +179,7 @@ def by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """Count, zeros, errors and seconds of the weights of one kind."""
+    """Count, sparsity, output errors and seconds of one kind of weight."""
     errors = [row["error"] for row in rows if row["error"] is not None]
     zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
     return (
@@ -193,7 +193,7 @@ def kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
 
 
 def paired_text(difference: dict[str, Any] | None) -> str:
-    """A paired difference with its standard error; empty without one."""
+    """A paired difference with its standard error; empty for None."""
     if difference is None:
         return ""
     stderr = difference["stderr"]

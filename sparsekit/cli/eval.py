@@ -1,4 +1,4 @@
-"""The verb `eval`."""
+"""Verb `eval`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +28,7 @@ def evaluate(
         bool,
         typer.Option(
             "--save",
-            help="Keep the scores beside each model, for compare.",
+            help="Store the scores with each model, for compare and report.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -49,14 +49,14 @@ def evaluate(
             require_own(names)
         from sparsekit.scoring.evaluate import evaluate as stage
 
-        found = stage(config, names, config.baseline, progress)
+        scores = stage(config, names, config.baseline, progress)
         if save:
-            save_scores(found[len(found) - len(names) :], names, config, config.baseline)
-        show_scores(terminal, found, names)
+            save_scores(scores[len(scores) - len(names) :], names, config, config.baseline)
+        show_scores(terminal, scores, names)
 
 
 def show_scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[str]) -> None:
-    """One table for perplexity and one for tasks, all models together."""
+    """Show one table of perplexities and one of tasks."""
     measured = [score for score in scores if score.perplexity]
     if measured:
         rows = [
@@ -72,7 +72,7 @@ def show_scores(terminal: Terminal, scores: "Sequence[Score]", names: Sequence[s
             if score.perplexity
         ]
         title = f"perplexity on {measured[0].perplexity.text}"
-        columns = ("model", "windows", "of tokens", "perplexity", "log", "log difference")
+        columns = ("model", "windows", "tokens each", "perplexity", "log", "log difference")
         terminal.table(title, columns, rows)
     rows = []
     for score in scores:

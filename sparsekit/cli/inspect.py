@@ -1,4 +1,4 @@
-"""The verbs that look at a checkpoint: `inspect` and `verify`."""
+"""Verbs `inspect`, `verify` and `deploy`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,14 +38,15 @@ def verify(
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="As in prune. Default: the history's pattern.", autocompletion=complete.patterns
+            help="Pattern to check, e.g. 2:4. Default: that of the history.",
+            autocompletion=complete.patterns,
         ),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Re-check every tensor from its bytes; exit code 1 names the first offender.
+    """Check every tensor from its bytes; exit code 1 if one fails, which is named.
 
     Example: sparsekit verify pruned --pattern 2:4
     """
@@ -66,7 +67,7 @@ def deploy(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show where MODEL loads, and where it is smaller or faster, with the reason.
+    """Show which runtimes load MODEL, and whether it is smaller or faster there.
 
     Example: sparsekit deploy pruned
     """
@@ -79,7 +80,7 @@ def deploy(
 
 
 def show_inspection(terminal: Terminal, report: "Inspection") -> None:
-    """Sparsity by block and by weight type, and the history."""
+    """Show sparsity by block and by weight type, and the history."""
     columns = ("", "weights", "zeros", "sparsity", "pattern")
     for title, rows in (("by block", report.blocks), ("by weight type", report.types)):
         terminal.table(title, columns, [_sparsity_row(row) for row in [*rows, report.total]])
@@ -93,7 +94,7 @@ def show_inspection(terminal: Terminal, report: "Inspection") -> None:
         for entry in report.history
     ]
     if steps:
-        terminal.table("history", ("stage", "what", "time", "source"), steps)
+        terminal.table("history", ("stage", "settings", "time", "source"), steps)
     terminal.note(f"{report.model}: {report.n_bytes / 1e6:.1f} MB of weights")
     terminal.result(report.model, report.to_json())
 
@@ -104,18 +105,18 @@ def _sparsity_row(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def show_verified(terminal: Terminal, result: dict[str, Any]) -> None:
-    """A check that held."""
+    """Show a passed check."""
     pattern = result["pattern"]
-    named = pattern if isinstance(pattern, str) else ", ".join(pattern)
+    patterns = pattern if isinstance(pattern, str) else ", ".join(pattern)
     terminal.note(
-        f"{result['model']}: {result['weights']} weights are {named}, {result['zeros']:,} of "
+        f"{result['model']}: {result['weights']} weights are {patterns}, {result['zeros']:,} of "
         f"{result['size']:,} zero; {result['tensors']} tensors are finite"
     )
     terminal.result(result["model"], result)
 
 
 def show_deployment(terminal: Terminal, report: "DeployReport") -> None:
-    """Where a checkpoint runs; stdout has a runtime a line, with the three answers."""
+    """Show runtimes; stdout has one line per runtime with the three answers."""
     form = report.form
     terminal.table(
         f"{report.model}: {form.stored_as}, {form.pattern}"
@@ -126,7 +127,7 @@ def show_deployment(terminal: Terminal, report: "DeployReport") -> None:
     if report.speeds:
         terminal.table(
             "torch's 2:4 kernels on this GPU",
-            ("batch", "pass", "dense ms", "sparse ms", "times as fast"),
+            ("batch", "pass", "dense ms", "sparse ms", "speed-up"),
             [
                 (
                     speed.batch,

@@ -1,4 +1,4 @@
-"""What several commands take."""
+"""Arguments and flags shared by commands."""
 
 import sys
 from pathlib import Path
@@ -12,19 +12,17 @@ from sparsekit.cli import complete
 from sparsekit.errors import DataError, UsageError
 from sparsekit.pipeline.options import DEVICES, WHERE
 
-# What `-` takes, and what no path is longer than.
-ONE_PATH = "write one path to it, as `sparsekit prune … | sparsekit eval -` does"
+# Hint for `-`, and the longest path.
+ONE_PATH = "write one path to it, e.g. `sparsekit prune … | sparsekit eval -`"
 PATH_LENGTH = 4096
 Model = Annotated[
     str,
-    typer.Argument(
-        help="Folder, hub id (org/name), 'demo' (SmolLM2-135M), or - to read it from stdin."
-    ),
+    typer.Argument(help="Folder, hub id (org/name), 'demo' (SmolLM2-135M), or - for stdin."),
 ]
 RUNNING = "Running"
 Out = Annotated[
     Path,
-    typer.Option("--out", "-o", help="The folder to write.", rich_help_panel=WHERE),
+    typer.Option("--out", "-o", help="Folder to write.", rich_help_panel=WHERE),
 ]
 Json = Annotated[
     bool,
@@ -53,7 +51,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Check and show the plan, on stdout with --json only.",
+        help="Check the options and show the plan; nothing is written.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -61,25 +59,25 @@ Timed = Annotated[
     bool,
     typer.Option(
         "--time",
-        help="With --dry-run: work on one block, or train a little, to tell the time.",
+        help="With --dry-run: estimate the duration from one block or a few steps.",
         rich_help_panel=RUNNING,
     ),
 ]
 
 
 def refuse_timed(*, dry_run: bool, timed: bool) -> None:
-    """Refuse to time a run that is made anyway."""
+    """Refuse --time without --dry-run."""
     if timed and not dry_run:
         message = "--time has no effect without --dry-run"
         raise UsageError(message, "add it, or leave out --time", code="no-effect")
 
 
 def named(name: str) -> str:
-    """The model that a word stands for, checked without torch; `-` is read from stdin.
+    """The given model, checked without torch; `-` is read from stdin.
 
     Raises:
         UsageError: stdin has no name, or several.
-        DataError: There is no such model folder.
+        DataError: The model folder does not exist.
     """
     if name == "-":
         return _piped()
@@ -88,11 +86,11 @@ def named(name: str) -> str:
 
 
 def _piped() -> str:
-    """The model that the command before the pipe wrote.
+    """The model that the previous command of the pipe wrote.
 
     Raises:
-        UsageError: stdin has no line, several, or one that is no path.
-        DataError: There is no such model folder.
+        UsageError: stdin has no line, several, or one that is not a path.
+        DataError: The model folder does not exist.
     """
     try:
         lines = [line.strip() for line in sys.stdin if line.strip()]
@@ -122,10 +120,10 @@ def _piped() -> str:
 
 
 def refuse_early(model: str, out: Path, *, overwrite: bool) -> None:
-    """What the stage refuses too, but seconds later, after its imports.
+    """Check the output before the seconds that a stage needs for imports.
 
     Raises:
-        UsageError: The output cannot be written there.
+        UsageError: The output is the model itself or exists.
     """
     if folder := check_reference(model):
         refuse_source(out, folder)

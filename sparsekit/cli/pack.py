@@ -1,4 +1,4 @@
-"""The verbs that write a checkpoint in another form: `pack`, `unpack` and `convert`."""
+"""Verbs `pack`, `unpack` and `convert`, which write a checkpoint in another form."""
 
 import importlib
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def pack(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write the sparse weights of MODEL as values and places, without loss.
+    """Write MODEL with its sparse weights packed, without loss.
 
     Example: sparsekit pack pruned -o packed
     """
@@ -54,7 +54,7 @@ def unpack(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write what a packed MODEL was made from: plain weights and codes to the same bytes.
+    """Write the checkpoint that a packed MODEL was made from, with the same bytes.
 
     Example: sparsekit unpack packed -o plain
     """
@@ -69,7 +69,7 @@ def convert(
     model: Model,
     out: Out,
     form: Annotated[
-        Literal["plain", "packed"], typer.Option("--format", help="Form of the output.")
+        Literal["plain", "packed"], typer.Option("--format", help="Format of the output.")
     ] = "plain",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -77,7 +77,7 @@ def convert(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write MODEL, in sparse-24-bitmask, sparse-bitmask or marlin-24, as a checkpoint of today.
+    """Convert MODEL from sparse-24-bitmask, sparse-bitmask or marlin-24 to a current format.
 
     Example: sparsekit convert old -o plain
     """
@@ -100,7 +100,7 @@ def _write(
     out: Path,
     **how: bool,
 ) -> None:
-    """Call a stage, whose module is imported only now, and show its report."""
+    """Import and call a stage, and show its report."""
     with terminal.working(resumable=True) as progress:
         name = named(model)
         refuse_early(name, out, overwrite=how["overwrite"])
@@ -109,7 +109,7 @@ def _write(
 
 
 def show_packed(terminal: Terminal, report: "Report") -> None:
-    """The outcome of `pack`, by pattern, beside what theory says of it."""
+    """Show the outcome of `pack` by pattern."""
     by_pattern: dict[str, list[dict[str, Any]]] = {}
     for row in report.entry["weights"]:
         kind = row["pattern"] if ":" in row["pattern"] else "bit mask"
@@ -136,14 +136,14 @@ def show_packed(terminal: Terminal, report: "Report") -> None:
         )
     summary = report.entry["totals"]
     terminal.table(
-        f"{summary['bytes'] / 1e6:.1f} MB in the place of {summary['bytes_before'] / 1e6:.1f} MB",
+        f"{summary['bytes'] / 1e6:.1f} MB instead of {summary['bytes_before'] / 1e6:.1f} MB",
         (
             "pattern",
             "weights",
             "zeros",
             "bits: values + places + rest",
             "together",
-            "share of its bytes",
+            "share of size",
             "against float32: values, with places, with all",
         ),
         rows,
@@ -152,12 +152,12 @@ def show_packed(terminal: Terminal, report: "Report") -> None:
 
 
 def show_unpacked(terminal: Terminal, report: "Report") -> None:
-    """The outcome of `unpack`: its path."""
+    """Show the outcome of `unpack`."""
     terminal.result(report.out, report.to_json())
 
 
 def show_converted(terminal: Terminal, report: "Report") -> None:
-    """The outcome of `convert`."""
+    """Show the outcome of `convert`."""
     entry = report.entry
     summary = entry["totals"]
     terminal.table(

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar that moves on a terminal, a few lines in a log."""
+"""Progress on stderr: a bar on a terminal, a few lines in a log."""
 
 import time
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from rich.progress import Progress as RichProgress
 from sparsekit.memory import peak_memory
 from sparsekit.progress import Progress
 
-# A log gets a line when this share of the work and this many seconds have passed since the last.
+# Least share of the work and seconds between two lines of a log.
 LINE_SHARE, LINE_SECONDS = 0.1, 30.0
 
 
 def progress_display(console: Console) -> Progress:
-    """The display for a console: a bar on a terminal, lines elsewhere."""
+    """Progress display for a console."""
     return _Bars(console) if console.is_terminal else _Lines(console)
 
 
 class _Bars(Progress):
-    """A bar for each piece of work, which disappears when the work is over."""
+    """One bar per task, removed when the task ends."""
 
     def __init__(self, console: Console) -> None:
         self._bars = RichProgress(
@@ -56,9 +56,9 @@ class _Bars(Progress):
 
 
 class _Lines(Progress):
-    """Plain lines: one after each tenth of the work, but not within 30 seconds of the last one.
+    """Plain lines: one per tenth of the work, at least 30 seconds apart.
 
-    The last step of a piece of work always has its line.
+    The last step of a task always has its line.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""The verb `prune`."""
+"""Verb `prune`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -54,34 +54,34 @@ def prune(
 
 
 def _plan(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
-    """Show what a run would do."""
+    """Show the plan of a run."""
     from sparsekit.pruning.dry_run import plan as stage
 
     show_plan(terminal, stage(config, *where, **how))
 
 
 def _prune(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
-    """Make the run, and show what came of it."""
+    """Run, and show the outcome."""
     from sparsekit.pruning.prune import prune as stage
 
     show_pruned(terminal, stage(config, *where, **how))
 
 
 def show_pruned(terminal: Terminal, report: "Report") -> None:
-    """The outcome of `prune`, by kind of weight."""
+    """Show the outcome of `prune` by kind of weight."""
     kinds = by_kind(report.entry["weights"])
     rows = [kind_row(name, group) for name, group in kinds.items()]
     rows.append(kind_row("all", report.entry["weights"]))
     recipe = report.entry["recipe"]
     if (bits := report.entry["totals"]["bits_per_weight"]) is not None:
         terminal.note(
-            f"{bits:.2f} bits a weight as factors; zeros are those of the cores"
+            f"{bits:.2f} bits per weight as factors; zeros are those of the cores"
             + ("" if recipe["format"] == "factored" else ": the products on disk are not sparse")
         )
     terminal.table(
         f"{recipe['method']} {recipe['pattern']} {recipe['then'] or ''}".rstrip()
         + f" in {report.entry['seconds']:.0f} s",
-        ("weights", "count", "zeros", "relative error", "worst", "solve s"),
+        ("weights", "count", "zeros", "output error", "max", "solve s"),
         rows,
     )
     terminal.result(report.out, report.to_json())

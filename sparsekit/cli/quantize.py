@@ -1,4 +1,4 @@
-"""The verb `quantize`."""
+"""Verb `quantize`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def quantize(
     debug: Debug = False,
     **words: Any,
 ) -> None:
-    """Put the weights of MODEL on a grid, and keep every zero.
+    """Quantize the weights of MODEL and keep every zero.
 
     Example: sparsekit quantize pruned -o small --method gptq --grid int4-g64 --samples 32
     """
@@ -50,22 +50,21 @@ def quantize(
         if dry_run:
             from sparsekit.quantization.dry_run import plan_quantize
 
-            found = plan_quantize(config, name, out, timed=timed, **how)
-            return show_plan(terminal, found)
+            return show_plan(terminal, plan_quantize(config, name, out, timed=timed, **how))
         from sparsekit.quantization.quantize import quantize as stage
 
         show_quantized(terminal, stage(config, name, out, **how))
 
 
 def show_quantized(terminal: Terminal, report: "Report") -> None:
-    """The outcome of `quantize`, by kind of weight."""
+    """Show the outcome of `quantize` by kind of weight."""
     entry = report.entry
     rows = [kind_row(name, group) for name, group in by_kind(entry["weights"]).items()]
     rows.append(kind_row("all", entry["weights"]))
     terminal.table(
         f"{entry['recipe']['method']} {entry['recipe']['grid']} in {entry['seconds']:.0f} s, "
-        f"{entry['totals']['bits_per_weight']:.2f} bits a weight",
-        ("weights", "count", "zeros", "relative error", "worst", "solve s"),
+        f"{entry['totals']['bits_per_weight']:.2f} bits per weight",
+        ("weights", "count", "zeros", "output error", "max", "solve s"),
         rows,
     )
     terminal.result(report.out, report.to_json())

@@ -1,4 +1,4 @@
-"""The verb `recover`."""
+"""Verb `recover`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,19 +40,19 @@ def recover(
     debug: Debug = False,
     **words: Any,
 ) -> None:
-    """Train MODEL against its dense parent and write a checkpoint with exactly its pattern.
+    """Train MODEL against its dense parent and keep its exact pattern.
 
     Example: sparsekit recover pruned -o recovered --tokens 100K
     """
     terminal = Terminal(json=json, quiet=quiet, debug=debug)
     with terminal.working(resumable=True, takes_less=SHORTER_ROWS) as progress:
         config = read(RecoverConfig, words)
-        does = _verb(dry_run=dry_run, timed=timed)
-        does(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
+        command = _verb(dry_run=dry_run, timed=timed)
+        command(terminal, config, named(model), out, overwrite=overwrite, progress=progress)
 
 
 def _verb(*, dry_run: bool, timed: bool) -> Callable[..., None]:
-    """What is done with the configuration: a run, or the plan of one."""
+    """The run, or its plan."""
     refuse_timed(dry_run=dry_run, timed=timed)
     return partial(_plan, timed=timed) if dry_run else _run
 
@@ -66,7 +66,7 @@ def _run(
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    """Call the stage, and show what it did in the process that writes."""
+    """Run, and show the outcome in the main process."""
     refuse_early(model, out, overwrite=overwrite)
     from sparsekit.recovery.recover import recover as stage
 
@@ -76,7 +76,7 @@ def _run(
 
 
 def _plan(terminal: Terminal, config: RecoverConfig, *where: Any, **how: Any) -> None:
-    """Show what a run would do; arguments as of `_run`."""
+    """Show the plan of a run; arguments are those of `_run`."""
     refuse_early(*where, overwrite=how["overwrite"])
     from sparsekit.recovery.dry_run import plan_recover
 
@@ -84,12 +84,12 @@ def _plan(terminal: Terminal, config: RecoverConfig, *where: Any, **how: Any) ->
 
 
 def show_recovered(terminal: Terminal, report: "Report") -> None:
-    """The outcome of `recover`."""
+    """Show the outcome of `recover`."""
     entry = report.entry
     flipped = sum(row["flipped"] for row in entry["weights"]) / entry["totals"]["size"]
     terminal.table(
         f"{entry['recipe']['method']} {entry['recipe']['pattern']} in {entry['seconds']:.0f} s",
-        ("weights", "steps", "tokens", "zeros", "changed sides"),
+        ("weights", "steps", "tokens", "zeros", "mask changes"),
         [
             (
                 entry["totals"]["weights"],
@@ -101,5 +101,5 @@ def show_recovered(terminal: Terminal, report: "Report") -> None:
         ],
     )
     if (kept := entry["kept_mass"]) is not None:
-        terminal.note(f"the loss looked at {kept:.2%} of the teacher's mass")
+        terminal.note(f"the loss covered {kept:.2%} of the teacher's probability")
     terminal.result(report.out, report.to_json())

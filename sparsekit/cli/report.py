@@ -1,4 +1,4 @@
-"""The verbs `compare` and `report`."""
+"""Verbs `compare` and `report`."""
 
 import sys
 import textwrap
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 Folders = Annotated[
     list[str],
-    typer.Argument(
-        help="Checkpoints, folders that hold some (as of a run), or - to read them from stdin."
-    ),
+    typer.Argument(help="Checkpoints, folders that contain some (e.g. of a run), or - for stdin."),
 ]
 
 
@@ -34,7 +32,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show models in one table: how they were made, what they take, and what they are worth.
+    """Show models in one table: method, size, cost and quality.
 
     Example: sparsekit compare wanda sparsegpt recovered --markdown
     """
@@ -52,14 +50,14 @@ def compare(
 
 def report(
     folders: Folders,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path(
         "report.html"
     ),
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page on models: the table, pictures, and how to make them again.
+    """Write an HTML report on models: table, charts, and commands to repeat them.
 
     Example: sparsekit report wanda sparsegpt recovered -o report.html
     """
@@ -72,10 +70,10 @@ def report(
 
 
 def _places(folders: list[str]) -> list[Path]:
-    """The folders that are named; `-` stands for the lines of stdin.
+    """The given folders; `-` reads them from stdin.
 
     Raises:
-        UsageError: stdin names none.
+        UsageError: stdin has none.
     """
     names: list[str] = []
     for name in folders:
@@ -92,7 +90,7 @@ def _places(folders: list[str]) -> list[Path]:
 def show_comparison(
     terminal: Terminal, comparison: "Comparison", form: Literal["paths", "csv", "markdown"]
 ) -> None:
-    """The table; stdout has the paths of the models one a line, or the table in another form."""
+    """Show the table; stdout has one path per line, or the table as CSV or Markdown."""
     from sparsekit.reporting import table as comparetable
 
     show_table(terminal, comparison)
@@ -106,20 +104,20 @@ def show_comparison(
 
 
 def show_report(terminal: Terminal, comparison: "Comparison", out: Path) -> None:
-    """What became of a page: its path."""
+    """Show the notes; stdout has the path of the page."""
     for note in comparison.notes:
         terminal.note(f"note: {note}")
     terminal.result(out, {"out": str(out), **comparison.to_json()})
 
 
 def show_table(terminal: Terminal, comparison: "Comparison") -> None:
-    """The table for people, and below it what has to be known of it."""
+    """Show the table and its notes."""
     from sparsekit.reporting.table import captions, columns
 
-    made = columns(comparison, brief=True)
-    rows = list(zip(*(column.texts for column in made), strict=True))
+    shown = columns(comparison, brief=True)
+    rows = list(zip(*(column.texts for column in shown), strict=True))
     title = f"{len(rows)} model{'s' if len(rows) > 1 else ''}"
-    terminal.table(title, [_folded(column) for column in made], rows)
+    terminal.table(title, [_folded(column) for column in shown], rows)
     for caption in captions(comparison, brief=True):
         terminal.note(caption)
     for note in comparison.notes:
@@ -127,6 +125,6 @@ def show_table(terminal: Terminal, comparison: "Comparison") -> None:
 
 
 def _folded(column: "Column") -> str:
-    """A title in lines no wider than the cells below it, as far as its words allow that."""
+    """A title wrapped to the width of its column, but not within words."""
     width = max(map(len, (*column.texts, *column.title.split())))
     return textwrap.fill(column.title, width, break_long_words=False, break_on_hyphens=False)

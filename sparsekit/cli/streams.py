@@ -1,27 +1,27 @@
-"""The standard streams of the process: a reader that goes away does not end the work."""
+"""Standard streams that survive a closed pipe."""
 
 import os
 import sys
 from typing import Any, TextIO
 
-# What a shell shows for a program that SIGPIPE ends, as 130 is for SIGINT.
+# Exit code for SIGPIPE, as 130 is for SIGINT.
 READER_GONE = 141
 
 
 class Guarded:
-    """A stream that fails silently: what cannot be written is dropped, with all that follows.
+    """A stream that drops all output after the first failure.
 
     Args:
-        stream: The stream, on a file descriptor of its own.
+        stream: The stream, with its own file descriptor.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.error: OSError | None = None
-        """Why something was dropped."""
+        """First failure."""
 
     def write(self, text: str) -> int:
-        """Write a text, or drop it."""
+        """Write text, or drop it."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -29,7 +29,7 @@ class Guarded:
             return len(text)
 
     def flush(self) -> None:
-        """Write what is held back, or drop it."""
+        """Flush, or drop the buffer."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -39,21 +39,21 @@ class Guarded:
         return getattr(self._stream, name)
 
     def _drop(self, error: OSError) -> None:
-        """Let what is held back, and all that follows, go nowhere."""
+        """Redirect the stream to the null device."""
         self.error = self.error or error
-        # Else the interpreter writes what is held back once more when it ends, and complains.
+        # Otherwise the interpreter flushes again on exit and reports the failure.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
 
 def guard() -> Guarded:
-    """Guard stdout and stderr, and open what the process was started without.
+    """Guard stdout and stderr, and open standard streams that are missing.
 
     Returns:
-        What stdout is from now on.
+        The guarded stdout.
     """
-    # A file that is opened later must not get the number of a stream that is closed.
+    # A file that is opened later must not get the descriptor of a closed stream.
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
     os.close(handle)
@@ -65,9 +65,9 @@ def guard() -> Guarded:
 
 
 def exit_code(stdout: Guarded, code: Any) -> Any:
-    """What a process ends with that would end with `code`, had all been written to stdout.
+    """Exit code of the process: `code`, or that of a failure to write to stdout.
 
-    A failure of the work goes before one of the stream.
+    A failure of the work takes precedence.
     """
     stdout.flush()
     if code or stdout.error is None:
@@ -75,7 +75,7 @@ def exit_code(stdout: Guarded, code: Any) -> Any:
     if isinstance(stdout.error, BrokenPipeError):
         return READER_GONE
     print(
-        f"error: cannot write to stdout: {stdout.error.strerror}; all else was done",
+        f"error: cannot write to stdout: {stdout.error.strerror}; the rest was done",
         file=sys.stderr,
     )
     return 1

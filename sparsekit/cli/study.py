@@ -1,4 +1,4 @@
-"""The verbs of recipes: `run`, and `recipe` with what belongs to it."""
+"""Verbs `run`, `recipe` and `demo`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="A YAML file, or a name of 'sparsekit recipe ls'.", autocompletion=complete.recipes
+        help="YAML file, or a name from 'sparsekit recipe ls'.", autocompletion=complete.recipes
     ),
 ]
 app = typer.Typer(
@@ -34,7 +34,7 @@ def run(
     recipe: Recipe,
     words: Annotated[
         list[str] | None,
-        typer.Argument(help="Words to replace, as model=org/name or prune.samples=8."),
+        typer.Argument(help="Values to replace, e.g. model=org/name or prune.samples=8."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -42,7 +42,9 @@ def run(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", help="Make this stage and what follows again, as recover or 1."),
+        typer.Option(
+            "--from", help="Run this stage and the following ones again, e.g. recover or 1."
+        ),
     ] = None,
     dry_run: DryRun = False,
     timed: Timed = False,
@@ -50,7 +52,7 @@ def run(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Carry out a recipe; what is finished is kept, and what was interrupted goes on.
+    """Run a recipe; finished steps are kept, and an interrupted run resumes.
 
     Example: sparsekit run quickstart -o study
     """
@@ -60,16 +62,16 @@ def run(
         from sparsekit.study.recipe import read_recipe, recipe_file
 
         file = recipe_file(recipe)
-        told = read_recipe(file, words or [])
+        parsed = read_recipe(file, words or [])
         from sparsekit.study.run import run as stage
 
         folder = out or Path(file.stem)
-        done = stage(told, folder, start=start, dry=dry_run, timed=timed, progress=progress)
-        if not dry_run and any(one.step.verb == "eval" for one in done):
+        done = stage(parsed, folder, start=start, dry=dry_run, timed=timed, progress=progress)
+        if not dry_run and any(outcome.step.verb == "eval" for outcome in done):
             from sparsekit.reporting.compare import compare
             from sparsekit.study.run import places
 
-            show_table(terminal, compare(places(told, folder, done)))
+            show_table(terminal, compare(places(parsed, folder, done)))
         show_run(terminal, folder, done, dry=dry_run)
 
 
@@ -83,8 +85,9 @@ def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False)
     with terminal.working():
         from sparsekit.study.recipe import shipped, summary
 
-        found = {name: summary(file) for name, file in shipped().items()}
-        terminal.result("\n".join(f"{name}\t{text}" for name, text in found.items()), found)
+        summaries = {name: summary(file) for name, file in shipped().items()}
+        text = "\n".join(f"{name}\t{text}" for name, text in summaries.items())
+        terminal.result(text, summaries)
 
 
 @app.command("show", cls=Command)
@@ -107,12 +110,12 @@ def show_recipe(
 @app.command("cp", cls=Command)
 def copy_recipe(
     recipe: Recipe,
-    target: Annotated[Path, typer.Argument(help="The file, or folder, to write.")],
+    target: Annotated[Path, typer.Argument(help="File or folder to write.")],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Copy a recipe to a file of your own.
+    """Copy a recipe to your own file.
 
     Example: sparsekit recipe cp quickstart mine.yaml
     """
@@ -132,13 +135,15 @@ def copy_recipe(
 def validate(
     recipes: Annotated[
         list[str],
-        typer.Argument(help="YAML files, or names of recipe ls.", autocompletion=complete.recipes),
+        typer.Argument(
+            help="YAML files, or names from recipe ls.", autocompletion=complete.recipes
+        ),
     ],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check recipes without reading a model; all errors of one are told at once.
+    """Check recipes without reading a model; all errors are reported at once.
 
     Example: sparsekit recipe validate quickstart
     """
@@ -157,7 +162,7 @@ def validate(
 
 @app.command("schema", cls=Command)
 def print_schema(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Write the JSON schema of recipes, which editors check them by.
+    """Write the JSON schema of recipes, for editors.
 
     Example: sparsekit recipe schema
     """
@@ -169,7 +174,7 @@ def print_schema(json: Json = False, quiet: Quiet = False, debug: Debug = False)
 
 
 def demo(
-    model: Annotated[str, typer.Argument(help="Another model than SmolLM2-135M.")] = "demo",
+    model: Annotated[str, typer.Argument(help="Model to use instead of SmolLM2-135M.")] = "demo",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoints.")] = Path(
         "sparsekit-demo"
     ),
@@ -177,9 +182,9 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a small real model to 2:4 three ways, score each, and write a page on them.
+    """Prune a small model to 2:4 in three ways, score the results, and write a report.
 
-    This is the recipe quickstart; an interrupted run is resumed.
+    This is the recipe quickstart; an interrupted run resumes.
 
     Example: sparsekit demo
     """
@@ -191,32 +196,32 @@ def demo(
 
         comparison = stage(name, out, progress)
         show_table(terminal, comparison)
-        terminal.note(f"the same with pictures: {out / PAGE}")
+        terminal.note(f"report with charts: {out / PAGE}")
         terminal.result(out, {"out": str(out), **comparison.to_json()})
 
 
 def show_run(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool) -> None:
-    """What became of each step of a recipe; stdout gets the models that nothing else is made of."""
-    models = [one for one in done if one.step.verb != "eval"]
+    """Show the outcome of each step; stdout has the final models."""
+    models = [outcome for outcome in done if outcome.step.verb != "eval"]
     rows = [
         (
-            *(one.step.name, one.step.verb, one.state, _seconds(one)),
-            *(plan_costs(one.plan) if dry else ()),
-            str(one.folder),
+            *(outcome.step.name, outcome.step.verb, outcome.state, _seconds(outcome)),
+            *(plan_costs(outcome.plan) if dry else ()),
+            str(outcome.folder),
         )
-        for one in done
+        for outcome in done
     ]
-    plans = [one.plan for one in done if one.plan is not None]
+    plans = [outcome.plan for outcome in done if outcome.plan is not None]
     if len(plans) > 1:
         rows.append((f"these {len(plans)} together", None, None, *plans_together(plans), None))
     title = "plan (nothing was written)" if dry else f"{out}"
     costs = ("to write", "memory") if dry else ()
     terminal.table(title, ("step", "verb", "", "seconds", *costs, "folder"), rows)
-    parents = {one.step.parent for one in models}
-    last = [str(one.folder) for one in models if one.step.name not in parents]
+    parents = {outcome.step.parent for outcome in models}
+    last = [str(outcome.folder) for outcome in models if outcome.step.name not in parents]
     if terminal.json or not dry:
-        told = {"out": str(out), "steps": [one.to_json() for one in done]}
-        terminal.result("\n".join(last), told)
+        value = {"out": str(out), "steps": [outcome.to_json() for outcome in done]}
+        terminal.result("\n".join(last), value)
 
 
 def _seconds(done: "Done") -> str | None:

@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound=Options)
 ClickUsageError: Any = typer.BadParameter.__base__
 
 
-# Characters of a summary, which the help wraps instead of cutting it.
+# Characters of a summary, which the help wraps.
 SUMMARY = 200
 
 
@@ -26,7 +26,7 @@ class Command(TyperCommand):
     """A command whose help shows its options by panel, and whose errors name it."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments and options, each panel under its own title."""
+        """Write arguments and options by panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -35,12 +35,12 @@ class Command(TyperCommand):
             if record is not None:
                 panels.setdefault(panel, []).append(record)
         ranks = {"Arguments": 0, WHAT: 1, WHERE: 3, RUNNING: 4}
-        for title, records in sorted(panels.items(), key=lambda one: ranks.get(one[0], 2)):
+        for title, records in sorted(panels.items(), key=lambda panel: ranks.get(panel[0], 2)):
             with formatter.section(title):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line; a flag that people expect of others is answered with ours."""
+        """Parse the command line; for a flag of other tools, suggest the flag of sparsekit."""
         try:
             return super().parse_args(ctx, args)
         except ClickUsageError as error:
@@ -64,7 +64,7 @@ class Group(TyperGroup):
     """Commands whose help shows them by panel."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands, each panel under its own title."""
+        """Write the commands by panel."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         panels: dict[str, list[tuple[str, str]]] = {}
         for name, command in commands:
@@ -76,7 +76,7 @@ class Group(TyperGroup):
                 formatter.write_dl(records)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of the commands in the order in which they were added."""
+        """Names of the commands in the order of their definition."""
         return list(self.commands)
 
 
@@ -86,24 +86,24 @@ def takes(
     only: Sequence[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a verb as flags, in the place of its `**words`.
+    """Decorator that replaces the `**words` of a command with the options of a verb as flags.
 
     Args:
-        config: The options. The body gets those that were given, as they were written.
-        only: The options that the command has; empty: all of them.
-        defaults: Of options whose default is another one for the command.
+        config: Options. The body receives the given ones as written.
+        only: Names of the options that the command has; empty: all.
+        defaults: Defaults that differ from those of the verb.
     """
     names = [name for name in config.model_fields if not only or name in only]
 
     def wrap(body: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(body, eval_str=True).parameters.values()
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
-        required = [p for p in own if p.default is p.empty]
-        optional = [p for p in own if p.default is not p.empty]
+        written = inspect.signature(body, eval_str=True).parameters.values()
+        fixed = [p.replace(kind=p.KEYWORD_ONLY) for p in written if p.kind is not p.VAR_KEYWORD]
+        required = [p for p in fixed if p.default is p.empty]
+        optional = [p for p in fixed if p.default is not p.empty]
         context = inspect.Parameter(
             "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
         )
-        made = [_parameter(config, name, defaults) for name in names]
+        flags = [_parameter(config, name, defaults) for name in names]
 
         def command(context: typer.Context, **values: Any) -> None:
             given = {n for n in names if n in defaults or _is_given(context, n)}
@@ -111,7 +111,7 @@ def takes(
 
         command.__name__, command.__doc__ = body.__name__, body.__doc__
         command.__module__ = body.__module__
-        parameters = [context, *required, *made, *optional]
+        parameters = [context, *required, *flags, *optional]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
@@ -119,11 +119,11 @@ def takes(
 
 
 def read(config: type[Config], words: Mapping[str, Any]) -> Config:
-    """The options that the words of a command line spell.
+    """Parse the options of a command line.
 
     Raises:
-        UsageError: As the model refuses them.
-        DataError: As the model refuses them, or a model that they name does not exist.
+        UsageError: An option is invalid.
+        DataError: An option names a file or model that does not exist.
     """
     models = {name: named(word) for name, word in words.items() if flag_of(config, name).model}
     return config(**{**words, **models})
@@ -135,7 +135,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _parameter(config: type[Options], name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
-    """The parameter from which typer makes the flag of an option."""
+    """Parameter from which typer makes the flag of an option."""
     field, flag = config.model_fields[name], flag_of(config, name)
     first, optional = _first(word_type(config, name))
     choices = choices_of(field.annotation) if get_origin(field.annotation) is Literal else ()
@@ -160,7 +160,7 @@ def _parameter(config: type[Options], name: str, defaults: Mapping[str, Any]) ->
 
 
 def _first(written: Any) -> tuple[Any, bool]:
-    """The type that the command line writes an option as, and whether it may be left out."""
+    """Type of an option on the command line, and whether it is optional."""
     if get_origin(written) is Literal or not get_args(written):
         return written, False
     kinds = get_args(written)
@@ -168,7 +168,7 @@ def _first(written: Any) -> tuple[Any, bool]:
 
 
 def _completion(config: type[Options], name: str, choices: Sequence[str]) -> Any:
-    """What a shell offers for an option; None: nothing."""
+    """Shell completion of an option; None: none."""
     flag = flag_of(config, name)
     if choices:
         return complete.words(*choices)

@@ -1,6 +1,6 @@
-"""Where a checkpoint runs, whether it is smaller and faster there, and why: facts, no promises.
+"""Runtimes that load a checkpoint, and whether it is smaller and faster there.
 
-What is known of other programs is in the table `runtimes.toml`.
+The table `runtimes.toml` describes the runtimes.
 """
 
 import tomllib
@@ -25,72 +25,71 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.weights.grids import Grid
 
 Answer = Literal["yes", "no", "part", "unknown"]
-# Sides of a weight that torch's sparse kernels need a multiple of, for 16-bit numbers.
+# torch's sparse kernels need both sides of a 16-bit weight to be multiples of this.
 SEMI_STRUCTURED = 64
 TABLE = Path(__file__).with_name("runtimes.toml")
-# The row of a program that has none for a form.
-UNREAD = ("", "no no no", "it knows no {kind} weights; sparsekit unpack gives {unpacked}")
-# Zeros of 16-bit weights of which a mask would take more than they save.
+# For forms that a runtime has no row for.
+UNREAD = ("", "no no no", "it does not support {kind} weights; sparsekit unpack writes {unpacked}")
+# Share of zeros in 16-bit weights below which a bit mask takes more space than it saves.
 FEW = 1 / 16
-# Inputs that share a scale, of weights that vLLM's kernels take; 0: a row does.
+# Inputs per scale that vLLM's kernels support; 0: one scale per row.
 MARLIN_GROUPS = (0, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What matters of a checkpoint."""
+    """Properties of a checkpoint that runtimes depend on."""
 
     kind: Kind
     pattern: str
-    """The strictest pattern that all weights share; `unstructured` or `dense`."""
+    """Strictest pattern of all weights, `unstructured` or `dense`."""
     grid: str | None
     fits_kernels: bool
-    """Whether every weight has a shape that torch's 2:4 kernels take."""
+    """Whether torch's 2:4 kernels support the shape of every weight."""
 
     @property
     def two_of_four(self) -> bool:
-        """Whether every weight has the pattern that there are kernels for."""
+        """Whether every weight has the pattern of the 2:4 kernels."""
         return self.pattern in ("2:4", "1:4")
 
     @property
     def stored_as(self) -> str:
-        """The kind in a word; products are plain weights."""
+        """The kind; products are stored as plain weights."""
         return str(Kind.PLAIN if self.kind is Kind.PRODUCTS else self.kind)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
+        """The properties as JSON."""
         composed = self.kind is Kind.PRODUCTS
         return asdict(self) | {"kind": self.stored_as, "composed": composed}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a checkpoint in one program."""
+    """Support for a checkpoint in one runtime."""
 
     loads: Answer
     smaller: Answer
-    """In memory or on disk, than the dense model in its own type."""
+    """In memory or on disk, compared with the dense model in its own type."""
     faster: Answer
-    """Than the same model without zeros and quantization."""
+    """Compared with the same model without zeros and quantization."""
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeployReport:
-    """The outcome of `deploy`."""
+    """Result of `deploy`."""
 
     model: str
     form: Traits
     runtimes: Sequence[tuple[str, str, Verdict]]
-    """Name, version (the installed one, or the one or the month that was looked at), and what
-    becomes there."""
+    """Name, version (installed, or last examined) and support."""
     speeds: Sequence[Speed] = ()
-    """Of torch's 2:4 kernels on this machine's GPU, where there is one and the form fits."""
+    """Of torch's 2:4 kernels, if this machine has a GPU and the form fits."""
     unmeasured: str = ""
-    """Why nothing was measured; empty when it was."""
+    """Reason why nothing was measured; empty if it was."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
+        """The result as JSON."""
         rows = [{"name": n, "version": v, **asdict(verdict)} for n, v, verdict in self.runtimes]
         speeds = [asdict(speed) | {"gain": speed.gain} for speed in self.speeds]
         return {
@@ -103,16 +102,16 @@ class DeployReport:
 
 
 def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> DeployReport:
-    """What a checkpoint is worth in each runtime.
+    """Report how each runtime supports a checkpoint.
 
     Args:
         model: A folder, hub id or `demo`.
-        device: Where torch's 2:4 kernels are to be measured: `cuda`; `cpu` measures nothing.
-        progress: Told of each block, as it is looked for patterns.
+        device: `cuda` measures torch's 2:4 kernels; `cpu` measures nothing.
+        progress: Reports each block.
 
     Raises:
-        UsageError: CUDA is asked for and absent.
-        DataError: The folder is no readable checkpoint.
+        UsageError: CUDA is requested and not available.
+        DataError: The folder is not a readable checkpoint.
     """
     one_of("--device", device, DEVICES)
     device = pick_device(device)
@@ -130,11 +129,11 @@ def deploy(model: str, device: str = "auto", progress: Progress = SILENT) -> Dep
 def _measured(
     model: str, form: Traits, device: str, progress: Progress
 ) -> tuple[Sequence[Speed], str]:
-    """How fast torch's 2:4 kernels are here, or why that was not measured."""
+    """Speed of torch's 2:4 kernels here, or the reason why it was not measured."""
     if device != "cuda":
         return (), "no CUDA device"
     if form.kind is not Kind.PLAIN or not (form.two_of_four and form.fits_kernels):
-        return (), "the kernels do not take this checkpoint"
+        return (), "the kernels do not support this checkpoint"
     try:
         return measure_kernels(Checkpoint.open(resolve(model)), device, progress), ""
     except (DataError, RuntimeError) as error:
@@ -160,14 +159,14 @@ def _form(model: str, progress: Progress) -> Traits:
 
 
 def _seen(runtime: Mapping[str, Any]) -> str:
-    """The version that is installed or was looked at, or the month in which that was."""
+    """Installed version, or the version or month that was examined."""
     if "package" in runtime:
         return version(runtime["package"])
     return runtime.get("version") or f"looked at {runtime['looked_at']}"
 
 
 def verdict(runtime: Mapping[str, Any], form: Traits) -> Verdict:
-    """What becomes of a checkpoint in one program, by the first row that fits."""
+    """Support for a checkpoint in one runtime, from the first row that matches."""
     known = traits(form)
     rows = (row for row in (*runtime["rows"], UNREAD) if known.issuperset(row[0].split()))
     _, answers, reason = next(rows)
@@ -184,7 +183,7 @@ def verdict(runtime: Mapping[str, Any], form: Traits) -> Verdict:
 
 
 def traits(form: Traits) -> set[str]:
-    """The words of the table that hold of a checkpoint."""
+    """Words of the table that describe a checkpoint."""
     grid = Grid.parse(form.grid) if form.grid else None
     words = {
         "2:4": form.two_of_four,
@@ -195,4 +194,4 @@ def traits(form: Traits) -> set[str]:
         "grouped": grid is not None and bool(grid.activations or grid.group),
         "float": grid is not None and grid.floating,
     }
-    return {form.stored_as, *(word for word, holds in words.items() if holds)}
+    return {form.stored_as, *(word for word, applies in words.items() if applies)}

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, and whether its bytes keep what they promise."""
+"""Sparsity, patterns, size and history of a checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ from sparsekit.weights.patterns import SOUGHT, patterns_of, strictness
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What is in a checkpoint."""
+    """Contents of a checkpoint."""
 
     model: str
-    """As it was asked for."""
+    """As given by the user."""
     path: Path
     n_bytes: int
     blocks: list[dict[str, Any]]
-    """Rows of `name`, `size`, `zeros`, `sparsity`, `pattern`."""
+    """Rows with `name`, `size`, `zeros`, `sparsity`, `pattern`."""
     types: list[dict[str, Any]]
-    """The same by kind of weight, over all blocks."""
+    """The same rows by kind of weight, over all blocks."""
     total: dict[str, Any]
     history: list[dict[str, Any]]
     fingerprint: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single weights of the history."""
+        """Everything except the weights of the history."""
         return {
             "model": self.model,
             "path": str(self.path),
@@ -51,19 +51,19 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
 
     Args:
         model: A folder, hub id or `demo`.
-        progress: Told of each block.
+        progress: Reports each block.
 
     Raises:
-        DataError: The folder is no readable checkpoint, or what is packed in it is damaged.
+        DataError: The folder is not a readable checkpoint, or its packed weights are damaged.
     """
     source = Checkpoint.open(resolve(model, progress))
     if source.kind.alone:
-        source.scan(progress)  # zeros of a damaged one mean nothing
+        source.scan(progress)  # zeros of a damaged checkpoint mean nothing
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     provenance = source.provenance()
     rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]
-    told = {row["pattern"] for row in rows if ":" in row.get("pattern", "")}
-    sought = sorted({*SOUGHT, *told}, key=strictness)
+    recorded = {row["pattern"] for row in rows if ":" in row.get("pattern", "")}
+    sought = sorted({*SOUGHT, *recorded}, key=strictness)
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}
     by_type: dict[str, list[dict[str, Any]]] = {}
@@ -89,9 +89,9 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
 def _weights(
     source: Checkpoint, stream: BlockStream, progress: Progress
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Block, name and weight `[out, in]` in the type on disk, of one linear weight at a time.
+    """Block, name and weight `[out, in]`, in the type on disk, of each linear weight.
 
-    Of a weight with factors it is their core.
+    A weight with factors is represented by their core.
     """
     for index in range(len(stream)):
         block = stream.block(index)
@@ -107,7 +107,7 @@ def _weights(
 
 
 def _core(source: Checkpoint, target: Target) -> torch.Tensor:
-    """The core `[out, in]` of a weight, in float32."""
+    """Core `[out, in]` of a weight, in float32."""
     return source.form(target.name, target.shape).core.dense().float()
 
 

@@ -1,6 +1,6 @@
-"""How fast torch's 2:4 kernels run a checkpoint on this machine's GPU, beside dense ones.
+"""Speed of torch's 2:4 kernels on this machine's GPU, compared with dense weights.
 
-Written without a GPU at hand: tests run it on a CPU with dense weights in the kernels' place.
+The tests run on a CPU with dense weights instead of the kernels.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 
 BATCHES = (1, 16, 256)
-# Tokens of a prompt; passes that only warm up, and passes of which the median counts.
+# Tokens per prompt, warm-up passes, and timed passes.
 PROMPT, WARM, TIMED = 128, 3, 10
-MEASURING = MemoryUse("measuring the 2:4 kernels", hint="--device cpu looks at the form alone")
+MEASURING = MemoryUse("measuring the 2:4 kernels", hint="--device cpu examines the form only")
 Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A pass over a batch, with dense and with sparse weights."""
+    """Time of a pass over a batch, with dense and with sparse weights."""
 
     batch: int
     phase: Phase
     """A prompt of `PROMPT` tokens, or one token after it."""
     dense: float | None
-    """Seconds; None: it did not fit into the GPU's memory."""
+    """Seconds; None: out of memory."""
     sparse: float | None
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast the sparse one is."""
+        """Speed-up of the sparse weights."""
         return self.dense / self.sparse if self.dense and self.sparse else None
 
 
@@ -61,15 +61,15 @@ def measure_kernels(
     Args:
         source: A plain checkpoint whose weights are all 2:4.
         device: Where to run it.
-        progress: Told of each pass.
-        convert: What makes a sparse weight of a dense one.
+        progress: Reports each pass.
+        convert: Converts a dense weight to a sparse one.
 
     Raises:
         DataError: The model does not fit into memory.
-        RuntimeError: The kernels do not run here, or do not take all of the weights.
+        RuntimeError: The kernels do not run here, or do not support all weights.
     """
     dtype = own_dtype(source)
-    dtype = torch.float16 if dtype == torch.float32 else dtype  # the kernels take 16 bits
+    dtype = torch.float16 if dtype == torch.float32 else dtype  # the kernels need 16 bits
     names = {t.name for t in BlockStream(source, device="cpu", dtype=torch.float32).targets()}
     model = load_whole(source, dtype, MEASURING).to(device)
     layers = [
@@ -78,7 +78,7 @@ def measure_kernels(
         if isinstance(module, nn.Linear) and _on_disk(name, names, model.base_model_prefix)
     ]
     if len(layers) != len(names):
-        raise RuntimeError(f"{len(layers)} of {len(names)} sparse weights are those of nn.Linear")
+        raise RuntimeError(f"{len(layers)} of {len(names)} sparse weights belong to nn.Linear")
     progress.begin("measure 2:4 kernels", 2 * len(BATCHES))
     dense = _passes(model, device, progress)
     for layer in layers:
@@ -100,20 +100,20 @@ def _passes(
     model: PreTrainedModel, device: str, progress: Progress
 ) -> dict[tuple[int, Phase], float | None]:
     """Seconds of a prompt and of one token after it, for each batch."""
-    found: dict[tuple[int, Phase], float | None] = {}
+    seconds: dict[tuple[int, Phase], float | None] = {}
     for batch in BATCHES:
         try:
             prefill, decode = _pass(model, device, batch)
         except torch.OutOfMemoryError:
             prefill = decode = None
             torch.cuda.empty_cache()
-        found[batch, "prefill"], found[batch, "decode"] = prefill, decode
+        seconds[batch, "prefill"], seconds[batch, "decode"] = prefill, decode
         progress.step(f"batch {batch}")
-    return found
+    return seconds
 
 
 def _pass(model: PreTrainedModel, device: str, batch: int) -> tuple[float, float]:
-    """Seconds of a prompt of a batch, and of one token some places after it."""
+    """Seconds of a batch's prompt, and of one token some places after it."""
     vocabulary = model.config.get_text_config().vocab_size
     prompt = (torch.arange(batch * PROMPT, device=device) % vocabulary).view(batch, PROMPT)
     cache = {}
@@ -131,7 +131,7 @@ def _pass(model: PreTrainedModel, device: str, batch: int) -> tuple[float, float
 
 
 def _seconds(run: Callable[[], None], device: str) -> float:
-    """The median time of a call, once it is warm."""
+    """Median time of a call after warm-up."""
     times: Sequence[float] = [_once(run, device) for _ in range(WARM + TIMED)]
     return median(times[WARM:])
 

@@ -1,4 +1,4 @@
-"""Check a checkpoint against what its history says of it."""
+"""Check a checkpoint against its history."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,23 +18,23 @@ from sparsekit.weights.patterns import Pattern
 
 
 def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
-    """Re-check every tensor of a checkpoint from its bytes.
+    """Check every tensor of a checkpoint from its bytes.
 
-    Every weight that the history says was pruned (without a history: every linear weight of a
-    block) must have the pattern and no negative zero; nothing may be NaN or Inf; the bytes must
-    be those that were recorded; tied weights must be equal.
+    Every weight that was pruned according to the history (without a history: every linear weight
+    of a block) must have the pattern and no negative zero. No tensor may hold NaN or Inf, the bytes
+    must be the recorded ones, and tied weights must be equal.
 
     Args:
         model: A folder, hub id or `demo`.
-        pattern: The pattern; None takes that of the history.
-        progress: Told of each block.
+        pattern: The pattern; None: that of the history.
+        progress: Reports each block.
 
     Raises:
-        PatternError: The first weight without the pattern.
-        CheckFailedError: The first other offender: NaN or Inf, -0.0, other bytes, untied weights,
-            factors that are missing or do not multiply to the weight.
+        PatternError: A weight does not have the pattern.
+        CheckFailedError: A tensor holds NaN, Inf or -0.0, the bytes changed, tied weights differ,
+            or factors are missing or do not multiply to the weight.
         UsageError: There is no pattern to check.
-        DataError: The folder is no readable checkpoint.
+        DataError: The folder is not a readable checkpoint.
     """
     given = Pattern.parse(pattern) if pattern else None
     source = _written(resolve(model, progress))
@@ -42,18 +42,18 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     if given is None and not pruned:
         message = f"{model} has no history that names a pattern"
         raise UsageError(message, "pass --pattern 2:4", code="no-history")
-    told = _latest(pruned)
-    _require_factors(source, told)
+    recorded = _latest(pruned)
+    _require_factors(source, recorded)
     try:
         fingerprint = source.scan(progress)
     except DataError as error:
         raise CheckFailedError(error.message, error.hint, code=error.code) from error
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
-    expected = {name: row["pattern"] for name, row in told.items()}
+    expected = {name: row["pattern"] for name, row in recorded.items()}
     progress.begin("verify", len(stream))
     checked = zeros = size = 0
     try:
-        for name, weight in _told(source, stream, expected, progress):
+        for name, weight in _checked(source, stream, expected, progress):
             wanted = given or Pattern.parse(expected[name])
             wanted.check(weight, name)
             _refuse_negative_zero(weight, name)
@@ -77,7 +77,7 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
 
 
 def _written(path: Path) -> Checkpoint:
-    """The checkpoint in a folder; one that sparsekit wrote was whole once."""
+    """The checkpoint in a folder; a damaged one that sparsekit wrote fails the check."""
     try:
         return Checkpoint.open(path)
     except DataError as error:
@@ -86,20 +86,20 @@ def _written(path: Path) -> Checkpoint:
         raise
 
 
-def _told(
+def _checked(
     source: Checkpoint, stream: BlockStream, expected: Collection[str], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and weight of what the history tells of, or without one of all weights of blocks.
+    """Name and weight of each weight in the history; without a history, of all weights of blocks.
 
     Raises:
-        CheckFailedError: A weight is not there.
+        CheckFailedError: A weight is missing.
     """
     left = set(expected)
     for _, name, weight in _weights(source, stream, progress):
         if name in left or not expected:
             left.discard(name)
             yield name, weight
-    for name in sorted(left):  # outside of blocks, as an output head that was converted
+    for name in sorted(left):  # outside of blocks, e.g. a converted output head
         if name not in source.places:
             message = f"{name} is in the history of {source.path} but not in it"
             raise CheckFailedError(message, code="incomplete-checkpoint")
@@ -107,24 +107,24 @@ def _told(
 
 
 def _latest(pruned: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What the history says last of each weight; a later run drops factors that it did not make."""
-    told: dict[str, Mapping[str, Any]] = {}
+    """Latest record of each weight; a later run drops factors that it did not make."""
+    latest: dict[str, Mapping[str, Any]] = {}
     for entry in pruned:
-        told = {n: row for n, row in told.items() if row.get("bits") is None}
-        told |= {row["name"]: row for row in entry["weights"]}
-    return told
+        latest = {n: row for n, row in latest.items() if row.get("bits") is None}
+        latest |= {row["name"]: row for row in entry["weights"]}
+    return latest
 
 
-def _require_factors(source: Checkpoint, told: Mapping[str, Mapping[str, Any]]) -> None:
-    """Factors must be there where the history says so."""
-    factored = {name for name, row in told.items() if row.get("bits") is not None}
+def _require_factors(source: Checkpoint, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that the weights recorded with factors have them."""
+    factored = {name for name, row in recorded.items() if row.get("bits") is not None}
     if missing := sorted(factored - source.packed.keys()):
         message = f"{missing[0]} has no factors in {FACTORS}"
         raise CheckFailedError(message, "copy the folder again", code="incomplete-checkpoint")
 
 
 def _check_factors(source: Checkpoint, stream: BlockStream) -> None:
-    """Factors must multiply to the weights beside them."""
+    """Check that factors multiply to the weights stored with them."""
     for target in stream.targets():
         name = target.name
         if name not in source.packed:
@@ -150,7 +150,7 @@ def _refuse_negative_zero(weight: torch.Tensor, name: str) -> None:
 
 
 def _check_tied(source: Checkpoint, stream: BlockStream) -> None:
-    """Weights that the configuration ties must be equal where both are on disk."""
+    """Check that tied weights are equal if both are on disk."""
     for name, origin in getattr(stream.model, "all_tied_weights_keys", {}).items():
         if name in source.places and origin in source.places:
             both = source.read([name, origin])

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: how each was made, what it takes, and what it is worth."""
+"""Comparison of checkpoints: method, size, cost and quality."""
 
 import math
 from collections import Counter
@@ -24,36 +24,36 @@ from sparsekit.scoring.saved_scores import SCORES
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Models, and what has to be known before their figures are read."""
+    """Models, with notes on their figures."""
 
     rows: Sequence[Row]
     notes: Sequence[str] = field(default_factory=list)
 
     @property
     def windows(self) -> list[Windows]:
-        """What perplexities were measured on, each a column of its own."""
+        """Keys of perplexities, one column each."""
         return [key for key in self._measured() if isinstance(key, Windows)]
 
     @property
     def task_sets(self) -> list[TaskSet]:
-        """What mean accuracies were measured on, each a column of its own."""
+        """Keys of mean accuracies, one column each."""
         return [key for key in self._measured() if isinstance(key, TaskSet)]
 
     def baselines(self, key: Measured) -> list[str]:
-        """The models that differences are to, on some windows or tasks."""
-        told = [row.quality[key].differences for row in self.rows if key in row.quality]
-        return list(dict.fromkeys(name for names in told for name in names))
+        """Models that differences under a key refer to."""
+        differences = [row.quality[key].differences for row in self.rows if key in row.quality]
+        return list(dict.fromkeys(name for names in differences for name in names))
 
     def best(self, windows: Windows) -> list[bool]:
-        """For each row whether no other is as good and as small, and better in one of the two."""
+        """Whether each row is Pareto-optimal in perplexity and size."""
         return self._best(windows, [row.n_bytes for row in self.rows])
 
     def best_by_time(self, windows: Windows) -> list[bool]:
-        """The same by the seconds of all stages; a model that was not made here has none."""
+        """Whether each row is Pareto-optimal in perplexity and seconds of all stages."""
         return self._best(windows, [row.seconds for row in self.rows])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the histories."""
+        """The comparison as JSON, without the histories."""
         best = {windows: self.best(windows) for windows in self.windows}
         return {
             "models": [
@@ -63,14 +63,14 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def _best(self, windows: Windows, taken: Sequence[float | None]) -> list[bool]:
-        """For each row whether no other is as good and took as little, and better in one."""
+    def _best(self, windows: Windows, costs: Sequence[float | None]) -> list[bool]:
+        """Whether each row is Pareto-optimal in perplexity and a cost."""
         return pareto(
             [
-                (takes, row.quality[windows].figure.value)
-                if takes is not None and windows in row.quality
+                (cost, row.quality[windows].figure.value)
+                if cost is not None and windows in row.quality
                 else None
-                for takes, row in zip(taken, self.rows, strict=True)
+                for cost, row in zip(costs, self.rows, strict=True)
             ]
         )
 
@@ -79,15 +79,15 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
-    """The models in folders, in the order given.
+    """Comparison of the models in folders, in the given order.
 
     Args:
-        folders: Each a checkpoint, or a folder that holds checkpoints: those directly in it count,
-            by name, and before them models that are only scored, such as the dense one. Files
-            among the folders are left out, so that `study/*` names the models of a run.
+        folders: Checkpoints, or folders that directly contain checkpoints. Of a containing folder,
+            models with scores only, such as the dense one, come first, then its checkpoints by
+            name. Files are ignored, so that `study/*` names the models of a run.
 
     Raises:
-        DataError: A folder is no checkpoint and holds none, or a file in one is damaged.
+        DataError: A folder is not a checkpoint and holds none, or a file in one is damaged.
     """
     places: dict[Path, Path] = {}
     for folder in [f for f in folders if not f.is_file()] or folders:
@@ -98,21 +98,21 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 
 def pareto(points: Sequence[tuple[float, float] | None]) -> list[bool]:
-    """Which points no other one dominates: lower or equal in both, and lower in one.
+    """Whether each point is Pareto-optimal: no other is at most equal in both and lower in one.
 
-    Equal points stand or fall together; what has no point is not among them.
+    Equal points have equal results; None is never optimal.
     """
-    left: set[tuple[float, float]] = set()
+    optimal: set[tuple[float, float]] = set()
     lowest = math.inf
     for first, second in sorted({point for point in points if point is not None}):
         if second < lowest:
-            left.add((first, second))
+            optimal.add((first, second))
             lowest = second
-    return [point in left for point in points]
+    return [point in optimal for point in points]
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folders of the models that a folder stands for."""
+    """Model folders that a folder contains, or itself."""
     if is_checkpoint(folder) or (folder / SCORES).is_file():
         return [folder]
     if not folder.is_dir():
@@ -123,21 +123,21 @@ def _places(folder: Path) -> list[Path]:
         for place in folder.iterdir()
         if place.is_dir() and not place.name.startswith(".") and place.suffix != ".partial"
     )
-    found = [place for place in inside if is_checkpoint(place)]
-    scored = [place for place in inside if (place / SCORES).is_file() and place not in found]
-    if not found and not scored:
+    checkpoints = [place for place in inside if is_checkpoint(place)]
+    scored = [place for place in inside if (place / SCORES).is_file() and place not in checkpoints]
+    if not checkpoints and not scored:
         raise DataError(
             f"{folder} is not a checkpoint and holds none",
             "name a folder that sparsekit wrote, or one that holds such folders",
             code="no-checkpoint",
         )
-    return [*scored, *found]
+    return [*scored, *checkpoints]
 
 
 def _with_baselines(rows: Sequence[Row]) -> list[Row]:
-    """The rows after those of the models that they were compared with, as far as these are known.
+    """The rows, preceded by their baselines as far as they are known.
 
-    A baseline that is a row already gets the figures that it has no scores of its own for.
+    A baseline that is a row already gets the figures that its own scores lack.
     """
     known: dict[str, dict[Measured, Quality]] = {}
     for row in rows:
@@ -146,18 +146,19 @@ def _with_baselines(rows: Sequence[Row]) -> list[Row]:
                 known.setdefault(name, {})[key] = Quality(
                     figure=figure, differences={}, dtype=quality.dtype
                 )
-    found, added = list(rows), []
+    completed, added = list(rows), []
     for name, qualities in known.items():
-        own = [index for index, row in enumerate(rows) if _is_model(row, name)]
-        for index in own:
-            found[index] = replace(found[index], quality={**qualities, **found[index].quality})
-        if not own:
+        matching = [index for index, row in enumerate(rows) if _is_model(row, name)]
+        for index in matching:
+            row = completed[index]
+            completed[index] = replace(row, quality={**qualities, **row.quality})
+        if not matching:
             added.append(baseline_row(name, qualities))
-    return [*added, *found]
+    return [*added, *completed]
 
 
 def _is_model(row: Row, name: str) -> bool:
-    """Whether a row is of the model that `eval` knew by a name."""
+    """Whether a row is the model that `eval` was given under a name."""
     if not row.stored:
         return any(entry.get("model") == name for entry in row.scores)
     folder = local_folder(name)
@@ -165,21 +166,21 @@ def _is_model(row: Row, name: str) -> bool:
 
 
 def _named(rows: Sequence[Row]) -> list[Row]:
-    """The rows, those that share a name by their whole paths."""
+    """The rows; those that share a name are named by their paths."""
     count = Counter(row.name for row in rows)
     return [row if count[row.name] == 1 else replace(row, name=str(row.path)) for row in rows]
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the figures has to know."""
+    """Notes on all figures."""
     notes = [note for row in rows for note in _notes_of(row)]
     compared = Comparison(rows=rows)
-    for what, keys in (("perplexity", compared.windows), ("zero-shot", compared.task_sets)):
+    for metric, keys in (("perplexity", compared.windows), ("zero-shot", compared.task_sets)):
         if len(keys) > 1:
             on = "; ".join(headings(keys))
             notes.append(
-                f"{what} was not measured on the same for all models: the {len(keys)} columns do "
-                f"not compare with each other ({on})"
+                f"{metric} was not measured on the same data for all models: the {len(keys)} "
+                f"columns are not comparable ({on})"
             )
     for windows in compared.windows:
         types = sorted({r.quality[windows].dtype for r in rows if windows in r.quality})
@@ -189,33 +190,33 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _notes_of(row: Row) -> list[str]:
-    """What a reader of one model's figures has to know."""
+    """Notes on the figures of one model."""
     notes = []
     if row.stale:
         notes.append(
-            f"{row.name}: {row.stale} scores in {SCORES} are of other weights, and left out: "
-            "sparsekit eval --save takes new ones"
+            f"{row.name}: {row.stale} scores in {SCORES} are of other weights and are ignored; "
+            "measure again with sparsekit eval --save"
         )
     if not row.quality and not row.scores:
-        notes.append(f"{row.name} has no scores: sparsekit eval --save keeps them")
+        notes.append(f"{row.name} has no scores; measure with sparsekit eval --save")
     parts = {str(entry.get("stage")) for entry in row.history if entry.get("resumed_blocks")}
     if parts:
         notes.append(
-            f"{row.name}: {' and '.join(sorted(parts))} went on after an interruption; its seconds "
+            f"{row.name}: {' and '.join(sorted(parts))} resumed after an interruption; the seconds "
             "are those of the last part"
         )
     if row.stored and not row.history:
-        notes.append(f"{row.name} has no history: how it was made is not known")
+        notes.append(f"{row.name} has no history, so its method is unknown")
     tasks = [task for entry in row.scores for task in entry["tasks"]]
     without = sorted({task["task"] for task in tasks if metric_of(task) is None})
     if without:
-        notes.append(f"{row.name}: {', '.join(without)} has no accuracy to go into the mean")
+        notes.append(f"{row.name}: {', '.join(without)} has no accuracy for the mean")
     return notes
 
 
 def _row_json(row: Row, best: Mapping[Windows, bool]) -> dict[str, Any]:
     """A row as JSON, without its history."""
-    measured = row.quality.items()
+    measurements = row.quality.items()
     return {
         "name": row.name,
         "path": str(row.path),
@@ -225,10 +226,10 @@ def _row_json(row: Row, best: Mapping[Windows, bool]) -> dict[str, Any]:
         "bits_per_weight": row.bits,
         "perplexity": [
             {**_perplexity_json(key, quality), "best": best[key]}
-            for key, quality in measured
+            for key, quality in measurements
             if isinstance(key, Windows)
         ],
-        "zero_shot": [_mean_json(key, q) for key, q in measured if isinstance(key, TaskSet)],
+        "zero_shot": [_mean_json(key, q) for key, q in measurements if isinstance(key, TaskSet)],
         "seconds": row.seconds,
         "tokens": row.tokens,
         "peak_memory_bytes": row.peak_bytes,

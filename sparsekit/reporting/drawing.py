@@ -1,4 +1,4 @@
-"""Pictures as SVG files whose colours can be read on a light page and on a dark one."""
+"""SVG charts with colours for light and dark pages."""
 
 import io
 import math
@@ -8,25 +8,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparsekit.reporting.traces import Trace
+from sparsekit.reporting.curves import Curve
 from sparsekit.scoring.standard_error import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Okabe and Ito's colours that stand out from a white page and from a dark one, and two more that
-# do, which the colour-blind can tell from them and from each other.
+# Okabe and Ito's colours with enough contrast on white and on dark pages, and two more that
+# colour-blind readers can distinguish from them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6B38", "#9B61F2")
-# Of text, axes and the model that all others come from.
+# Text, axes and the dense model.
 GREY = "#767676"
 MARKERS = "os^DvPX"
 DASHES = ("solid", "dashed", "dotted", "dashdot")
-# The largest value of an axis as a multiple of the smallest, from which it is logarithmic.
+# Ratio of largest to smallest value above which an axis is logarithmic.
 LOGARITHMIC = 5.0
-# In inches of 72 points: as wide as a phone, so that the text keeps its size there.
+# In inches of 72 points: the width of a phone, so that the text keeps its size there.
 WIDTH, HEIGHT = 5.0, 3.1
-# Of a line of the legend, in characters and inches.
+# Width in characters and height in inches of a line of the legend.
 LEGEND_CHARACTERS, LEGEND_HEIGHT = 60, 0.19
 SETTINGS = {
     "svg.fonttype": "none",
@@ -43,7 +43,7 @@ SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """A model's name in legends, and its colour, marker and dashes, the same in every picture."""
+    """Name, colour, marker and dashes of a model in all charts."""
 
     name: str
     colour: str
@@ -52,7 +52,7 @@ class Style:
 
 
 def styles(names: Sequence[str]) -> list[Style]:
-    """Styles that all differ, up to 42; colours alone differ only in the first six."""
+    """Styles, all different up to 42; only the first six differ by colour alone."""
     return [
         Style(
             name=name,
@@ -74,11 +74,11 @@ def scatter(
     """Perplexity against a cost.
 
     Args:
-        points: For each model its cost, if it is known, and its perplexity.
-        best: The models that a line joins from left to right.
-        drawn: The style of each model.
-        across: What the cost is.
-        flat: The models whose perplexity is also a line over the whole width.
+        points: Cost, if known, and perplexity of each model.
+        best: Models joined by a line from left to right.
+        drawn: Style of each model.
+        across: Label of the cost axis.
+        flat: Models whose perplexity is also drawn as a line over the whole width.
     """
     with _picture([drawn[model] for model in points]) as (axes, out):
         joined = sorted(points[model] for model in best)
@@ -103,35 +103,35 @@ def scatter(
 
 
 def lines(
-    traces: Sequence[Trace], drawn: Sequence[Style], across: str, up: str, *, share: bool = False
+    curves: Sequence[Curve], drawn: Sequence[Style], across: str, up: str, *, share: bool = False
 ) -> str:
-    """Traces over the same axis, those that are equal as one line; few points have markers.
+    """Curves over the same axis; equal curves are one line, and curves of few points have markers.
 
     Args:
-        traces: The lines.
-        drawn: The style of each model.
-        across: What is across.
-        up: What is up.
-        share: Whether that is a share of a whole, so that the axis goes from 0 to 1.
+        curves: The lines.
+        drawn: Style of each model.
+        across: Label of the horizontal axis.
+        up: Label of the vertical axis.
+        share: Whether the vertical axis ranges from 0 to 1.
     """
-    groups: dict[tuple[tuple[float, ...], tuple[float, ...]], list[Trace]] = {}
-    for trace in traces:
-        groups.setdefault((tuple(trace.across), tuple(trace.up)), []).append(trace)
+    groups: dict[tuple[tuple[float, ...], tuple[float, ...]], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((tuple(curve.across), tuple(curve.up)), []).append(curve)
     legend = [
-        replace(drawn[group[0].model], name=", ".join(drawn[trace.model].name for trace in group))
+        replace(drawn[group[0].model], name=", ".join(drawn[curve.model].name for curve in group))
         for group in groups.values()
     ]
     with _picture(legend) as (axes, out):
-        for (trace, *_), style in zip(groups.values(), legend, strict=True):
-            few = len(trace.across) <= 40
+        for (curve, *_), style in zip(groups.values(), legend, strict=True):
+            few = len(curve.across) <= 40
             axes.plot(
-                trace.across, trace.up, color=style.colour, linestyle=style.dash, linewidth=1.4,
+                curve.across, curve.up, color=style.colour, linestyle=style.dash, linewidth=1.4,
                 marker=style.marker if few else None, markersize=4,
             )  # fmt: skip
         if share:
             axes.set_ylim(0, 1)
         else:
-            _scale(axes, "y", [value for trace in traces for value in trace.up])
+            _scale(axes, "y", [value for curve in curves for value in curve.up])
         axes.xaxis.set_major_formatter(lambda value, _: plain(value))
         axes.set_xlabel(across)
         axes.set_ylabel(up)
@@ -139,7 +139,7 @@ def lines(
 
 
 def bars(values: Mapping[str, Mapping[int, Figure]], drawn: Sequence[Style], across: str) -> str:
-    """A group of bars for each name, with a bar for each model; whiskers are one standard error."""
+    """Bars of each model, grouped by name; whiskers are one standard error."""
     count = sum(map(len, values.values()))
     height = max(HEIGHT, 0.9 + 0.2 * count + 0.2 * len(values))
     models = dict.fromkeys(model for figures in values.values() for model in figures)
@@ -169,7 +169,7 @@ def bars(values: Mapping[str, Mapping[int, Figure]], drawn: Sequence[Style], acr
 
 @contextmanager
 def _picture(legend: Sequence[Style], height: float = HEIGHT) -> Iterator[tuple["Axes", list[str]]]:
-    """Axes to draw on, and where the picture will be when that is done."""
+    """Axes to draw on, and a list that receives the SVG text on exit."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
@@ -198,7 +198,7 @@ def _picture(legend: Sequence[Style], height: float = HEIGHT) -> Iterator[tuple[
 
 
 def _scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
-    """A logarithmic axis for values that are far apart, labelled with plain numbers."""
+    """Set the scale of an axis: logarithmic for a wide range, with plain labels."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -212,7 +212,7 @@ def _scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
 
 
 def plain(value: float) -> str:
-    """A number as short as an axis needs it."""
+    """Short label of a number on an axis."""
     for bound, letter in ((1e9, "G"), (1e6, "M"), (1e4, "K")):
         if abs(value) >= bound:
             return f"{value / (1e3 if letter == 'K' else bound):.4g}{letter}"

@@ -1,4 +1,4 @@
-"""The pictures of a report's page, each with its heading."""
+"""Charts of a report, with headings."""
 
 import base64
 import math
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from html import escape
 
 from sparsekit.reporting.compare import Comparison
+from sparsekit.reporting.curves import Curve, errors_by_block, sparsity_by_block, trainings
 from sparsekit.reporting.drawing import GREY, Style, bars, lines, scatter, styles
 from sparsekit.reporting.table import BEST, short
-from sparsekit.reporting.traces import Trace, errors_by_block, sparsity_by_block, trainings
 from sparsekit.scoring.quality import Windows, headings, perplexity_of
 
-ERROR = "Of the output on calibration tokens, a mean over the weights of a block."
-QUICKEST = "no other model took less time and is at least as good, or is better and took no longer"
-UNMADE = "A dashed line over the whole width: a model that was not made here."
-# Lines of training with fewer points than this are not worth a picture.
+ERROR = "Relative error of the output on calibration tokens, mean over the weights of a block."
+QUICKEST = "no other model is faster and at least as good, or better and at least as fast"
+UNMADE = "Dashed line over the whole width: a model that was not made here."
+# Training curves with fewer points have no chart.
 FEWEST_POINTS = 10
 STAGES = {"prune": "pruning", "recover": "training", "quantize": "quantization"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """One picture with its words."""
+    """One chart with its title and text."""
 
     title: str
     svg: str
     text: str = ""
-    """What a reader of it has to know."""
+    """Explanation below the chart."""
 
 
 def figures(comparison: Comparison) -> str:
-    """All pictures as HTML, under the headings of what they show."""
+    """All charts as HTML, by section."""
     drawn = _styles(comparison)
     sections = {
         "Quality against size and cost": _quality(comparison, drawn),
@@ -47,16 +47,18 @@ def figures(comparison: Comparison) -> str:
 
 
 def _styles(comparison: Comparison) -> list[Style]:
-    """The style of each model; what was not made by any stage is drawn as the axes are."""
-    made = iter(styles([row.name for row in comparison.rows if row.history]))
+    """Style of each model; models without a history are grey."""
+    coloured = iter(styles([row.name for row in comparison.rows if row.history]))
     return [
-        next(made) if row.history else Style(name=row.name, colour=GREY, marker="o", dash="dashed")
+        next(coloured)
+        if row.history
+        else Style(name=row.name, colour=GREY, marker="o", dash="dashed")
         for row in comparison.rows
     ]
 
 
 def _figure(drawing: Drawing) -> str:
-    """A picture as HTML; as an image of its own, nothing in it can act on the page."""
+    """A chart as HTML; it is embedded as an image, which isolates it from the page."""
     text = f"<p>{escape(drawing.text)}</p>" if drawing.text else ""
     title = escape(drawing.title)
     data = base64.b64encode(drawing.svg.encode()).decode()
@@ -67,7 +69,7 @@ def _figure(drawing: Drawing) -> str:
 
 
 def _quality(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]:
-    """For all windows, perplexity against size and time."""
+    """Perplexity against size and time, for each key."""
     rows = comparison.rows
     sizes = [None if row.n_bytes is None else row.n_bytes / 1e6 for row in rows]
     seconds = [row.seconds for row in rows]
@@ -78,71 +80,71 @@ def _quality(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing
             for marks in (comparison.best(windows), comparison.best_by_time(windows))
         )
         flat = [model for model in values if not rows[model].history]
-        for taken, what, across, marked, meaning in (
+        for costs, name, across, marked, meaning in (
             (sizes, "size", "size on disk, MB", best, BEST),
             (seconds, "cost", "seconds of all stages", quickest, QUICKEST),
         ):
-            if not any(taken[model] for model in values):
+            if not any(costs[model] for model in values):
                 continue
             points = {
-                model: (taken[model], value)
+                model: (costs[model], value)
                 for model, value in values.items()
-                if taken[model] is not None or model in flat
+                if costs[model] is not None or model in flat
             }
             yield Drawing(
-                title=f"Perplexity ({title}) against {what}",
+                title=f"Perplexity ({title}) against {name}",
                 svg=scatter(points, marked, drawn, across, flat),
                 text=f"Ringed: {meaning}." + (f" {UNMADE}" if flat else ""),
             )
 
 
 def _perplexities(comparison: Comparison, windows: Windows) -> dict[int, float]:
-    """The perplexity of each model that has one that can be drawn."""
-    told = {
+    """Finite perplexity of each model that has one."""
+    values = {
         model: perplexity_of(row.quality[windows].figure.value)
         for model, row in enumerate(comparison.rows)
         if windows in row.quality
     }
-    return {model: value for model, value in told.items() if math.isfinite(value)}
+    return {model: value for model, value in values.items() if math.isfinite(value)}
 
 
 def _blocks(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]:
-    """Errors and zeros by block."""
-    for stage, traces in errors_by_block(comparison.rows).items():
-        title = f"Relative error of {STAGES.get(stage, stage)}"
-        yield Drawing(title=title, svg=lines(traces, drawn, "block", "relative error"), text=ERROR)
-    traces = sparsity_by_block(comparison.rows)
-    if len({round(share, 3) for trace in traces for share in trace.up}) > 1:
-        svg = lines(traces, drawn, "block", "share of zeros", share=True)
+    """Output errors and sparsity by block."""
+    for stage, curves in errors_by_block(comparison.rows).items():
+        title = f"Output error of {STAGES.get(stage, stage)}"
+        yield Drawing(title=title, svg=lines(curves, drawn, "block", "output error"), text=ERROR)
+    curves = sparsity_by_block(comparison.rows)
+    if len({round(share, 3) for curve in curves for share in curve.up}) > 1:
+        svg = lines(curves, drawn, "block", "share of zeros", share=True)
         yield Drawing(title="Sparsity", svg=svg)
 
 
 def _training(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]:
-    """Losses, perplexities and mask changes; those on different texts in pictures of their own."""
+    """Losses, perplexities and mask changes, with one chart for each text."""
     logs = trainings(comparison.rows)
     for text in dict.fromkeys(log.text for log in logs):
-        for name, what in (("divergence", "KL from the teacher"), ("entropy", "Cross entropy")):
+        for name, label in (("divergence", "KL from the teacher"), ("entropy", "Cross entropy")):
             losses = [log.losses(name) for log in logs if log.text == text]
-            title = f"{what} on {short(text) or 'the training text'}"
+            title = f"{label} on {short(text) or 'the training text'}"
             yield from _drawn(title, losses, drawn, "nats per token")
     for text in dict.fromkeys(row.get("evaluated_on", "") for log in logs for row in log.measured):
-        title = f"Perplexity on the way ({text or 'text not told'})"
+        title = f"Perplexity during training ({text or 'unknown text'})"
         yield from _drawn(title, [log.perplexities(text) for log in logs], drawn, "perplexity")
-    flips = [log.flips() for log in logs]
-    yield from _drawn("Mask entries that changed sides", flips, drawn, "entries in a selection")
+    changes = [log.mask_changes() for log in logs]
+    yield from _drawn("Mask changes", changes, drawn, "entries per selection")
 
 
 def _drawn(
-    title: str, traces: Sequence[Trace | None], drawn: Sequence[Style], up: str
+    title: str, curves: Sequence[Curve | None], drawn: Sequence[Style], up: str
 ) -> Iterator[Drawing]:
-    """A picture of training, if any line has enough points."""
-    there = [trace for trace in traces if trace is not None]
-    if any(len(trace.up) >= FEWEST_POINTS for trace in there):
-        yield Drawing(title=title, svg=lines(there, drawn, "tokens", up))
+    """A chart of training, if any curve has enough points."""
+    known = [curve for curve in curves if curve is not None]
+    if any(len(curve.up) >= FEWEST_POINTS for curve in known):
+        yield Drawing(title=title, svg=lines(known, drawn, "tokens", up))
 
 
 def _zero_shot(comparison: Comparison, drawn: Sequence[Style]) -> Iterator[Drawing]:
-    """For all sets of tasks the accuracy in each."""
+    """Accuracy by task, for each key."""
     for tasks, title in zip(comparison.task_sets, headings(comparison.task_sets), strict=True):
         models = [m for m, row in enumerate(comparison.rows) if tasks in row.quality]
         values = {

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else, neither files, network nor scripts."""
+"""HTML report in one page, without other files, network access or scripts."""
 
 import importlib.metadata
 import json
@@ -53,22 +53,22 @@ pre { background: var(--soft); padding: 0.6rem 0.8rem; margin: 0.3rem 0; font-si
 .summary { color: var(--ink); font-size: 1rem; }
 summary { cursor: pointer; font-size: 0.875rem; }
 """
-# A page with this may be replaced.
+# Marks pages of sparsekit, which may be replaced.
 MARK = '<meta name="generator" content="sparsekit report">'
-# Whatever a name in the page says, a browser loads nothing and runs nothing.
+# No name in the page can make a browser load or run anything.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def report(folders: Sequence[Path], out: Path) -> Comparison:
-    """Compare the models in folders, as `compare` does, and write the page.
+    """Compare the models in folders and write the page.
 
     Args:
-        folders: As of `compare`.
+        folders: Folders for `compare`.
         out: The file to write; an earlier page is replaced.
 
     Raises:
         UsageError: `out` is another file, or a folder.
-        DataError: A folder is no checkpoint and holds none, or a file in one is damaged.
+        DataError: A folder is not a checkpoint and holds none, or a file in one is damaged.
         StorageError: The page cannot be written.
     """
     _refuse(out)
@@ -81,11 +81,11 @@ def report(folders: Sequence[Path], out: Path) -> Comparison:
 
 
 def page(comparison: Comparison, day: date | None = None) -> str:
-    """The page as HTML; the same models on the same day give the same bytes.
+    """The page as HTML, the same bytes for the same models on the same day.
 
     Args:
         comparison: The models.
-        day: The date at the end of the page; None: today's.
+        day: Date at the end of the page; None: today.
     """
     count = len(comparison.rows)
     title = f"{count} model{'s' if count != 1 else ''}, measured by sparsekit"
@@ -125,18 +125,20 @@ def _summary(comparison: Comparison) -> str:
     return f'<p class="summary">{escape(text)}</p>' if text else ""
 
 
-def _table(made: Sequence[Column], comparison: Comparison) -> str:
-    """The table; the names of the models stay in sight when it scrolls."""
+def _table(shown: Sequence[Column], comparison: Comparison) -> str:
+    """The table; the names of the models stay visible when it scrolls."""
     marks = [comparison.best(windows) for windows in comparison.windows]
-    head = "".join(f'<th scope="col"{_kind(column)}>{escape(column.title)}</th>' for column in made)
+    head = "".join(
+        f'<th scope="col"{_kind(column)}>{escape(column.title)}</th>' for column in shown
+    )
     body = []
     for index in range(len(comparison.rows)):
-        name, *cells = [escape(column.texts[index]) for column in made]
+        name, *cells = [escape(column.texts[index]) for column in shown]
         mark = ' class="best"' if any(best[index] for best in marks) else ""
-        told = "".join(
-            f"<td{_kind(column)}>{cell}</td>" for column, cell in zip(made[1:], cells, strict=True)
+        data = "".join(
+            f"<td{_kind(column)}>{cell}</td>" for column, cell in zip(shown[1:], cells, strict=True)
         )
-        body.append(f'<tr{mark}><th scope="row">{name}</th>{told}</tr>\n')
+        body.append(f'<tr{mark}><th scope="row">{name}</th>{data}</tr>\n')
     return (
         '<div class="scroll" role="region" aria-label="models" tabindex="0">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>"
@@ -148,10 +150,10 @@ def _kind(column: Column) -> str:
 
 
 def _made(row: Row) -> str:
-    """How to make a model again: its commands, and all that its history and scores record."""
+    """Commands that make a model again, and its recorded history and scores."""
     if not (row.history or row.scores or row.stored):
-        return ""  # a baseline, of which others' scores tell all that is known
-    lines = "\n".join(commands(row)) or "# nothing is known"
+        return ""  # a baseline that is known only from the scores of others
+    lines = "\n".join(commands(row)) or "# unknown"
     history = [
         {k: v for k, v in entry.items() if k not in ("weights", "mask")} for entry in row.history
     ]
@@ -165,7 +167,7 @@ def _made(row: Row) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """A JSON value with numbers of six digits, which are enough for a reader."""
+    """A JSON value with floats rounded to six digits."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -174,10 +176,10 @@ def _rounded(value: Any) -> Any:
 
 
 def _refuse(out: Path) -> None:
-    """Refuse a file that is not a page of ours.
+    """Refuse to replace a file that is not a report.
 
     Raises:
-        UsageError: It would be lost.
+        UsageError: `out` is a folder or another file.
     """
     if out.is_dir():
         raise UsageError(

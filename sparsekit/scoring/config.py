@@ -14,7 +14,7 @@ BATCH_SIZE = 8
 
 
 def _names(words: str | Sequence[str]) -> list[str]:
-    """The names that are separated by commas."""
+    """Names separated by commas."""
     names = words.split(",") if isinstance(words, str) else words
     return [name.strip() for name in names if name.strip()]
 
@@ -31,7 +31,7 @@ def _source(word: str) -> str:
 
 
 class EvalConfig(Options):
-    """The options of `eval`."""
+    """Options of `eval`."""
 
     text: Annotated[
         str | None,
@@ -43,7 +43,7 @@ class EvalConfig(Options):
         Flag(metavar="source", completes="windows"),
     ] = None
     length: Annotated[
-        int | None, Field(description="Tokens of a window. Default: 2048."), Flag()
+        int | None, Field(description="Tokens per window. Default: 2048."), Flag()
     ] = None
     tasks: Annotated[
         Sequence[str],
@@ -54,42 +54,40 @@ class EvalConfig(Options):
     include_path: Annotated[
         Path | None,
         Word(str | None, _folder),
-        Field(description="Folder of further task files."),
+        Field(description="Folder with further task files."),
         Flag(metavar="path"),
     ] = None
     limit: Annotated[
         int | None,
-        Field(ge=1, description="At most so many windows, and samples of a task."),
+        Field(ge=1, description="Maximum number of windows, and of samples per task."),
         Flag(),
     ] = None
     baseline: Annotated[
         str | None,
-        Field(description="Model to take paired differences to."),
+        Field(description="Model to report paired differences to."),
         Flag(metavar="model", model=True),
     ] = None
     batch_size: Annotated[
         int | None,
-        Field(ge=1, description=f"Samples of a task in one forward pass. Default: {BATCH_SIZE}."),
+        Field(ge=1, description=f"Samples per forward pass of a task. Default: {BATCH_SIZE}."),
         Flag(),
     ] = None
-    seed: Annotated[int, Field(description="Seed of everything that is drawn."), Flag()] = 0
+    seed: Annotated[int, Field(description="Seed of all random choices."), Flag()] = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Refuse what does not go together."""
+        """Refuse options that conflict."""
         for name in ("include_path", "batch_size"):
             if getattr(self, name) is not None and not self.tasks:
                 message = f"--{name.replace('_', '-')} has no effect without --tasks"
                 raise UsageError(message, code="no-effect")
-        if self.length is not None and self.windows_of is None:
-            raise UsageError("--length has no effect on tasks", "name a text: --text builtin")
         if self.seed < 0:
             raise UsageError(f"--seed must not be negative, not {self.seed}", code="out-of-range")
         return self
 
     @property
     def windows_of(self) -> str | None:
-        """The text that perplexity is measured on."""
+        """Text that perplexity is measured on; None: tasks only."""
         return self.text or (None if self.tasks else "builtin")

@@ -1,4 +1,4 @@
-"""What a checkpoint is worth: perplexity, zero-shot scores, and the difference to a baseline."""
+"""Quality of checkpoints: perplexity, zero-shot scores, and paired differences to a baseline."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """All that was measured of one model."""
+    """Scores of one model."""
 
     model: str
     perplexity: Perplexity | None
     tasks: Sequence[TaskScore]
     difference: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Ours minus the baseline's, by `log_perplexity` and `TASK.METRIC`; with each the figure of the
-    baseline itself."""
+    """This model's value minus the baseline's, by `log_perplexity` and `TASK.METRIC`, each with the
+    baseline's own value."""
 
     def __str__(self) -> str:
         figures = [f"perplexity {self.perplexity.value:.3f}"] if self.perplexity else []
@@ -42,7 +42,7 @@ class Score:
         return f"{self.model}: {', '.join(figures)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
+        """The score as JSON."""
         return {
             "model": self.model,
             "perplexity": self.perplexity.to_json() if self.perplexity else None,
@@ -57,16 +57,16 @@ def evaluate(
     baseline: str | None = None,
     progress: Progress = SILENT,
 ) -> list[Score]:
-    """Measure models, the baseline first.
+    """Scores of models, the baseline first.
 
     Args:
         config: What to measure.
         models: Folders, hub ids or `demo`.
-        baseline: The model that differences are taken to, sample by sample.
-        progress: Told of each block and model.
+        baseline: The model that paired differences are reported to.
+        progress: Reports each block and model.
 
     Raises:
-        UsageError: A task is unknown or an option cannot be carried out.
+        UsageError: A task is unknown or an option is invalid.
         DataError: A model or text cannot be read, or models were scored on different samples.
     """
     scores: list[Score] = []
@@ -74,7 +74,7 @@ def evaluate(
         for score in evaluations(config, models, baseline, progress):
             scores.append(score)
     except BaseException:
-        # What took long to measure is not lost with what failed.
+        # Scores of earlier models took long to measure; keep them in the log.
         for score in scores:
             progress.note(f"measured before: {score}")
         raise
@@ -87,10 +87,12 @@ def evaluations(
     baseline: str | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Score]:
-    """The scores of models as they are found, the baseline's first.
+    """Scores of models as they are measured, the baseline first.
 
-    Arguments and errors as of `evaluate`.
+    Arguments and errors are those of `evaluate`.
     """
+    if config.length is not None and config.windows_of is None:
+        progress.note("--length has no effect on tasks; add --text builtin to measure perplexity")
     names = [*([baseline] if baseline else []), *models]
     subjects = [_subject(config, name, progress) for name in names]
     tasks = load_tasks(config.tasks, config.include_path, config.seed) if config.tasks else {}
@@ -101,12 +103,12 @@ def evaluations(
         subject.source.scan(progress)
     first: Score | None = None
     for subject in subjects:
-        found = _perplexity(config, subject, progress)
-        score = Score(model=subject.name, perplexity=found, tasks=[])
+        measured = _perplexity(config, subject, progress)
+        score = Score(model=subject.name, perplexity=measured, tasks=[])
         try:
             score = replace(score, tasks=_tasks(config, subject, tasks, progress))
         except BaseException:
-            if found:
+            if measured:
                 progress.note(f"measured before: {score}")
             raise
         if baseline and first is None:
@@ -118,7 +120,7 @@ def evaluations(
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """A model that is to be measured, with the windows for its perplexity."""
+    """A model to measure, with the windows for its perplexity."""
 
     name: str
     source: Checkpoint
@@ -126,7 +128,7 @@ class _Subject:
 
 
 def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
-    """A model, checked as far as that needs no weights."""
+    """A model, after all checks that need no weights."""
     device = pick_device(config.device)
     source = Checkpoint.open(resolve(name, progress))
     dtype = compute_dtype(config.dtype, device, source)
@@ -135,7 +137,7 @@ def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
         require_memory(source, dtype, SCORING_TASKS)
     rows = None
     if config.windows_of is not None:
-        # Refuses what cannot be streamed; that takes a moment and little memory.
+        # Refuses models that cannot be streamed, in little time and memory.
         BlockStream(source, device=device, dtype=dtype)
         rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
         for note in rows.notes:
@@ -198,23 +200,23 @@ def _tasks(
 
 
 def _compared(score: Score, baseline: Score) -> Score:
-    """The score with its sample-by-sample difference to the baseline."""
+    """The score with its paired differences to the baseline."""
     difference: dict[str, dict[str, Any]] = {}
     ours, theirs = score.perplexity, baseline.perplexity
     if ours and theirs:
         paired = paired_difference(ours.losses, theirs.losses)
-        difference["log_perplexity"] = _told(paired, theirs.log, mean_stderr(theirs.losses))
+        difference["log_perplexity"] = _json(paired, theirs.log, mean_stderr(theirs.losses))
     for mine, other in zip(score.tasks, baseline.tasks, strict=True):
         for metric, paired in compare_tasks(mine, other).items():
-            own = other.metrics[metric]
-            difference[f"{mine.task}.{metric}"] = _told(paired, own.value, own.stderr)
+            before = other.metrics[metric]
+            difference[f"{mine.task}.{metric}"] = _json(paired, before.value, before.stderr)
     return Score(model=score.model, perplexity=ours, tasks=score.tasks, difference=difference)
 
 
-def _told(paired: PairedDifference, value: float, stderr: float | None) -> dict[str, Any]:
-    """A difference as JSON, with the value and standard error of the baseline itself."""
-    own = {"value": value, "stderr": stderr}
-    return {**asdict(paired), "stderr": _number(paired.stderr), "baseline": own}
+def _json(paired: PairedDifference, value: float, stderr: float | None) -> dict[str, Any]:
+    """A difference as JSON, with the baseline's value and standard error."""
+    baseline = {"value": value, "stderr": stderr}
+    return {**asdict(paired), "stderr": _number(paired.stderr), "baseline": baseline}
 
 
 def _number(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, and a checkpoint as lm-eval runs it, loaded without what it does on the side."""
+"""Tasks and models of lm-eval, loaded without its side effects."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-# Why a task needs the whole model in memory, and what can be had without.
+# Tasks need the whole model in memory; perplexity does not.
 SCORING_TASKS = MemoryUse(
     "scoring lm-eval tasks",
     hint="a narrower --dtype takes less; perplexity (--text) is measured block by block",
@@ -31,22 +31,22 @@ SCORING_TASKS = MemoryUse(
 def load_tasks(
     names: Sequence[str], include_path: Path | None = None, seed: int = 0
 ) -> "dict[str, Task]":
-    """The tasks behind the names, with their data, each once and in the order asked for.
+    """Tasks by name, with their data, each once and in the given order.
 
     Args:
         names: Tasks, groups or tags that lm-eval knows.
-        include_path: Folder of further task files; they win over stock tasks of the same name.
-        seed: Seeds what a task draws while it loads.
+        include_path: Folder with further task files; they override stock tasks of the same name.
+        seed: Seed of random choices that a task makes while it loads.
 
     Raises:
-        UsageError: A name is unknown, none is given, or `include_path` is no folder.
-        DataError: A task's data cannot be had.
+        UsageError: A name is unknown, none is given, or `include_path` is not a folder.
+        DataError: A task's data is not available.
     """
     with seeded(seed), quiet(logging.ERROR):
         manager = _task_manager(names, include_path)
         tasks: dict[str, Task] = {}
         for name in names:
-            # What a task draws while it loads does not depend on the tasks before it.
+            # The random choices of a task do not depend on the tasks before it.
             _seed(seed)
             for leaf, task in _load(manager, name).items():
                 _add_task(tasks, leaf, task)
@@ -57,7 +57,7 @@ def load_tasks(
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManager":
-    """lm-eval's index of the tasks, which holds every name asked for."""
+    """lm-eval's task index, which has every given name."""
     from lm_eval.tasks import TaskManager
 
     if not names:
@@ -67,7 +67,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
             message = f"{include_path} is not a folder of lm-eval tasks"
             raise UsageError(message, code="not-a-folder")
         local = TaskManager(include_path=include_path, include_defaults=False)
-        # Reading the thousands of stock files takes 10 s; a local task needs none of them, but a
+        # Reading the thousands of stock files takes 10 s. A local task needs none of them, but a
         # group or a tag may have members there.
         if set(names) <= set(local.all_subtasks):
             return local
@@ -75,7 +75,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         raise UsageError(
-            f"lm-eval knows no task {' or '.join(repr(name) for name in unknown)}",
+            f"lm-eval has no task {' or '.join(repr(name) for name in unknown)}",
             "; ".join(did_you_mean(name, manager.all_tasks) for name in unknown),
             code="no-such-task",
         )
@@ -84,14 +84,14 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
 
 @functools.cache
 def _stock() -> "TaskManager":
-    """The index of the tasks that come with lm-eval, which takes 10 s to read."""
+    """Index of the stock tasks, which takes 10 s to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _load(manager: "TaskManager", name: str) -> "Mapping[str, Task]":
-    """The tasks that one name stands for, with their data."""
+    """Tasks of one name, with their data."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -109,7 +109,7 @@ def _load(manager: "TaskManager", name: str) -> "Mapping[str, Task]":
 
 
 def _add_task(tasks: dict[str, "Task"], name: str, task: "Task") -> None:
-    """Add a task that is not there yet."""
+    """Add a task unless it is there already."""
     if getattr(task, "UNSAFE_CODE", False):
         message = f"task '{name}' runs code that the model writes"
         raise UsageError(message, "use lm_eval itself", code="unsupported-task")
@@ -127,15 +127,15 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
     """The checkpoint as lm-eval runs it.
 
     Raises:
-        UsageError: There is no such device or dtype.
+        UsageError: The device or dtype does not exist.
         DataError: The checkpoint lacks weights or a tokenizer, or cannot be read.
     """
     import torch
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(path)
-    # HFLM gets loaded objects: from a path it takes another device in silence when it does not
-    # know the one named, and asks the hub about the path.
+    # HFLM gets loaded objects: given a path, it silently falls back to another device when it does
+    # not know the one named, and asks the hub about the path.
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype):
         hint = "use float32, bfloat16 or float16"
@@ -151,7 +151,7 @@ def load_model(path: Path, *, batch_size: int, device: str, dtype: str) -> "HFLM
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators that lm-eval and its tasks draw from; restore them after."""
+    """Seed the global generators that lm-eval and its tasks use; restore them afterwards."""
     import numpy as np
     import torch
 
@@ -177,8 +177,8 @@ def _seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def quiet(level: int) -> Iterator[None]:
-    """Show only messages of this level on, and send what lm-eval prints to stderr."""
-    # Both set their level when they are first imported.
+    """Show only messages of at least this level, and send lm-eval's output to stderr."""
+    # Both set their level on their first import.
     import lm_eval
     import transformers
 

@@ -15,8 +15,8 @@ from sparsekit.scoring.quality import perplexity_of
 from sparsekit.scoring.standard_error import mean_stderr
 from sparsekit.text.rows import TokenRows
 
-# Share of the free memory that the hidden states of all windows may take; more windows than fit
-# are measured in several passes over the blocks.
+# Share of free memory for the hidden states of all windows. Windows that do not fit are measured
+# in further passes over the blocks.
 HIDDEN_SHARE = 0.4
 
 
@@ -31,9 +31,9 @@ class Perplexity:
     """Compute type."""
     device: str
     fingerprint: str
-    """Of the token rows; figures compare only when it is the same."""
+    """Of the token rows; perplexities are comparable only if it is equal."""
     losses: tuple[float, ...]
-    """Mean loss of each window's length − 1 predictions, in nats."""
+    """Mean loss per window over its length − 1 predictions, in nats."""
 
     @property
     def log(self) -> float:
@@ -42,11 +42,11 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity; infinite beyond what a float holds."""
+        """Perplexity; infinite if a float cannot hold it."""
         return perplexity_of(self.log)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single losses."""
+        """Everything except the losses."""
         return {
             "text": self.text,
             "windows": self.windows,
@@ -69,7 +69,7 @@ def perplexity(
     label: str,
     progress: Progress = SILENT,
 ) -> Perplexity:
-    """Perplexity of a model on token rows, streamed block by block whatever the model's size."""
+    """Perplexity of a model on token rows, streamed block by block."""
     stream = BlockStream(source, device=device, dtype=dtype)
     count, length = rows.tokens.shape
     each = length * source.config.get_text_config().hidden_size * dtype.itemsize

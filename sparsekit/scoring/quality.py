@@ -1,4 +1,4 @@
-"""Figures of quality, each under what it was measured on: only those of the same compare."""
+"""Metrics keyed by the data they were measured on; only equal keys are comparable."""
 
 import math
 from collections import Counter
@@ -9,15 +9,15 @@ from typing import Any
 
 from sparsekit.scoring.standard_error import Figure, mean
 
-# Of a task the first of these that it has goes into the mean.
+# The first of these that a task has goes into the mean.
 ACCURACIES = ("acc_norm", "acc")
-# exp of more than this is no float.
+# exp of more than this overflows.
 LARGEST_LOG = 709.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """The windows of a perplexity."""
+    """Key of a perplexity: its text and windows."""
 
     text: str
     windows: int
@@ -27,18 +27,18 @@ class Windows:
 
     @property
     def title(self) -> str:
-        """In words, which two that differ may share."""
+        """Title for people; different keys may share it."""
         return f"{Path(self.text).name}, {self.windows} × {self.length} tokens"
 
     @property
     def mark(self) -> str:
-        """What tells apart those that share a title."""
+        """Short hash that distinguishes keys with the same title."""
         return self.fingerprint[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The samples of a task, and what is measured on each."""
+    """Key of a task's metric: its version and samples."""
 
     task: str
     version: str
@@ -51,14 +51,14 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSet:
-    """The tasks that a mean goes over."""
+    """Key of a mean accuracy: its tasks."""
 
     tasks: tuple[Samples, ...]
-    """By name."""
+    """Sorted by name."""
 
     @property
     def title(self) -> str:
-        """In words, which two that differ may share."""
+        """Title for people; different keys may share it."""
         return ", ".join(
             f"{t.task} v{t.version} ({t.metric}, {t.n_shot}-shot, {t.n} samples)"
             for t in self.tasks
@@ -66,62 +66,62 @@ class TaskSet:
 
     @property
     def mark(self) -> str:
-        """What tells apart those that share a title."""
+        """Short hash that distinguishes keys with the same title."""
         return "+".join(task.digest[:8] for task in self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What was measured of one model on some windows or tasks."""
+    """Measurement of one model under one key."""
 
     figure: Figure
     """The logarithm of the perplexity, or the mean accuracy."""
     differences: Mapping[str, Figure]
-    """To other models by their names, over the same windows or samples."""
+    """Paired differences to other models, by their names."""
     baselines: Mapping[str, Figure] = field(default_factory=dict)
-    """What those models have themselves, where that was kept."""
+    """Values of those models themselves, if they were saved."""
     tasks: Mapping[str, Figure] = field(default_factory=dict)
-    """The accuracy in each task."""
+    """Accuracy of each task."""
     dtype: str = ""
-    """The type that a perplexity was computed in."""
+    """Compute type of a perplexity."""
 
 
 Measured = Windows | TaskSet
 
 
 def qualities(entries: Iterable[Mapping[str, Any]]) -> dict[Measured, Quality]:
-    """All that scores tell, the latest of each; differences to several models stay together."""
-    found: dict[Measured, Quality] = {}
+    """Latest measurement of each key; differences to several models are merged."""
+    measured: dict[Measured, Quality] = {}
     for entry in entries:
         for key, quality in _of_entry(entry):
-            before = found.get(key)
+            before = measured.get(key)
             if before is not None and before.figure == quality.figure:
                 quality = replace(
                     quality,
                     differences={**before.differences, **quality.differences},
                     baselines={**before.baselines, **quality.baselines},
                 )
-            found[key] = quality
-    return found
+            measured[key] = quality
+    return measured
 
 
 def _of_entry(entry: Mapping[str, Any]) -> Iterable[tuple[Measured, Quality]]:
-    """The perplexity and the mean of one score."""
+    """Perplexity and mean accuracy of one score."""
     baseline = entry.get("baseline") or "the baseline"
     difference = {key: _figure(value) for key, value in entry["difference"].items()}
-    told_of = {key: value.get("baseline") for key, value in entry["difference"].items()}
-    before = {key: _figure(value) for key, value in told_of.items() if value is not None}
-    if told := entry["perplexity"]:
-        windows = Windows(**{k: told[k] for k in ("text", "windows", "length", "fingerprint")})
-        log = Figure(value=told["log_perplexity"], stderr=told.get("log_stderr"))
-        own, of_baseline = difference.get("log_perplexity"), before.get("log_perplexity")
+    saved = {key: value.get("baseline") for key, value in entry["difference"].items()}
+    before = {key: _figure(value) for key, value in saved.items() if value is not None}
+    if found := entry["perplexity"]:
+        windows = Windows(**{k: found[k] for k in ("text", "windows", "length", "fingerprint")})
+        log = Figure(value=found["log_perplexity"], stderr=found.get("log_stderr"))
+        change, of_baseline = difference.get("log_perplexity"), before.get("log_perplexity")
         yield (
             windows,
             Quality(
                 figure=log,
-                differences={} if own is None else {baseline: own},
+                differences={} if change is None else {baseline: change},
                 baselines={} if of_baseline is None else {baseline: of_baseline},
-                dtype=told["dtype"],
+                dtype=found["dtype"],
             ),
         )
     tasks = {_samples(task): task for task in entry["tasks"] if metric_of(task) is not None}
@@ -141,24 +141,24 @@ def _of_entry(entry: Mapping[str, Any]) -> Iterable[tuple[Measured, Quality]]:
     )
 
 
-def _mean_of(name: str, keys: Sequence[str], told: Mapping[str, Figure]) -> dict[str, Figure]:
-    """The mean of what is told of all keys, by a model's name; nothing where one is not told."""
-    return {name: mean([told[key] for key in keys])} if set(keys) <= set(told) else {}
+def _mean_of(name: str, keys: Sequence[str], values: Mapping[str, Figure]) -> dict[str, Figure]:
+    """Mean of the values of all keys, by a model's name; empty if one is missing."""
+    return {name: mean([values[key] for key in keys])} if set(keys) <= set(values) else {}
 
 
 def metric_of(task: Mapping[str, Any]) -> str | None:
-    """The accuracy of a task that goes into the mean; None when it has none."""
+    """Name of the accuracy of a task that goes into the mean; None if it has none."""
     return next((name for name in ACCURACIES if name in task["metrics"]), None)
 
 
 def headings(keys: Sequence[Measured]) -> list[str]:
-    """The titles of what was measured, told apart where two are alike."""
+    """Unique titles of keys; the short hash is appended where two are alike."""
     count = Counter(key.title for key in keys)
     return [k.title if count[k.title] == 1 else f"{k.title}, {k.mark}" for k in keys]
 
 
 def perplexity_of(log: float) -> float:
-    """The perplexity of a mean loss in nats; infinite beyond what a float holds."""
+    """Perplexity of a mean loss in nats; infinite if a float cannot hold it."""
     return math.exp(log) if log < LARGEST_LOG else math.inf
 
 

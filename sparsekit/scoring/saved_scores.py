@@ -11,7 +11,7 @@ from sparsekit.checkpoint.folder import PROVENANCE
 from sparsekit.errors import DataError, UsageError
 from sparsekit.files import read_json, write_json
 from sparsekit.scoring.config import EvalConfig
-from sparsekit.scoring.score_table import tell_scores
+from sparsekit.scoring.score_table import write_scores
 
 if TYPE_CHECKING:
     from sparsekit.scoring.evaluate import Score
@@ -67,7 +67,7 @@ def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
     kept = [old for old in read_scores(folder) if _run(old) != _run(entry)]
     scores = [*kept, dict(entry) | _scored(folder)]
     write_json(folder / SCORES, {"format": FORMAT, "scores": scores})
-    tell_scores(folder, scores)
+    write_scores(folder, scores)
 
 
 def is_of(entry: Mapping[str, Any], weights: str | None) -> bool:

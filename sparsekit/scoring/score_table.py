@@ -1,4 +1,4 @@
-"""What was measured of a checkpoint, told in its model card."""
+"""Table of scores in a model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsekit.files import write_atomic
 from sparsekit.scoring.quality import Quality, TaskSet, headings, perplexity_of, qualities
 from sparsekit.scoring.standard_error import Figure
 
-# Between these lines of the card is what this module writes.
+# Delimiters of the section that this module writes.
 BEGIN, END = "<!-- sparsekit: scores -->", "<!-- sparsekit: end of scores -->"
 SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
 HEAD = """\
@@ -21,15 +21,15 @@ HEAD = """\
 |---|---|---|---|"""
 
 
-def tell_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Put a table of scores at the end of a folder's card, in the place of an older one.
+def write_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table of scores at the end of a folder's card, replacing an older one.
 
-    What else the card says stays. A folder that sparsekit did not write, or that has no card, is
-    left as it is.
+    The rest of the card stays. A folder that sparsekit did not write, or that has no card, is left
+    unchanged.
 
     Args:
-        folder: Of the checkpoint.
-        entries: As of `read_scores`.
+        folder: Folder of the checkpoint.
+        entries: Scores from `read_scores`.
 
     Raises:
         StorageError: The disk is full.
@@ -43,56 +43,56 @@ def tell_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def scores_table(entries: Iterable[Mapping[str, Any]]) -> str:
-    """A section in Markdown: for each text and set of tasks the model, and its baselines.
+    """Markdown section with one row per text or set of tasks, and baseline.
 
-    A value is told with its standard error, and so are the paired difference to a baseline and the
-    baseline's own value; where that was not kept, it is the value less the difference.
+    Values and paired differences have standard errors. A baseline's own value that was not saved is
+    the value minus the difference.
     """
-    found = qualities(entries)
+    measured = qualities(entries)
     rows = []
-    for heading, (key, quality) in zip(headings(list(found)), found.items(), strict=True):
+    for heading, (key, quality) in zip(headings(list(measured)), measured.items(), strict=True):
         rows += _task_rows(heading, quality) if isinstance(key, TaskSet) else []
         rows += _text_rows(heading, quality) if not isinstance(key, TaskSet) else []
     lines = "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
     return (
-        f"## Scores\n\n{HEAD}\n{lines}\n\nAfter ± stands a standard error; differences are paired, "
-        "over the same windows or samples."
+        f"## Scores\n\n{HEAD}\n{lines}\n\n± is followed by the standard error; differences are "
+        "paired, over the same windows or samples."
     )
 
 
 def _text_rows(heading: str, quality: Quality) -> list[tuple[str, str, str, str]]:
-    """The perplexity on a text, and its difference in nats to each baseline."""
+    """Perplexity on a text, with its difference in nats to each baseline."""
     figure = quality.figure
     here = _of_log(figure)
     rows = []
     for name, difference in quality.differences.items():
         before = f"{_of_log(_before(quality, name))} ({_name(name)})"
-        told = f"{_figure(difference, signed=True)} in log perplexity"
-        rows.append((f"perplexity, {heading}", before, here, told))
+        change = f"{_figure(difference, signed=True)} in log perplexity"
+        rows.append((f"perplexity, {heading}", before, here, change))
     return rows or [(f"perplexity, {heading}", "-", here, "-")]
 
 
 def _task_rows(heading: str, quality: Quality) -> list[tuple[str, str, str, str]]:
-    """The mean accuracy with its difference to each baseline, and the accuracy in each task."""
+    """Mean accuracy with its difference to each baseline, and the accuracy of each task."""
     figure = quality.figure
     rows = []
     for name, difference in quality.differences.items():
         before = f"{_figure(_before(quality, name))} ({_name(name)})"
-        told = _figure(difference, signed=True)
-        rows.append((f"mean accuracy, {heading}", before, _figure(figure), told))
+        change = _figure(difference, signed=True)
+        rows.append((f"mean accuracy, {heading}", before, _figure(figure), change))
     rows = rows or [(f"mean accuracy, {heading}", "-", _figure(figure), "-")]
     tasks = quality.tasks if len(quality.tasks) > 1 else {}
     return rows + [(f"accuracy, {name}", "", _figure(task), "") for name, task in tasks.items()]
 
 
 def _before(quality: Quality, name: str) -> Figure:
-    """What a baseline has itself; without a standard error where that was not kept."""
+    """Value of a baseline; without a standard error if none was saved."""
     value = quality.figure.value - quality.differences[name].value
     return quality.baselines.get(name, Figure(value=value, stderr=None))
 
 
 def _of_log(figure: Figure) -> str:
-    """A perplexity with its standard error, from those of its logarithm."""
+    """A perplexity with its standard error, from its logarithm."""
     value = perplexity_of(figure.value)
     if figure.stderr is None or not math.isfinite(value):
         return f"{value:.2f}"
@@ -106,10 +106,10 @@ def _figure(figure: Figure, *, signed: bool = False) -> str:
 
 
 def _name(baseline: str) -> str:
-    """The last part of a folder's path; a hub id stays."""
+    """Last part of a folder's path; a hub id stays."""
     return Path(baseline).name if Path(baseline).is_absolute() or baseline[:1] == "." else baseline
 
 
 def _cell(text: str) -> str:
-    """A text that stays in one cell."""
+    """Text escaped for one cell."""
     return " ".join(text.split()).replace("|", "\\|")

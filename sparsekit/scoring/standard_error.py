@@ -21,7 +21,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedD
     """The mean of `ours - theirs` with its standard error over the pairs.
 
     Raises:
-        DataError: The two do not pair up, or are empty.
+        DataError: They differ in length, or are empty.
     """
     if len(ours) != len(theirs):
         message = f"cannot pair {len(ours)} samples with {len(theirs)}"
@@ -38,7 +38,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedD
 
 
 def mean_stderr(values: Sequence[float]) -> float | None:
-    """The standard error of the mean, from the sample variance; None for fewer than two values."""
+    """Standard error of the mean, from the sample variance; None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
@@ -55,7 +55,7 @@ class Figure:
 
 
 def mean(figures: Sequence[Figure]) -> Figure:
-    """The mean of independent figures; its standard error is None where one of theirs is."""
+    """Mean of independent figures; without a standard error if one of them has none."""
     errors = [figure.stderr for figure in figures if figure.stderr is not None]
     return Figure(
         value=math.fsum(figure.value for figure in figures) / len(figures),

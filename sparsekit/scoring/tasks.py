@@ -1,8 +1,8 @@
-"""Zero-shot scores of a checkpoint, through lm-eval in this process.
+"""Zero-shot scores of a checkpoint, from lm-eval in this process.
 
-Differs from the `lm_eval` command: no bootstrap (a standard error comes from the closed form or not
-at all), groups and tags are resolved to their tasks, and nothing is asked of the hub but the data
-sets of stock tasks.
+Differs from the `lm_eval` command: no bootstrap (standard errors have a closed form or are
+omitted), groups and tags are resolved to their tasks, and only the data sets of stock tasks are
+requested from the hub.
 """
 
 import logging
@@ -30,12 +30,12 @@ class Metric:
     stderr: float | None
     """Standard error of a mean; None for other aggregations and for fewer than two samples."""
     higher_is_better: bool | None
-    """None where the task does not say."""
+    """None if the task does not define it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """What one task says about one checkpoint."""
+    """Scores of one checkpoint on one task."""
 
     task: str
     version: str
@@ -44,14 +44,14 @@ class TaskScore:
     """Samples scored."""
     n_shot: int
     metrics: Mapping[str, Metric]
-    """By name; a metric read through a named filter is called `metric,filter`."""
+    """By name; a metric with a named filter is called `metric,filter`."""
     samples: Mapping[str, tuple[float, ...]]
-    """One number per sample, in the order of the data, for each metric that is their mean."""
+    """Per-sample values, in the order of the data, of each metric that is their mean."""
     sample_hashes: tuple[str, ...]
     """lm-eval's hash of each document, in the same order."""
 
     def to_json(self) -> dict[str, Any]:
-        """The score for a report: without the samples, with one hash over their documents."""
+        """The score as JSON, with one hash of the documents instead of the samples."""
         return {
             "task": self.task,
             "version": self.version,
@@ -72,7 +72,7 @@ def score_tasks(
     dtype: str = "float32",
     seed: int = 0,
 ) -> list[TaskScore]:
-    """The scores of a checkpoint on each task.
+    """Scores of a checkpoint on each task.
 
     Args:
         path: Folder of a Hugging Face checkpoint with its tokenizer.
@@ -84,8 +84,8 @@ def score_tasks(
         seed: Seeds Python's, numpy's and torch's generators and the choice of few-shot examples.
 
     Raises:
-        UsageError: An option cannot be carried out.
-        DataError: The checkpoint or its tokenizer cannot be had.
+        UsageError: An option is invalid.
+        DataError: The checkpoint or its tokenizer cannot be loaded.
     """
     if limit is not None and limit < 1:
         message = f"a limit of {limit} samples leaves nothing to score"
@@ -94,14 +94,14 @@ def score_tasks(
         for task in tasks.values():
             task.set_fewshot_seed(seed)
         model = load_model(path, batch_size=batch_size, device=device, dtype=dtype)
-        # Warnings of the run itself (a prompt that does not fit) concern the scores: they stay.
+        # Warnings of the run itself, e.g. a prompt that does not fit, concern the scores.
         with quiet(logging.WARNING):
             results = _evaluate(model, tasks, limit)
     return [_task_score(name, task, results) for name, task in tasks.items()]
 
 
 def compare_tasks(ours: TaskScore, baseline: TaskScore) -> Mapping[str, PairedDifference]:
-    """By metric, how far `ours` is above `baseline` on the same samples.
+    """Paired differences `ours - baseline` by metric.
 
     Raises:
         DataError: The two were not scored on the same samples of the same task.
@@ -121,20 +121,20 @@ def compare_tasks(ours: TaskScore, baseline: TaskScore) -> Mapping[str, PairedDi
 
 
 def _mismatch(field: str) -> str:
-    """What it means that a field of two scores differs."""
+    """Message for a field that differs between two scores."""
     return "not the same samples" if field == "sample_hashes" else f"`{field}` differs"
 
 
 def _evaluate(
     model: "HFLM", tasks: Mapping[str, "Task"], limit: int | None
 ) -> Mapping[str, Mapping[str, Any]]:
-    """lm-eval's results, with every sample."""
-    # Not `simple_evaluate`: around this call it starts git and pip to describe the machine, and
-    # it seeds after tasks that are already loaded have shuffled their choices.
+    """Results of lm-eval with all samples."""
+    # Not `simple_evaluate`: it also runs git and pip to describe the machine, and it seeds after
+    # the loaded tasks have shuffled their choices.
     from lm_eval import evaluate
 
-    # A bootstrap takes minutes; without it lm-eval also drops the closed forms, hence
-    # `mean_stderr` here.
+    # A bootstrap takes minutes. Without it lm-eval also drops the closed forms, hence
+    # `mean_stderr`.
     return evaluate(
         lm=model,
         task_dict={"tasks": dict(tasks), "groups": {}},
@@ -145,8 +145,8 @@ def _evaluate(
 
 
 def _task_score(name: str, task: "Task", results: Mapping[str, Mapping[str, Any]]) -> TaskScore:
-    """The part of lm-eval's results that belongs to one task."""
-    # The name comes as an argument: reading `task.task_name` draws from Python's generator.
+    """Score of one task from lm-eval's results."""
+    # The name is an argument because reading `task.task_name` draws from Python's generator.
     from lm_eval.api.metrics import mean
 
     rows_by_filter: dict[str, list[dict[str, Any]]] = {}
@@ -157,7 +157,7 @@ def _task_score(name: str, task: "Task", results: Mapping[str, Mapping[str, Any]
     for key, value in results["results"][name].items():
         metric, _, filter_name = key.partition(",")
         if metric.endswith("_stderr") or filter_name not in rows_by_filter:
-            continue  # not a metric: the task's name, its alias, an error left out
+            continue  # not a metric: the task's name, its alias, an omitted error
         label = metric if filter_name == "none" else key
         values = [row.get(metric) for row in rows_by_filter[filter_name]]
         is_mean = task.aggregation().get(metric, mean) is mean

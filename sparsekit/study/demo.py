@@ -13,17 +13,17 @@ PAGE = "report.html"
 
 
 def demo(model: str, out: Path, progress: Progress = SILENT) -> Comparison:
-    """Carry out `quickstart`, and write the page of its models into the folder.
+    """Run `quickstart` and write its report into the folder.
 
     Args:
         model: A folder, hub id or `demo`.
-        out: Folder of the run; what is finished in it is kept.
-        progress: Told of each step.
+        out: Folder of the run; finished steps in it are kept.
+        progress: Reports each step.
 
     Returns:
         The dense model first, then one row for each method.
     """
-    # JSON is YAML in which any name is text.
+    # In JSON, which is YAML, every name is text.
     recipe = read_recipe(shipped()["quickstart"], [f"model={json.dumps(model)}"])
     done = run(recipe, out, progress=progress)
     return report(places(recipe, out, done), out / PAGE)

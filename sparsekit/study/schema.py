@@ -1,4 +1,4 @@
-"""The form of a recipe: YAML without traps, the words of each stage, and the schema for editors."""
+"""Format of recipes: YAML, the options of each stage, and the JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsekit.scoring.config import EvalConfig
 
 VERSION = 1
 TOP = ("version", "model", "seed", "stages")
-# By verb, the model of its words; None: it has no words.
+# Options model of each verb; None: the verb has no options.
 VERBS: Mapping[str, type[Options] | None] = {
     "prune": PruneConfig,
     "recover": RecoverConfig,
@@ -28,22 +28,22 @@ VERBS: Mapping[str, type[Options] | None] = {
     "pack": None,
     "eval": EvalConfig,
 }
-# What is said of a stage beside its verb.
+# Keys of a stage other than its verb.
 BESIDE = ("name", "from")
 
 
 class _Texts(SafeConstructor):
-    """Leaves a date as text."""
+    """Constructor that reads dates as text."""
 
 
 _Texts.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML 1.2 text: 2:4, 50%, yes and no are text, 1e-4 is a number.
+    """Parse YAML 1.2: 2:4, 50%, yes and no are text, 1e-4 is a number.
 
     Raises:
-        UsageError: It is not YAML, or a key comes twice; the line is told.
+        UsageError: The text is not YAML, or a key occurs twice; the message names the line.
     """
     try:
         return _yaml().load(text)
@@ -57,10 +57,10 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """A value as YAML that `read_yaml` reads as the same.
+    """A value as YAML that `read_yaml` reads back unchanged.
 
     Raises:
-        UsageError: It holds what YAML has no form for.
+        UsageError: The value cannot be written as YAML.
     """
     text = StringIO()
     try:
@@ -72,7 +72,7 @@ def write_yaml(value: Any) -> str:
 
 
 def _yaml() -> YAML:
-    """A reader and writer, of which each use needs a new one."""
+    """A YAML reader and writer for one use."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Texts
     yaml.default_flow_style = False
@@ -81,16 +81,16 @@ def _yaml() -> YAML:
 
 
 def defaults(verb: str) -> dict[str, Any]:
-    """The words of a verb as they are when none is given."""
+    """Default options of a verb."""
     config = VERBS[verb]
     words = {} if config is None else config.defaults()
     return {key: list(v) if isinstance(v, tuple) else v for key, v in words.items()}
 
 
 def variants(verb: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The words of a stage, once for each combination of the values of its plurals.
+    """Options of a stage for each combination of its plural keys.
 
-    `methods: [wanda, sparsegpt]` stands for two variants, whose `method` is one of them.
+    `methods: [wanda, sparsegpt]` gives two variants with one `method` each.
     """
     known = defaults(verb)
     plurals = {
@@ -106,59 +106,59 @@ def variants(verb: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def problems(verb: str, given: Mapping[str, Any], path: str) -> list[str]:
-    """What is wrong with the words of a stage, each with its place."""
-    known, found, told = defaults(verb), [], dict(given)
+    """Problems with the options of a stage, each with its place."""
+    known, found, usable = defaults(verb), [], dict(given)
     for key, value in given.items():
         single = key.removesuffix("s")
         if key not in known and single != key and single in known:
             if not isinstance(value, list) or not value:
-                found.append(f"{path}.{key}: a list of values for {single!r} is wanted")
-                del told[key]
+                found.append(f"{path}.{key}: needs a list of values for {single!r}")
+                del usable[key]
             elif single in given:
-                found.append(f"{path}: {single!r} and {key!r} are both there; leave out one")
-            elif len({repr(one) for one in value}) < len(value):
-                found.append(f"{path}.{key}: a value is there twice")
+                found.append(f"{path}: {single!r} and {key!r} are both given; leave out one")
+            elif len({repr(entry) for entry in value}) < len(value):
+                found.append(f"{path}.{key}: a value is given twice")
     config = VERBS[verb]
-    for words in variants(verb, told):
+    for words in variants(verb, usable):
         if config is None:
-            found += [f"{path}.{key}: unknown; {verb} has no words" for key in words]
+            found += [f"{path}.{key}: unknown; {verb} has no options" for key in words]
         else:
-            found += [_told(problem, path) for problem in config.problems(words)]
+            found += [_located(problem, path) for problem in config.problems(words)]
     return list(dict.fromkeys(found))
 
 
-def _told(problem: Problem, path: str) -> str:
+def _located(problem: Problem, path: str) -> str:
     """A problem with its place."""
     return f"{path}.{problem.key}: {as_keywords(problem.reason)}"
 
 
 def _json_schema(verb: str) -> dict[str, Any]:
-    """The JSON schema of the words of a verb."""
+    """JSON schema of the options of a verb."""
     config = VERBS[verb]
     if config is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    found = config.model_json_schema()
-    found.pop("title", None)
-    return found
+    options = config.model_json_schema()
+    options.pop("title", None)
+    return options
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of recipes, which editors check them by."""
+    """JSON schema of recipes for editors."""
     stages = []
     for verb in VERBS:
-        told = _json_schema(verb)
-        single = dict(told.get("properties", {}))
-        told["properties"] = single | {
-            f"{name}s": {"type": "array", "minItems": 1, "items": one}
-            for name, one in single.items()
+        options = _json_schema(verb)
+        single = dict(options.get("properties", {}))
+        options["properties"] = single | {
+            f"{name}s": {"type": "array", "minItems": 1, "items": value}
+            for name, value in single.items()
             if f"{name}s" not in single
         }
-        many = {"type": "array", "items": told, "minItems": 1}
-        one_or_more = {"anyOf": [told, many, {"type": "null"}]}
+        many = {"type": "array", "items": options, "minItems": 1}
+        one_or_more = {"anyOf": [options, many, {"type": "null"}]}
         stages.append(
             {
                 "type": "object",
-                "properties": {verb: one_or_more, **{b: {"type": "string"} for b in BESIDE}},
+                "properties": {verb: one_or_more, **{key: {"type": "string"} for key in BESIDE}},
                 "required": [verb],
                 "additionalProperties": False,
             }

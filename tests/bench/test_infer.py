@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refused
 
 import sparsekit
 from sparsekit.bench import infer
@@ -50,13 +51,13 @@ def test_on_a_gpu_its_memory_is_told_and_waited_for(pruned, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"prompt": 0}, {"new": 1}, {"batch": 0}])
 def test_numbers_that_measure_nothing_are_refused(pruned, change):
-    with pytest.raises(UsageError, match=f"--{next(iter(change))} must be at least"):
+    with refused("out-of-range", f"--{next(iter(change))}", kind=UsageError):
         bench_infer(InferConfig(**change), [str(pruned)])
 
 
 def test_a_packed_model_that_is_expanded_takes_more_memory(pruned, tmp_path, monkeypatch):
     packed = pack(str(pruned), tmp_path / "packed").out
-    with pytest.raises(UsageError, match="--resident 'all' is not known"):
+    with pytest.raises(UsageError, match=r"--resident .*all"):
         bench_infer(InferConfig(resident="all"), [str(packed)])
     calls = []
     monkeypatch.setattr(infer, "expand", calls.append)
@@ -82,5 +83,5 @@ def _fails(*_: object) -> None:
 def test_a_model_that_does_not_fit_when_expanded_is_refused(pruned, tmp_path, monkeypatch):
     packed = pack(str(pruned), tmp_path / "packed").out
     monkeypatch.setattr("sparsekit.model.form_linear.available_memory", lambda: 1000)
-    with pytest.raises(DataError, match=r"expanded, the weights take .*; keep them packed"):
+    with pytest.raises(DataError, match="expanded"):
         sparsekit.load(packed, "float32", "expand")

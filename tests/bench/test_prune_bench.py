@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 import torch
 from random_llama import random_llama
+from refusals import refused
 
 from sparsekit.bench import prune as bench
 from sparsekit.bench.prune import bench_prune
@@ -53,12 +54,12 @@ def test_floor_is_refused_where_the_whole_model_does_not_fit(family, row_file, m
     monkeypatch.setattr("sparsekit.model.full_model.available_memory", lambda: 1000)
     monkeypatch.setattr(bench, "prune", None)  # a call would fail in another way
     config = PruneConfig(calibration=str(row_file))
-    with pytest.raises(DataError, match=r"the plain forward needs .* GB.*--no-floor"):
+    with pytest.raises(DataError, match="--no-floor"):
         bench_prune(config, str(family("llama")), repeat=1)
 
 
 def test_repeat_below_one_is_refused(family):
-    with pytest.raises(UsageError, match="--repeat must be at least 1, not 0"):
+    with refused("out-of-range", "--repeat", 0, kind=UsageError):
         bench_prune(PruneConfig(), str(family("llama")), repeat=0)
 
 

@@ -56,11 +56,13 @@ def strict_json(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
-def assert_one_line_error(result, code: int, match: str) -> None:
+def assert_one_line_error(result, code: int, *named: object) -> None:
+    """A command ended with one line of error that names each of these values."""
     assert result.code == code, result.stderr
     assert result.stdout == ""
     assert re.fullmatch(r"[a-z]+( [a-z]+)?: error: [^\n]+\n", result.stderr), result.stderr
-    assert re.search(match, result.stderr), result.stderr
+    for value in named:
+        assert str(value) in result.stderr, f"{value!r} is not in: {result.stderr}"
 
 
 def edit(folder: Path, change, file: str = WEIGHTS) -> Path:
@@ -80,7 +82,7 @@ def test_prune_writes_the_path_to_stdout_and_the_table_to_stderr(cli, family, ro
     assert found.code == 0
     assert found.stdout == f"{tmp_path / 'out'}\n"
     assert "wanda 2:4" in found.stderr
-    for word in ("relative error", "q_proj", "down_proj", "50.00%"):
+    for word in ("output error", "q_proj", "down_proj", "50.00%"):
         assert word in found.stderr
     assert "wanda 2:4: 2/2 model.layers.1" in found.stderr  # progress as plain lines
 
@@ -101,7 +103,7 @@ def test_on_a_terminal_progress_is_a_bar_and_stdout_stays_clean(start, family, r
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert "\x1b[" in shown.decode()  # drawn, not lines
     assert re.search(r"wanda 2:4 .*0/6 .*\d+ MB peak", text)
-    assert "relative error" in text  # the table comes after it
+    assert "output error" in text  # the table comes after it
 
 
 def test_square_brackets_are_shown_as_they_are(cli, family, row_file, tmp_path):
@@ -193,7 +195,7 @@ def test_existing_output_needs_overwrite_and_then_is_replaced(cli, family, row_f
     command = ("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file)
     assert cli(*command).code == 0
     first = sha256_file(tmp_path / "out" / WEIGHTS)
-    assert_one_line_error(cli(*command), 2, r"out exists; .*--overwrite")
+    assert_one_line_error(cli(*command), 2, tmp_path / "out", "--overwrite")
     assert cli(*command, "--pattern", "1:4", "--overwrite").code == 0
     assert sha256_file(tmp_path / "out" / WEIGHTS) != first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -205,16 +207,16 @@ def test_what_a_run_killed_at_its_end_left_is_removed(cli, family, pruned, copy_
     (out / ".sparsekit-state-7.saved").write_bytes(b"moments")
     (out / ".sparsekit-replaced").mkdir()
     (out / ".sparsekit-replaced" / WEIGHTS).write_bytes(b"the output before")
-    assert_one_line_error(cli("prune", family("llama"), "-o", out), 2, "exists")
+    assert_one_line_error(cli("prune", family("llama"), "-o", out), 2, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == kept
 
 
 def test_source_or_a_file_as_output_is_refused_without_advice_to_lose_it(cli, copy_of, tmp_path):
     folder = copy_of("llama")
     found = cli("prune", folder, "-o", folder, "--overwrite")
-    assert_one_line_error(found, 2, r"is the model itself; choose another output folder")
+    assert_one_line_error(found, 2, folder)
     found = cli("prune", folder, "-o", folder / WEIGHTS, "--overwrite")
-    assert_one_line_error(found, 2, rf"the output .*{WEIGHTS} is a file; choose another name")
+    assert_one_line_error(found, 2, folder / WEIGHTS)
 
 
 def test_folder_called_like_the_demo_model_can_be_written(cli, tmp_path, monkeypatch):
@@ -223,65 +225,65 @@ def test_folder_called_like_the_demo_model_can_be_written(cli, tmp_path, monkeyp
     monkeypatch.setattr(
         "sparsekit.pruning.prepare.resolve", lambda *_: pytest.fail("was not refused before")
     )
-    assert_one_line_error(cli("prune", "demo", "-o", "demo"), 2, r"the output demo exists")
+    assert_one_line_error(cli("prune", "demo", "-o", "demo"), 2, " demo ")
 
 
 def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     command = ("prune", family("llama"), "-o", tmp_path / "out", "--calibration", row_file)
-    assert_one_line_error(cli(*command, "--overwrite"), 2, "not written by sparsekit")
+    assert_one_line_error(cli(*command, "--overwrite"), 2, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("arguments", "named"),
     [
-        (["--method", "sparsgpt"], r"no method 'sparsgpt'.*did you mean 'sparsegpt'"),
-        (["--pattern", "2-4"], r"pattern '2-4' is not understood; write N:M"),
-        (["--pattern", "5:4"], r"pattern '5:4'"),
-        (["--pattern", "100%"], r"pattern '100%'"),
-        (["--method", "alps", "-O", "dampin=1"], r"no option 'dampin'; did you mean 'damping'"),
-        (["--method", "alps", "-O", "damping=x"], r"damping of alps takes float, not 'x'"),
-        (["--method", "alps", "-O", "damping=-1"], r"must be a number at or above 0"),
-        (["-O", "damping"], r"--option 'damping' has no value; write --option KEY=VALUE"),
-        (["--calibration", "bultin"], r"'bultin'; did you mean 'builtin'"),
-        (["--calibration", "no/such.txt"], r"no/such\.txt does not exist"),
-        (["--reconstruct", "qr"], r"--reconstruct 'qr' is not known; one of: none, cg"),
-        (["--device", "tpu"], r"--device 'tpu' is not known; one of: auto, cpu, cuda"),
-        (["--dtype", "int8"], r"--dtype 'int8' is not known"),
-        (["--samples", "0"], r"samples is 0"),
-        (["--length", "1"], r"length is 1"),
-        (["--seed", "-1"], r"seed is -1"),
-        (["--skip", "o_prj"], r"--skip 'o_prj' matches no weight; did you mean .*'o_proj'"),
-        (["--skip", "layer.0"], r"'layer.0' matches no weight; did you mean 'layers.0'"),
-        (["--skip", "zzz"], r"write a name as model\.layers\.0\.self_attn.*weight, or a part"),
-        (["--method", "magnitude", "--samples", "4"], r"magnitude reads no calibration"),
-        (["--method", "magnitude", "--length", "9"], r"magnitude reads no calibration"),
-        (["--method", "magnitude", "--no-propagate"], r"magnitude reads no calibration"),
+        (["--method", "sparsgpt"], ["'sparsgpt'", "'sparsegpt'"]),
+        (["--pattern", "2-4"], ["'2-4'", "N:M"]),
+        (["--pattern", "5:4"], ["'5:4'"]),
+        (["--pattern", "100%"], ["'100%'"]),
+        (["--method", "alps", "-O", "dampin=1"], ["'dampin'", "'damping'"]),
+        (["--method", "alps", "-O", "damping=x"], ["damping", "alps", "'x'"]),
+        (["--method", "alps", "-O", "damping=-1"], ["damping", "-1"]),
+        (["-O", "damping"], ["--option", "'damping'", "KEY=VALUE"]),
+        (["--calibration", "bultin"], ["'bultin'", "'builtin'"]),
+        (["--calibration", "no/such.txt"], ["no/such.txt"]),
+        (["--reconstruct", "qr"], ["--reconstruct", "'qr'", "none, cg"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "auto, cpu, cuda"]),
+        (["--dtype", "int8"], ["--dtype", "'int8'"]),
+        (["--samples", "0"], ["samples", "0"]),
+        (["--length", "1"], ["length", "1"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--skip", "o_prj"], ["--skip", "'o_prj'", "'o_proj'"]),
+        (["--skip", "layer.0"], ["'layer.0'", "'layers.0'"]),
+        (["--skip", "zzz"], ["'zzz'", "model.layers.0.self_attn"]),
+        (["--method", "magnitude", "--samples", "4"], ["magnitude", "calibration"]),
+        (["--method", "magnitude", "--length", "9"], ["magnitude", "calibration"]),
+        (["--method", "magnitude", "--no-propagate"], ["magnitude", "calibration"]),
     ],
 )
-def test_wrong_option_of_prune_is_one_line_and_exit_2(cli, family, tmp_path, arguments, match):
+def test_wrong_option_of_prune_is_one_line_and_exit_2(cli, family, tmp_path, arguments, named):
     found = cli("prune", family("llama"), "-o", tmp_path / "out", *arguments)
-    assert_one_line_error(found, 2, match)
+    assert_one_line_error(found, 2, *named)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("content", "match"),
+    ("content", "named"),
     [
-        (b"", r"t\.txt is empty"),
-        (b"caf\xe9 " * 1000, r"t\.txt.*UTF-8"),
-        (b"too short", r"t\.txt has 9 tokens, rows of 24 need more; use --length 8"),
+        (b"", ["t.txt", "empty"]),
+        (b"caf\xe9 " * 1000, ["t.txt", "UTF-8"]),
+        (b"too short", ["t.txt", 9, 24, "--length 8"]),
     ],
 )
-def test_unusable_calibration_text_is_one_line_and_exit_2(cli, family, tmp_path, content, match):
+def test_unusable_calibration_text_is_one_line_and_exit_2(cli, family, tmp_path, content, named):
     (tmp_path / "t.txt").write_bytes(content)
     found = cli(
         "prune", family("llama"), "-o", tmp_path / "out",
         "--calibration", tmp_path / "t.txt", "--length", 24,
     )  # fmt: skip
-    assert_one_line_error(found, 2, match)
+    assert_one_line_error(found, 2, *named)
     assert not (tmp_path / "out").exists()
 
 
@@ -313,19 +315,19 @@ def with_nan(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "match"),
+    ("damage", "named"),
     [
-        (no_config, r"has no config\.json"),
-        (no_weights, r"has no safetensors weights"),
-        (only_bin, r"only pytorch_model\.bin; convert it once"),
-        (truncated, r"not a whole safetensors file"),
-        (too_new, r"'llama7'.*pip install -U transformers"),
-        (with_nan, rf"{UP} holds NaN or Inf"),
+        (no_config, ["config.json"]),
+        (no_weights, ["safetensors"]),
+        (only_bin, ["pytorch_model.bin"]),
+        (truncated, [WEIGHTS]),
+        (too_new, ["'llama7'", "pip install -U transformers"]),
+        (with_nan, [UP]),
     ],
 )
 @pytest.mark.parametrize("command", ["prune", "eval", "inspect", "verify"])
 def test_broken_model_is_one_line_and_a_failing_exit_code(
-    cli, copy_of, row_file, tmp_path, command, damage, match
+    cli, copy_of, row_file, tmp_path, command, damage, named
 ):
     folder = copy_of("llama")
     damage(folder)
@@ -340,7 +342,7 @@ def test_broken_model_is_one_line_and_a_failing_exit_code(
         assert found.code == 0
         return
     # For `verify`, a weight that is not finite is an offender, not a file that cannot be read.
-    assert_one_line_error(found, 1 if (command, damage) == ("verify", with_nan) else 2, match)
+    assert_one_line_error(found, 1 if (command, damage) == ("verify", with_nan) else 2, *named)
     assert not (tmp_path / "out").exists()
 
 
@@ -348,14 +350,14 @@ def test_broken_model_is_one_line_and_a_failing_exit_code(
 def test_model_that_does_not_exist_is_one_line(cli, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     found = cli("prune", name, "-o", "out")
-    assert_one_line_error(found, 2, rf"no such model folder: {name}; pass a folder, a hub id")
+    assert_one_line_error(found, 2, name)
 
 
 def test_hub_id_without_a_connection_is_one_line(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     found = cli("prune", "org/no-such-model", "-o", "out")
-    assert_one_line_error(found, 2, r"no folder org/no-such-model, and the hub did not give")
+    assert_one_line_error(found, 2, "org/no-such-model")
 
 
 def test_debug_shows_the_traceback_of_an_error(cli, tmp_path):
@@ -446,7 +448,7 @@ def test_eval_keeps_its_scores_when_asked_to(cli, family, pruned, row_file, copy
     cli("eval", sparse, *told, "--limit", "2")
     assert len(read_scores(sparse)) == 2
     refused = cli("eval", sparse, copy_of("llama"), "--text", row_file, "--save")
-    assert_one_line_error(refused, 2, "was not written by sparsekit")
+    assert_one_line_error(refused, 2, "--save")
 
 
 def test_eval_of_one_window_has_no_standard_error_and_still_is_json(cli, pruned, family, row_file):
@@ -461,7 +463,7 @@ def test_eval_of_one_window_has_no_standard_error_and_still_is_json(cli, pruned,
 def test_eval_on_token_rows_needs_no_tokenizer(cli, family, row_file):
     assert cli("eval", family("llama_tied"), "--text", row_file).code == 0
     found = cli("eval", family("llama_tied"), "--length", 32)
-    assert_one_line_error(found, 2, r"has no tokenizer; .*token rows")
+    assert_one_line_error(found, 2, family("llama_tied"), "token rows")
 
 
 def test_eval_without_a_text_takes_the_builtin_one(cli, family):
@@ -515,27 +517,26 @@ def test_eval_of_an_own_task_has_both_accuracies_with_errors(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("arguments", "named"),
     [
-        (["--tasks", "hellaswga"], r"hellaswga.*did you mean.*hellaswag"),
-        (["--text", "bultin"], r"'bultin'; did you mean 'builtin'"),
-        (["--text", "self"], r"cannot be measured on text of the model itself"),
-        (["--limit", "0"], r"--limit must be at least 1, not 0"),
-        (["--batch-size", "4"], r"--batch-size has no effect without --tasks"),
-        (["--tasks", "x", "--batch-size", "0"], r"--batch-size must be at least 1, not 0"),
-        (["--include-path", "no/such"], r"--include-path no/such is not a folder"),
-        (["--include-path", "."], r"no effect without --tasks"),
-        (["--tasks", "arc_easy", "--length", "32"], r"--length has no effect on tasks"),
-        (["--dtype", "int8"], r"--dtype 'int8' is not known"),
+        (["--tasks", "hellaswga"], ["'hellaswga'", "'hellaswag'", "[no-such-task]"]),
+        (["--text", "bultin"], ["'bultin'", "'builtin'"]),
+        (["--text", "self"], ["self"]),
+        (["--limit", "0"], ["--limit", "1", "0"]),
+        (["--batch-size", "4"], ["--batch-size", "--tasks", "[no-effect]"]),
+        (["--tasks", "x", "--batch-size", "0"], ["--batch-size", "1", "0"]),
+        (["--include-path", "no/such"], ["--include-path", "no/such", "[not-a-folder]"]),
+        (["--include-path", "."], ["--include-path", "--tasks", "[no-effect]"]),
+        (["--dtype", "int8"], ["--dtype", "'int8'"]),
     ],
 )
-def test_wrong_option_of_eval_is_one_line_and_exit_2(cli, family, arguments, match):
-    assert_one_line_error(cli("eval", family("llama"), *arguments), 2, match)
+def test_wrong_option_of_eval_is_one_line_and_exit_2(cli, family, arguments, named):
+    assert_one_line_error(cli("eval", family("llama"), *arguments), 2, *named)
 
 
 def test_second_broken_model_is_seen_before_the_first_is_measured(cli, family, row_file, tmp_path):
     found = cli("eval", family("llama"), tmp_path / "nowhere", "--text", row_file)
-    assert_one_line_error(found, 2, r"nowhere")  # no progress line before it
+    assert_one_line_error(found, 2, "nowhere")  # no progress line before it
 
 
 def test_scores_of_the_models_before_a_failing_one_are_told(cli, copy_of, family, row_file):
@@ -597,21 +598,22 @@ def infinite(tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "match"),
+    ("change", "code", "named"),
     [
-        (one_weight_too_many, rf"{UP}: row 3, inputs 8 to 11: 1 zeros, 2:4 asks for 2"),
-        (negative_zero, rf"{UP}: row \d+, input \d+ is -0\.0"),
-        (infinite, r"model\.norm\.weight holds NaN or Inf"),
+        (one_weight_too_many, "", [f"{UP}: row 3, inputs 8 to 11", 1, "2:4", 2]),
+        (negative_zero, "negative-zero", [f"{UP}: row "]),
+        (infinite, "", ["model.norm.weight"]),
     ],
 )
-def test_verify_names_the_first_offender_with_exit_1(cli, copy_of, pruned, change, match):
+def test_verify_names_the_first_offender_with_exit_1(cli, copy_of, pruned, change, code, named):
     folder = edit(copy_of(pruned), change)
-    assert_one_line_error(cli("verify", folder, "--pattern", "2:4"), 1, match)
+    found = cli("verify", folder, "--pattern", "2:4")
+    assert_one_line_error(found, 1, *named, code)
 
 
 def test_verify_of_a_dense_checkpoint_names_its_first_weight(cli, family):
     found = cli("verify", family("llama"), "--pattern", "2:4")
-    assert_one_line_error(found, 1, r"model\.layers\.0\.self_attn\.q_proj\.weight: row 0, inputs 0")
+    assert_one_line_error(found, 1, "model.layers.0.self_attn.q_proj.weight: row 0, inputs 0")
 
 
 def test_verify_sees_tied_weights_that_differ(cli, copy_of, tmp_path):
@@ -626,7 +628,7 @@ def test_verify_sees_tied_weights_that_differ(cli, copy_of, tmp_path):
 
     assert cli("verify", edit(tmp_path / "out", tie), "--pattern", "2:4").code == 0
     found = cli("verify", edit(tmp_path / "out", untie), "--pattern", "2:4", "--quiet")
-    assert_one_line_error(found, 1, r"lm_head\.weight is tied to model\.embed_tokens\.weight but")
+    assert_refused(found, 1, "tied-weights-differ", "lm_head.weight", "model.embed_tokens.weight")
 
 
 def test_verify_sees_bytes_that_are_not_those_that_were_written(cli, copy_of, pruned):
@@ -634,17 +636,17 @@ def test_verify_sees_bytes_that_are_not_those_that_were_written(cli, copy_of, pr
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[-5] ^= 1
     (folder / WEIGHTS).write_bytes(data)
-    assert_one_line_error(cli("verify", folder), 1, r"not those that sparsekit\.json recorded")
+    assert_one_line_error(cli("verify", folder), 1, "sparsekit.json")
 
 
 def test_verify_without_a_pattern_or_history_says_what_to_pass(cli, family):
     found = cli("verify", family("llama"))
-    assert_one_line_error(found, 2, r"no history that names a pattern; pass --pattern 2:4")
+    assert_refused(found, 2, "no-history", family("llama"), "--pattern 2:4")
 
 
 def test_verify_of_a_wrong_pattern_is_a_usage_error(cli, pruned):
-    assert_one_line_error(cli("verify", pruned, "--pattern", "two"), 2, r"pattern 'two'")
-    assert_one_line_error(cli("verify", pruned, "--pattern", "1:4"), 1, r"2 zeros, 1:4 asks for 3")
+    assert_one_line_error(cli("verify", pruned, "--pattern", "two"), 2, "'two'")
+    assert_one_line_error(cli("verify", pruned, "--pattern", "1:4"), 1, 2, "1:4", 3)
 
 
 # methods, bench, demo
@@ -707,7 +709,7 @@ def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tm
     assert value["ratio"] == pytest.approx(value["prune_seconds"][0] / value["floor_seconds"][0])
     assert cli(*command, "--no-floor", "-q").stdout == "-\n"
     assert list(tmp_path.iterdir()) == []
-    assert_one_line_error(cli(*command[:-1], 0), 2, r"--repeat must be at least 1, not 0")
+    assert_refused(cli(*command[:-1], 0), 2, "out-of-range", "--repeat", 1, 0)
 
 
 def test_demo_prunes_three_ways_keeps_scores_and_writes_the_page(cli, family, tmp_path):
@@ -742,7 +744,7 @@ def test_demo_prunes_three_ways_keeps_scores_and_writes_the_page(cli, family, tm
         assert sha256_file(out / name / WEIGHTS) == before[name]
         assert (out / name / WEIGHTS).stat().st_mtime_ns == stamps[name]
     other = cli("demo", family("llama_tied"), "-o", out)
-    assert_one_line_error(other, 2, r"was made by another recipe: .*choose another --out")
+    assert_one_line_error(other, 2, "--out")
 
 
 def test_demo_is_the_recipe_quickstart(cli, family, tmp_path):
@@ -753,7 +755,7 @@ def test_demo_is_the_recipe_quickstart(cli, family, tmp_path):
 
 def test_demo_checks_every_method_before_the_first_is_run(cli, family, tmp_path):
     found = cli("demo", family("llama_odd"), "-o", tmp_path / "demo")
-    assert_one_line_error(found, 2, r"66 inputs do not divide into groups of 4")
+    assert_one_line_error(found, 2, 66, 4)
     assert not (tmp_path / "demo").exists()
 
 
@@ -848,7 +850,7 @@ def test_what_is_expected_of_other_tools_is_answered_with_ours(cli):
     assert found.code == 2
     assert "No such option: --sparsity; use --pattern 50%" in " ".join(found.stderr.split())
     found = cli("prune", "demo", "-o", "out", "--method", "random")
-    assert_one_line_error(found, 2, r"no method 'random'; known: alps, .*magnitude.*wanda")
+    assert_one_line_error(found, 2, "'random'", "alps", "magnitude", "wanda")
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
@@ -864,27 +866,27 @@ def test_armor_with_a_budget_says_what_it_did(cli, family, row_file, tmp_path):
     command = ("prune", family("llama"), "--method", "armor", "--calibration", row_file)
     found = cli(*command, "-o", tmp_path / "a", "--budget", "0.001s")
     assert found.code == 0
-    assert "0.001 s were not enough for one round on each weight: 14 of 14 stay as" in found.stderr
+    assert "14 of 14" in found.stderr
     found = cli(*command, "-o", tmp_path / "b", "--budget", "20s", "--json")
     rows = strict_json(found.stdout)["weights"]
     assert min(row["numbers"]["sweeps"] for row in rows) >= 1
-    assert "bits a weight as factors" in found.stderr
+    assert "bits per weight as factors" in found.stderr
     for text in ("10", "0s", "ten minutes", "-5m"):
         wrong = cli(*command, "-o", tmp_path / "c", f"--budget={text}")
-        assert_one_line_error(wrong, 2, r"not a duration; write it as 90s, 10m or 2h")
+        assert_one_line_error(wrong, 2, "--budget", text, "90s, 10m or 2h")
     wrong = cli("prune", family("llama"), "-o", tmp_path / "c", "--budget", "10m")
-    assert_one_line_error(wrong, 2, r"--budget has no effect on wanda.*armor")
+    assert_one_line_error(wrong, 2, "--budget", "wanda", "armor")
 
 
 def test_armor_refuses_patterns_and_blocks_that_it_cannot_have(cli, family, row_file, tmp_path):
     command = ("prune", family("llama"), "-o", tmp_path / "a", "--method", "armor")
-    for arguments, match in [
-        (("--pattern", "50%"), "armor needs an N:M pattern, not 50%"),
-        (("-O", "block=6"), "blocks of 6 do not hold whole groups of 4"),
-        (("-O", "block=8", "-O", "block=16"), "option 'block' is given twice; leave out one"),
-        (("--pattern", "8:16"), "8:16 has 12,870"),
-        (("--reconstruct", "cg"), "--reconstruct cg has no meaning for armor"),
-        (("--format", "packed"), "--format 'packed' is not known"),
+    for arguments, named in [
+        (("--pattern", "50%"), ["armor", "N:M", "50%"]),
+        (("-O", "block=6"), [6, 4]),
+        (("-O", "block=8", "-O", "block=16"), ["'block'"]),
+        (("--pattern", "8:16"), ["8:16", "12,870"]),
+        (("--reconstruct", "cg"), ["--reconstruct", "armor"]),
+        (("--format", "packed"), ["--format", "'packed'"]),
     ]:
         found = cli(*command, "--calibration", row_file, *arguments)
-        assert_one_line_error(found, 2, match)
+        assert_one_line_error(found, 2, *named)

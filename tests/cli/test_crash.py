@@ -125,7 +125,7 @@ def test_interrupt_is_exit_130_with_one_line_and_resumes_in_a_new_process(
     process = stop_after(start, command, out, 2, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=DEADLINE)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.endswith("interrupted; the same command goes on after what is finished\n")
+    assert stderr.endswith("interrupted; run the same command again to resume\n")
     assert "Traceback" not in stderr
     assert not out.exists()
     assert journal_lines(out) == 2

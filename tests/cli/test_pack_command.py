@@ -9,7 +9,7 @@ def test_packing_and_unpacking_chain(cli, pruned, tmp_path):
     assert found.code == 0
     assert found.stdout == f"{packed}\n"
     assert "2:4" in found.stderr
-    assert "MB in the place of" in found.stderr
+    assert "MB instead of" in found.stderr
     assert cli("verify", packed).code == 0
     found = cli("unpack", packed, "-o", plain, "--json", "-q")
     assert json.loads(found.stdout)["out"] == str(plain)

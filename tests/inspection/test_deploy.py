@@ -143,9 +143,9 @@ def test_kernels_are_timed_on_the_layers_that_are_sparse(pruned, monkeypatch):
 def test_what_cannot_be_measured_says_why(forms, monkeypatch):
     assert deploy(str(forms("2:4")), "cpu").unmeasured == "no CUDA device"
     monkeypatch.setattr("sparsekit.inspection.deploy.pick_device", lambda _: "cuda")
-    assert "do not take this checkpoint" in deploy(str(forms("50%"))).unmeasured
+    assert "do not support this checkpoint" in deploy(str(forms("50%"))).unmeasured
     # The tiny model's sides are no multiples of 64.
-    assert "do not take this checkpoint" in deploy(str(forms("2:4"))).unmeasured
+    assert "do not support this checkpoint" in deploy(str(forms("2:4"))).unmeasured
 
 
 def test_a_few_zeros_make_no_sparse_model(copy_of, family):
@@ -161,5 +161,5 @@ def test_a_few_zeros_make_no_sparse_model(copy_of, family):
 def test_kernels_are_not_timed_where_they_take_only_some_weights(family, tmp_path):
     """GPT-2's layers are no nn.Linear: dense ones would be timed twice."""
     out = prune(PruneConfig(method="magnitude"), str(family("gpt2")), tmp_path / "out").out
-    with pytest.raises(RuntimeError, match=r"0 of 8 sparse weights are those of nn\.Linear"):
+    with pytest.raises(RuntimeError, match=r"0 of 8 sparse weights belong to nn\.Linear"):
         measure_kernels(Checkpoint.open(out), "cpu", SILENT, lambda weight: weight)

@@ -22,7 +22,7 @@ from sparsekit.progress import Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.reporting.compare import compare
-from sparsekit.reporting.traces import sparsity_by_block
+from sparsekit.reporting.curves import sparsity_by_block
 
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 FORMS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24-int4", "marlin-24-int8")

@@ -111,7 +111,7 @@ def test_dry_runs_of_unpack_and_convert_write_nothing(cli, pruned, tmp_path):
     packed, out = tmp_path / "packed", tmp_path / "out"
     pack(str(pruned), packed)
     for command, words in (
-        (("unpack", packed), ("14 of 2:4", "in the place of", "peak memory")),
+        (("unpack", packed), ("14 of 2:4", "instead of", "peak memory")),
         (("convert", LEGACY / "marlin-24-int4"), ("convert marlin-24", "to write", "peak memory")),
         (("convert", LEGACY / "marlin-24-int4", "--format", "packed"), ("plain form",)),
     ):
@@ -175,7 +175,7 @@ def test_plans_see_a_full_disk(quantized, trained, pruned, tmp_path, monkeypatch
             ["recover", "--tokens", "1K", "--length", "24", "--mixed-precision", "bf16", "--data"],
             ["float32, products in bfloat16, on cpu"],
         ),
-        (["pack"], ["14 of 2:4", "in the place of", "peak memory"]),
+        (["pack"], ["14 of 2:4", "instead of", "peak memory"]),
     ],
     ids=["quantize", "recover", "mixed", "pack"],
 )

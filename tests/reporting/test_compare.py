@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from scorings import (
     checkpoint,
@@ -159,15 +160,15 @@ def test_seconds_of_a_run_that_went_on_are_told_as_those_of_its_last_part(tmp_pa
     ]
     told = [note for note in compare(folders).notes if "interruption" in note]
     assert told == [
-        "again: prune went on after an interruption; its seconds are those of the last part"
+        "again: prune resumed after an interruption; the seconds are those of the last part"
     ]
 
 
 def test_folder_without_checkpoints_is_named(tmp_path):
     (tmp_path / "empty/inner").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"empty is no checkpoint and holds none"):
+    with refused("no-checkpoint", "empty", kind=DataError):
         compare([tmp_path / "empty"])
-    with pytest.raises(DataError, match=r"no such folder: .*nowhere"):
+    with refused("no-such-model", "nowhere", kind=DataError):
         compare([tmp_path / "nowhere"])
 
 
@@ -231,7 +232,7 @@ def test_scores_beside_weights_that_were_swapped_are_not_shown(tmp_path):
     add_score(folder, score(windows(3.0)))
     other = weighed(checkpoint(tmp_path / "other", pruned_entry()), value=2.0)
     shutil.copy(other / "model.safetensors", folder)
-    with pytest.raises(DataError, match=rf"the weights in {re.escape(str(folder))} are not those"):
+    with pytest.raises(DataError, match=re.escape(str(folder))):
         compare([folder])
     (folder / PROVENANCE).unlink()  # as the error says for what was changed on purpose
     [row] = compare([folder]).rows
@@ -253,7 +254,7 @@ def test_different_windows_never_share_a_column(tmp_path, change):
     assert list(cells.values()) == [["2.72", "", "20.09"], ["", "7.39", ""]]  # exp(1), (3), (2)
     assert len(cells) == 2  # two headings that differ
     assert all("wikitext2, 16 × 1024" in title for title in list(cells)[:1])
-    [note] = [note for note in found.notes if "do not compare" in note]
+    [note] = [note for note in found.notes if "not comparable" in note]
     for title in cells:
         assert title.removeprefix("perplexity (").removesuffix(")") in note
     with_best = [row for row in csv.DictReader(io.StringIO(to_csv(found)))]
@@ -274,7 +275,7 @@ def test_different_samples_of_a_task_never_share_a_column(tmp_path, change):
     found = compare([tmp_path])
     cells = [c for title, c in texts(found).items() if title.startswith("zero-shot")]
     assert cells == [["0.5000 ± 0.1000", ""], ["", "0.5000 ± 0.1000"]]
-    assert any("zero-shot" in note and "do not compare" in note for note in found.notes)
+    assert any("zero-shot" in note and "not comparable" in note for note in found.notes)
 
 
 def test_means_over_different_tasks_never_share_a_column(tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -125,7 +127,7 @@ def test_models_whose_tokenizers_cut_another_text_are_not_compared(copy_of, fami
     file.write_text(json.dumps(tokenizer))
     config = EvalConfig(length=32, limit=2)
     seen = Recorder()
-    with pytest.raises(DataError, match=r"cut builtin into different tokens; .*tokenizers cannot"):
+    with refused("other-windows", other, family("llama"), "builtin", kind=DataError):
         evaluate(config, [str(other)], str(family("llama")), seen)
     assert seen.begun == []  # nothing had been measured
 
@@ -136,7 +138,7 @@ def test_windows_of_other_lengths_are_refused_before_anything_is_measured(copy_o
     shape = json.loads(file.read_text())
     file.write_text(json.dumps({**shape, "max_position_embeddings": 16}))
     seen = Recorder()
-    with pytest.raises(DataError, match=r"windows of 16 tokens, .* of 32; .*--length 16"):
+    with refused("other-windows", 16, 32, "--length 16", kind=DataError):
         evaluate(EvalConfig(length=32, limit=2), [str(short)], str(family("llama")), seen)
     assert seen.begun == []
 
@@ -147,14 +149,14 @@ def test_second_model_is_checked_before_the_first_is_measured(copy_of, family, r
         file.seek(-2, 2)
         file.write(b"\xff\x7f")  # NaN in bfloat16
     seen = Recorder()
-    with pytest.raises(DataError, match="holds NaN or Inf"):
+    with pytest.raises(DataError, match=re.escape(str(broken))):
         evaluate(EvalConfig(text=str(row_file)), [str(family("llama")), str(broken)], None, seen)
     assert seen.begun == []
 
 
 def test_model_that_cannot_be_streamed_is_refused_before_another_is_measured(family, row_file):
     seen = Recorder()
-    with pytest.raises(DataError, match="'mixtral' cannot be streamed yet"):
+    with pytest.raises(DataError, match="mixtral"):
         evaluate(
             EvalConfig(text=str(row_file)),
             [str(family("llama")), str(family("mixtral"))],
@@ -174,7 +176,7 @@ def test_missing_tokenizer_or_data_is_seen_before_perplexity_is_measured(
     )
     config = EvalConfig(text=str(row_file), tasks=["lost"], include_path=tmp_path)
     seen = Recorder()
-    with pytest.raises(DataError, match="the data of task 'lost' cannot be had"):
+    with refused("no-task-data", "lost", kind=DataError):
         evaluate(config, [str(family("llama"))], None, seen)
     assert seen.begun == []
 
@@ -203,7 +205,7 @@ def test_weight_that_is_not_finite_is_named_before_it_is_measured(copy_of, row_f
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match=r"model\.norm\.weight holds NaN or Inf"):
+    with pytest.raises(DataError, match=r"model\.norm\.weight"):
         scores(EvalConfig(text=str(row_file)), folder)
 
 
@@ -228,7 +230,7 @@ def test_loss_that_is_not_a_number_is_an_error(copy_of, row_file):
     """As JSON it would be no JSON, and in a table it would look like a measurement."""
     folder = scaled(copy_of("llama_tied"), "model.layers.0.mlp.up_proj.weight", 1e30)
     folder = scaled(folder, "model.layers.0.mlp.gate_proj.weight", 1e30)
-    with pytest.raises(NumericalError, match=folder.name):
+    with refused("not-finite", folder.name, kind=NumericalError):
         scores(EvalConfig(text=str(row_file)), folder)
 
 
@@ -236,11 +238,11 @@ def test_loss_that_is_not_a_number_is_an_error(copy_of, row_file):
     ("options", "error", "match"),
     [
         ({"text": "self"}, UsageError, "text of the model itself"),
-        ({"text": "nowhere.txt"}, DataError, "does not exist"),
-        ({"limit": 0}, UsageError, "--limit must be at least 1"),
-        ({"length": 1}, UsageError, "length is 1"),
-        ({"dtype": "int8"}, UsageError, "--dtype 'int8' is not known"),
-        ({"device": "cuda"}, UsageError, "sees no CUDA device"),
+        ({"text": "nowhere.txt"}, DataError, r"nowhere\.txt"),
+        ({"limit": 0}, UsageError, "--limit"),
+        ({"length": 1}, UsageError, "length"),
+        ({"dtype": "int8"}, UsageError, "--dtype .*int8"),
+        ({"device": "cuda"}, UsageError, "CUDA"),
     ],
 )
 def test_wrong_option_is_refused(family, options, error, match):

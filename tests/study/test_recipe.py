@@ -2,6 +2,7 @@
 
 import pytest
 import typer
+from refusals import refused
 
 from sparsekit.cli.app import app
 from sparsekit.errors import DataError, UsageError
@@ -84,16 +85,16 @@ def test_all_errors_are_told_at_once_with_their_places():
     )
     wanted = [
         "modle: unknown; did you mean 'model'?",
-        "version: a number is wanted, not 'one'",
-        "model: the name of a model is wanted",
-        "seed: a number that is not negative is wanted, not -1",
-        "stages[0].prune.samples: input should be a valid integer, not 'many'",
+        "version: ",
+        "model: ",
+        "seed: ",
+        "stages[0].prune.samples: ",
         "stages[0].prune.metod: unknown; did you mean 'method'?",
         "stages[1]: unknown 'prun'; did you mean 'prune'?",
         "stages[2].recover.learning_rate: unknown; ",
         "stages[3].quantize.grid: ",
-        "stages[4]: a stage has one verb",
-        "stages[5]: a stage is written as VERB: {…}",
+        "stages[4]: ",
+        "stages[5]: ",
     ]
     assert len(found) == len(wanted)
     for told, begin in zip(found, wanted, strict=True):
@@ -105,68 +106,63 @@ def test_an_impossible_order_does_not_hide_what_else_is_wrong():
     with pytest.raises(UsageError) as error:
         parse("model: demo\nstages:\n- pack\n- quantize: {method: gptqq}\n- recover: {}\n")
     for told in (
-        "stages[1].quantize: pack is packed, which quantize does not take",
-        "no method 'gptqq'; did you mean 'gptq'?",
-        "recover needs either",
+        "stages[1].quantize: pack is packed",
+        "'gptqq'",
+        "'gptq'",
+        "stages[2].recover: ",
     ):
         assert told in error.value.message
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "named"),
     [
-        ("- pack\n- prune: {}\n", "stages[1].prune: pack is packed, which prune does not"),
-        ("- quantize: {}\n- recover: {tokens: 4096}\n", "is quantized, which recover does"),
-        ("- prune: {then: int8}\n- quantize: {}\n", "is quantized, which quantize does"),
-        ("- prune: {}\n  name: a\n- pack:\n  name: a\n", "stages[1].name: 'a' is taken"),
-        ("- prune: {}\n  name: model\n", "stages[0].name: 'model' is taken"),
-        ("- prune: {}\n  name: ../x\n", "stages[0].name: letters, digits"),
-        ("- prune: {}\n  from: b\n- pack:\n  name: b\n", "'b' comes later, and would make a cycle"),
-        ("- prune: {}\n  name: b\n  from: b\n", "'b' comes later, and would make a cycle"),
-        ("- prune: {}\n  from: c\n", "stages[0].from: no stage has the name 'c'; known: model"),
-        ("- prune: {}\n- eval:\n  name: e\n- pack:\n  from: e\n", "stages[2].from: 'e' makes no"),
-        ("- prune: {methods: wanda}\n", "stages[0].prune.methods: a list of values for 'method'"),
-        ("- prune: {methods: []}\n", "stages[0].prune.methods: a list of values for 'method'"),
-        ("- prune: {method: ria, methods: [wanda]}\n", "'method' and 'methods' are both there"),
-        ("- prune: {methods: [wanda, wanda]}\n", "stages[0].prune.methods: a value is there twice"),
-        ("- prune: {}\n  name: dense\n", "stages[0].name: 'dense' is taken"),
-        ("- prune: {}\n  name: recipe.yaml\n", "stages[0].name: 'recipe.yaml' is taken"),
-        ("- prune: {}\n  name: .hidden\n", "stages[0].name: letters, digits"),
-        ("- prune: {}\n  from: [a]\n", "stages[0].from: the name of a stage is wanted, not ['a']"),
-        ("- prune: []\n", "stages[0].prune: the list of variants is empty"),
-        ("- prune: {1: 2}\n", "stages[0].prune: words are written as {key: value}, not {1: 2}"),
-        ("- prune: {option: 5}\n", "stages[0].prune.option: "),
-        ("- prune: {seed: true}\n", "stages[0].prune.seed: input should be a valid integer"),
-        ("- recover: {mixed_precision: false}\n", "one of no, bf16 is wanted, not False"),
-        ("- prune: {propagate: yes}\n", "input should be a valid boolean, not 'yes'"),
-        ("- prune: [7]\n", "stages[0].prune[0]: words are written as {key: value}, not 7"),
-        ("- recover: {method: ast}\n", "stages[0].recover: recover needs either"),
+        ("- pack\n- prune: {}\n", ("stages[1].prune: ", "pack", "packed")),
+        ("- quantize: {}\n- recover: {tokens: 4096}\n", ("stages[1].recover: ", "quantized")),
+        ("- prune: {then: int8}\n- quantize: {}\n", ("stages[1].quantize: ", "quantized")),
+        ("- prune: {}\n  name: a\n- pack:\n  name: a\n", ("stages[1].name: 'a'",)),
+        ("- prune: {}\n  name: model\n", ("stages[0].name: 'model'",)),
+        ("- prune: {}\n  name: ../x\n", ("stages[0].name: ", "'../x'")),
+        ("- prune: {}\n  from: b\n- pack:\n  name: b\n", ("stages[0].from: 'b'", "cycle")),
+        ("- prune: {}\n  name: b\n  from: b\n", ("stages[0].from: 'b'", "cycle")),
+        ("- prune: {}\n  from: c\n", ("stages[0].from: ", "'c'", "known: model")),
+        ("- prune: {}\n- eval:\n  name: e\n- pack:\n  from: e\n", ("stages[2].from: 'e'",)),
+        ("- prune: {methods: wanda}\n", ("stages[0].prune.methods: ", "'method'")),
+        ("- prune: {methods: []}\n", ("stages[0].prune.methods: ", "'method'")),
         (
-            "- prune: {method: armor}\n- recover: {tokens: 4096}\n",
-            "stages[1].recover: armor stores factors next to its weights",
+            "- prune: {method: ria, methods: [wanda]}\n",
+            ("stages[0].prune: ", "'method'", "'methods'"),
         ),
-        (
-            "- prune: {refine: armor}\n- quantize: {}\n",
-            "stores factors next to its weights",
-        ),
-        (
-            "- prune: {compensate: lowrank}\n- quantize: {}\n",
-            "stages[1].quantize: wanda stores factors next to its weights",
-        ),
+        ("- prune: {methods: [wanda, wanda]}\n", ("stages[0].prune.methods: ", "twice")),
+        ("- prune: {}\n  name: dense\n", ("stages[0].name: 'dense'",)),
+        ("- prune: {}\n  name: recipe.yaml\n", ("stages[0].name: 'recipe.yaml'",)),
+        ("- prune: {}\n  name: .hidden\n", ("stages[0].name: ", "'.hidden'")),
+        ("- prune: {}\n  from: [a]\n", ("stages[0].from: ", "['a']")),
+        ("- prune: []\n", ("stages[0].prune: ", "empty")),
+        ("- prune: {1: 2}\n", ("stages[0].prune: ", "{key: value}", "{1: 2}")),
+        ("- prune: {option: 5}\n", ("stages[0].prune.option: ",)),
+        ("- prune: {seed: true}\n", ("stages[0].prune.seed: ", "integer")),
+        ("- recover: {mixed_precision: false}\n", ("no, bf16", "False")),
+        ("- prune: {propagate: yes}\n", ("boolean", "'yes'")),
+        ("- prune: [7]\n", ("stages[0].prune[0]: ", "{key: value}", "7")),
+        ("- recover: {method: ast}\n", ("stages[0].recover: ", "tokens")),
+        ("- prune: {method: armor}\n- recover: {tokens: 4096}\n", ("stages[1].recover: armor",)),
+        ("- prune: {refine: armor}\n- quantize: {}\n", ("stages[1].quantize: ", "armor")),
+        ("- prune: {compensate: lowrank}\n- quantize: {}\n", ("stages[1].quantize: wanda",)),
         (
             "- recover: {slorb: 16, tokens: 4096}\n- recover: {tokens: 4096}\n",
-            "stores factors next to its weights, which are not sparse themselves: recover",
+            ("stages[1].recover: ", "factors"),
         ),
         (
             "- prune: [{method: wanda, samples: 4}, {method: wanda, samples: 8}]\n",
-            "stages[0].prune[1] and stages[0].prune[0] both write to wanda: give one of the stages "
-            "a name, or write what differs under keys in the plural, as methods: [rtn]",
+            ("stages[0].prune[1]", "stages[0].prune[0]", "wanda", "methods: [rtn]"),
         ),
     ],
 )
-def test_what_cannot_be_is_refused(text, told):
+def test_what_cannot_be_is_refused(text, named):
     (found,) = errors(HEAD + text)
-    assert told in found
+    for value in named:
+        assert value in found
 
 
 def test_the_order_is_seen_whatever_stands_between():
@@ -243,7 +239,7 @@ def test_what_is_written_is_read_as_the_same():
     text = write_yaml(value)
     assert read_yaml(text) == value
     assert text.index("model:") < text.index("stages:")
-    with pytest.raises(UsageError, match="a recipe holds text, numbers and lists"):
+    with refused("not-yaml", kind=UsageError):
         write_yaml({"a": object()})
 
 

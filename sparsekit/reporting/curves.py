@@ -1,4 +1,4 @@
-"""What the pictures of a report are drawn from: figures by block, and by tokens of training."""
+"""Curves of a report: values by block, and by training tokens."""
 
 import json
 import re
@@ -11,28 +11,29 @@ from sparsekit.errors import DataError
 from sparsekit.recovery.log import LOG
 from sparsekit.reporting.model_row import Row
 
-# The number of a weight's block in its name.
+# Number of the block in a weight's name.
 BLOCK = re.compile(r"\.(\d+)\.")
-# Several lines in one picture are told apart only when each is smooth.
+# Points of a smoothed curve, so that several curves in one chart stay readable.
 POINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
-    """A line of a picture."""
+class Curve:
+    """A line of a chart."""
 
     model: int
-    """Which of the compared ones."""
+    """Index of the model in the comparison."""
     across: Sequence[float]
     up: Sequence[float]
 
 
-def errors_by_block(rows: Sequence[Row]) -> dict[str, list[Trace]]:
-    """By kind of stage, the mean relative error of the weights of each block.
+def errors_by_block(rows: Sequence[Row]) -> dict[str, list[Curve]]:
+    """Mean output error of the weights of each block, by kind of stage.
 
-    It is that of the last stage of the kind: stages of two kinds start from different weights.
+    Of several stages of a kind the last one counts. Stages of different kinds start from different
+    weights and are not comparable.
     """
-    found: dict[str, list[Trace]] = {}
+    curves: dict[str, list[Curve]] = {}
     for index, row in enumerate(rows):
         last = {str(entry.get("stage")): entry for entry in row.history}
         for stage, entry in last.items():
@@ -43,13 +44,13 @@ def errors_by_block(rows: Sequence[Row]) -> dict[str, list[Trace]]:
             if blocks:
                 across = sorted(blocks)
                 up = [sum(blocks[block]) / len(blocks[block]) for block in across]
-                found.setdefault(stage, []).append(Trace(model=index, across=across, up=up))
-    return found
+                curves.setdefault(stage, []).append(Curve(model=index, across=across, up=up))
+    return curves
 
 
-def sparsity_by_block(rows: Sequence[Row]) -> list[Trace]:
-    """The share of zeros in the weights of each block that the last stage counted them in."""
-    found = []
+def sparsity_by_block(rows: Sequence[Row]) -> list[Curve]:
+    """Sparsity of each block according to the last stage that counted its zeros."""
+    curves = []
     for index, row in enumerate(rows):
         counted: dict[str, Mapping[str, Any]] = {}
         for entry in row.history:
@@ -64,44 +65,44 @@ def sparsity_by_block(rows: Sequence[Row]) -> list[Trace]:
         if size:
             across = sorted(size)
             up = [zeros[block] / size[block] for block in across]
-            found.append(Trace(model=index, across=across, up=up))
-    return found
+            curves.append(Curve(model=index, across=across, up=up))
+    return curves
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingLog:
     """The log of one model's last training."""
 
     model: int
     text: str
-    """That it was trained on."""
+    """TrainingLog text."""
     steps: Sequence[Mapping[str, Any]]
     measured: Sequence[Mapping[str, Any]]
-    """Rows with a perplexity; the first may be from before training."""
+    """Rows with a perplexity; the first may precede training."""
 
-    def losses(self, name: str) -> Trace | None:
-        """A column of losses, smoothed; None where it was not computed."""
+    def losses(self, name: str) -> Curve | None:
+        """Smoothed column of losses; None if it was not computed."""
         across, up = smoothed(self.steps, name) if self.steps else ([], [])
-        return Trace(model=self.model, across=across, up=up) if any(up) else None
+        return Curve(model=self.model, across=across, up=up) if any(up) else None
 
-    def perplexities(self, text: str) -> Trace | None:
-        """The perplexities on a text, on the way."""
+    def perplexities(self, text: str) -> Curve | None:
+        """Perplexities on a text during training."""
         rows = [row for row in self.measured if row.get("evaluated_on", "") == text]
-        return self._trace(rows, "perplexity")
+        return self._curve(rows, "perplexity")
 
-    def flips(self) -> Trace | None:
-        """The mask entries that changed sides, in the steps in which any did."""
-        return self._trace([row for row in self.steps if row.get("flips")], "flips")
+    def mask_changes(self) -> Curve | None:
+        """Mask changes in the steps that had any."""
+        return self._curve([row for row in self.steps if row.get("flips")], "flips")
 
-    def _trace(self, rows: Sequence[Mapping[str, Any]], name: str) -> Trace | None:
+    def _curve(self, rows: Sequence[Mapping[str, Any]], name: str) -> Curve | None:
         across = [row["tokens"] for row in rows]
         return (
-            Trace(model=self.model, across=across, up=[row[name] for row in rows]) if rows else None
+            Curve(model=self.model, across=across, up=[row[name] for row in rows]) if rows else None
         )
 
 
 def smoothed(log: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Tokens and values of a column, as means of neighbours where there are many."""
+    """Tokens and values of a column, averaged over neighbours if there are many."""
     width = -(-len(log) // POINTS)
     tokens, values = [], []
     for start in range(0, len(log), width):
@@ -111,34 +112,34 @@ def smoothed(log: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], 
     return tokens, values
 
 
-def trainings(rows: Sequence[Row]) -> list[Training]:
-    """The logs of the models that have one.
+def trainings(rows: Sequence[Row]) -> list[TrainingLog]:
+    """TrainingLog logs of the models that have one.
 
     Raises:
-        DataError: One is damaged.
+        DataError: A log is damaged.
     """
-    found = []
+    logs = []
     for index, row in enumerate(rows):
         log = read_log(row.path)
         if not log:
             continue
         texts = [str(e.get("text", "")) for e in row.history if e.get("stage") == "recover"]
-        found.append(
-            Training(
+        logs.append(
+            TrainingLog(
                 model=index,
                 text=texts[-1] if texts else "",
                 steps=[line for line in log if line["step"]],
                 measured=[line for line in log if line.get("perplexity") is not None],
             )
         )
-    return found
+    return logs
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder's training log; none when there is no log.
+    """Rows of a folder's training log; empty if there is no log.
 
     Raises:
-        DataError: A line is not one that training wrote.
+        DataError: A line is damaged.
     """
     file = folder / LOG
     if not file.is_file():
