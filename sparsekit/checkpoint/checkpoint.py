@@ -302,6 +302,9 @@ def _is_entry(entry: Any) -> bool:
     """Whether a history entry has what stages write that tell of each weight, if it is theirs."""
     if not isinstance(entry, dict):
         return False
+    asked = (("stage", str), ("model", str), ("words", dict))
+    if not all(isinstance(entry.get(key), kind) for key, kind in asked):
+        return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
     told = entry.get("stage") in PATTERN_STAGES or _found(entry)
     return not told or all(isinstance(entry.get(k), t) for k, t in parts)
