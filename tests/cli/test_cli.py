@@ -241,8 +241,8 @@ def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_fil
         (["--pattern", "5:4"], r"pattern '5:4'"),
         (["--pattern", "100%"], r"pattern '100%'"),
         (["--method", "alps", "-O", "dampin=1"], r"no option 'dampin'; did you mean 'damping'"),
-        (["--method", "alps", "-O", "damping=x"], r"damping of alps takes float, not 'x'"),
-        (["--method", "alps", "-O", "damping=-1"], r"must be a number at or above 0"),
+        (["--method", "alps", "-O", "damping=x"], r"damping of alps .*'x'.*\[not-a-number\]"),
+        (["--method", "alps", "-O", "damping=-1"], r"damping of alps .*-1.*\[out-of-range\]"),
         (["-O", "damping"], r"--option 'damping' has no value; write --option KEY=VALUE"),
         (["--calibration", "bultin"], r"'bultin'; did you mean 'builtin'"),
         (["--calibration", "no/such.txt"], r"no/such\.txt does not exist"),
@@ -254,7 +254,7 @@ def test_output_that_is_not_sparsekits_is_never_overwritten(cli, family, row_fil
         (["--seed", "-1"], r"seed is -1"),
         (["--skip", "o_prj"], r"--skip 'o_prj' matches no weight; did you mean .*'o_proj'"),
         (["--skip", "layer.0"], r"'layer.0' matches no weight; did you mean 'layers.0'"),
-        (["--skip", "zzz"], r"write a name as model\.layers\.0\.self_attn.*weight, or a part"),
+        (["--skip", "zzz"], r"'zzz'.*model\.layers\.0\.self_attn.*weight.*\[no-match\]"),
         (["--method", "magnitude", "--samples", "4"], r"magnitude reads no calibration"),
         (["--method", "magnitude", "--length", "9"], r"magnitude reads no calibration"),
         (["--method", "magnitude", "--no-propagate"], r"magnitude reads no calibration"),
@@ -875,11 +875,11 @@ def test_armor_with_a_budget_says_what_it_did(cli, family, row_file, tmp_path):
 def test_armor_refuses_patterns_and_blocks_that_it_cannot_have(cli, family, row_file, tmp_path):
     command = ("prune", family("llama"), "-o", tmp_path / "a", "--method", "armor")
     for arguments, match in [
-        (("--pattern", "50%"), "armor needs an N:M pattern, not 50%"),
-        (("-O", "block=6"), "blocks of 6 do not hold whole groups of 4"),
+        (("--pattern", "50%"), r"N:M.*50%.*\[pattern-does-not-fit\]"),
+        (("-O", "block=6"), r"block=6.*2:4.*\[pattern-does-not-fit\]"),
         (("-O", "block=8", "-O", "block=16"), "option 'block' is given twice; leave out one"),
         (("--pattern", "8:16"), "8:16 has 12,870"),
-        (("--reconstruct", "cg"), "--reconstruct cg has no meaning for armor"),
+        (("--reconstruct", "cg"), r"--reconstruct cg.*armor.*\[conflicting-options\]"),
         (("--format", "packed"), "--format 'packed' is not known"),
     ]:
         found = cli(*command, "--calibration", row_file, *arguments)

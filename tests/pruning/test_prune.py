@@ -460,6 +460,18 @@ def test_skipping_a_whole_block_leaves_it_dense_and_goes_on(run, family, block, 
         assert torch.equal(after[name], dense[name])
 
 
+def test_model_that_already_has_the_pattern_is_noted(family, tmp_path):
+    seen = [Recorder() for _ in range(3)]
+    config = PruneConfig(method="magnitude", pattern="2:4")
+    once = prune(config, str(family("llama")), tmp_path / "once", progress=seen[0]).out
+    prune(config, str(once), tmp_path / "twice", progress=seen[1])
+    other = PruneConfig(method="magnitude", pattern="1:4")
+    prune(other, str(once), tmp_path / "other", progress=seen[2])
+    notes = [[note for note in one.notes if "already has the pattern" in note] for one in seen]
+    assert [len(found) for found in notes] == [0, 1, 0]
+    assert all(text in notes[1][0] for text in (str(once), "2:4", "14"))
+
+
 # What is refused, before anything is written
 
 
