@@ -609,7 +609,7 @@ def test_a_length_beyond_the_models_maximum_counts_as_what_is_trained_on(pruned,
 
 def test_less_text_than_a_step_is_refused(pruned, row_file, tmp_path):
     config = replace(SHORT, data=str(row_file), batch=8)
-    with pytest.raises(DataError, match="has 5 rows of 16 tokens, a step takes 8"):
+    with pytest.raises(DataError, match=r"5 rows of 16 tokens.*8"):
         recover(config, str(pruned), tmp_path / "out")
 
 
@@ -627,7 +627,7 @@ def test_a_model_that_changes_its_logits_is_refused(copy_of, tmp_path, key, valu
 def test_a_model_with_factors_is_refused(family, row_file, tmp_path):
     config = PruneConfig(method="armor", option={"sweeps": "1"}, calibration=str(row_file))
     out = prune(config, str(family("llama")), tmp_path / "armor").out
-    with pytest.raises(DataError, match="keeps factors beside its weights"):
+    with pytest.raises(DataError, match="armor"):
         recover(replace(SHORT, pattern="2:4"), str(out), tmp_path / "out")
 
 
@@ -729,7 +729,7 @@ def test_a_full_cache_is_told_as_such_and_a_full_disk_between_saves_too(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "step", full)
-        with pytest.raises(StorageError, match=r"point SPARSEKIT_CACHE to a larger disk$"):
+        with pytest.raises(StorageError, match="SPARSEKIT_CACHE"):
             recover(SHORT, str(pruned), tmp_path / "out")
     path = type(tmp_path)
     opened = path.open
@@ -792,7 +792,7 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(pruned, tmp_path, monkeypa
 def test_an_interrupted_run_with_other_settings_is_refused(pruned, tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
         recover(SHORT, str(pruned), tmp_path / "out", progress=StopsAt(3))
-    with pytest.raises(UsageError, match=f"another .*{next(iter(change))}"):
+    with pytest.raises(UsageError, match=next(iter(change))):
         recover(replace(SHORT, **change), str(pruned), tmp_path / "out")
 
 
@@ -803,7 +803,7 @@ def test_an_interrupted_run_with_other_text_in_the_same_file_is_refused(pruned, 
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "out", progress=StopsAt(3))
     save_file({"tokens": rows.flip(1)}, file)
-    with pytest.raises(UsageError, match="another data"):
+    with pytest.raises(UsageError, match="data"):
         recover(config, str(pruned), tmp_path / "out")
 
 
@@ -818,7 +818,7 @@ def test_an_interrupted_run_with_another_teacher_is_refused(pruned, copy_of, tmp
         tensors["model.norm.weight"] += 1
 
     damaged(teacher, change)
-    with pytest.raises(UsageError, match="another teacher"):
+    with pytest.raises(UsageError, match="teacher"):
         recover(config, str(pruned), tmp_path / "out")
 
 
@@ -1314,7 +1314,7 @@ def test_no_text_at_all_is_refused(pruned, tmp_path, name):
 
 def test_text_of_fewer_tokens_than_a_row_is_refused(pruned, tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(DataError, match="a row needs 16"):
+    with pytest.raises(DataError, match=r"short\.txt.*16|16.*short\.txt"):
         recover(replace(SHORT, data=str(tmp_path / "short.txt")), str(pruned), tmp_path / "out")
 
 

@@ -101,7 +101,7 @@ def test_columns_that_overflow_are_told_and_never_become_codes(text):
     x = inputs()
     x[:, IN // 2 :] = (x[:, : IN // 2] + x[:, IN // 2 :] / 4) / 10**4
     weight = weight_of(None).clamp(-1, 1) * 3e38
-    with pytest.raises(NumericalError, match="not finite; raise damping, or use rtn"):
+    with pytest.raises(NumericalError, match=r"damping.*rtn"):
         Gptq(damping=1e-10).quantize(weight, sums_of(x), Grid.parse(text), torch.float32)
 
 
