@@ -32,7 +32,7 @@ def assert_refused(result: Any, exit_code: int, code: str, *named: object) -> No
     """A command ended with one line of error that has this code and names each of these values."""
     assert result.code == exit_code, result.stderr
     assert result.stdout == ""
-    assert re.fullmatch(rf"[\w -]*error: [^\n]+ \[{re.escape(code)}\]\n", result.stderr), (
+    assert re.fullmatch(rf"[\w: -]*error: [^\n]+ \[{re.escape(code)}\]\n", result.stderr), (
         result.stderr
     )
     for value in named:
