@@ -1,17 +1,17 @@
-"""Every error that sparsekit raises on purpose, each with its exit code."""
+"""The errors that sparsekit raises, each with its exit code."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class SparsekitError(Exception):
-    """A failure that is explained to the user in one line.
+    """A failure that is explained in one line.
 
     Args:
         message: What went wrong, where, and why.
         hint: What to do next; empty when there is nothing to add.
-        code: A short name of the kind of failure, such as `no-method`, which does not change when
-            the words of the message do.
+        code: A short name of the kind of failure, e.g. `no-method`, which stays the same when the
+            wording of the message changes.
     """
 
     exit_code = 1
@@ -33,7 +33,7 @@ class UsageError(SparsekitError):
 
 
 class DataError(SparsekitError):
-    """An input (checkpoint, text, token rows) is missing, broken or unsuited."""
+    """An input (checkpoint, text, token rows) is missing, damaged or unsuitable."""
 
     exit_code = 2
 
@@ -43,25 +43,25 @@ class FactorsError(DataError):
 
 
 class PatternError(SparsekitError):
-    """A weight does not have the sparsity pattern that it should have."""
+    """A weight does not have its sparsity pattern."""
 
 
 class CheckFailedError(SparsekitError):
-    """A check that was asked for found an offender."""
+    """A requested check failed."""
 
 
 class DamagedError(CheckFailedError, DataError):
-    """Files that only sparsekit writes are no longer what was written."""
+    """Files that sparsekit wrote have changed since."""
 
     exit_code = 1
 
 
 class NumericalError(SparsekitError):
-    """A computation gave NaN or Inf, or a matrix could not be factorised."""
+    """A computation resulted in NaN or Inf, or a matrix could not be factorised."""
 
 
 class MemoryShortError(SparsekitError):
-    """There is not enough memory for the work as it was asked for."""
+    """There is not enough memory for the requested work."""
 
 
 class StorageError(SparsekitError):
@@ -69,12 +69,12 @@ class StorageError(SparsekitError):
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The closest known words as a hint.
+    """A hint with the known words closest to an unknown one.
 
     Args:
-        word: What was given.
-        known: What could have been meant.
-        otherwise: The hint when no word is close; empty: the list of all known ones.
+        word: The unknown word.
+        known: The known words.
+        otherwise: The hint if no word is close; empty: a list of the known ones.
     """
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)

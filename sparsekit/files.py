@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves either the old state or the new one."""
+"""Atomic and durable writing of files: a crash leaves either the old state or the new one."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from sparsekit.errors import DataError, StorageError, UsageError
 
 CHUNK = 1 << 24
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-KEPT = "finished work is kept beside the output: make room, then run the same command again"
+KEPT = "finished work is kept next to the output: make room, then run the same command again"
 CACHED = "make room there, or set SPARSEKIT_CACHE to a folder that can be written"
 
 
@@ -55,12 +55,12 @@ def fsync_path(path: Path) -> None:
 
 
 def reserve(handle: int, n_bytes: int) -> None:
-    """Give an open file this size, and take the room on the disk where the system can.
+    """Set the size of an open file, and reserve the space on the disk if possible.
 
-    macOS has no `posix_fallocate`: there a full disk shows only when the bytes are written.
+    macOS has no `posix_fallocate`: there a full disk is noticed only when the bytes are written.
 
     Raises:
-        OSError: The disk has no room.
+        OSError: The disk is full.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, n_bytes)
@@ -70,11 +70,11 @@ def reserve(handle: int, n_bytes: int) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, hint: str = KEPT) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of that at `path`, durably and in one step.
+    """Open a file for writing that replaces the one at `path`, durably and atomically.
 
     Args:
         path: The file.
-        hint: What to do when the disk is full.
+        hint: The hint of the error when the disk is full.
 
     Raises:
         StorageError: It could not be written; the old file is untouched.
@@ -93,13 +93,13 @@ def replacing(path: Path, hint: str = KEPT) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes, hint: str = KEPT) -> None:
-    """Replace the file at `path` by `data`; arguments and errors as of `replacing`."""
+    """Replace the file at `path` by `data`, see `replacing`."""
     with replacing(path, hint) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value for people to read, atomically."""
+    """Write an indented JSON file atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -112,18 +112,21 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise DataError(f"{path}: {error.strerror}", code="cannot-read") from error
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+        raise DataError(f"{path} is not valid JSON: {error}", code="invalid-json") from error
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path, hint: str = KEPT) -> Iterator[None]:
-    """Turn a failed write below `path` into a `StorageError` that says what to do.
+    """Turn a failed write below `path` into a `StorageError` with a hint.
 
     Args:
-        path: What is written.
-        hint: What to do when the disk is full.
+        path: The file or folder that is written.
+        hint: The hint when the disk is full.
+
+    Raises:
+        StorageError: The write failed.
     """
     try:
         yield
@@ -131,8 +134,7 @@ def storage_errors(path: Path, hint: str = KEPT) -> Iterator[None]:
         if error.errno not in FULL and error.errno is not None:
             hint = "check the path and its permissions, then run the same command again"
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint,
+            f"cannot write {path}: {error.strerror or error}", hint, code="cannot-write"
         ) from error
 
 
@@ -152,6 +154,8 @@ def exclusive(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another process is writing {path.parent}", "wait for it or choose another output"
+                f"another process is writing {path.parent}",
+                "wait for it or choose another output",
+                code="output-in-use",
             ) from error
         yield

@@ -1,4 +1,4 @@
-"""How much memory this process has taken, and how much it may still take; Linux and macOS."""
+"""Memory of this process: its peak, the available amount and the heap; Linux and macOS."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-# glibc up to 2.37 cannot use a freed piece for an aligned one of the same size (glibc bug 14581),
-# and torch asks for aligned ones: the heap grows with every block. Pieces of this size or more are
+# glibc up to 2.37 cannot reuse a freed chunk for an aligned one of the same size (glibc bug 14581),
+# and torch asks for aligned ones: the heap grows with every block. Chunks of this size or more are
 # therefore mapped on their own; smaller ones stay in the heap, where they cost no page faults.
 MAPPED_BYTES = 8 << 20
-# The top of the heap is kept up to this size; with a size above set, glibc would keep 128 kB only.
+# The top of the heap is kept up to this size; otherwise glibc would keep 128 kB only.
 KEPT_BYTES = 64 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 STATUS = Path("/proc/self/status")
 PEAK_RESET = Path("/proc/self/clear_refs")
-# Which control groups this process is in, and where their limits lie.
+# The control groups of this process, and the folder with their limits.
 GROUPS = Path("/proc/self/cgroup")
 GROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -31,44 +31,44 @@ class MemoryUse:
 
     purpose: str
     hint: str
-    """What to do where the model does not fit."""
+    """What to do if the model does not fit."""
 
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, or since `watch_peak`, in bytes."""
-    # getrusage starts from the size of the process that started this one.
-    if STATUS.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.M)):
-        return int(found[1]) * 1024
+    # getrusage starts from the size of the parent process.
+    if STATUS.is_file() and (match := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.M)):
+        return int(match[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def watch_peak() -> None:
-    """Let `peak_memory` begin anew, where the system can (Linux).
+    """Reset `peak_memory`, if the system can (Linux).
 
-    Elsewhere the peak stays that of the whole process, earlier work included.
+    Elsewhere the peak remains that of the whole process, earlier work included.
     """
     with contextlib.suppress(OSError):
         PEAK_RESET.write_text("5")
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, within the limits of container and group."""
+    """Bytes that can be allocated without swapping, within the limits of container and group."""
     import psutil
 
     return max(0, min(psutil.virtual_memory().available, *_room_in_groups(), sys.maxsize))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python's or torch's allocator failed; torch's has no class of its own on a CPU."""
-    told = isinstance(error, RuntimeError) and re.search(
+    """Whether Python's or torch's allocator failed; on a CPU torch raises a plain RuntimeError."""
+    torch_failed = isinstance(error, RuntimeError) and re.search(
         r"out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE
     )
-    return isinstance(error, MemoryError) or bool(told)
+    return isinstance(error, MemoryError) or bool(torch_failed)
 
 
 def _room_in_groups() -> Iterator[int]:
-    """What each memory group that holds this process has left, from its own up to the root."""
+    """The room left in each memory group of this process, from its own up to the root."""
     lines = GROUPS.read_text().splitlines() if GROUPS.is_file() else []
     for line in lines:
         _, controllers, name = line.split(":", 2)
@@ -89,7 +89,7 @@ def _room_in_groups() -> Iterator[int]:
 
 
 def _file_cache(stat: Path, prefix: str) -> int:
-    """Bytes of files in a group's memory, which count as used and are given back when needed."""
+    """Bytes of cached files in a group's memory, which count as used and are freed when needed."""
     try:
         lines = stat.read_text().splitlines()
     except OSError:
@@ -99,7 +99,7 @@ def _file_cache(stat: Path, prefix: str) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is none (`max`: no limit)."""
+    """The number in a file; None if there is none (`max`: no limit)."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -108,7 +108,7 @@ def _number(path: Path) -> int | None:
 
 
 def steady_heap() -> None:
-    """Keep the resident size from growing with the depth; only glibc needs and has these calls."""
+    """Keep the resident size from growing with the model's depth; only glibc has these calls."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
@@ -116,10 +116,9 @@ def steady_heap() -> None:
 
 
 def keep_heap() -> None:
-    """Let freed memory stay with the process, for what takes as much again at once: training.
+    """Keep freed memory in the process, for training, which allocates the same amount every step.
 
-    Every page that comes anew from the system costs a fault, which for the tensors of a step is
-    a good part of the time.
+    Each page from the system costs a page fault, which is a good part of the time of a step.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -128,7 +127,7 @@ def keep_heap() -> None:
 
 
 def trim_heap() -> None:
-    """Give what is free in glibc's heap back to the system."""
+    """Return free memory of glibc's heap to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,20 +1,20 @@
-"""What a stage tells while it works; the command line draws it, the library stays silent."""
+"""Progress of a stage: the command line draws it, the library is silent by default."""
 
 
 class Progress:
-    """Receives the progress of one stage; this one drops all of it."""
+    """Receiver of the progress of one stage; this one discards it."""
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
-        """A piece of work of `total` steps starts, some of them done before; a running one ends."""
+        """A task of `total` steps starts, `done` of them complete; a running task ends."""
 
     def step(self, label: str) -> None:
-        """One step is done; `label` names it (a block, a model)."""
+        """One step is complete; `label` names it (a block, a model)."""
 
     def note(self, text: str) -> None:
-        """Something the user should know although nothing failed."""
+        """Something the user should know, although nothing failed."""
 
     def end(self) -> None:
-        """The piece of work is over."""
+        """The task ends."""
 
 
 SILENT = Progress()

@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 # ---------------------------------------------------------------------------------- problems
@@ -35,9 +35,9 @@ def inputs_of(tokens: int, columns: int, seed: int = 0, dead: tuple[int, ...] = 
     return x
 
 
-def sums_of(inputs: Tensor, want: Want = Want.GRAM, calibration_rows: int = 2) -> InputSums:
+def sums_of(inputs: Tensor, want: Stats = Stats.GRAM, calibration_rows: int = 2) -> InputStats:
     """The sums over inputs that are fed as this many calibration rows."""
-    sums = InputSums(inputs.shape[1], want)
+    sums = InputStats(inputs.shape[1], want)
     for row in inputs.chunk(calibration_rows):
         sums.update(row)
     return sums

@@ -197,7 +197,7 @@ def test_what_answers_a_wrong_flag_loads_without_torch(name):
         ("pruning/methods/alps", "from sparsekit.pruning.methods.sparsegpt import Sparsegpt"),
         ("pruning/methods/alps", "from sparsekit.pruning.methods import wanda"),
         ("pruning/methods/alps", "from sparsekit.model.block_stream import BlockStream"),
-        ("quantization/prepare", "from sparsekit.pruning.prepare import prepare"),
+        ("quantization/prepare", "from sparsekit.pruning.prepare import prepare_prune"),
         ("registry", "from sparsekit.pruning.methods import Pruner"),
         ("errors", "from sparsekit.weights.patterns import Pattern"),
         ("cli/app", "import sparsekit.__main__"),

@@ -34,7 +34,7 @@ def group(request, tmp_path, monkeypatch):
     return write
 
 
-def test_without_a_limit_it_is_what_the_machine_has_left(group, monkeypatch):
+def test_without_a_limit_it_is_the_memory_of_the_machine(group, monkeypatch):
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     assert memory.available_memory() == free.available > 0
@@ -60,7 +60,7 @@ def test_cached_files_are_given_back_and_do_not_count(group):
     assert memory.available_memory() == 100 + 3 * 3000
 
 
-def test_peak_is_not_that_of_the_process_that_started_this_one():
+def test_peak_is_not_that_of_the_parent_process():
     taken = bytearray(300 << 20)  # in this process, which starts the other
     code = "from sparsekit.memory import peak_memory; print(peak_memory())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

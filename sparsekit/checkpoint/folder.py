@@ -1,4 +1,4 @@
-"""A checkpoint's folder by the names of its files: what can be refused before torch is there."""
+"""The files of a checkpoint's folder: what can be checked without importing torch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "sparsekit.json"
-# Factors of weights, beside their products or instead of them. In the second case the other tensors
-# lie in a file that no stock loader looks for: it raises, where it would else draw random weights.
+# Factors of weights, next to their products or instead of them. If instead, the other tensors are
+# in a file that no stock loader looks for, so that it raises instead of drawing random weights.
 FACTORS = "sparsekit-factors.safetensors"
 OTHER_WEIGHTS = "sparsekit-weights.safetensors"
-# Which file has which tensor there, for transformers, and the method by which it knows the form.
+# The index of such a checkpoint for transformers, and its `quant_method`.
 PACKED_INDEX = "sparsekit-weights.safetensors.index.json"
 PACKED_METHOD = "sparsekit"
 
 
 def config_of(source: PretrainedConfig) -> dict[str, Any]:
-    """A configuration without the place that it was read from."""
+    """A configuration without the path it was read from."""
     return {key: value for key, value in source.to_dict().items() if key != "_name_or_path"}
 
 
-def is_packed(told: Any) -> bool:
-    """Whether a `quantization_config` is that of a checkpoint whose weights are factors only."""
-    return isinstance(told, Mapping) and told.get("quant_method") == PACKED_METHOD
+def is_packed(config: Any) -> bool:
+    """Whether a `quantization_config` is that of a packed checkpoint."""
+    return isinstance(config, Mapping) and config.get("quant_method") == PACKED_METHOD
 
 
 def part_name(weight: str, part: str) -> str:
@@ -45,42 +45,57 @@ def weight_files(path: Path) -> Mapping[str, Sequence[str] | None]:
     """Weight files of a checkpoint by name, with the tensors to take from each (None: all).
 
     Raises:
-        DataError: The folder is missing, or is no checkpoint with safetensors weights.
+        DataError: The folder is missing, or is not a checkpoint with safetensors weights.
     """
     if not path.is_dir():
-        raise DataError(f"no such model folder: {path}")
+        raise DataError(f"no such model folder: {path}", code="no-such-model")
     if not (path / "config.json").is_file():
-        raise DataError(f"{path} has no config.json", "is it a Hugging Face checkpoint?")
+        raise DataError(
+            f"{path} has no config.json", "is it a Hugging Face checkpoint?", code="no-config"
+        )
     if (path / OTHER_WEIGHTS).is_file():
         return {FACTORS: None, OTHER_WEIGHTS: None}
     if (path / FACTORS).is_file() and not ((path / SINGLE).is_file() or (path / INDEX).is_file()):
-        raise DataError(f"{path} lacks {OTHER_WEIGHTS}", "copy or make the folder again")
+        raise DataError(
+            f"{path} lacks {OTHER_WEIGHTS}",
+            "copy or make the folder again",
+            code="incomplete-checkpoint",
+        )
     if (path / INDEX).is_file():
         files = indexed_files(path)
         for file in files:
             if not (path / file).is_file():
-                raise DataError(f"{path / INDEX} names {file}, which is missing")
+                raise DataError(
+                    f"{path / INDEX} names {file}, which is missing", code="incomplete-checkpoint"
+                )
         if (path / SINGLE).is_file():
             refuse_two_forms(path, files)
         return dict(sorted(files.items()))
     if (path / SINGLE).is_file():
         return {SINGLE: None}
+    raise _no_safetensors(path)
+
+
+def _no_safetensors(path: Path) -> DataError:
+    """The error for a folder without safetensors weights."""
     others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
     if others:
-        raise DataError(
+        return DataError(
             f"{path} has no safetensors weights, only {others[0]}",
             "convert it once: load it with AutoModelForCausalLM.from_pretrained and write it "
             "with save_pretrained",
+            code="no-safetensors",
         )
-    raise DataError(
+    return DataError(
         f"{path} has no safetensors weights ({SINGLE} or {INDEX})",
         "if the model has other weights, load it with AutoModelForCausalLM.from_pretrained and "
         "write it with save_pretrained",
+        code="no-safetensors",
     )
 
 
 def indexed_files(path: Path) -> dict[str, list[str]]:
-    """The weight files that a folder's index names, with the tensors that lie in each.
+    """The weight files that a folder's index names, with the tensors in each.
 
     Raises:
         DataError: The index is broken, or names a file outside the folder.
@@ -88,26 +103,29 @@ def indexed_files(path: Path) -> dict[str, list[str]]:
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise DataError(f"{path / INDEX} has no weight_map")
+        raise DataError(f"{path / INDEX} has no weight_map", code="invalid-index")
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise DataError(f"{path / INDEX} places {name} outside the folder: {file!r}")
+            raise DataError(
+                f"{path / INDEX} places {name} outside the folder: {file!r}", code="invalid-index"
+            )
         files.setdefault(file, []).append(name)
     return files
 
 
 def refuse_two_forms(path: Path, indexed: Iterable[str]) -> None:
-    """Refuse a folder with all weights in one file and again in those that its index names.
+    """Refuse a folder with all weights in one file and again in the files of an index.
 
     Raises:
-        DataError: The index names other files than the one.
+        DataError: The index names other files than that one.
     """
     if set(indexed) != {SINGLE}:
         raise DataError(
             f"{path} has both {SINGLE} and {INDEX} with other files",
             "transformers would load the first: delete the one that is not the model, in a copy if "
             "the folder is the hub's",
+            code="ambiguous-weights",
         )
 
 
@@ -115,7 +133,7 @@ def load_config(path: Path) -> PretrainedConfig:
     """The configuration in a model's folder.
 
     Raises:
-        DataError: It cannot be read, needs code of its own, or is unknown to transformers.
+        DataError: It cannot be read, needs remote code, or is unknown to transformers.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -133,29 +151,37 @@ def load_config(path: Path) -> PretrainedConfig:
             hint = "a newer one may: pip install -U transformers"
         else:
             reason, hint = " ".join(str(error).split()), ""
-        raise DataError(f"{path}: model type {kind!r} cannot be loaded: {reason}", hint) from error
+        raise DataError(
+            f"{path}: model type {kind!r} cannot be loaded: {reason}",
+            hint,
+            code="unsupported-model",
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; none of its own code is run.
+    """Load the tokenizer of a checkpoint, without remote code.
 
     Raises:
-        DataError: There is none, it cannot be loaded, or it has no words.
+        DataError: There is none, it cannot be loaded, or its vocabulary is empty.
     """
     from transformers import AutoTokenizer
 
     hint = "copy its files there, or pass token rows: --calibration or --text FILE.safetensors"
     if not any((folder / file).is_file() for file in FILES):
-        raise DataError(f"{folder} has no tokenizer", hint)
+        raise DataError(f"{folder} has no tokenizer", hint, code="no-tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise DataError(f"the tokenizer in {folder} cannot be loaded: {reason}", hint) from error
-    # For several architectures transformers 5 builds one without any file, and it has no words:
-    # every text would be empty.
+        raise DataError(
+            f"the tokenizer in {folder} cannot be loaded: {reason}", hint, code="invalid-tokenizer"
+        ) from error
+    # For several architectures transformers 5 builds one without any file and with an empty
+    # vocabulary: every text would be empty.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise DataError(f"{folder} has no tokenizer: its vocabulary is empty", hint)
+        raise DataError(
+            f"{folder} has no tokenizer: its vocabulary is empty", hint, code="no-tokenizer"
+        )
     return tokenizer

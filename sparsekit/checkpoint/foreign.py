@@ -1,6 +1,6 @@
-"""Weights in forms that every library has dropped, as dense ones.
+"""Recognition of quantization formats that sparsekit does not write.
 
-The layouts are those of compressed-tensors 0.10 to 0.14, which were the last to write them.
+The dropped formats are those of compressed-tensors 0.10 to 0.14, the last versions to write them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 BITMASKS, MARLIN = ("sparse-24-bitmask", "sparse-bitmask"), "marlin-24"
-# The last parts of the names of what a weight consists of; the first tells that it has the form.
+# Last parts of the names of a weight's tensors; the first one marks the format.
 LEGACY_PARTS = {
     "sparse-24-bitmask": ("bitmask", "compressed", "shape"),
     "sparse-bitmask": ("bitmask", "compressed", "shape", "row_offsets"),
@@ -18,22 +18,22 @@ LEGACY_PARTS = {
 
 
 def compression(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of how its weights are stored, under its present or its old name."""
-    told = config.get("quantization_config") or config.get("compression_config")
-    return told if isinstance(told, Mapping) else {}
+    """The quantization settings of a config.json, under their present or their old key."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def legacy_format(config: Mapping[str, Any]) -> str | None:
-    """Which of the dropped forms a config.json names; None when it is another."""
-    told = compression(config)
-    sparsity = told.get("sparsity_config")
+    """The dropped format that a config.json names; None if it names none."""
+    settings = compression(config)
+    sparsity = settings.get("sparsity_config")
     inner = sparsity.get("format") if isinstance(sparsity, Mapping) else None
-    return next((form for form in (inner, told.get("format")) if form in LEGACY_PARTS), None)
+    return next((form for form in (inner, settings.get("format")) if form in LEGACY_PARTS), None)
 
 
 def named_format(config: Mapping[str, Any]) -> str:
-    """How a config.json names a format that is not ours, as ` (gptq)`; empty when it does not."""
-    told = compression(config)
-    form = legacy_format(config) or told.get("format")
-    words = [str(word) for word in (told.get("quant_method"), form) if word]
+    """The name that a config.json gives its format, e.g. ` (gptq)`; empty if it gives none."""
+    settings = compression(config)
+    form = legacy_format(config) or settings.get("format")
+    words = [str(word) for word in (settings.get("quant_method"), form) if word]
     return f" ({' '.join(', '.join(words).split())})" if words else ""

@@ -1,4 +1,4 @@
-"""The kinds of checkpoints, and which verb takes which: one table for verbs and recipes."""
+"""The kinds of checkpoints, and a table of which verb takes which kind."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Kind(StrEnum):
     PRODUCTS = "products"
     """Plain weights that are products of factors, which are stored next to them."""
     FACTORED = "factored"
-    """Factors alone."""
+    """Factors instead of weights."""
     QUANTIZED = "quantized"
     """Codes and scales in the format of compressed-tensors."""
     PACKED = "packed"
-    """Values or codes with their places, as `sparsekit pack` writes them."""
+    """Kept values or codes with their places, written by `sparsekit pack`."""
     LEGACY = "legacy"
     """A format that every library has dropped."""
     FOREIGN = "foreign"
@@ -30,15 +30,15 @@ class Kind(StrEnum):
 
     @property
     def alone(self) -> bool:
-        """Whether factors or packed cores stand for weights that are not there."""
+        """Whether factors or packed cores are stored instead of the weights."""
         return self in (Kind.FACTORED, Kind.PACKED)
 
 
-# The error message about a checkpoint that a verb does not take.
+# The error message for a checkpoint that a verb does not take.
 MESSAGES = {
     Kind.PLAIN: "{model} is plain, which {verb} does not take",
     Kind.PRODUCTS: (
-        "{model} keeps factors beside its weights, which are not sparse themselves: "
+        "{model} stores factors next to its weights, which are not sparse themselves: "
         "{verb} does not take it"
     ),
     Kind.FACTORED: "{model} holds factors only, which {verb} does not take",
@@ -57,13 +57,13 @@ LOADS = f"sparsekit convert takes {', '.join(LEGACY_PARTS)}; transformers loads 
 
 
 def _takes(refused: Mapping[Kind, str], unread: Mapping[Kind, str] = UNREAD) -> dict[Kind, str]:
-    """A row of the table, from the hints of the kinds that a verb does not take."""
+    """A row of the table: the hints for the kinds that a verb does not take."""
     return dict.fromkeys(Kind, "") | dict(unread) | dict(refused)
 
 
 READERS = _takes({})
-# For each verb and kind: empty if the verb takes it, else the hint of the error. `load` stands for
-# everything that only reads a model.
+# For each verb and kind: empty if the verb takes it, else the hint of the error. `load` is the row
+# of everything that only reads a model.
 TAKES: Mapping[str, Mapping[Kind, str]] = {
     "prune": _takes(
         {
@@ -112,14 +112,15 @@ def refusal(verb: str, kind: Kind, model: object, detail: str = "") -> DataError
 
     Args:
         verb: A row of `TAKES`.
-        kind: Of the checkpoint.
-        model: What to call it.
-        detail: How it is quantized, as ` to int4-g128`.
+        kind: The checkpoint's kind.
+        model: Its name in the message.
+        detail: How it is quantized, e.g. ` to int4-g128`.
     """
     hint = TAKES[verb][kind]
     if not hint:
         return None
-    return DataError(MESSAGES[kind].format(model=model, verb=verb, detail=detail), hint)
+    message = MESSAGES[kind].format(model=model, verb=verb, detail=detail)
+    return DataError(message, hint, code="kind-not-taken")
 
 
 def kind_of(config: Mapping[str, Any], *, on_grid: bool, factors: bool, alone: bool) -> Kind:
@@ -127,16 +128,16 @@ def kind_of(config: Mapping[str, Any], *, on_grid: bool, factors: bool, alone: b
 
     Args:
         config: Its config.json.
-        on_grid: Whether that names a grid that sparsekit reads.
+        on_grid: Whether it names a grid that sparsekit reads.
         factors: Whether some weights have factors.
-        alone: Whether these stand for the weights.
+        alone: Whether the factors are stored instead of the weights.
     """
     if legacy_format(config):
         return Kind.LEGACY
-    told = config.get("quantization_config") or config.get("compression_config")
-    if alone and is_packed(told):
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if alone and is_packed(settings):
         return Kind.PACKED
-    if told and not on_grid:
+    if settings and not on_grid:
         return Kind.FOREIGN
     if alone:
         return Kind.FACTORED
@@ -145,7 +146,7 @@ def kind_of(config: Mapping[str, Any], *, on_grid: bool, factors: bool, alone: b
     return Kind.PRODUCTS if factors else Kind.PLAIN
 
 
-def not_read(name: object, config: Mapping[str, Any]) -> DataError:
+def unsupported_format(name: object, config: Mapping[str, Any]) -> DataError:
     """The error for a checkpoint whose format sparsekit does not read.
 
     Args:

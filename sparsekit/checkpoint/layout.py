@@ -1,4 +1,4 @@
-"""Where every tensor of an output will lie, known before the first is computed."""
+"""The layout of an output's weight files, known before the first tensor is computed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sparsekit.checkpoint.safetensors_file import DTYPES, TensorPlace
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.quantized import Shapes
 
-# Bytes of one weight file, where the source's files are not kept.
+# Size of a weight file, unless the files are laid out as in the source.
 SHARD_BYTES = 5 << 30
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def factor_types(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Shapes:
-    """Types of the factors of a weight, with their shapes: its own type, and bytes for places."""
+    """Dtypes and shapes of the factors of a weight: its own dtype, and bytes for places."""
     return {
         part: (torch.uint8 if part == "indices" else dtype, shape) for part, shape in shapes.items()
     }
@@ -34,11 +34,11 @@ class Layout:
 
     places: Mapping[str, TensorPlace]
     headers: Mapping[str, bytes]
-    """Weight files by name, with what precedes their data."""
+    """Weight files by name, with the bytes before their data."""
 
     @classmethod
     def of(cls, source: Checkpoint) -> Layout:
-        """The files of a checkpoint, as they are."""
+        """The layout of a checkpoint's own files."""
         headers = {}
         for file, length in source.headers.items():
             with (source.path / file).open("rb") as stream:
@@ -51,7 +51,7 @@ class Layout:
         tensors: Shapes,
         metadata: Mapping[str, str],
     ) -> Layout:
-        """One more file, with tensors of these types and shapes in the given order."""
+        """Add a file with tensors of these dtypes and shapes, in this order."""
         sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values()]
         stops = list(accumulate(sizes, initial=0))
         header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -80,36 +80,36 @@ class Layout:
         *,
         alone: bool,
     ) -> Layout:
-        """The files of a checkpoint, and one for the factors of some of its weights.
+        """The layout of a checkpoint with a file for the factors of some of its weights.
 
         Args:
             source: The checkpoint.
-            parts: For each weight that gets factors the type and shape of each.
-            formats: For each of these weights how its core is packed.
-            alone: Whether factors stand for the weights, or lie beside them.
+            parts: Dtype and shape of each factor, by weight.
+            formats: How the core of each of these weights is packed.
+            alone: Whether the factors are stored instead of the weights or next to them.
         """
         shapes = {
-            part_name(name, part): found
-            for name, those in parts.items()
-            for part, found in those.items()
+            part_name(name, part): shape
+            for name, factors in parts.items()
+            for part, shape in factors.items()
         }
         base = cls.of(source)
         if alone:
-            left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
-            base = cls({}, {}).with_file(OTHER_WEIGHTS, left, {"format": "pt"})
+            others = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
+            base = cls({}, {}).with_file(OTHER_WEIGHTS, others, {"format": "pt"})
         return base.with_packed(shapes, formats)
 
     def with_packed(self, tensors: Shapes, formats: Mapping[str, CoreFormat]) -> Layout:
-        """One more file, for packed cores and the factors around them."""
+        """Add a file for packed cores and the factors around them."""
         return self.with_file(FACTORS, tensors, {name: str(fmt) for name, fmt in formats.items()})
 
     @classmethod
     def plain(cls, tensors: Shapes, shard_bytes: int) -> Layout:
-        """Files of about so many bytes, as other tools write and look for them.
+        """The layout of plain weights in files named as other tools expect them.
 
         Args:
-            tensors: Type and shape of each tensor, in the order in which they are to lie.
-            shard_bytes: A file is begun when the one before would be larger, but for its first.
+            tensors: Dtype and shape of each tensor, in their order on disk.
+            shard_bytes: Maximum size of a file, unless it holds a single larger tensor.
         """
         shards: list[Shapes] = [{}]
         filled = 0
@@ -133,12 +133,12 @@ class Layout:
         source: Checkpoint,
         parts: Mapping[str, Shapes],
     ) -> Layout:
-        """The files of a checkpoint, in which some weights lie as codes and scales.
+        """The layout of a checkpoint with some weights stored as codes and scales.
 
         Args:
             source: The checkpoint.
-            parts: For each of these weights the type and shape of what it is stored as, by the last
-                part of its name.
+            parts: For each of these weights the dtype and shape of its tensors, by the last part of
+                their name.
         """
         layout = cls({}, {})
         for file in source.headers:
@@ -154,17 +154,17 @@ class Layout:
         return layout
 
     def index(self) -> dict[str, object]:
-        """What `model.safetensors.index.json` says of these files."""
+        """The contents of `model.safetensors.index.json` for these files."""
         total = sum(place.stop - place.start for place in self.places.values())
         weight_map = {name: place.file for name, place in self.places.items()}
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
     def size(self, file: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
         stops = [place.stop for place in self.places.values() if place.file == file]
         return max(stops, default=len(self.headers[file]))
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(self.size(file) for file in self.headers)

@@ -1,4 +1,4 @@
-"""Which folder a model's name stands for: a path, a hub id, or the demo model."""
+"""Model references: a folder, a hub id or the demo model."""
 
 import contextlib
 import os.path
@@ -13,17 +13,19 @@ from sparsekit.progress import SILENT, Progress
 DEMO = "demo"
 
 
-def check(reference: str) -> Path | None:
-    """Refuse what can be no model, as far as names of files show it; gives the folder if there is.
+def check_reference(reference: str) -> Path | None:
+    """Refuse a reference that cannot be a model; returns its folder if it is a local one.
 
-    This takes neither torch nor the network, so a wrong word is answered at once.
+    This needs neither torch nor the network, so a typo is reported at once.
 
     Raises:
-        DataError: There is no such folder, or it holds no checkpoint.
+        DataError: There is no such folder, or it does not hold a checkpoint.
         UsageError: The reference is empty.
     """
     if not reference:
-        raise UsageError("the model's name is empty", "pass a folder, a hub id or 'demo'")
+        raise UsageError(
+            "the model's name is empty", "pass a folder, a hub id or 'demo'", code="empty-name"
+        )
     if not _is_local(reference):
         return None
     weight_files(folder := _folder(reference))
@@ -31,7 +33,7 @@ def check(reference: str) -> Path | None:
 
 
 def resolve(reference: str, progress: Progress = SILENT) -> Path:
-    """The local folder of a model: a folder as it is, `demo` and a hub id after their download.
+    """The local folder of a model; `demo` and a hub id are downloaded first.
 
     Raises:
         DataError: There is no such folder, and no such model can be fetched.
@@ -39,14 +41,14 @@ def resolve(reference: str, progress: Progress = SILENT) -> Path:
         StorageError: The model cannot be kept in the cache.
     """
     if not reference:
-        check(reference)
+        check_reference(reference)
     if reference == DEMO:
         return demo_model(progress)
     return _folder(reference) if _is_local(reference) else fetch(reference, progress)
 
 
-def at_hand(reference: str) -> Path | None:
-    """The folder of a model that is here already, without asking the network; None: it is not."""
+def local_folder(reference: str) -> Path | None:
+    """The folder of a model that is on this machine, without network access; None: it is not."""
     if reference == DEMO:
         place = demo_folder()
     elif _is_local(reference):
@@ -56,13 +58,13 @@ def at_hand(reference: str) -> Path | None:
     return place if (place / "config.json").is_file() else None
 
 
-def title(reference: str) -> str:
-    """What a model is called without its place: the last part of its path or hub id."""
+def display_name(reference: str) -> str:
+    """The last part of a model's path or hub id."""
     return SMOLLM2.model if reference == DEMO else Path(reference).resolve().name
 
 
 def hub_id(reference: str) -> str | None:
-    """The id on the hub that a reference is, or that `demo` has there; None: it is a folder."""
+    """The hub id of a model or of `demo`; None for a folder."""
     if reference == DEMO:
         return SMOLLM2.hub_id
     return None if _is_local(reference) else reference
@@ -82,12 +84,14 @@ def _folder(reference: str) -> Path:
     if os.path.isdir(place):
         return Path(place)
     if os.path.isfile(place):
-        raise DataError(f"no such model folder: {reference}", "it is a file: name its folder")
+        raise DataError(
+            f"{reference} is a file, not a model folder", "name its folder", code="not-a-folder"
+        )
     known = [DEMO]
     with contextlib.suppress(OSError):
-        beside = [str(other) for other in Path(place).parent.iterdir()]
-        known += [other for other in beside if os.path.isfile(f"{other}/config.json")]
+        siblings = [str(other) for other in Path(place).parent.iterdir()]
+        known += [other for other in siblings if os.path.isfile(f"{other}/config.json")]
     forms = "pass a folder, a hub id (org/name) or 'demo'"
-    meant = did_you_mean(reference, known, forms)
-    hint = meant if meant == forms else f"{meant} Else {forms}"
-    raise DataError(f"no such model folder: {reference}", hint)
+    suggestion = did_you_mean(reference, known, forms)
+    hint = suggestion if suggestion == forms else f"{suggestion} Otherwise {forms}"
+    raise DataError(f"no such model folder: {reference}", hint, code="no-such-model")

@@ -1,4 +1,4 @@
-"""A safetensors file: where its tensors lie, and their bytes."""
+"""Safetensors files: the places of their tensors, and their bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """Where a tensor lies on disk."""
+    """The place of a tensor on disk."""
 
     file: str
     dtype: torch.dtype
@@ -41,7 +41,11 @@ class TensorPlace:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:
-    """The tensors of a safetensors file, and the offset of its data."""
+    """The tensors of a safetensors file, and the offset of its data.
+
+    Raises:
+        DataError: The file is damaged, or has a tensor of an unsupported dtype.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -50,7 +54,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:
     except (SafetensorError, OSError) as error:
         reason = "the file is empty" if not file.stat().st_size else str(error)
         raise DataError(
-            f"{file} is not a whole safetensors file: {reason}", "copy or download it again"
+            f"{file} is not a whole safetensors file: {reason}",
+            "copy or download it again",
+            code="damaged-file",
         ) from error
     with file.open("rb") as stream:
         offset = 8 + int.from_bytes(stream.read(8), "little")
@@ -60,11 +66,17 @@ def read_header(file: Path) -> tuple[dict[str, TensorPlace], int]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise DataError(f"{file}: {name} has the type {entry['dtype']}, which is not supported")
+            raise DataError(
+                f"{file}: {name} has the type {entry['dtype']}, which is not supported",
+                code="unsupported-dtype",
+            )
         start, stop = (offset + at for at in entry["data_offsets"])
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         if stop - start != math.prod(shape) * dtype.itemsize:
-            raise DataError(f"{file}: {name} has {stop - start} bytes for the shape {shape}")
+            raise DataError(
+                f"{file}: {name} has {stop - start} bytes for the shape {shape}",
+                code="damaged-file",
+            )
         places[name] = TensorPlace(file.name, dtype, shape, start, stop)
     return places, offset
 
@@ -77,17 +89,23 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def read_into(handle: int, data: Tensor, start: int, file: Path) -> None:
-    """Fill a byte tensor from a file."""
+    """Fill a byte tensor from a file.
+
+    Raises:
+        DataError: The file is too short.
+    """
     view = memoryview(data.numpy())
     while view:
         count = os.preadv(handle, [view], start)
         if count == 0:
-            raise DataError(f"{file} ends at byte {start}", "copy or download it again")
+            raise DataError(
+                f"{file} ends at byte {start}", "copy or download it again", code="damaged-file"
+            )
         view, start = view[count:], start + count
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether a tensor of any dtype has neither NaN nor Inf."""
+    """Whether a tensor of any dtype is free of NaN and Inf."""
     if not values.is_floating_point() or not values.numel():
         return True
     if values.dtype.itemsize == 1:
@@ -97,7 +115,7 @@ def is_finite(values: Tensor) -> bool:
 
 
 def read_tensor(folder: Path, place: TensorPlace) -> Tensor:
-    """A tensor of a folder, in memory of its own."""
+    """A copy of a tensor of a folder."""
     data = torch.empty(place.stop - place.start, dtype=torch.uint8)
     handle = os.open(folder / place.file, os.O_RDONLY)
     try:

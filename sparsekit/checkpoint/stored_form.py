@@ -1,4 +1,4 @@
-"""A weight on disk that is more than one plain tensor: where its parts are, and their format."""
+"""A weight that is stored as several tensors: their places and format."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sparsekit.weights.packed_codes import SCALE
 
 @dataclass(frozen=True)
 class StoredForm:
-    """The tensors of a weight, and the format of its core."""
+    """The places of a weight's tensors, and the format of its core."""
 
     name: str
-    """Of the weight."""
+    """Name of the weight."""
     format: CoreFormat
     places: Mapping[str, TensorPlace]
-    """By the last part of their names."""
+    """Places of the tensors, by the last part of their names."""
 
     @property
     def names(self) -> list[str]:
@@ -38,7 +38,7 @@ class StoredForm:
 
     @property
     def n_bytes(self) -> int:
-        """What they take on disk."""
+        """Size on disk in bytes."""
         return sum(place.stop - place.start for place in self.places.values())
 
     def read(self, folder: Path) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class StoredForm:
 
         Raises:
             FactorsError: A part of a packed one is missing, or the parts do not fit together.
-            DataError: The same of one that is not packed.
+            DataError: So are those of an unpacked one.
         """
         parts = self.read(folder)
         try:
@@ -64,7 +64,8 @@ class StoredForm:
             form.check()
         except DataError as error:
             kind = DataError if self.format.pattern is None else FactorsError
-            raise kind(f"{folder}: {self.name}: {error.message}", error.hint) from error
+            message = f"{folder}: {self.name}: {error.message}"
+            raise kind(message, error.hint, code=error.code) from error
         return form
 
     def require(self, where: str) -> None:
@@ -78,15 +79,17 @@ class StoredForm:
         needed = ("values", "indices", *((SCALE,) if self.format.grid else ()))
         for part in needed:
             if part not in self.places:
-                raise FactorsError(f"{where} {part_name(self.name, part)}")
+                raise FactorsError(
+                    f"{where} {part_name(self.name, part)}", code="incomplete-checkpoint"
+                )
 
 
 def packed_forms(folder: Path, tensors: Mapping[str, TensorPlace]) -> dict[str, StoredForm]:
     """The weights in the file of factors, by name.
 
     Args:
-        folder: Of the checkpoint.
-        tensors: What is in the file.
+        folder: The checkpoint's folder.
+        tensors: The tensors of the file.
 
     Raises:
         FactorsError: The file names an unknown format.
@@ -97,7 +100,9 @@ def packed_forms(folder: Path, tensors: Mapping[str, TensorPlace]) -> dict[str, 
             stored_as = CoreFormat.parse(text)
         except UsageError as error:
             raise FactorsError(
-                f"{folder / FACTORS}: {name}: {error.message}", "copy or make it again"
+                f"{folder / FACTORS}: {name}: {error.message}",
+                "copy or make it again",
+                code=error.code,
             ) from error
         names = {part: part_name(name, part) for part in PARTS}
         places = {part: tensors[full] for part, full in names.items() if full in tensors}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparsekit.checkpoint.output_folder import refuse_output, refuse_source
-from sparsekit.checkpoint.resolve import check
+from sparsekit.checkpoint.resolve import check_reference
 from sparsekit.cli import complete
 from sparsekit.errors import DataError, UsageError
 from sparsekit.pipeline.options import DEVICES, WHERE
@@ -81,7 +81,7 @@ def named(name: str) -> str:
     """
     if name == "-":
         return _piped()
-    check(name)
+    check_reference(name)
     return name
 
 
@@ -112,7 +112,7 @@ def _piped() -> str:
         message = f"stdin has a line of {len(lines[0])} characters"
         raise UsageError(message, ONE_PATH, code="path-too-long")
     try:
-        check(lines[0])
+        check_reference(lines[0])
     except DataError as error:
         message = f"{error.message} (read from stdin)"
         raise DataError(message, error.hint, code=error.code) from error
@@ -125,6 +125,6 @@ def refuse_early(model: str, out: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: The output is the model itself or exists.
     """
-    if folder := check(model):
+    if folder := check_reference(model):
         refuse_source(out, folder)
     refuse_output(out, overwrite=overwrite)

@@ -13,7 +13,7 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.form_linear import form_layers
 from sparsekit.progress import SILENT, Progress
-from sparsekit.weights.patterns import SOUGHT, _looseness, patterns_of
+from sparsekit.weights.patterns import SOUGHT, patterns_of, strictness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
     provenance = source.provenance()
     rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]
     recorded = {row["pattern"] for row in rows if ":" in row.get("pattern", "")}
-    sought = sorted({*SOUGHT, *recorded}, key=_looseness)
+    sought = sorted({*SOUGHT, *recorded}, key=strictness)
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}
     by_type: dict[str, list[dict[str, Any]]] = {}

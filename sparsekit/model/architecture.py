@@ -1,4 +1,4 @@
-"""What a model is made of, before any weight is read: its blocks, names and prunable weights."""
+"""The architecture of a model: its decoder blocks, the names on disk and the prunable weights."""
 
 from __future__ import annotations
 
@@ -31,37 +31,47 @@ class Target:
 
     @property
     def disk_shape(self) -> tuple[int, int]:
-        """Its shape on disk."""
+        """The shape on disk."""
         return self.shape[::-1] if self.transposed else self.shape
 
     def from_disk(self, tensor: Tensor) -> Tensor:
-        """Its weight `[out, in]`, a view of the tensor on disk."""
+        """The weight `[out, in]`, a view of the tensor on disk."""
         return tensor.T if self.transposed else tensor
 
     def to_disk(self, weight: Tensor) -> Tensor:
-        """The tensor on disk, a view of its weight `[out, in]`."""
+        """The tensor on disk, a view of the weight `[out, in]`."""
         return weight.T if self.transposed else weight
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The list of decoder blocks, and its name."""
+    """The name of the list of decoder blocks, and the blocks.
+
+    Raises:
+        DataError: The model has no such list.
+    """
     count = model.config.get_text_config().num_hidden_layers
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if not found:
-        raise DataError(f"{model.config.model_type!r} has no list of {count} decoder blocks")
-    # Lists inside a block have longer names; the shortest one is the decoder's own.
-    name, modules = min(found, key=lambda item: item[0].count("."))
+    if not lists:
+        raise DataError(
+            f"{model.config.model_type!r} has no list of {count} decoder blocks",
+            code="unsupported-model",
+        )
+    # Lists inside a block have longer names than the decoder's.
+    name, modules = min(lists, key=lambda item: item[0].count("."))
     return name, list(modules)
 
 
 def match_names(model: nn.Module, source: Checkpoint) -> dict[str, str]:
-    """For each parameter and stored buffer of the model its name on disk.
+    """The name on disk of each parameter and stored buffer of the model.
 
-    Checkpoints of a bare base model lack its prefix; of tied weights one is on disk.
+    Checkpoints of a bare base model lack its prefix; of tied weights only one is on disk.
+
+    Raises:
+        DataError: A parameter is missing on disk or has another shape.
     """
     prefix = model.base_model_prefix + "."
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -70,9 +80,9 @@ def match_names(model: nn.Module, source: Checkpoint) -> dict[str, str]:
         origin = tied.get(name, name)
         alike = (origin, *(n for n, tied_to in tied.items() if tied_to == origin))
         places = (place for n in alike for place in (n, n.removeprefix(prefix)))
-        found = [place for place in places if place in source.places]
-        if found:
-            matched[name] = found[0]
+        on_disk = next((place for place in places if place in source.places), None)
+        if on_disk is not None:
+            matched[name] = on_disk
         elif name in dict(model.named_parameters(remove_duplicate=False)):
             missing.append(name)
     if missing:
@@ -83,41 +93,43 @@ def match_names(model: nn.Module, source: Checkpoint) -> dict[str, str]:
             f"{families(missing)} not on disk under that name"
             + (f"; would be left alone: {families(left)}" if left else ""),
             "packed experts and converted names are not supported",
+            code="unsupported-model",
         )
     for name, on_disk in matched.items():
         shape = tuple(model.get_parameter_or_buffer(name).shape)
         if shape != source.places[on_disk].shape:
             raise DataError(
                 f"{source.path}: {on_disk} has the shape {source.places[on_disk].shape}, "
-                f"config.json asks for {shape}"
+                f"config.json asks for {shape}",
+                code="shape-mismatch",
             )
     return matched
 
 
 def find_targets(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[Target]:
-    """The linear weights below a block, in the order of its modules.
+    """The linear weights of a block, in the order of its modules.
 
     Args:
         module: The block.
         prefix: Its name in the model.
-        names: For each name in the model the name on disk.
+        names: The names on disk by the names in the model.
     """
-    found = []
+    targets = []
     for name, child in module.named_modules():
         if is_linear(child):
-            found.append(Target.of(names[f"{prefix}.{name}.weight"], name, child))
-    return found
+            targets.append(Target.of(names[f"{prefix}.{name}.weight"], name, child))
+    return targets
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module has a plain weight and bias."""
+    """Whether a module is a plain linear layer."""
     from transformers.pytorch_utils import Conv1D
 
     return type(module) in (nn.Linear, Conv1D)
 
 
 def families(names: Iterable[str]) -> str:
-    """Names with their numbers folded: `layers.*.experts.*.w1.weight (64)`."""
+    """Names with their numbers replaced by a star: `layers.*.experts.*.w1.weight (64)`."""
     counts: dict[str, int] = {}
     for name in names:
         folded = re.sub(r"\.\d+(?=\.|$)", ".*", name)

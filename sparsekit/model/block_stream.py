@@ -1,9 +1,9 @@
 """A model as a stream of decoder blocks: one block in memory at a time, for any model size.
 
 The model is built without weights. A recorder pass runs it with every block replaced by the
-identity and keeps what each block would be called with: sliding-window masks and rotary tables
+identity and records the arguments of each block, since sliding-window masks and rotary tables
 differ by layer. Blocks are then loaded one after another and run on the hidden states of all
-token rows, which gives bit for bit what the ordinary forward gives.
+token rows, with bit for bit the result of the ordinary forward pass.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from torch import Tensor, nn
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target, find_targets
-from sparsekit.model.recording import Call, InputRecorder, Seen, same
+from sparsekit.model.recording import BlockCall, Comparisons, InputRecorder, equal_calls
 from sparsekit.model.skeleton import Skeleton
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 
-# Families for which the test suite shows that the stream equals the forward bit for bit.
+# Families for which the test suite checks that the stream equals the forward pass bit for bit.
 TESTED_FAMILIES = frozenset(
     {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}
 )
-# Logits are made for as many tokens at a time as fit into this many bytes.
+# Logits are computed in pieces of at most this many bytes.
 LOGIT_BYTES = 1 << 28
 
 
 class BlockStream:
-    """The decoder blocks of a checkpoint, in order, with the hidden states that enter them.
+    """The decoder blocks of a checkpoint, in order, with their input hidden states.
 
     Args:
         source: The checkpoint.
-        device: Where blocks are computed; hidden states rest in host memory.
+        device: The device of the computation; hidden states are kept in host memory.
         dtype: The compute dtype; the dtype on disk never changes.
 
     Raises:
-        DataError: The architecture cannot be streamed; every weight that would be left alone is
-            named.
+        DataError: The architecture cannot be streamed; the message names every weight that would
+            be skipped.
     """
 
     def __init__(self, source: Checkpoint, *, device: str, dtype: torch.dtype) -> None:
@@ -52,9 +52,9 @@ class BlockStream:
         self.skeleton = Skeleton(source, self.device, dtype)
         self.model = self.skeleton.model
         self.hidden: list[Tensor] = []
-        """For each token row the input of the current block, `[1, length, hidden]`."""
-        self._calls: list[list[Call]] = []
-        self._seen: Seen = {}
+        """The input of the current block for each token row, `[1, length, hidden]`."""
+        self._calls: list[list[BlockCall]] = []
+        self._seen: Comparisons = {}
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
@@ -69,7 +69,7 @@ class BlockStream:
         return [f"{self.skeleton.prefix}.{index}" for index in range(len(self))]
 
     def targets(self) -> list[Target]:
-        """All prunable weights, block after block."""
+        """All prunable weights, block by block."""
         return [t for index in range(len(self)) for t in self.block(index).targets]
 
     def block(self, index: int) -> Block:
@@ -78,7 +78,7 @@ class BlockStream:
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> None:
-        """Record what each block is called with, for these token rows `[rows, length]`."""
+        """Record the arguments of each block for these token rows `[rows, length]`."""
         self.hidden = []
         self._calls = [[] for _ in self.skeleton.blocks]
         needed = self.skeleton.before_blocks()
@@ -87,7 +87,7 @@ class BlockStream:
                 self.model.base_model(input_ids=row[None].to(self.device), use_cache=False)
 
     def __iter__(self) -> Iterator[Block]:
-        """Each block in turn, without its weights; call `load`, then `release` happens here."""
+        """Each block in turn, without its weights; the caller loads it, it is released here."""
         for index in range(len(self)):
             block = self.block(index)
             try:
@@ -98,7 +98,7 @@ class BlockStream:
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
-        """After the last block: the mean loss of each row's next tokens, `[rows]` float64.
+        """The mean next-token loss of each row after the last block, `[rows]` float64.
 
         Args:
             tokens: The rows that were fed.
@@ -125,7 +125,7 @@ class BlockStream:
         return total.cpu() / count
 
     def logits(self, length: int, wanted: Tensor | None = None) -> Tensor:
-        """The model's own tail (norm, head) on whatever the stubs give for the last block."""
+        """Logits of the model's own tail (norm, head) on the output of the last block's stub."""
         embedding = self.model.get_input_embeddings()
         dummy = torch.zeros(
             1, length, embedding.embedding_dim, dtype=self.dtype, device=self.device
@@ -133,24 +133,24 @@ class BlockStream:
         keep = {} if wanted is None else {"logits_to_keep": wanted}
         return self.model(inputs_embeds=dummy, use_cache=False, **keep).logits
 
-    def _record(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+    def _record(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         if index == 0:
             self.hidden.append(hidden.to("cpu", copy=True))
             self._seen = {}
         calls = self._calls[index]
-        # Rows of one length are called alike; then one copy serves them all.
-        alike = calls and same(calls[0], call, self._seen)
+        # Rows of the same length have equal arguments, which are kept once.
+        alike = calls and equal_calls(calls[0], call, self._seen)
         calls.append(calls[0] if alike else call)
         return hidden
 
     @contextmanager
-    def _stubs(self, answer: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
-        """Let every block answer by a function instead of computing."""
+    def _stubs(self, answer: Callable[[int, Tensor, BlockCall], Tensor]) -> Iterator[None]:
+        """Replace the forward of every block by a function."""
 
         def stub(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-                return answer(index, hidden, Call(args[1:], kwargs)).to(self.device)
+                return answer(index, hidden, BlockCall(args[1:], kwargs)).to(self.device)
 
             return forward
 
@@ -185,14 +185,14 @@ class Block:
         self._disk: dict[str, Tensor] = {}
 
     def load(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Bring the block's weights to the device, from the source or from `tensors`."""
+        """Move the block's weights to the device, from the source or from `tensors`."""
         disk = self.stream.source.read(self._names.values()) if tensors is None else dict(tensors)
         self._disk = disk
         held = {name: disk[on_disk] for name, on_disk in self._names.items()}
         self.stream.skeleton.hold(self.name, held)
 
     def release(self) -> None:
-        """Forget the block's weights."""
+        """Free the block's weights."""
         if self._disk:
             self.stream.skeleton.drop(self._names)
             n_bytes = sum(tensor.nbytes for tensor in self._disk.values())
@@ -201,18 +201,18 @@ class Block:
 
     @property
     def disk_names(self) -> list[str]:
-        """Names on disk of everything in the block."""
+        """Names on disk of all tensors of the block."""
         return list(self._names.values())
 
     def weight(self, target: Target) -> Tensor:
-        """A target's weight, `[out, in]` float32 on the device."""
+        """The weight of a target, `[out, in]` float32 on the device."""
         weight = self._disk[target.name].to(self.stream.device, torch.float32)
         return target.from_disk(weight).contiguous()
 
     def replace(self, target: Target, weight: Tensor) -> Tensor:
-        """Put a new weight `[out, in]` in place, as it will be on disk, and give that back.
+        """Replace a weight `[out, in]`, and return it as it will be on disk.
 
-        The result is `[out, in]` in the dtype on disk; its zeros are all positive.
+        The result is `[out, in]` in the dtype on disk, without negative zeros.
 
         Raises:
             NumericalError: The weight is not finite in the dtype on disk.
@@ -224,39 +224,42 @@ class Block:
         cast = cast.masked_fill(cast == 0, 0.0)
         low, high = cast.aminmax()
         if not (low.isfinite() & high.isfinite()):
-            raise NumericalError(f"{target.name} is not finite after pruning ({old.dtype} on disk)")
+            raise NumericalError(
+                f"{target.name} is not finite after pruning ({old.dtype} on disk)",
+                code="not-finite",
+            )
         self._disk[target.name] = cast
         name = next(n for n, on_disk in self._names.items() if on_disk == target.name)
         self.stream.skeleton.hold(self.name, {name: cast})
         return target.from_disk(cast)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor by its name in the block, as it is on disk."""
+        """A tensor of the block as it is on disk, by its name in the block."""
         return self._disk[self._names[f"{self.name}.{name}"]]
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in place by its name in the block, in its type on disk."""
+        """Replace a tensor by its name in the block; it has the dtype on disk."""
         full = f"{self.name}.{name}"
         self._disk[self._names[full]] = tensor
         self.stream.skeleton.hold(self.name, {full: tensor})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the block as they go to disk."""
+        """All tensors of the block as they will be on disk."""
         return dict(self._disk)
 
     @torch.no_grad()
     def observe(
-        self, targets: Iterable[Target], want: Want, *, advance: bool = False
-    ) -> dict[str, InputSums]:
-        """Sums of the inputs of each target, by its name on disk, over all token rows.
+        self, targets: Iterable[Target], want: Stats, *, advance: bool = False
+    ) -> dict[str, InputStats]:
+        """Input statistics of each target over all token rows, by its name on disk.
 
         Targets that read the same tensor (q, k and v) share one object. Unless the hidden states
-        are to advance in the same pass, a row's computation stops when the last target has been
-        reached, which spares the last product of the block.
+        advance in the same pass, the computation of a row stops at the last target, which saves the
+        last product of the block.
 
         Args:
             targets: The weights to observe.
-            want: What to sum.
+            want: The statistics to keep.
             advance: Also replace the hidden states by this block's output.
         """
         rows = len(self.stream.hidden)
@@ -283,7 +286,7 @@ class Block:
             self._carry_on(row, self.run(row))
 
     def _carry_on(self, row: int, output: Tensor) -> None:
-        """Make a row's output the next block's input, in the memory of the last one's."""
+        """Store a row's output as the next block's input, reusing its memory."""
         old = self.stream.hidden[row]
         if (old.shape, old.dtype) == (output.shape, output.dtype):
             old.copy_(output)

@@ -1,4 +1,4 @@
-"""Where and in which type a stage computes."""
+"""Device and dtype of the computation."""
 
 import time
 
@@ -7,7 +7,7 @@ import torch
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import UsageError
 
-# Side of the matrices that types are compared on, and how often; the fastest time counts.
+# Side of the matrices that dtypes are timed with, and the number of tries; the fastest one counts.
 SIDE, TRIES = 512, 3
 
 
@@ -15,20 +15,21 @@ def pick_device(name: str) -> str:
     """The device for `auto`, `cpu` or `cuda`.
 
     Raises:
-        UsageError: CUDA is asked for and absent.
+        UsageError: CUDA is not available.
     """
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
-        raise UsageError("--device cuda: this torch sees no CUDA device", "use --device cpu")
+        raise UsageError(
+            "--device cuda: this torch sees no CUDA device", "use --device cpu", code="no-cuda"
+        )
     return ("cuda" if present else "cpu") if name == "auto" else name
 
 
 def compute_dtype(name: str, device: str, source: Checkpoint) -> torch.dtype:
-    """The type of the forward passes; what lies on disk keeps its own.
+    """The dtype of the forward passes; tensors on disk keep theirs.
 
     `auto` is float32 on a CPU, where 16-bit products are several times slower unless the CPU has
-    matrix units for them (8x on an AVX-512 machine without AMX), and the checkpoint's own type
-    on a GPU.
+    matrix units for them, and the checkpoint's own dtype on a GPU.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
@@ -42,7 +43,7 @@ def compute_dtype(name: str, device: str, source: Checkpoint) -> torch.dtype:
 
 
 def product_seconds(dtype: torch.dtype) -> float:
-    """What a product of two small matrices takes on the CPU."""
+    """Time of a product of two small matrices on the CPU."""
     matrix, times = torch.ones(SIDE, SIDE, dtype=dtype), []
     for _ in range(TRIES):
         begun = time.perf_counter()

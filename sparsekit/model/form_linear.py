@@ -1,4 +1,4 @@
-"""The linear layer for a weight that is more than one plain matrix."""
+"""The linear layer for weights in packed or factored form."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sparsekit.weights.form import PARTS, Form
 
 
 class FormLinear(nn.Module):
-    """y = x Wᵀ + bias with a weight in its parts; a packed core stays packed between calls.
+    """y = x Wᵀ + bias with a weight in parts; a packed core stays packed between calls.
 
-    Codes and scales are multiplied in the scales' type on disk, as where they are not packed. The
-    parameters begin on the meta device, with the shapes and types that they have on disk.
+    Codes are dequantized in the dtype of the scales on disk, as in an unpacked model. The
+    parameters start on the meta device, with their shapes and dtypes on disk.
 
     Args:
-        stored: How the weight is stored.
+        stored: The stored form of the weight.
         old: The layer that this one replaces.
         module: The name of that layer in the model.
     """
@@ -30,8 +30,8 @@ class FormLinear(nn.Module):
         super().__init__()
         self.stored = stored
         self.target = Target.of(stored.name, module, old)
-        self.dtype = old.weight.dtype  # that the model computes in
-        self._checked = False  # its weight never changes, so that the first call's check is enough
+        self.dtype = old.weight.dtype  # in which the model computes
+        self._checked = False  # the weight never changes: one check is enough
         for part in PARTS:
             place = stored.places.get(part)
             if place is None:
@@ -44,13 +44,13 @@ class FormLinear(nn.Module):
 
     @property
     def parts(self) -> dict[str, nn.Parameter]:
-        """What its weight consists of, by name."""
-        found = {name: getattr(self, name) for name in PARTS}
-        return {name: part for name, part in found.items() if part is not None}
+        """The parts of the weight, by name."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def form(self) -> Form:
-        """Its weight; the first time, after a check.
+        """The form of the weight; checked the first time.
 
         Raises:
             FactorsError: The parts do not fit together.
@@ -62,13 +62,14 @@ class FormLinear(nn.Module):
             try:
                 form.check()
             except DataError as error:
-                raise FactorsError(f"{self.target.name}: {error.message}", error.hint) from error
+                message = f"{self.target.name}: {error.message}"
+                raise FactorsError(message, error.hint, code=error.code) from error
             self._checked = True
         return form
 
     @property
     def more_bytes(self) -> int:
-        """How many bytes more its dense weight takes than its parts."""
+        """The number of bytes that the dense weight takes beyond its parts."""
         rows, columns = self.target.shape
         parts = sum(part.nbytes for part in self.parts.values())
         return rows * columns * self.dtype.itemsize - parts
@@ -81,10 +82,10 @@ class FormLinear(nn.Module):
         return self.form.multiply(x, self.bias)
 
     def expand(self) -> None:
-        """Hold the dense weight instead of its parts: it takes the memory of a dense one.
+        """Replace the parts by the dense weight, which takes the memory of a dense layer.
 
-        A weight without factors around its core computes the same bits as before. It has the shape
-        that the layer has in a plain model, so that it can be saved as that of one.
+        Without factors around the core the layer computes the same bits as before. The weight has
+        the shape that it has in a plain model, so the model can be saved as one.
         """
         dense = self.form.dense().to(self.dtype)
         self.weight = nn.Parameter(self.target.to_disk(dense), requires_grad=False)
@@ -93,7 +94,7 @@ class FormLinear(nn.Module):
 
 
 def use_forms(model: nn.Module, source: Checkpoint) -> None:
-    """Replace the linear layers whose weight a checkpoint keeps in parts only.
+    """Replace the linear layers whose weight a checkpoint stores in parts only.
 
     Raises:
         FactorsError: A part is missing, has another shape, or has no layer in the model.
@@ -104,24 +105,28 @@ def use_forms(model: nn.Module, source: Checkpoint) -> None:
         if not _has(model, path):  # a checkpoint of a bare base model lacks its prefix
             path = f"{model.base_model_prefix}.{path}"
         if not _has(model, path):
-            raise FactorsError(f"{source.path} has factors of {name}, which the model lacks")
+            raise FactorsError(
+                f"{source.path} has factors of {name}, which the model lacks",
+                code="unexpected-tensor",
+            )
         parent, _, last = path.rpartition(".")
         layer = FormLinear(stored, model.get_submodule(path), path)
         try:
             shapes = {part: place.shape for part, place in stored.places.items()}
             stored.format.check(shapes, layer.target.shape)
         except DataError as error:
-            raise FactorsError(f"{source.path}: {name}: {error.message}", error.hint) from error
+            message = f"{source.path}: {name}: {error.message}"
+            raise FactorsError(message, error.hint, code=error.code) from error
         setattr(model.get_submodule(parent), last, layer)
 
 
 def form_layers(module: nn.Module) -> list[FormLinear]:
-    """The layers below a module that keep their weight in parts."""
+    """The layers of a module whose weight is in parts."""
     return [layer for layer in module.modules() if isinstance(layer, FormLinear)]
 
 
 def expand(model: nn.Module) -> None:
-    """Let all layers that keep their weight in parts hold it dense, one after the other.
+    """Replace the parts of all layers by dense weights, one layer after the other.
 
     Raises:
         DataError: The dense weights do not fit into memory.
@@ -133,6 +138,7 @@ def expand(model: nn.Module) -> None:
             f"expanded, the weights take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
             "available",
             "keep them packed",
+            code="not-enough-memory",
         )
     for layer in layers:
         layer.expand()

@@ -1,4 +1,4 @@
-"""What enters the prunable weights of a block while it runs: collected row by row, then summed."""
+"""Recording of the inputs of a block's weights and of the arguments of a block."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.model.architecture import Target
-from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputSums, Want
+from sparsekit.solvers.input_stats import SAMPLE_TOKENS, InputStats, Stats
 
-# Comparisons of one row's arguments, by identity; the second tensor is held so that no other
-# tensor can take its identity meanwhile.
-Seen = dict[tuple[int, int], tuple[bool, Tensor]]
+# Results of tensor comparisons, by identity; the second tensor is kept alive so that no
+# other one can get its identity.
+Comparisons = dict[tuple[int, int], tuple[bool, Tensor]]
 
 
 class _Reached(Exception):
@@ -41,7 +41,7 @@ class InputRecorder:
         module: nn.Module,
         name: str,
         targets: list[Target],
-        want: Want,
+        want: Stats,
         *,
         rows: int,
         device: torch.device,
@@ -52,7 +52,7 @@ class InputRecorder:
         self.want = want
         self.device = device
         self.compute = compute
-        self.sums: dict[str, InputSums] = {}
+        self.sums: dict[str, InputStats] = {}
         self._targets = targets
         self._handles: list[Any] = []
         self._inputs: list[tuple[str, Tensor, int]] = []
@@ -95,12 +95,18 @@ class InputRecorder:
         return hook
 
     def _learn(self) -> None:
-        """From the first row: the order of the calls, and which of them share an input."""
+        """Learn the order of the calls, and which of them share an input, from the first row.
+
+        Raises:
+            DataError: A target was not called.
+        """
         self._order = [name for name, _, _ in self._inputs]
         missing = [t.name for t in self._targets if t.name not in self._order]
         if missing:
             raise DataError(
-                f"{', '.join(missing)}: no calibration token reaches it", "exclude it with --skip"
+                f"{', '.join(missing)}: no calibration token reaches it",
+                "exclude it with --skip",
+                code="unsupported-model",
             )
         for position, (name, x, _) in enumerate(self._inputs):
             earlier = (i for i in range(position) if self._inputs[i][1] is x)
@@ -112,35 +118,42 @@ class InputRecorder:
         for name, leader in zip(self._order, self._leaders, strict=True):
             if name == leader and name not in self.sums:
                 columns = next(t.shape[1] for t in self._targets if t.name == name)
-                self.sums[name] = InputSums(columns, self.want, self.device)
+                self.sums[name] = InputStats(columns, self.want, self.device)
             self.sums[name] = self.sums[leader]
 
     def _add(self, sample: int) -> None:
         if [name for name, _, _ in self._inputs] != self._order:
-            raise DataError(f"{self.name}: its calls depend on the data", "exclude it with --skip")
+            raise DataError(
+                f"{self.name}: its calls depend on the data",
+                "exclude it with --skip",
+                code="unsupported-model",
+            )
         for (name, x, version), leader in zip(self._inputs, self._leaders, strict=True):
             if x._version != version:
-                raise DataError(f"{name}: its input is changed in place during the forward")
+                raise DataError(
+                    f"{name}: its input is changed in place during the forward pass",
+                    code="unsupported-model",
+                )
             if name == leader:
                 self.sums[name].update(x.reshape(-1, x.shape[-1]), sample)
 
 
 @dataclass
-class Call:
-    """What a block is called with, besides the hidden states."""
+class BlockCall:
+    """The arguments of a block, other than the hidden states."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
 
-def same(first: Any, second: Any, seen: Seen) -> bool:
+def equal_calls(first: Any, second: Any, seen: Comparisons) -> bool:
     """Whether two recorded values are equal, tensors by content."""
     if first is second:
         return True
     if type(first) is not type(second):
         return False
-    if isinstance(first, Call):
-        return same(first.positional, second.positional, seen) and same(
+    if isinstance(first, BlockCall):
+        return equal_calls(first.positional, second.positional, seen) and equal_calls(
             first.named, second.named, seen
         )
     if isinstance(first, Tensor):
@@ -151,10 +164,12 @@ def same(first: Any, second: Any, seen: Seen) -> bool:
         return seen[key][0]
     if isinstance(first, (tuple, list)):
         return len(first) == len(second) and all(
-            same(a, b, seen) for a, b in zip(first, second, strict=True)
+            equal_calls(a, b, seen) for a, b in zip(first, second, strict=True)
         )
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k], seen) for k in first)
+        return first.keys() == second.keys() and all(
+            equal_calls(first[k], second[k], seen) for k in first
+        )
     try:
         return bool(first == second)
     except (RuntimeError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""A model without its weights, and the few of them that it holds while it computes."""
+"""A model without weights, into which those needed at the moment are loaded."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from sparsekit.memory import steady_heap, trim_heap
 from sparsekit.model.architecture import families, find_blocks, is_linear, match_names
 from sparsekit.model.form_linear import form_layers, use_forms
 
-# What is free in the heap goes back to the system after this many bytes of weights.
+# Free heap memory is returned to the system after this many bytes of weights.
 TRIM_BYTES = 24 << 20
 
 
 class Skeleton:
     """The model of a checkpoint with its parameters on the meta device.
 
-    The first one sets how glibc's allocator treats large pieces, for the whole process.
+    Creating one changes how glibc's allocator treats large chunks, for the whole process.
 
     Args:
         source: The checkpoint.
-        device: Where weights are held.
-        dtype: The compute dtype of weights.
+        device: The device of the weights.
+        dtype: The compute dtype of the weights.
 
     Raises:
-        DataError: The architecture cannot be streamed; every weight that would be left alone is
-            named.
+        DataError: The architecture cannot be streamed; the message names every weight that would
+            be skipped.
     """
 
     def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -40,7 +40,7 @@ class Skeleton:
         self.model = build_without_weights(source, dtype)
         self.prefix, self.blocks = find_blocks(self.model)
         self.on_disk = match_names(self.model, source)
-        """For each parameter and stored buffer its name on disk."""
+        """The name on disk of each parameter and stored buffer."""
         refuse_hidden_weights(self.model, self.blocks, self.prefix, source)
         self._round_inputs()
         self._reused: dict[str, Tensor] = {}
@@ -48,7 +48,7 @@ class Skeleton:
         steady_heap()
 
     def _round_inputs(self) -> None:
-        """Let layers on a grid for inputs round theirs before they compute."""
+        """Let layers on a grid with `activations` round their inputs."""
         grid = self.source.grid
         if grid is None or not grid.activations:
             return
@@ -58,14 +58,14 @@ class Skeleton:
                 layer.register_forward_pre_hook(lambda _, args: grid.round_inputs(args[0]))
 
     def hold(self, module: str, tensors: Mapping[str, Tensor]) -> None:
-        """Bring weights of one block to the device.
+        """Load weights of one block to the device.
 
-        The memory is that of the block before, since blocks are alike: to ask for it anew costs
-        page faults, and leaves holes.
+        They reuse the memory of the block before, since new memory costs page faults and fragments
+        the heap.
 
         Args:
-            module: The block.
-            tensors: For each name in the model the values.
+            module: The name of the block.
+            tensors: The values by their names in the model.
         """
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not self._fits(tensor):
@@ -79,25 +79,25 @@ class Skeleton:
         self._place_buffers(module)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget weights."""
+        """Free weights by their names in the model."""
         for name in names:
             old = self.model.get_parameter_or_buffer(name)
             self._set(name, torch.empty_like(old, device="meta"))
 
     def passed(self, n_bytes: int) -> None:
-        """Count bytes of weights that are done, and tidy the heap when enough came together."""
+        """Count bytes of freed weights, and trim the heap every `TRIM_BYTES`."""
         self._passed += n_bytes
         if self._passed >= TRIM_BYTES:
             self._passed = 0
             trim_heap()
 
     def forget_memory(self) -> None:
-        """Give back the memory that `hold` keeps for the next block."""
+        """Free the memory that `hold` keeps for the next block."""
         self._reused.clear()
 
     @contextmanager
     def resident(self, names: Iterable[str]) -> Iterator[None]:
-        """Hold these weights, and all buffers, on the device for a while."""
+        """Load these weights and all buffers to the device for the duration of the context."""
         names = list(names)
         disk = self.source.read({self.on_disk[name] for name in names})
         for name in names:
@@ -111,7 +111,7 @@ class Skeleton:
             self.drop(names)
 
     def fill(self) -> nn.Module:
-        """The model with all of its weights, to be kept."""
+        """The model with all of its weights."""
         for name, on_disk in self.on_disk.items():
             tensor = self.source.read([on_disk])[on_disk]
             wide = tensor.is_floating_point()
@@ -121,13 +121,13 @@ class Skeleton:
         return self.model
 
     def before_blocks(self) -> list[str]:
-        """Names of what a forward pass with the blocks left out needs, up to the last of them."""
+        """Names of the weights outside blocks that a forward pass needs up to the last block."""
         head = self.model.get_output_embeddings()
         unused = None if head is None else self._name_of(head) + ".weight"
         return [name for name in self._outside() if name != unused]
 
     def after_blocks(self) -> list[str]:
-        """Names of what turns hidden states into logits."""
+        """Names of the weights that turn hidden states into logits."""
         unused = self._name_of(self.model.get_input_embeddings()) + ".weight"
         return [name for name in self._outside() if name != unused]
 
@@ -141,7 +141,7 @@ class Skeleton:
         return tensor.device == self.device and tensor.dtype == self.dtype
 
     def _place_buffers(self, module: str) -> None:
-        """Buffers are computed on the CPU, not read."""
+        """Move a module's buffers to the device: they are computed on the CPU, not read."""
         for name, buffer in self.model.get_submodule(module).named_buffers(prefix=module):
             if buffer.device != self.device and not buffer.is_meta:
                 self._set(name, buffer.to(self.device))
@@ -160,7 +160,7 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model with every parameter on the meta device and every buffer computed.
 
     Raises:
-        DataError: The checkpoint is quantized in another way than ours, or is no causal language
+        DataError: The checkpoint is quantized in an unsupported format, or is not a causal language
             model.
     """
     from accelerate import init_empty_weights
@@ -169,13 +169,14 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
     config = source.config
     source.require("load")
     try:
-        # Buffers are made for real: rotary tables are computed, not stored.
+        # Real buffers: rotary tables are computed, not stored.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{source.path}: no causal language model for {config.model_type!r}: {reason}"
+            f"{source.path}: no causal language model for {config.model_type!r}: {reason}",
+            code="unsupported-model",
         ) from error
     if source.kind.alone:
         use_forms(model, source)
@@ -185,18 +186,23 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
 def refuse_hidden_weights(
     model: nn.Module, blocks: list[nn.Module], prefix: str, source: Checkpoint
 ) -> None:
-    """Refuse blocks with matrices outside linear layers: they would be left dense unnoticed."""
-    left = []
+    """Refuse blocks with matrices outside linear layers, which would stay dense unnoticed.
+
+    Raises:
+        DataError: Names these matrices.
+    """
+    hidden = []
     for index, block in enumerate(blocks):
         known = {id(m.weight) for m in block.modules() if is_linear(m)}
         layers = form_layers(block)
         known |= {id(parameter) for layer in layers for parameter in layer.parameters()}
         for name, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in known:
-                left.append(f"{prefix}.{index}.{name}")
-    if left:
+                hidden.append(f"{prefix}.{index}.{name}")
+    if hidden:
         raise DataError(
             f"{source.path}: {model.config.model_type!r} keeps weights outside plain linear "
-            f"layers, which sparsekit cannot prune yet; would be left alone: {families(left)}",
-            "mixture-of-experts models and linear layers of their own kind are not supported",
+            f"layers, which sparsekit cannot prune yet; would be left alone: {families(hidden)}",
+            "mixture-of-experts models and custom linear layers are not supported",
+            code="unsupported-model",
         )

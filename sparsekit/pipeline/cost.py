@@ -1,4 +1,4 @@
-"""Time and memory that a run took."""
+"""Time and memory of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sparsekit.memory import peak_memory, watch_peak
 
 
 class Cost:
-    """What a run takes, from now on.
+    """Time and memory that a run takes from now on.
 
     Args:
-        clock: Gives the time in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -22,7 +22,7 @@ class Cost:
         watch_peak()
 
     def told(self) -> dict[str, Any]:
-        """Seconds and bytes for the entry of the run, until now."""
+        """Seconds and peak memory so far, for the entry of the run."""
         return {
             "seconds": round(self._clock() - self.started, 3),
             "peak_memory_bytes": peak_memory(),

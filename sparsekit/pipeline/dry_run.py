@@ -1,4 +1,4 @@
-"""What the verbs that write, but for prune, would do and cost, told without doing it."""
+"""The part that all dry-run plans share."""
 
 import shutil
 from pathlib import Path
@@ -9,12 +9,13 @@ from sparsekit.checkpoint.layout import Layout
 from sparsekit.files import existing_parent
 
 
-def _name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
+    """A torch dtype without its prefix, e.g. `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def begun(source: Checkpoint, out: Path, method: str, layout: Layout) -> dict[str, Any]:
-    """What every plan tells."""
+    """The fields that every plan starts with."""
     return {
         "model": str(source.path),
         "out": str(out),

@@ -1,4 +1,4 @@
-"""The time and the memory that a run over blocks or weights is expected to take."""
+"""Estimates of the time and memory of a run over blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sparsekit.memory import KEPT_BYTES
 from sparsekit.pipeline.loops import Rewrite, rewrite_block
 from sparsekit.solvers.hessian import FACTORING_BYTES
-from sparsekit.solvers.input_stats import SAMPLE_TOKENS, Want
+from sparsekit.solvers.input_stats import SAMPLE_TOKENS, Stats
 
 if TYPE_CHECKING:
     from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -28,28 +28,28 @@ def forecast(
     transform: Rewrite,
     *,
     calibration: Calibration | None,
-    want: Want | None,
+    want: Stats | None,
     propagate: bool,
     others: Sequence[Checkpoint] = (),
-    passes: Sequence[Want] = (),
+    passes: Sequence[Stats] = (),
     progress: Progress,
 ) -> float:
-    """Seconds that a run will take on this machine, from its first block, which is not kept.
+    """Estimate the seconds of a run on this machine by processing its first block.
 
-    The text is read and the first block is observed, rewritten and advanced, as the run would; the
-    other blocks are taken to last as long, by their sizes. What the run writes and reads back at
-    its end is taken to last as long as reading the model, which is done too.
+    The text is read and the first block is observed, rewritten and advanced, as in the run; nothing
+    is kept. The other blocks are assumed to take the same time per parameter. Writing the output
+    and reading it back is assumed to take as long as reading the model, which is measured.
 
     Args:
         stream: The blocks.
-        targets: As of `rewrite_blocks`, as are `transform`, `want` and `propagate`.
-        transform: See there.
+        targets: The weights to rewrite.
+        transform: Rewrites a block, as in `rewrite_blocks`.
         calibration: The rows that run through the blocks; None: none.
-        want: See there.
-        propagate: See there.
-        others: Models that are read beside it before the first block.
-        passes: What is summed in runs over all blocks that come before and rewrite nothing.
-        progress: Told of the text that is read.
+        want: The sums to collect over the inputs; None runs no forward pass.
+        propagate: Whether hidden states come from the rewritten blocks or from the dense ones.
+        others: Other models that are read before the first block.
+        passes: Sums collected in earlier passes over all blocks that rewrite nothing.
+        progress: Receives the progress of reading the text.
     """
     started = time.perf_counter()
     stream.source.scan(progress)
@@ -76,17 +76,17 @@ def forecast(
 
 def peak_estimate(
     stream: BlockStream,
-    want: Want | None,
+    want: Stats | None,
     calibration: Calibration | None,
     gram_bytes: int = FACTORING_BYTES,
 ) -> int:
-    """An estimate of this process's memory above the interpreter with its libraries, in bytes.
+    """Estimate this process's peak memory, without the interpreter and libraries, in bytes.
 
     Args:
-        stream: The model, whose blocks are rewritten one by one.
-        want: The sums of inputs that are kept for a block; None: none.
+        stream: The model, whose blocks are rewritten one at a time.
+        want: The sums collected over the inputs of a block; None: none.
         calibration: The rows that run through it.
-        gram_bytes: What is made of the largest Gram matrix, for each of its entries.
+        gram_bytes: Working memory per entry of the largest Gram matrix.
     """
     source = stream.source
     places = source.places
@@ -96,10 +96,10 @@ def peak_estimate(
         block = stream.block(index)
         stored = sum(places[name].stop - places[name].start for name in block.disk_names)
         numbers = sum(math.prod(places[name].shape) for name in block.disk_names)
-        # Which weights share an input shows in the forward only: at most one Gram matrix for each.
+        # Only a forward pass shows which weights share an input: assume a Gram matrix for each.
         widths = [target.shape[1] for target in block.targets]
         grams = 0
-        if want and Want.GRAM in want:
+        if want and Stats.GRAM in want:
             grams = 4 * sum(w * w for w in widths) + gram_bytes * max(widths) ** 2
         solving = 2 * max(math.prod(target.shape) for target in block.targets)
         blocks.append(stored + wide * numbers + grams + 6 * 4 * solving)
@@ -109,13 +109,13 @@ def peak_estimate(
         samples, length = calibration.shape(source.config)
         width = source.config.get_text_config().hidden_size
         hidden = samples * length * width * wide
-        # What one row makes on its way through a block, and the sampled inputs.
+        # Activations of one row in a block, and the sampled inputs.
         ends = max(sum(sum(t.shape) for t in stream.block(i).targets) for i in range(len(stream)))
         hidden += (length * wide + SAMPLE_TOKENS * 4) * ends
     return hidden + max(max(blocks), outside) + KEPT_BYTES
 
 
 def _size(block: Block) -> int:
-    """How many numbers a block has."""
+    """Number of parameters of a block."""
     places = block.stream.source.places
     return sum(math.prod(places[name].shape) for name in block.disk_names)

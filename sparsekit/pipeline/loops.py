@@ -1,4 +1,4 @@
-"""The one loop over blocks: observe, rewrite, write, advance; and go on after an interruption."""
+"""Loops over blocks and over weights that write each result and resume after an interruption."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block, BlockStream
 from sparsekit.progress import Progress
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 
-# Of the largest weight while it is packed, for each number: as it is, its places as 64-bit
-# integers, sorted, and the masks of the patterns that are tried.
+# Memory per entry of the largest weight while it is packed: the weight, sorted positions as 64-bit
+# integers, and the masks of the patterns that are tried.
 PACKING_BYTES = 32
-# The same while it is unpacked: its places, and the dense weight.
+# The same while it is unpacked: positions and the dense weight.
 UNPACKING_BYTES = 24
 Make = Callable[[str], tuple[Mapping[str, Tensor], Any]]
-Rewrite = Callable[[Block, dict[str, InputSums]], tuple[list[dict[str, Any]], dict[str, Tensor]]]
+Rewrite = Callable[[Block, dict[str, InputStats]], tuple[list[dict[str, Any]], dict[str, Tensor]]]
 
 
 def rewrite_blocks(
@@ -27,25 +27,25 @@ def rewrite_blocks(
     transform: Rewrite,
     restore: Callable[[Block], dict[str, Tensor]],
     *,
-    want: Want | None,
+    want: Stats | None,
     propagate: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Rewrite every block of a stream; gives the report rows of all blocks, in order.
+    """Rewrite every block of a stream; returns the report rows of all blocks in order.
 
-    A block that an earlier run has finished is not computed again: its written weights only
-    carry the hidden states on, which gives the next block bit for bit the same inputs.
+    A block that an earlier run has finished is not computed again: its stored weights only run
+    forward, so the next block gets the same inputs, bit for bit.
 
     Args:
         stream: The source's blocks; fed with token rows when `want` is given.
-        writer: Where finished blocks go.
+        writer: Stores finished blocks.
         targets: The weights to rewrite.
-        transform: Replaces the weights of a block, given sums by weight name; gives the report
-            rows, and the tensors to write.
-        restore: The tensors of a block that has been written, as it computes with them.
-        want: What to sum over the inputs; None runs no forward pass.
+        transform: Replaces the weights of a block, given sums by weight name; returns report rows
+            and the tensors to write.
+        restore: Returns the tensors that a stored block computes with.
+        want: The sums to collect over the inputs; None runs no forward pass.
         propagate: Whether hidden states come from the rewritten blocks or from the dense ones.
-        progress: Told of each block.
+        progress: Receives each finished block.
     """
     rows: list[dict[str, Any]] = []
     for block in stream:
@@ -68,23 +68,23 @@ def rewrite_block(
     transform: Rewrite,
     write: Callable[[str, dict[str, Tensor], Any], None],
     *,
-    want: Want | None,
+    want: Stats | None,
     propagate: bool,
 ) -> list[dict[str, Any]]:
-    """Observe, rewrite, write and advance one block; gives its report rows.
+    """Observe, rewrite, write and advance one block; returns its report rows.
 
     Args:
-        block: One of a stream, without its weights.
-        targets: As of `rewrite`, as are `transform`, `want` and `propagate`.
-        transform: See there.
+        block: A block of a stream, not loaded.
+        targets: The weights to rewrite.
+        transform: Rewrites the block, as in `rewrite_blocks`.
         write: Takes the name of the block, the tensors to write and the report rows.
-        want: See there.
-        propagate: See there.
+        want: The sums to collect over the inputs; None runs no forward pass.
+        propagate: Whether hidden states come from the rewritten block or from the dense one.
     """
     block.load()
     wanted = {target.name for target in targets}
     chosen = [target for target in block.targets if target.name in wanted]
-    sums: dict[str, InputSums] = {}
+    sums: dict[str, InputStats] = {}
     if want and chosen:
         sums = block.observe(chosen, want, advance=not propagate and not _is_last(block))
     rows, tensors = transform(block, sums)
@@ -96,7 +96,7 @@ def rewrite_block(
 
 
 def _is_last(block: Block) -> bool:
-    """Whether nothing needs this block's output."""
+    """Whether no later block needs this block's output."""
     return block.index == len(block.stream) - 1
 
 
@@ -107,17 +107,17 @@ def rewrite_weights(
     make: Make,
     progress: Progress,
 ) -> list[Any]:
-    """Write what becomes of each weight that no earlier run has finished.
+    """Convert and write each weight that no earlier run has finished.
 
     Args:
-        writer: Where they go.
-        title: What is told to be done.
-        sizes: How many numbers each weight has, by its name or that of the layer that has it.
-        make: Given a name, the tensors to write and the note to keep with them.
-        progress: Told of each.
+        writer: Stores the results.
+        title: Title of the task in progress displays.
+        sizes: Number of entries by name of the weight or of its layer.
+        make: Given a name, returns the tensors to write and the note to keep with them.
+        progress: Receives each finished weight.
 
     Returns:
-        The notes of all, in order.
+        All notes, in order.
     """
     progress.begin(title, len(sizes))
     for name in sizes:

@@ -1,7 +1,8 @@
-"""The options of a verb, declared once: a frozen model whose fields are its options.
+"""Options of a verb, declared once as the fields of a frozen model.
 
-A field says the type of the value, how it is written (`Word`), its help text, and how the command
-line presents it (`Flag`). Flags, recipe keys, the JSON schema and the Python keywords come from it.
+A field declares the type of the value, how it is written (`Word`), its help text, and how the
+command line presents it (`Flag`). Flags, recipe keys, the JSON schema and the Python keywords are
+generated from it.
 """
 
 import re
@@ -21,7 +22,7 @@ from sparsekit.text.calibration import Calibration
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT, CALIBRATION, WHERE = "What", "Calibration", "Where"
-# The commonest guess of this field, and what it stands for.
+# Option names that users of other tools try, with the option and value to suggest.
 GUESSES = {"sparsity": ("pattern", "50%")}
 
 
@@ -30,7 +31,7 @@ class KeywordError(UsageError, TypeError):
 
 
 class _Refused(ValueError):
-    """An error of ours on its way through pydantic, which collects those of all fields."""
+    """Wraps a sparsekit error for pydantic, which collects the errors of all fields."""
 
     def __init__(self, error: SparsekitError) -> None:
         super().__init__(error.message)
@@ -39,7 +40,7 @@ class _Refused(ValueError):
 
 @dataclass(frozen=True)
 class Word:
-    """How a value is written: the type of the word, and what parses it."""
+    """How a value is written: the type of the word, and its parser."""
 
     type: Any
     parse: Callable[[Any], Any]
@@ -47,7 +48,7 @@ class Word:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """The schema of the word, followed by the parser; None stands for itself."""
+        """The schema of the word, followed by the parser; None stays None."""
 
         def parse(word: Any) -> Any:
             try:
@@ -65,32 +66,32 @@ class Flag:
 
     panel: str = WHAT
     spelling: tuple[str, ...] = ()
-    """Other than the field's name with dashes."""
+    """Spellings of the flag; empty: the field's name with dashes."""
     metavar: str = ""
     completes: str = ""
-    """What a shell offers, by the name that `cli/complete.py` has for it."""
+    """Name of the shell completion in `cli/complete.py`."""
     methods: tuple[str, ...] = ()
-    """Kinds of methods whose names a shell offers."""
+    """Kinds of methods whose names the shell completes."""
     before: tuple[str, ...] = ()
-    """Words that it offers before them."""
+    """Words that the shell offers before them."""
     model: bool = False
-    """Whether it names a model, so that `-` is read from stdin."""
+    """Whether it names a model, for which `-` reads stdin."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with one option."""
+    """One invalid option."""
 
     key: str
     error: SparsekitError
-    """In the words of the command line."""
+    """In terms of command-line flags."""
     reason: str
-    """The same beside a place that names the option."""
+    """The message without the option's name, for use after its place in a recipe."""
     given: Any
 
 
 class Options(BaseModel):
-    """The options of a verb. Making one is the check: what is wrong is refused there.
+    """Options of a verb, checked when constructed.
 
     Raises:
         UsageError: An option does not exist, cannot have its value, or has no effect.
@@ -112,34 +113,34 @@ class Options(BaseModel):
             super().__init__(**words)
         except ValidationError as error:
             raise _problems(type(self), error)[0].error from None
-        # Outside the fields, so that two spellings of the same options are equal.
-        given = {key: word for key, word in words.items() if word is not None}
-        object.__setattr__(self, "_words", given)
+        # Not a field, so that two spellings of the same options are equal.
+        spelled = {key: word for key, word in words.items() if word is not None}
+        object.__setattr__(self, "_words", spelled)
 
     @property
     def words(self) -> Mapping[str, Any]:
-        """The options that were given, as they were written."""
+        """The given options as written."""
         return dict(self._words)
 
     @classmethod
     def problems(cls, words: Mapping[str, Any]) -> list[Problem]:
-        """Everything that is wrong with the options one by one."""
+        """All options that are invalid on their own."""
         try:
             cls.__pydantic_validator__.validate_python(dict(words), self_instance=cls.__new__(cls))
         except ValidationError as error:
             return _problems(cls, error)
         except SparsekitError:
-            return []  # which of them do not go together is said when one is made
+            return []  # conflicts between options are reported on construction
         return []
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The options as they are written when none is given."""
+        """Default of each option, as written."""
         return {name: field.default for name, field in cls.model_fields.items()}
 
 
 class ReadsRows(Options):
-    """The options of a verb that may read calibration."""
+    """Options of a verb that may read calibration."""
 
     calibration: Annotated[
         str | None,
@@ -153,10 +154,10 @@ class ReadsRows(Options):
         int | None, Field(description="Calibration rows. Default: 128."), Flag(panel=CALIBRATION)
     ] = None
     length: Annotated[
-        int | None, Field(description="Tokens of a row. Default: 2048."), Flag(panel=CALIBRATION)
+        int | None, Field(description="Tokens per row. Default: 2048."), Flag(panel=CALIBRATION)
     ] = None
     seed: Annotated[
-        int, Field(description="Seed of everything that is drawn."), Flag(panel=CALIBRATION)
+        int, Field(description="Seed of all random choices."), Flag(panel=CALIBRATION)
     ] = 0
 
     @property
@@ -166,14 +167,14 @@ class ReadsRows(Options):
 
     @property
     def rows(self) -> Calibration | None:
-        """The calibration that this run reads; None: none."""
+        """Calibration of this run; None: none."""
         if self.calibration is None and not self.needs_rows:
             return None
         source = self.calibration or "builtin"
         return Calibration(source=source, samples=self.samples, length=self.length, seed=self.seed)
 
     def check_rows(self, title: str, *others: str) -> None:
-        """Refuse calibration that cannot be had, and options of it where none is read.
+        """Refuse unusable calibration, and calibration options without calibration.
 
         Args:
             title: The methods of the run.
@@ -186,52 +187,60 @@ class ReadsRows(Options):
         if self.rows is not None:
             return self.rows.check()
         if self.seed < 0:
-            raise UsageError(f"--seed must not be negative, not {self.seed}")
-        given = [name for name in ("samples", "length", *others) if getattr(self, name) is not None]
-        if given:
-            flags = " and ".join(f"--{name}" for name in given)
+            message = f"--seed must not be negative, not {self.seed}"
+            raise UsageError(message, code="out-of-range")
+        unused = [
+            name for name in ("samples", "length", *others) if getattr(self, name) is not None
+        ]
+        if unused:
+            flags, have = (
+                " and ".join(f"--{name}" for name in unused),
+                "have" if unused[1:] else "has",
+            )
             raise UsageError(
-                f"{title} reads no calibration: {flags} {'have' if given[1:] else 'has'} no effect",
-                "leave that out, or pass --calibration to have the output error measured",
+                f"{title} reads no calibration: {flags} {have} no effect",
+                "leave it out, or pass --calibration to measure the output error",
+                code="no-effect",
             )
 
 
 def _problems(config: type[Options], error: ValidationError) -> list[Problem]:
-    """What pydantic found, in our words; an option that may be of several types has one problem."""
+    """The errors of pydantic, one per option."""
     by_key: dict[str, list[Mapping[str, Any]]] = {}
-    for one in error.errors():
-        by_key.setdefault(str(one["loc"][0]), []).append(dict(one))
-    return [_problem(config, key, same) for key, same in by_key.items()]
+    for details in error.errors():
+        by_key.setdefault(str(details["loc"][0]), []).append(dict(details))
+    return [_problem(config, key, errors) for key, errors in by_key.items()]
 
 
-def _problem(config: type[Options], key: str, same: Sequence[Mapping[str, Any]]) -> Problem:
-    first, given = same[0], same[0]["input"]
+def _problem(config: type[Options], key: str, errors: Sequence[Mapping[str, Any]]) -> Problem:
+    first, given = errors[0], errors[0]["input"]
     flag = f"--{key.replace('_', '-')}"
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, _Refused):
         return Problem(key=key, error=raised.error, reason=str(raised.error), given=given)
     if first["type"] == "extra_forbidden":
         hint = suggestion(key, config)
-        wrong = KeywordError(f"there is no option {key!r}", hint)
+        wrong = KeywordError(f"there is no option {key!r}", hint, code="no-option")
         return Problem(key=key, error=wrong, reason=f"unknown; {hint}", given=None)
     if first["type"] == "literal_error":
         known = choices_of(config.model_fields[key].annotation)
         hint = f"one of: {', '.join(known)}"
         hint = did_you_mean(given, known, hint) if isinstance(given, str) and known[4:] else hint
-        unknown = UsageError(f"{flag} {given!r} is not known", hint)
+        unknown = UsageError(f"{flag} {given!r} is not known", hint, code="not-a-choice")
         reason = f"one of {', '.join(known)} is wanted, not {given!r}"
         return Problem(key=key, error=unknown, reason=reason, given=given)
     if first["type"] == "greater_than_equal":
-        wanted = f"must be at least {first['ctx']['ge']}"
+        required, code = f"must be at least {first['ctx']['ge']}", "out-of-range"
     else:
-        wanted = " or ".join(dict.fromkeys(one["msg"].lower() for one in same))
-    text = f"{wanted}, not {given!r}"
-    said = f"{flag} {text}" if wanted.startswith("must") else f"{flag}: {text}"
-    return Problem(key=key, error=UsageError(said), reason=text, given=given)
+        required = " or ".join(dict.fromkeys(details["msg"].lower() for details in errors))
+        code = "wrong-type"
+    text = f"{required}, not {given!r}"
+    message = f"{flag} {text}" if required.startswith("must") else f"{flag}: {text}"
+    return Problem(key=key, error=UsageError(message, code=code), reason=text, given=given)
 
 
 def suggestion(key: str, config: type[Options]) -> str:
-    """What could have been meant by an option that does not exist."""
+    """A suggestion for an option that does not exist."""
     option, value = GUESSES.get(key.replace("-", "_"), ("", ""))
     if option in config.model_fields:
         return f"use --{option} {value}"
@@ -239,24 +248,24 @@ def suggestion(key: str, config: type[Options]) -> str:
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The words that a closed choice has; empty where there are others."""
-    return tuple(one for one in get_args(annotation) if isinstance(one, str))
+    """The words of a closed choice; empty for other types."""
+    return tuple(choice for choice in get_args(annotation) if isinstance(choice, str))
 
 
 def flag_of(config: type[Options], name: str) -> Flag:
     """How the command line presents an option."""
-    return next(one for one in config.model_fields[name].metadata if isinstance(one, Flag))
+    return next(item for item in config.model_fields[name].metadata if isinstance(item, Flag))
 
 
 def word_type(config: type[Options], name: str) -> Any:
     """The type that an option is written as."""
     field = config.model_fields[name]
-    written = [one.type for one in field.metadata if isinstance(one, Word)]
-    return written[0] if written else field.annotation
+    types = [item.type for item in field.metadata if isinstance(item, Word)]
+    return types[0] if types else field.annotation
 
 
 def as_keywords(text: str) -> str:
-    """A message about flags in the words of recipes and of Python."""
+    """A message about flags, reworded for recipes and Python."""
 
     def keyword(match: re.Match[str]) -> str:
         return match[1].replace("-", "_")
@@ -266,10 +275,10 @@ def as_keywords(text: str) -> str:
 
 
 def parsed(option: Sequence[str] | Mapping[str, object]) -> dict[str, str]:
-    """The options of `-O KEY=VALUE`, or of a mapping, as text.
+    """The options of `-O KEY=VALUE` or of a mapping, as text.
 
     Raises:
-        UsageError: One has no value, or is given twice.
+        UsageError: An option has no value, or is given twice.
     """
     if isinstance(option, Mapping):
         return {key: as_text(value) for key, value in option.items()}
@@ -277,66 +286,69 @@ def parsed(option: Sequence[str] | Mapping[str, object]) -> dict[str, str]:
     for item in option:
         key, equals, value = item.partition("=")
         if not equals:
-            raise UsageError(f"--option {item!r} has no value", "write --option KEY=VALUE")
+            message = f"--option {item!r} has no value"
+            raise UsageError(message, "write --option KEY=VALUE", code="no-value")
         if key.strip() in options:
-            raise UsageError(f"option {key.strip()!r} is given twice", "leave out one")
+            message = f"option {key.strip()!r} is given twice"
+            raise UsageError(message, "leave out one", code="given-twice")
         options[key.strip()] = value.strip()
     return options
 
 
 def seconds(flag: str) -> Callable[[str], float]:
-    """Parses `90s`, `10m` or `2h`, for a flag that errors name."""
+    """Return a parser of `90s`, `10m` or `2h`; its errors name the flag."""
 
     def parse(text: str) -> float:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-        found = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-        if not found:
-            raise UsageError(f"{flag} {text!r} is no time", "write it as 90s, 10m or 2h")
-        return found
+        duration = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+        if not duration:
+            message = f"{flag} {text!r} is not a duration"
+            raise UsageError(message, "write it as 90s, 10m or 2h", code="not-a-duration")
+        return duration
 
     return parse
 
 
 def count(text: str | int) -> int:
-    """What `4096`, `200K`, `20M` or `1.5B` stands for.
+    """The number of tokens in `4096`, `200K`, `20M` or `1.5B`.
 
     Raises:
-        UsageError: It is no whole number of tokens.
+        UsageError: It is not a whole number above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(text).strip().upper())
     units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-    found = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
-    if found < 1 or found.denominator != 1:
-        raise UsageError(f"--tokens {text!r} is no number of tokens", "write it as 200K or 20M")
-    return int(found)
+    tokens = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
+    if tokens < 1 or tokens.denominator != 1:
+        message = f"--tokens {text!r} is not a whole number of tokens"
+        raise UsageError(message, "write it as 200K or 20M", code="not-a-count")
+    return int(tokens)
 
 
 def one_of(flag: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a value that is not among the choices of a flag."""
+    """Refuse a value that is not one of the choices of a flag."""
     if value not in choices:
-        raise UsageError(f"{flag} {value!r} is not known", f"one of: {', '.join(choices)}")
+        hint = f"one of: {', '.join(choices)}"
+        raise UsageError(f"{flag} {value!r} is not known", hint, code="not-a-choice")
 
 
 def written(word: Any) -> Any:
-    """A default as it is written; the field has what is parsed from it."""
+    """A default as written; the field holds the parsed value."""
     return word
 
 
 MethodOptions = Annotated[
     Mapping[str, str],
     Word(Sequence[str] | Mapping[str, object], parsed),
-    Field(description="KEY=VALUE of the method, or METHOD.KEY=VALUE; repeatable."),
+    Field(description="Option of the method, KEY=VALUE or METHOD.KEY=VALUE; repeatable."),
     Flag(spelling=("--option", "-O"), metavar="KEY=VALUE"),
 ]
 Skip = Annotated[
     Sequence[str],
-    Field(description="Glob of weights to leave dense, as down_proj; repeatable."),
+    Field(description="Glob of weights to leave dense, e.g. down_proj; repeatable."),
     Flag(metavar="glob"),
 ]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"],
-    Field(description="Where to compute."),
-    Flag(panel=WHERE),
+    Literal["auto", "cpu", "cuda"], Field(description="Device to compute on."), Flag(panel=WHERE)
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -1,4 +1,4 @@
-"""The choice of weights to work on, and the pattern of each."""
+"""Selection of the weights to work on, and their patterns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sparsekit.weights.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patterns:
-    """The pattern of each weight: one for all, but where blocks or a given mask differ."""
+class WeightPatterns:
+    """The pattern of each weight: one for all, with exceptions by name."""
 
     base: Pattern
-    """Of the weights that have no other."""
+    """The pattern of weights without their own."""
     own: Mapping[str, Pattern] = field(default_factory=dict)
-    """By the weight's name."""
+    """Exceptions, by name of the weight."""
 
     def of(self, target: Target) -> Pattern:
         """The pattern of a weight."""
@@ -27,7 +27,7 @@ class Patterns:
 
 
 def family_notes(stream: BlockStream) -> list[str]:
-    """What the user should know of a family that the test suite does not cover."""
+    """A note for model families that the test suite does not cover."""
     if stream.tested:
         return []
     return [
@@ -37,14 +37,15 @@ def family_notes(stream: BlockStream) -> list[str]:
 
 
 def select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list[dict[str, str]]]:
-    """The weights to prune, and the linear weights to leave dense with the reason."""
+    """The weights to work on, and the weights that stay dense, each with the reason."""
     linear = {target.name: target for target in stream.targets()}
     if not linear:
-        raise DataError(f"{stream.source.path} has no linear weight in its blocks to prune")
+        message = f"{stream.source.path} has no linear weights in decoder blocks"
+        raise DataError(message, code="no-weights")
     reasons = skipped(linear, skip)
     targets = [target for name, target in linear.items() if name not in reasons]
     if not targets:
-        raise UsageError("--skip leaves no weight to prune", "skip fewer weights")
+        raise UsageError("--skip leaves no weights", "skip fewer weights", code="no-weights")
     reasons |= {
         name: "no linear weight of a decoder block"
         for name, place in stream.source.places.items()
@@ -54,7 +55,7 @@ def select(stream: BlockStream, skip: Sequence[str]) -> tuple[list[Target], list
 
 
 def skipped(names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
-    """Of some names those that globs match, each with the reason.
+    """The names that globs match, each with the reason.
 
     Raises:
         UsageError: A glob matches none.
@@ -63,18 +64,19 @@ def skipped(names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
     for glob in skip:
         matched = [name for name in names if _matches(name, glob)]
         if not matched:
-            raise UsageError(f"--skip {glob!r} matches no weight", _globs_like(glob, names))
+            message = f"--skip {glob!r} matches no weight"
+            raise UsageError(message, _globs_like(glob, names), code="no-match")
         reasons = dict.fromkeys(matched, f"--skip {glob}") | reasons
     return reasons
 
 
 def _matches(name: str, glob: str) -> bool:
-    """Whether a glob matches the name or any run of its dot-separated parts."""
+    """Whether a glob matches the name or any sequence of its dot-separated parts."""
     return any(fnmatch.fnmatchcase(run, glob) for run in _runs(name))
 
 
 def _runs(name: str) -> Iterator[str]:
-    """All runs of a name's dot-separated parts."""
+    """All sequences of a name's dot-separated parts."""
     parts = name.split(".")
     for start in range(len(parts)):
         for stop in range(start + 1, len(parts) + 1):
@@ -82,9 +84,9 @@ def _runs(name: str) -> Iterator[str]:
 
 
 def _globs_like(glob: str, names: Iterable[str]) -> str:
-    """What a pattern that matches no weight may have meant, else how such patterns look."""
+    """A suggestion for a glob that matches no weight."""
     first = next(iter(names))
     known = {run for name in names for run in _runs(name) if not run.isdigit()}
     kind = first.removesuffix(".weight").rpartition(".")[2]
-    form = f"write a name as {first}, or a part of it, as {kind}; * and ? stand for others"
+    form = f"write a name, e.g. {first}, or a part, e.g. {kind}; * and ? are wildcards"
     return did_you_mean(glob, known, otherwise=form)

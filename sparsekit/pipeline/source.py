@@ -1,4 +1,4 @@
-"""The model that a stage reads and the room for what it writes: what is refused first."""
+"""Checks that come first in every verb that writes: the source, the output folder, the disk."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sparsekit.progress import Progress
 
 
 def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -> Checkpoint:
-    """The checkpoint that a name stands for, when an output may be written to `out`.
+    """Open the model of a verb that writes to `out`, after checking that it may.
 
     Raises:
         UsageError: `out` is in use, or is or holds the model.
@@ -30,12 +30,12 @@ def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -
 
 
 def require_disk(out: Path, layout: Layout, beside: int = 0) -> None:
-    """Refuse an output that the disk has no room for, unless its room is taken already.
+    """Refuse an output that does not fit on the disk, unless an earlier run has reserved the space.
 
     Args:
         out: The folder to make.
         layout: Its weight files.
-        beside: Bytes of what else is kept there until it is complete.
+        beside: Bytes of other files that are kept there until it is complete.
 
     Raises:
         StorageError: Says how much is missing.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.demo_model import SMOLLM2
-from sparsekit.checkpoint.resolve import DEMO, hub_id, title
+from sparsekit.checkpoint.resolve import DEMO, display_name, hub_id
 
 OWN_TAG = "sparsekit"
 LICENSE = ("license", "license_name", "license_link")
@@ -34,7 +34,7 @@ class Origin:
         named = {key: known[key] for key in LICENSE if key in known}
         if model == DEMO:
             named = {"license": SMOLLM2.license}
-        return cls(title=title(model), base_model=base, license=named)
+        return cls(title=display_name(model), base_model=base, license=named)
 
 
 def front_matter(origin: Origin, tags: Sequence[str], library: str | None) -> str:

@@ -1,4 +1,4 @@
-"""One block's weights: pruned, put in their places, told of, and read again."""
+"""Pruning of one block, and restoring a block that was written before."""
 
 import time
 from collections.abc import Mapping
@@ -15,29 +15,29 @@ from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block
 from sparsekit.provenance.entry import WeightRow, row_json
-from sparsekit.pruning.prepare import Job
-from sparsekit.pruning.refiners import always
-from sparsekit.pruning.time_budget import Budget
+from sparsekit.pruning.prepare import PruneJob
+from sparsekit.pruning.refiners import no_limit
+from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.storage import coded_tensors, read_coded
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes
 
-# Fitting factors leaves about so many times their weight's size in small pieces of the heap.
+# Heap that fitting factors leaves fragmented, as a multiple of the weight's size.
 FITTED = 8
 
 
 def prune_block(
-    job: Job, block: Block, sums: dict[str, InputSums], budget: Budget | None
+    job: PruneJob, block: Block, sums: dict[str, InputStats], budget: TimeBudget | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Prune the chosen weights of one block; gives their report rows and the tensors to write."""
+    """Prune the selected weights of one block; returns report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
     rows, stored = [], {}
     for group in job.chain.groups(chosen, sums, job.patterns, job.source.places):
-        made, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
-        rows += made
+        group_rows, parts = _prune_group(job, block, group, sums.get(group[0].name), budget)
+        rows += group_rows
         stored |= parts
     apart = wanted if job.chain.grid else set()
     tensors = {
@@ -49,33 +49,39 @@ def prune_block(
 
 
 def _prune_group(
-    job: Job, block: Block, group: list[Target], sums: InputSums | None, budget: Budget | None
+    job: PruneJob,
+    block: Block,
+    group: list[Target],
+    sums: InputStats | None,
+    budget: TimeBudget | None,
 ) -> tuple[list[WeightRow], dict[str, Tensor]]:
-    """Prune weights with the same inputs, stacked, and put the parts in their places."""
+    """Prune weights with the same inputs as one stacked weight, and put them into the block."""
     started = time.perf_counter()
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     dtype = job.source.places[group[0].name].dtype
     try:
         pattern = job.patterns.of(group[0])
-        with budget.weight(stacked.numel()) if budget else nullcontext(always) as go_on:
-            pruned = job.chain.run(group, stacked, sums, pattern, dtype, go_on)
+        with budget.weight(stacked.numel()) if budget else nullcontext(no_limit) as should_continue:
+            pruned = job.chain.run(group, stacked, sums, pattern, dtype, should_continue)
     except NumericalError as error:
         names = ", ".join(target.name for target in group)
-        raise NumericalError(f"{names}: {error.message}", error.hint) from error
+        raise NumericalError(f"{names}: {error.message}", error.hint, code=error.code) from error
     factors = None if pruned.factors is None else pruned.factors.rounded(dtype)
     new = pruned.weight if factors is None else factors.dense()
     rows: list[WeightRow] = []
     sizes = [len(weight) for weight in weights]
     numbers = _numbers(pruned.numbers, sizes)
-    for target, weight, part, told in zip(group, weights, new.split(sizes), numbers, strict=True):
+    parts = zip(group, weights, new.split(sizes), numbers, strict=True)
+    for target, weight, part, target_numbers in parts:
         on_disk = block.replace(target, part)
         core = on_disk if factors is None else factors.core.dense()
         pattern.check(core, target.name)
         try:
             error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
         except NumericalError as failure:
-            raise NumericalError(f"{target.name}: {failure.message}", failure.hint) from failure
+            message = f"{target.name}: {failure.message}"
+            raise NumericalError(message, failure.hint, code=failure.code) from failure
         row = WeightRow(
             name=target.name,
             shape=target.shape,
@@ -84,11 +90,11 @@ def _prune_group(
             size=on_disk.numel(),
             error=error,
             seconds=0.0,
-            numbers=told,
+            numbers=target_numbers,
         )
         rows.append(row)
     stored: dict[str, Tensor] = {}
-    if factors is not None:  # of one weight: those with factors are not stacked
+    if factors is not None:  # the group has one weight: weights with factors are not stacked
         stored = {
             part_name(group[0].name, part): tensor
             for part, tensor in factors.packed(pattern).to(dtype).stored().items()
@@ -104,19 +110,19 @@ def _prune_group(
     return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
 
 
-def _numbers(told: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:
-    """What is told of stacked weights, for each; counts of rows are summed."""
-    found: list[dict[str, float]] = []
+def _numbers(stacked: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:
+    """The reported numbers of each weight in a stack; counts per row are summed."""
+    numbers: list[dict[str, float]] = []
     for part in range(len(sizes)):
         rows = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
-        found.append(
-            {k: int(v[rows].sum()) if isinstance(v, Tensor) else v for k, v in told.items()}
+        numbers.append(
+            {k: int(v[rows].sum()) if isinstance(v, Tensor) else v for k, v in stacked.items()}
         )
-    return found
+    return numbers
 
 
-def restore(job: Job, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
-    """The tensors of a block that has been written; products of factors are made again."""
+def restore(job: PruneJob, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
+    """The tensors of a block that was written before; factors are multiplied again."""
     grid = job.chain.grid
     coded = {target.name for target in job.targets} if grid else set()
     here = (n for n in block.disk_names if n in job.layout.places and n not in coded)

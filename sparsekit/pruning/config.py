@@ -1,4 +1,4 @@
-"""What `prune` is asked to do, checked without torch so that a wrong word answers at once."""
+"""Options of `prune`, checked without importing torch."""
 
 import re
 from fractions import Fraction
@@ -26,11 +26,12 @@ from sparsekit.weights.patterns import Pattern
 
 
 def _rank(text: str) -> Fraction:
-    """The share of a side that `5%` stands for."""
+    """The fraction in `5%`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
     share = Fraction(match[1]) / 100 if match else Fraction(0)
     if not 0 < share <= 1:
-        raise UsageError(f"--rank {text!r} is no share of a side", "write it as 5%")
+        message = f"--rank {text!r} is not a percentage of up to 100%"
+        raise UsageError(message, "write it as 5%", code="not-a-percentage")
     return share
 
 
@@ -39,14 +40,17 @@ class PruneConfig(ReadsRows):
 
     method: Annotated[
         str | None,
-        Field(description="See 'sparsekit methods'. Default: wanda."),
+        Field(
+            description="Default: wanda (fast, needs little memory, the usual baseline; see "
+            "'sparsekit methods' for better ones)."
+        ),
         Flag(metavar="method", methods=("pruners", "refiners")),
     ] = None
     pattern: Annotated[
         Pattern | None,
         Word(str | None, Pattern.parse),
         Field(
-            description="N:M (N kept of M inputs), 50% (of each row) or 50%/tensor. Default: 2:4; "
+            description="N:M (keep N of M inputs), 50% (of each row) or 50%/tensor. Default: 2:4; "
             "with --dense, that of the sparse model."
         ),
         Flag(metavar="pattern", completes="patterns"),
@@ -54,35 +58,35 @@ class PruneConfig(ReadsRows):
     option: MethodOptions = written(())
     preset: Annotated[
         str | None,
-        Field(description="A named set of options of the method, as published."),
+        Field(description="Named set of options of the method, e.g. published."),
         Flag(metavar="preset", completes="presets"),
     ] = None
     initial: Annotated[
         str | None,
-        Field(description="The method that a refining method begins with."),
+        Field(description="Method that a refining method starts from."),
         Flag(metavar="method", methods=("pruners",)),
     ] = None
     refine: Annotated[
         str | None,
-        Field(description="A refinement of what the method makes, as dsnot."),
+        Field(description="Refine the result of the method, e.g. with dsnot."),
         Flag(metavar="method", methods=("refiners",)),
     ] = None
     dense: Annotated[
         str | None,
-        Field(description="The dense model of a MODEL that is sparse already, to refine its mask."),
+        Field(description="Dense model of an already sparse MODEL, to refine its mask."),
         Flag(metavar="model", model=True),
     ] = None
     skip: Skip = ()
     reconstruct: Annotated[
         Literal["none", "cg"],
-        Field(description="cg: least squares on the mask that the method chose."),
+        Field(description="cg: least squares for the kept weights, by conjugate gradients."),
         Flag(),
     ] = "none"
     propagate: Annotated[
         bool | None,
         Field(
-            description="Calibrate on the outputs of the pruned blocks before, or of the dense "
-            "ones. Default: as the method's source does."
+            description="Calibrate each block on the outputs of the pruned blocks before it, or of "
+            "the dense ones. Default: as in the method's source."
         ),
         Flag(panel=CALIBRATION, spelling=("--propagate/--no-propagate",)),
     ] = None
@@ -93,33 +97,36 @@ class PruneConfig(ReadsRows):
     ] = "none"
     compensate: Annotated[
         Literal["none", "lowrank"],
-        Field(description="lowrank: a low-rank matrix makes up for what is lost."),
+        Field(
+            description="lowrank: add a low-rank matrix that compensates for the pruned weights."
+        ),
         Flag(),
     ] = "none"
     rank: Annotated[
         Fraction | None,
         Word(str | None, _rank),
         Field(
-            description="Rank of --compensate lowrank, as a share of the smaller side. Default: 5%."
+            description="Rank of --compensate lowrank, relative to the smaller side. Default: 5%."
         ),
         Flag(metavar="percent"),
     ] = None
     format: Annotated[
         Literal["dense", "factored"],
-        Field(description="factored: factors only, which is smaller."),
+        Field(description="factored: store factors only, which is smaller."),
         Flag(),
     ] = "dense"
     budget: Annotated[
         float | None,
         Word(str | None, seconds("--budget")),
-        Field(description="Time that the run may take, as 10m: armor does its best within it."),
+        Field(description="Time limit, e.g. 10m, for armor."),
         Flag(metavar="time"),
     ] = None
     then: Annotated[
         Grid | None,
         Word(str | None, Grid.parse),
         Field(
-            description="Put what is kept on a grid in the same pass, as int4-g128, by GPTQ's rule."
+            description="Also quantize the kept weights, in the same pass, with GPTQ's rule, e.g. "
+            "to int4-g128."
         ),
         Flag(metavar="grid", completes="grids"),
     ] = None
@@ -128,17 +135,18 @@ class PruneConfig(ReadsRows):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Refuse what does not go together."""
+        """Refuse options that conflict."""
         self._check_methods()
         self._check_options()
         if self.rank is not None and self.compensate == "none":
-            raise UsageError("--rank has no effect without --compensate lowrank")
+            message = "--rank has no effect without --compensate lowrank"
+            raise UsageError(message, code="no-effect")
         self.check_rows(self.title, "propagate")
         return self
 
     @property
     def needs_rows(self) -> bool:
-        """Whether a method of this run reads calibration."""
+        """Whether this run needs calibration."""
         return (
             self.then is not None
             or self.reconstruct != "none"
@@ -150,17 +158,17 @@ class PruneConfig(ReadsRows):
 
     @property
     def share(self) -> Fraction:
-        """The rank of the compensation as a share of the smaller side; 0 without one."""
+        """The rank of the compensation relative to the smaller side; 0 without compensation."""
         return Fraction(0) if self.compensate == "none" else self.rank or Fraction(5, 100)
 
     @property
     def refiner(self) -> str | None:
-        """The refiner's name."""
+        """Name of the refiner."""
         return self.method if self.method in methods.names("refiners") else self.refine
 
     @property
     def pruner(self) -> str | None:
-        """The name of the method that makes the first mask; None when the model has one."""
+        """Name of the method that makes the first mask; None when the model has a mask."""
         if self.dense is not None:
             return None
         if self.refiner is not None and self.refiner == self.method:
@@ -169,29 +177,29 @@ class PruneConfig(ReadsRows):
 
     @property
     def title(self) -> str:
-        """The methods in words, as `dsnot from wanda`."""
+        """The methods in words, e.g. `dsnot from wanda`."""
         if self.refiner is None:
             return str(self.pruner)
         return f"{self.refiner} from {self.pruner or 'the given mask'}"
 
     def options_of(self, kind: Literal["pruners", "refiners"]) -> dict[str, str]:
-        """The options of the refiner or of the pruner, without the method before their names.
+        """The options of the refiner or of the pruner, without the prefix that names the method.
 
-        An option that names no method is the refiner's, if it has such a one.
+        An option without a prefix belongs to the refiner, if the refiner has it.
         """
         refiner = self._known("refiners")
-        found = {}
+        options = {}
         for key, value in self.option.items():
             method, _, name = key.rpartition(".")
             of = "refiners" if name in refiner else "pruners"
             if method:
                 of = "refiners" if method == self.refiner else "pruners"
             if of == kind:
-                found[name] = value
-        return found
+                options[name] = value
+        return options
 
     def _known(self, kind: Literal["pruners", "refiners"]) -> set[str]:
-        """The names of the options that the pruner, or the refiner, has."""
+        """Names of the options of the pruner or of the refiner."""
         method = self.pruner if kind == "pruners" else self.refiner
         return (
             {option.name for option in methods.describe(kind, method).options} if method else set()
@@ -201,40 +209,48 @@ class PruneConfig(ReadsRows):
         refiners = methods.names("refiners")
         everything = [*methods.names("pruners"), *refiners]
         if self.method is not None and self.method not in everything:
-            raise UsageError(f"no method {self.method!r}", did_you_mean(self.method, everything))
+            hint = did_you_mean(self.method, everything)
+            raise UsageError(f"there is no method {self.method!r}", hint, code="no-method")
         if self.refine is not None:
             one_of("--refine", self.refine, refiners)
             if self.refiner != self.refine:
                 raise UsageError(
-                    f"--method {self.method} is a refinement itself",
-                    f"write --method {self.refine} --initial PRUNER, or one of the two",
+                    f"--method {self.method} and --refine {self.refine} are both refinements",
+                    f"write --method {self.refine} --initial PRUNER",
+                    code="conflicting-options",
                 )
         if self.initial is not None:
             one_of("--initial", self.initial, methods.names("pruners"))
             if self.method not in refiners:
                 raise UsageError(
-                    "--initial has no effect without a method that begins with another",
-                    f"--method {' or '.join(refiners)}",
+                    "--initial has no effect without a refining method",
+                    f"pass --method {' or '.join(refiners)}",
+                    code="no-effect",
                 )
         if self.dense is not None:
             if self.refiner is None:
-                raise UsageError("--dense needs a refinement", "pass --refine dsnot")
+                message, hint = "--dense needs a refinement", "pass --refine dsnot"
+                raise UsageError(message, hint, code="missing-option")
             if self.allocate != "none":
-                raise UsageError("--allocate has no effect on a given mask", "leave it out")
-            given = self.initial or (self.method if self.method != self.refiner else None)
-            if given:
+                message = "--allocate has no effect on the mask of a sparse model"
+                raise UsageError(message, "leave it out", code="no-effect")
+            pruner = self.initial or (self.method if self.method != self.refiner else None)
+            if pruner:
                 raise UsageError(
-                    f"--dense takes the mask of the sparse model, and {given} would make another",
+                    f"--dense uses the mask of the sparse model, {pruner} would make a new one",
                     "leave out one of the two",
+                    code="conflicting-options",
                 )
-        told = methods.describe("refiners", self.refiner) if self.refiner else None
-        if self.budget is not None and not (told and told.rounds):
-            raise UsageError(f"--budget has no effect on {self.title}", "armor takes one")
+        refiner = methods.describe("refiners", self.refiner) if self.refiner else None
+        if self.budget is not None and not (refiner and refiner.unlimited):
+            message = f"--budget has no effect on {self.title}"
+            raise UsageError(message, "use it with --method armor", code="no-effect")
         if self.refiner is None and self.preset is not None:
-            raise UsageError("--preset has no effect without a refinement", "pass --refine dsnot")
+            message = "--preset has no effect without a refinement"
+            raise UsageError(message, "pass --refine dsnot", code="no-effect")
 
     def _check_options(self) -> None:
-        """Refuse options that no method of the run has, or that could be those of two."""
+        """Refuse options that no method of the run has, and ambiguous ones."""
         taking = [name for name in (self.refiner, self.pruner) if name is not None]
         shared = self._known("refiners") & self._known("pruners")
         known = self._known("refiners") | self._known("pruners")
@@ -242,20 +258,22 @@ class PruneConfig(ReadsRows):
             method, dot, name = key.rpartition(".")
             if dot and method not in taking:
                 raise UsageError(
-                    f"option {key!r}: {method!r} is no method of this run",
+                    f"option {key!r}: {method!r} is not a method of this run",
                     f"this run has {' and '.join(taking)}",
+                    code="no-option",
                 )
             if not method and name in shared:
                 both = f"{self.refiner}.{name} or {self.pruner}.{name}"
-                raise UsageError(
-                    f"{' and '.join(taking)} both have an option {name!r}", f"write {both}"
-                )
+                message = f"{' and '.join(taking)} both have an option {name!r}"
+                raise UsageError(message, f"write {both}", code="ambiguous-option")
             if dot and name in self.option:
-                raise UsageError(f"option {name!r} is given twice", "leave out one")
+                message = f"option {name!r} is given twice"
+                raise UsageError(message, "leave out one", code="given-twice")
             if not method and name not in known and len(taking) > 1:
                 raise UsageError(
                     f"neither {self.refiner} nor {self.pruner} has an option {name!r}",
                     did_you_mean(name, known),
+                    code="no-option",
                 )
         if self.refiner is not None:
             methods.check("refiners", self.refiner, self.options_of("refiners"), self.preset)

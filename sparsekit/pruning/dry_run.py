@@ -1,4 +1,4 @@
-"""What a prune run would do and cost, told without doing it."""
+"""The plan of a pruning run."""
 
 import math
 from pathlib import Path
@@ -10,8 +10,8 @@ from sparsekit.pipeline.forecast import forecast
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.block import prune_block
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.prepare import Job, prepare
-from sparsekit.solvers.input_stats import Want
+from sparsekit.pruning.prepare import PruneJob, prepare_prune
+from sparsekit.solvers.input_stats import Stats
 
 
 def plan(
@@ -23,21 +23,21 @@ def plan(
     timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `prune` would do, after the same checks, without a written byte.
+    """Run the checks of `prune` and describe what it would do; nothing is written.
 
     Args:
-        config: As of `prune`, as are `model`, `out`, `overwrite` and `progress`.
-        model: See there.
-        out: See there.
-        overwrite: See there.
-        timed: Also prune the first block, in memory, to tell how long the run would take.
-        progress: See there.
+        config: The options.
+        model: A folder, hub id or `demo`.
+        out: The folder that would be made.
+        overwrite: Whether it may replace an earlier output.
+        timed: Also prune the first block, in memory, to estimate the duration.
+        progress: Receives progress and notes.
 
     Raises:
-        UsageError: As `prune`.
-        DataError: As `prune`, except for what only reading all weights shows.
+        UsageError: `prune` would raise it.
+        DataError: `prune` would raise it before it reads all weights.
     """
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
     zeros = sum(job.patterns.of(t).zeros(*t.shape) for t in job.targets)
     return {
@@ -58,8 +58,8 @@ def plan(
     }
 
 
-def _seconds(job: Job, progress: Progress) -> float:
-    """How long the run would take."""
+def _seconds(job: PruneJob, progress: Progress) -> float:
+    """Estimated duration of the run."""
     if job.config.budget is not None:
         return job.config.budget
     return forecast(
@@ -70,13 +70,13 @@ def _seconds(job: Job, progress: Progress) -> float:
         want=job.want,
         propagate=job.propagate,
         others=[job.chain.given] if job.chain.given else [],
-        passes=[Want.NORMS] if job.config.allocate == "owl" else [],
+        passes=[Stats.NORMS] if job.config.allocate == "owl" else [],
         progress=progress,
     )
 
 
-def _bits(job: Job) -> float | None:
-    """Mean bits on disk of a weight that is kept as factors; None without such."""
+def _bits(job: PruneJob) -> float | None:
+    """Mean bits per entry of weights that are stored as factors; None without factors."""
     stored = [place for place in job.layout.places.values() if place.file == FACTORS]
     shapes = [t.shape for t in job.targets if job.chain.factor_shapes(t, job.patterns.of(t))]
     if not stored:

@@ -1,4 +1,4 @@
-"""What is done to one weight: a first mask, its refinement, least squares on the mask."""
+"""The methods that are applied to a weight: pruner, refiner, reconstruction, compensation, grid."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.errors import DataError, PatternError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.pruning.refiners import GoOn, Refiner, always
+from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.solvers.hessian import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.solvers.low_rank import compensate
 from sparsekit.weights.core import Values
 from sparsekit.weights.form import Form
@@ -30,35 +30,35 @@ from sparsekit.weights.grids import Grid
 from sparsekit.weights.packed import factor_shapes
 from sparsekit.weights.patterns import Pattern
 
-# Conjugate-gradient steps of --reconstruct cg, and the damping of its Gram matrix.
+# Conjugate-gradient steps of --reconstruct cg, and damping of its Gram matrix.
 RECONSTRUCT_STEPS = 20
 RECONSTRUCT_DAMPING = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
+class MethodChain:
     """The methods of a run, in the order in which they are applied."""
 
     pruner: Pruner | None
     given: Checkpoint | None
-    """Where the first mask comes from when no pruner makes it."""
+    """The sparse model whose mask is refined, when no pruner makes one."""
     refiner: Refiner | None
     reconstruct: Literal["none", "cg"]
     rank: Fraction
-    """Of the low-rank compensation, as a share of the smaller side of a weight; 0: none."""
+    """Rank of the low-rank compensation relative to the smaller side of a weight; 0: none."""
     grid: Grid | None = None
-    """What the kept weights are put on; None: they stay as they are."""
+    """Grid of the kept weights; None: they are not quantized."""
 
     @classmethod
-    def build(cls, config: PruneConfig, given: Checkpoint | None) -> Chain:
-        """The methods that a checked configuration names."""
+    def build(cls, config: PruneConfig, given: Checkpoint | None) -> MethodChain:
+        """Load the methods of a checked configuration."""
         pruner = refiner = None
         if config.pruner is not None:
             pruner = methods.load("pruners", config.pruner, config.options_of("pruners"))
         if config.refiner is not None:
             options = config.options_of("refiners")
-            told = methods.describe("refiners", config.refiner)
-            defaults = told.rounds if config.budget is not None else {}
+            unlimited = methods.describe("refiners", config.refiner).unlimited
+            defaults = unlimited if config.budget is not None else {}
             refiner = methods.load("refiners", config.refiner, options, config.preset, defaults)
         return cls(
             pruner=pruner,
@@ -71,45 +71,45 @@ class Chain:
 
     @property
     def steps(self) -> list[Pruner | Refiner]:
-        """The pruner and the refiner, as far as there are such."""
+        """The pruner and the refiner, if any."""
         return [step for step in (self.pruner, self.refiner) if step is not None]
 
     @property
-    def want(self) -> Want:
-        """The sums that the run reads; the norms at least, to measure the output error."""
-        want = Want.NORMS
+    def want(self) -> Stats:
+        """The sums to collect: at least the norms, which the output error needs."""
+        want = Stats.NORMS
         for step in self.steps:
-            want |= step.needs or Want.NORMS
-        whole = self.reconstruct == "cg" or self.grid is not None
-        return want | Want.GRAM if whole else want
+            want |= step.needs or Stats.NORMS
+        needs_gram = self.reconstruct == "cg" or self.grid is not None
+        return want | Stats.GRAM if needs_gram else want
 
     @property
     def gram_bytes(self) -> int:
-        """The memory that is made of the largest Gram matrix, in bytes for each entry."""
+        """Working memory of the pruner in bytes per entry of the largest Gram matrix."""
         return self.pruner.gram_bytes if self.pruner else FACTORING_BYTES
 
     @property
     def propagate(self) -> bool:
-        """Whether inputs come from the pruned blocks before, as the last method wants it."""
+        """Whether inputs come from the pruned blocks, by default of the last method."""
         return self.steps[-1].propagate
 
     def options(self) -> dict[str, dict[str, str]]:
         """The options of each method, as text."""
-        told = {}
+        options = {}
         for kind, step in zip(("options", "initial_options"), reversed(self.steps), strict=False):
-            told[kind] = {key: methods.as_text(value) for key, value in asdict(step).items()}
-        return told
+            options[kind] = {key: methods.as_text(value) for key, value in asdict(step).items()}
+        return options
 
-    def block_of(self, target: Target, pattern: Pattern) -> int:
-        """Side of the blocks of a weight's factors; 0 without such blocks."""
+    def block_size(self, target: Target, pattern: Pattern) -> int:
+        """Side of the blocks of a weight's factors; 0 without factors."""
         if self.refiner is None or not self._refines(target):
             return 0
-        return self.refiner.block_of(*target.shape, pattern)
+        return self.refiner.block_size(*target.shape, pattern)
 
     def factor_shapes(self, target: Target, pattern: Pattern) -> dict[str, tuple[int, ...]]:
-        """The shapes of the factors that a weight gets; empty when it stays one matrix."""
+        """Shapes of a weight's factors; empty when it stays one matrix."""
         rows, columns = target.shape
-        block = self.block_of(target, pattern)
+        block = self.block_size(target, pattern)
         rank = self._rank_of(rows, columns)
         if not block and not rank:
             return {}
@@ -118,17 +118,17 @@ class Chain:
     def groups(
         self,
         targets: Sequence[Target],
-        sums: Mapping[str, InputSums],
-        patterns: Patterns,
+        sums: Mapping[str, InputStats],
+        patterns: WeightPatterns,
         places: Mapping[str, TensorPlace],
     ) -> list[list[Target]]:
-        """Targets that are solved as one: those with the same inputs, if no row needs another."""
-        # Factors are those of one weight.
+        """Group targets that are solved as one: same inputs, and rows independent of each other."""
+        # Factors belong to a single weight.
         alone = bool(self.rank) or not all(step.rowwise for step in self.steps)
         groups: dict[Any, list[Target]] = {}
         for target in targets:
             pattern = patterns.of(target)
-            dtype = places[target.name].dtype if self.grid else None  # of the scales
+            dtype = places[target.name].dtype if self.grid else None  # dtype of the scales
             key: Any = (id(sums.get(target.name)), self._refines(target), pattern, dtype)
             if alone or pattern.scope == "tensor":
                 key = target.name
@@ -138,13 +138,13 @@ class Chain:
     def run(
         self,
         targets: Sequence[Target],
-        weight: Tensor,  # theirs, stacked, [out, in] float32
-        sums: InputSums | None,
+        weight: Tensor,  # stacked, [out, in] float32
+        sums: InputStats | None,
         pattern: Pattern,
-        dtype: torch.dtype,  # that they have on disk
-        go_on: GoOn = always,
+        dtype: torch.dtype,  # on disk
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
-        """What becomes of the weights of a group.
+        """Apply the methods to the weights of a group.
 
         Raises:
             NumericalError: The sums or the solution are not finite.
@@ -162,7 +162,7 @@ class Chain:
             pruned = self._given(targets, weight.device)
         if self.refiner is not None and self._refines(targets[0]):
             assert sums is not None
-            pruned = self.refiner.refine(weight, pruned, sums, pattern, go_on)
+            pruned = self.refiner.refine(weight, pruned, sums, pattern, should_continue)
         if self.reconstruct == "cg":
             assert sums is not None
             pruned = _reconstruct(weight, pruned, sums)
@@ -177,7 +177,7 @@ class Chain:
         return math.ceil(self.rank * min(rows, columns))
 
     def _refines(self, target: Target) -> bool:
-        return self.refiner is not None and self.refiner.covers(target.name)
+        return self.refiner is not None and self.refiner.applies_to(target.name)
 
     def _given(self, targets: Sequence[Target], device: torch.device) -> Pruned:
         assert self.given is not None
@@ -188,7 +188,7 @@ class Chain:
 
 
 def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
-    """Refuse a sparse model whose weights do not have the shapes of the dense one's.
+    """Refuse a sparse model whose weights have other shapes than the dense model's.
 
     Raises:
         DataError: A weight is missing or has another shape.
@@ -197,15 +197,18 @@ def require_shapes(given: Checkpoint, targets: Sequence[Target]) -> None:
         place = given.places.get(target.name)
         shape = target.disk_shape
         if place is None or place.shape != shape:
-            found = "is missing" if place is None else f"has the shape {place.shape}"
+            problem = "is missing" if place is None else f"has the shape {place.shape}"
             raise DataError(
-                f"{target.name} {found} in {given.path}, the dense model has {shape}",
-                "--dense names the model that the sparse one was made from",
+                f"{target.name} {problem} in {given.path}, the dense model has {shape}",
+                "--dense must name the model that the sparse one was made from",
+                code="other-shape",
             )
 
 
-def require_patterns(given: Checkpoint, targets: Sequence[Target], patterns: Patterns) -> None:
-    """Refuse a sparse model that does not have the patterns.
+def require_patterns(
+    given: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
+) -> None:
+    """Refuse a sparse model whose weights do not have their patterns.
 
     Raises:
         DataError: Names the first weight without it.
@@ -215,13 +218,13 @@ def require_patterns(given: Checkpoint, targets: Sequence[Target], patterns: Pat
         try:
             patterns.of(target).check(target.from_disk(weight), target.name)
         except PatternError as error:
-            raise DataError(
-                f"{given.path}: {error.message}", "pass its --pattern, or --skip what is dense"
-            ) from error
+            message = f"{given.path}: {error.message}"
+            hint = "pass its --pattern, or --skip the dense weights"
+            raise DataError(message, hint, code="not-this-pattern") from error
 
 
-def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
-    """The same mask with the weights that least squares gives on it."""
+def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputStats) -> Pruned:
+    """Replace the kept weights by the least-squares solution on the mask."""
     solved = solve_on_support(
         weight,
         pruned.mask,
@@ -233,21 +236,23 @@ def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputSums) -> Pruned:
 
 
 def _put_on_grid(
-    weight: Tensor, pruned: Pruned, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+    weight: Tensor, pruned: Pruned, sums: InputStats | None, grid: Grid, dtype: torch.dtype
 ) -> Pruned:
-    """The same mask with kept weights on a grid, which make up for what rounding loses.
+    """Quantize the kept weights with GPTQ's error feedback.
 
-    Where the method has chosen a mask and no other values, they make up for what pruning lost too.
+    If the method chose a mask and left the values unchanged, the feedback also compensates for the
+    pruned weights.
     """
-    only_chosen = torch.equal(pruned.weight, weight.masked_fill(~pruned.mask, 0.0))
-    start = weight if only_chosen else pruned.weight
-    found = Gptq().quantize(start, sums, grid, dtype, pruned.mask)
-    numbers = {**pruned.numbers, **{f"grid_{key}": n for key, n in found.numbers.items()}}
-    return replace(pruned, weight=found.codes.dense().float(), codes=found.codes, numbers=numbers)
+    mask_only = torch.equal(pruned.weight, weight.masked_fill(~pruned.mask, 0.0))
+    start = weight if mask_only else pruned.weight
+    quantized = Gptq().quantize(start, sums, grid, dtype, pruned.mask)
+    codes = quantized.codes
+    numbers = {**pruned.numbers, **{f"grid_{key}": n for key, n in quantized.numbers.items()}}
+    return replace(pruned, weight=codes.dense().float(), codes=codes, numbers=numbers)
 
 
-def _compensate(weight: Tensor, pruned: Pruned, sums: InputSums, rank: int) -> Pruned:
-    """The same with a low-rank matrix beside it that makes up for most of what is lost."""
+def _compensate(weight: Tensor, pruned: Pruned, sums: InputStats, rank: int) -> Pruned:
+    """Add a low-rank matrix that compensates for most of the error."""
     up, down = compensate(weight - pruned.weight, sums.squares.sqrt(), rank)
     factors = pruned.factors or Form(core=Values(pruned.weight, pruned.mask))
     factors = replace(factors, up=up, down=down)

@@ -1,9 +1,9 @@
-"""OWL: blocks with more outliers among their Wanda scores keep more of their weights.
+"""OWL: blocks with more outliers among their Wanda scores keep more weights.
 
 Source: Yin et al. 2024, "Outlier Weighed Layerwise Sparsity (OWL)", section 3; luuyin/OWL.
-Differs: the mean over blocks is weighted by their sizes, so that it is the share that was asked for
+Differs: the mean over blocks is weighted by their sizes, so that it equals the requested share
 (published: the plain mean). N:M blocks are rounded together, by largest remainder, so that their
-mean is the target as nearly as one step of one block allows (published: each by itself).
+mean is as close to the target as one step of one block allows (published: each by itself).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from fractions import Fraction
 
 import torch
 
-from sparsekit.pipeline.selection import Patterns
+from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.progress import Progress
-from sparsekit.pruning.prepare import Job
-from sparsekit.solvers.input_stats import Want
+from sparsekit.pruning.prepare import PruneJob
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.text.rows import TokenRows
 from sparsekit.weights.patterns import Pattern
 
-# An outlier is so many times the mean score of its block, and shares differ by up to this much in
-# each direction; both as published (M, lambda).
+# An outlier's score as a multiple of the mean score of its block, and the largest deviation of a
+# block's share; both as published (M, lambda).
 OUTLIER, SPREAD = 5.0, 0.08
-# Shares of zeros are rounded to this part.
+# Denominator that shares of zeros are rounded to.
 STEP = 10_000
 
 
-def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
-    """The pattern of each weight, alike within a block, from one pass of the dense model."""
+def allocate(job: PruneJob, rows: TokenRows, progress: Progress) -> WeightPatterns:
+    """One pattern per block, from one pass of the dense model."""
     wanted = {target.name for target in job.targets}
     outliers, sizes, names = [], [], []
     job.stream.feed(rows.tokens)
@@ -40,7 +40,7 @@ def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
         chosen = [target for target in block.targets if target.name in wanted]
         last = block.index == len(job.stream) - 1
         if chosen:
-            sums = block.observe(chosen, Want.NORMS, advance=not last)
+            sums = block.observe(chosen, Stats.NORMS, advance=not last)
             scores = torch.cat(
                 [(block.weight(t).abs() * sums[t.name].squares.sqrt()).flatten() for t in chosen]
             )
@@ -57,20 +57,20 @@ def allocate(job: Job, rows: TokenRows, progress: Progress) -> Patterns:
     mean = sum(share * size for share, size in zip(zeros, sizes, strict=True)) / sum(sizes)
     progress.note(
         f"blocks get from {min(zeros):.2%} to {max(zeros):.2%} zeros, "
-        f"{mean:.2%} of all weights ({float(job.pattern.sparsity):.2%} asked for)"
+        f"{mean:.2%} of all weights ({float(job.pattern.sparsity):.2%} requested)"
     )
     pairs = zip(names, patterns, strict=True)
     own = {name: pattern for block, pattern in pairs for name in block}
-    return Patterns(base=job.pattern, own=own)
+    return WeightPatterns(base=job.pattern, own=own)
 
 
 def keep_shares(outliers: Sequence[float], sizes: Sequence[int], keep: float) -> list[float]:
-    """The share of weights that each block keeps; their mean by size is `keep`, unless clipped.
+    """The share of entries that each block keeps; their mean by size is `keep`, unless clipped.
 
     Args:
-        outliers: The share of outliers in each block.
-        sizes: Weights of each block.
-        keep: The share to keep over all of them.
+        outliers: Share of outliers in each block.
+        sizes: Number of entries of each block.
+        keep: Share to keep over all blocks.
     """
     low, high = min(outliers), max(outliers)
     span = high - low or 1.0
@@ -80,13 +80,13 @@ def keep_shares(outliers: Sequence[float], sizes: Sequence[int], keep: float) ->
 
 
 def patterns_of(kept: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[Pattern]:
-    """Patterns like the given one that keep these shares, as nearly as the kind allows."""
+    """Patterns of the same kind that keep these shares as closely as possible."""
     if pattern.scope != "group":
         zeros = [Fraction(round((1 - share) * STEP), STEP) for share in kept]
         return [replace(pattern, sparsity=min(share, 1 - Fraction(1, STEP))) for share in zeros]
     group = pattern.group
     counts = [max(1, math.floor(share * group)) for share in kept]
-    # What rounding down lost, in weights, goes to the blocks that lost most for their size.
+    # Entries lost by rounding down go to the blocks that lost the largest share.
     goal = sum(share * n for share, n in zip(kept, sizes, strict=True))
     order = sorted(range(len(kept)), key=lambda i: counts[i] - kept[i] * group)
     for index in order:

@@ -1,4 +1,4 @@
-"""What a prune run will do: every check and every choice that needs no weights."""
+"""Preparation of a pruning run: all checks and choices that need no weights."""
 
 import math
 from collections import Counter
@@ -15,69 +15,84 @@ from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.forecast import peak_estimate
-from sparsekit.pipeline.selection import Patterns, family_notes, select
+from sparsekit.pipeline.selection import WeightPatterns, family_notes, select
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.method_chain import Chain, require_shapes
-from sparsekit.quantization.storage import coded_layout, refuse_misfits
-from sparsekit.solvers.input_stats import Want
+from sparsekit.pruning.method_chain import MethodChain, require_shapes
+from sparsekit.quantization.storage import coded_layout, refuse_grid
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A checked configuration with everything that the loop needs."""
+class PruneJob:
+    """A checked configuration with everything that the loop over blocks needs."""
 
     config: PruneConfig
-    chain: Chain
-    patterns: Patterns
+    chain: MethodChain
+    patterns: WeightPatterns
     source: Checkpoint
     stream: BlockStream
     targets: list[Target]
     skipped: list[dict[str, str]]
-    want: Want | None
+    want: Stats | None
     propagate: bool
     layout: Layout
     calibration: Calibration | None
 
     @property
     def pattern(self) -> Pattern:
-        """The pattern that was asked for, or that a given mask was last made with."""
+        """The requested pattern, or the one that the given mask was made with."""
         return self.patterns.base
 
     @property
     def room(self) -> int:
-        """The memory that the run is expected to take above the libraries, in bytes."""
+        """Estimated memory of the run in bytes, without the libraries."""
         return peak_estimate(self.stream, self.want, self.calibration, self.chain.gram_bytes)
 
     def notes(self) -> list[str]:
-        """What the user should know before the run: what speaks against it, and ARMOR's blocks."""
-        found = family_notes(self.stream)
+        """Notes for the user before the run."""
+        notes = family_notes(self.stream)
         if self.chain.refiner:
             for pattern in dict.fromkeys(map(self.patterns.of, self.targets)):
-                found += self.chain.refiner.cautions(pattern, self.chain.pruner)
+                notes += self.chain.refiner.warnings(pattern, self.chain.pruner)
             if self.source.pruned():
-                found.append(
-                    f"{self.source.path} is pruned already: to refine its mask, name its --dense"
+                notes.append(
+                    f"{self.source.path} is already pruned: to refine its mask, pass its dense "
+                    "model with --dense"
                 )
-        sides = Counter(self.chain.block_of(t, self.patterns.of(t)) for t in self.targets)
+        elif self._has_pattern():
+            notes.append(
+                f"{self.source.path} already has the pattern {self.pattern} in all "
+                f"{len(self.targets)} weights"
+            )
+        sides = Counter(self.chain.block_size(t, self.patterns.of(t)) for t in self.targets)
         counts = [f"{side} in {count} weights" for side, count in sorted(sides.items()) if side]
         if counts:
-            found.append(f"side of the blocks of A and B: {', '.join(counts)}")
-        return found
+            notes.append(f"block size of the factors: {', '.join(counts)}")
+        return notes
+
+    def _has_pattern(self) -> bool:
+        """Whether the source's history records exactly the requested pattern for every weight."""
+        history = self.source.pruned(converted=True)
+        recorded = {row["name"]: row["pattern"] for entry in history for row in entry["weights"]}
+        requested = {target.name: str(self.patterns.of(target)) for target in self.targets}
+        return self.config.allocate == "none" and all(
+            recorded.get(name) == pattern for name, pattern in requested.items()
+        )
 
 
-def prepare(
+def prepare_prune(
     config: PruneConfig,
     model: str,
     out: Path,
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> Job:
+) -> PruneJob:
     """Check a configuration against a model and an output folder.
 
     Raises:
@@ -91,15 +106,15 @@ def prepare(
         refuse_source(out, source.path)
     for folder in (source, given):
         folder.require("prune")
-    chain = Chain.build(config, given if config.dense is not None else None)
+    chain = MethodChain.build(config, given if config.dense is not None else None)
     patterns = _patterns(config, given)
     device = pick_device(config.device)
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
-    _refuse_misfits(targets, patterns)
-    _refuse_what_does_not_go(config, chain, targets, patterns)
+    _refuse_patterns(targets, patterns)
+    _refuse_conflicts(config, chain, targets, patterns)
     if chain.grid is not None:
-        refuse_misfits(chain.grid, targets, skipped, flag="--then")
+        refuse_grid(chain.grid, targets, skipped, flag="--then")
     if chain.given is not None:
         require_shapes(chain.given, targets)
     layout = _layout(config, source, targets, chain, patterns)
@@ -107,7 +122,7 @@ def prepare(
     calibration = config.rows
     if calibration is not None:
         calibration.require(source)
-    return Job(
+    return PruneJob(
         config=config,
         chain=chain,
         patterns=patterns,
@@ -122,50 +137,58 @@ def prepare(
     )
 
 
-def _patterns(config: PruneConfig, given: Checkpoint) -> Patterns:
-    """The pattern that was asked for, or those that a sparse model was pruned to."""
+def _patterns(config: PruneConfig, given: Checkpoint) -> WeightPatterns:
+    """The requested pattern, or the patterns of the given sparse model."""
     if config.pattern is not None or config.dense is None:
-        return Patterns(base=config.pattern or Pattern.parse("2:4"))
-    told = given.pruned(converted=True)
-    if not told:
-        raise UsageError(f"{given.path} has no history that names its pattern", "pass --pattern")
-    base = Pattern.parse(told[-1]["recipe"]["pattern"])
-    own = {row["name"]: Pattern.parse(row["pattern"]) for e in told for row in e["weights"]}
-    return Patterns(base=base, own={name: one for name, one in own.items() if one != base})
+        return WeightPatterns(base=config.pattern or Pattern.parse("2:4"))
+    history = given.pruned(converted=True)
+    if not history:
+        message = f"the history of {given.path} does not record its pattern"
+        raise UsageError(message, "pass --pattern", code="no-history")
+    base = Pattern.parse(history[-1]["recipe"]["pattern"])
+    by_name = {
+        row["name"]: Pattern.parse(row["pattern"]) for entry in history for row in entry["weights"]
+    }
+    exceptions = {name: pattern for name, pattern in by_name.items() if pattern != base}
+    return WeightPatterns(base=base, own=exceptions)
 
 
-def _refuse_what_does_not_go(
-    config: PruneConfig, chain: Chain, targets: Sequence[Target], patterns: Patterns
+def _refuse_conflicts(
+    config: PruneConfig, chain: MethodChain, targets: Sequence[Target], patterns: WeightPatterns
 ) -> None:
-    """Refuse methods that cannot have the pattern or each other.
+    """Refuse methods that conflict with the pattern or with each other.
 
     Raises:
-        UsageError: Names what does not go together.
+        UsageError: Names the conflict.
     """
     if chain.grid is not None and config.format != "dense":
-        raise UsageError("--then writes codes, not factors", "leave out --format factored")
+        message, hint = "--then writes codes, not factors", "leave out --format factored"
+        raise UsageError(message, hint, code="conflicting-options")
+    cause = f"--compensate {config.compensate}" if config.share else config.title
     for target in targets:
         pattern = patterns.of(target)
         if chain.grid is not None and chain.factor_shapes(target, pattern):
-            cause = f"--compensate {config.compensate}" if config.share else config.title
-            raise UsageError(f"--then does not go with the factors of {cause}", "leave out one")
-        if reason := chain.refiner.misfit(pattern, *target.shape) if chain.refiner else "":
-            raise UsageError(f"{target.name}: {reason}", "--skip leaves a weight dense")
+            message = f"--then cannot be combined with the factors of {cause}"
+            raise UsageError(message, "leave out one", code="conflicting-options")
+        if reason := chain.refiner.mismatch(pattern, *target.shape) if chain.refiner else "":
+            message, hint = f"{target.name}: {reason}", "--skip leaves a weight dense"
+            raise UsageError(message, hint, code="pattern-does-not-fit")
         if config.allocate != "none" and chain.factor_shapes(target, pattern):
-            cause = f"--compensate {config.compensate}" if config.share else config.title
-            raise UsageError(f"--allocate does not go with the factors of {cause}", "leave out one")
-        if config.reconstruct == "cg" and chain.block_of(target, pattern):
-            raise UsageError(f"--reconstruct cg has no meaning for {config.title}", "leave it out")
+            message = f"--allocate cannot be combined with the factors of {cause}"
+            raise UsageError(message, "leave out one", code="conflicting-options")
+        if config.reconstruct == "cg" and chain.block_size(target, pattern):
+            message = f"--reconstruct cg cannot be combined with the factors of {config.title}"
+            raise UsageError(message, "leave it out", code="conflicting-options")
 
 
 def _layout(
     config: PruneConfig,
     source: Checkpoint,
     targets: Sequence[Target],
-    chain: Chain,
-    patterns: Patterns,
+    chain: MethodChain,
+    patterns: WeightPatterns,
 ) -> Layout:
-    """The files of the output: the source's, and one for the factors of weights that get some."""
+    """The files of the output: those of the source, and one for factors if there are any."""
     parts = {t.name: chain.factor_shapes(t, patterns.of(t)) for t in targets}
     parts = {
         name: factor_types(shapes, source.places[name].dtype)
@@ -174,7 +197,8 @@ def _layout(
     }
     if not parts:
         if config.format == "factored":
-            raise UsageError(f"{config.title} makes no factors", "leave out --format factored")
+            message = f"{config.title} makes no factors"
+            raise UsageError(message, "leave out --format factored", code="no-effect")
         if chain.grid is not None:
             return coded_layout(source, targets, chain.grid)
         return Layout.of(source)
@@ -182,18 +206,18 @@ def _layout(
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 
 
-def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
+def _refuse_patterns(targets: Sequence[Target], patterns: WeightPatterns) -> None:
     """Refuse a pattern whose groups do not divide the inputs of its targets.
 
     Raises:
-        UsageError: Names the first such weight, and the ways out.
+        UsageError: Names the first such weight, and suggests a way out.
     """
-    odd = [target for target in targets if patterns.of(target).misfit(target.shape[1])]
+    odd = [target for target in targets if patterns.of(target).mismatch(target.shape[1])]
     if not odd:
         return
     pattern = patterns.of(odd[0])
     common = math.gcd(*(target.shape[1] for target in targets))
-    # The same share with the largest shorter group that divides every weight.
+    # The same sparsity with the largest smaller group that divides every weight.
     keeps = ((group * pattern.keep / pattern.group, group) for group in range(pattern.group, 1, -1))
     fitting = next((f"{k:.0f}:{m}" for k, m in keeps if k % 1 == 0 and common % m == 0), None)
     ways = [f"--pattern {fitting} fits"] if fitting else []
@@ -201,6 +225,7 @@ def _refuse_misfits(targets: Sequence[Target], patterns: Patterns) -> None:
         modules = dict.fromkeys(t.name.removesuffix(".weight").rpartition(".")[2] for t in odd)
         ways.append("leave it dense with " + " ".join(f"--skip {name}" for name in modules))
     raise UsageError(
-        f"{odd[0].name}: {pattern.misfit(odd[0].shape[1])}",
+        f"{odd[0].name}: {pattern.mismatch(odd[0].shape[1])}",
         ", or ".join(ways) or "50% fits every weight",
+        code="pattern-does-not-divide",
     )

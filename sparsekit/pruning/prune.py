@@ -25,8 +25,8 @@ from sparsekit.pruning.block import prune_block, restore
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import require_patterns
 from sparsekit.pruning.owl import allocate
-from sparsekit.pruning.prepare import Job, prepare
-from sparsekit.pruning.time_budget import Budget
+from sparsekit.pruning.prepare import PruneJob, prepare_prune
+from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.quantization.storage import coded_config
 from sparsekit.text.rows import TokenRows
@@ -60,7 +60,7 @@ def prune(
         StorageError: The output cannot be written.
     """
     cost = Cost()
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, progress)
     fingerprint = job.source.scan(progress)
     if job.chain.given:
@@ -102,7 +102,7 @@ def prune(
     return Report(out=out, entry=entry)
 
 
-def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None:
+def _budget(job: PruneJob, writer: CheckpointWriter, started: float) -> TimeBudget | None:
     """The time limit of a run that began at `started`, for the blocks that are not done."""
     if job.config.budget is None:
         return None
@@ -113,10 +113,10 @@ def _budget(job: Job, writer: CheckpointWriter, started: float) -> Budget | None
         for block in blocks
         if block.name not in writer.finished
     ]
-    return Budget(job.config.budget - (time.perf_counter() - started), sizes)
+    return TimeBudget(job.config.budget - (time.perf_counter() - started), sizes)
 
 
-def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress) -> None:
+def _require_parent(job: PruneJob, given: Checkpoint, dense: str, progress: Progress) -> None:
     """Refuse a sparse model that was made from another dense one, or lacks the pattern."""
     given.scan(progress)
     require_patterns(given, job.targets, job.patterns)
@@ -130,7 +130,7 @@ def _require_parent(job: Job, given: Checkpoint, dense: str, progress: Progress)
         )
 
 
-def _rows(job: Job, progress: Progress) -> TokenRows | None:
+def _rows(job: PruneJob, progress: Progress) -> TokenRows | None:
     """The calibration rows; tells first what the user should know before the run."""
     for note in job.notes():
         progress.note(note)
@@ -140,7 +140,7 @@ def _rows(job: Job, progress: Progress) -> TokenRows | None:
     return rows
 
 
-def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
+def _recipe(job: PruneJob, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     return {
         "stage": "prune",
@@ -170,7 +170,7 @@ def _recipe(job: Job, fingerprint: str, rows: TokenRows | None) -> dict[str, Any
 
 
 def _entry(
-    job: Job,
+    job: PruneJob,
     recipe: Mapping[str, Any],
     rows: TokenRows | None,
     weights: list[dict[str, Any]],
@@ -190,7 +190,7 @@ def _entry(
     }
 
 
-def _mask_source(job: Job, model: str) -> dict[str, Any] | None:
+def _mask_source(job: PruneJob, model: str) -> dict[str, Any] | None:
     """Where the first mask came from, when it was given, and how it was made."""
     if job.chain.given is None:
         return None
@@ -198,7 +198,7 @@ def _mask_source(job: Job, model: str) -> dict[str, Any] | None:
     return {"path": model, "fingerprint": job.chain.given.fingerprint, "history": made}
 
 
-def _tell_trouble(job: Job, weights: list[dict[str, Any]], progress: Progress) -> None:
+def _tell_trouble(job: PruneJob, weights: list[dict[str, Any]], progress: Progress) -> None:
     """Say where a Gram matrix needed more damping than was asked for, or the time was too short."""
     unswept = sum(row["numbers"].get("sweeps") == 0 for row in weights)
     if job.config.budget is not None and unswept:

@@ -1,31 +1,31 @@
-"""A limit on the time of a run, spent on the weights whose loss falls fastest."""
+"""Time limit of a run, spent on the weights whose loss falls fastest."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from sparsekit.pruning.refiners import GoOn
+from sparsekit.pruning.refiners import ShouldContinue
 
-# A weight gets at most so many times the even share of the time that is left.
+# Largest share of a weight, as a multiple of its even share of the time left.
 MOST_SHARE = 3.0
-# How the least rate of fall that is worth a further sweep follows the clock, after each weight.
+# Factor by which the smallest worthwhile rate of improvement is adjusted after each weight.
 ADJUST = 1.1
-# That rate is never 0, from which it could not rise.
+# Lower limit of that rate: from 0 it could not rise.
 LEAST = 1e-6
 
 
-class Budget:
-    """Shares out a time limit over weights that are solved one after the other.
+class TimeBudget:
+    """Distributes a time limit over weights that are solved one after the other.
 
-    In the first block every weight gets its even share by size. From the rates at which the losses
-    still fell then, the least rate worth a sweep is known: a later weight goes on while its loss
-    falls faster, and that rate is raised when the run is late and lowered when it is early. What
-    the loop does besides solving is taken from the blocks before.
+    In the first block every weight gets its even share by size. The rates at which their losses
+    still fell at the end give the smallest rate worth a sweep: later weights continue while their
+    loss falls faster. That rate is raised when the run is late and lowered when it is early. The
+    time for other work is estimated from the blocks so far.
 
     Args:
         seconds: The limit for the whole run, from now on.
-        sizes: For each block in turn, how many numbers its weights have together.
-        clock: Gives the time in seconds.
+        sizes: Number of entries of the weights of each block, in order.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -35,38 +35,38 @@ class Budget:
         self._clock = clock
         self._started = clock()
         self._ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-        """How many numbers are done when each block is."""
+        """Entries done at the end of each block."""
         self._done = 0
         self._solving = 0.0
         self._least: float | None = None
         self._rates: list[tuple[float, int]] = []
 
     @contextmanager
-    def weight(self, size: int) -> Iterator[GoOn]:
-        """Solve a weight of this many numbers; what is given decides on each of its sweeps."""
+    def weight(self, size: int) -> Iterator[ShouldContinue]:
+        """Context in which a weight of `size` entries is solved; yields its `ShouldContinue`."""
         began = last = self._clock()
         share = max(0.0, self._for_solving()) * size / max(1, self._ends[-1] - self._done)
         limit = share if self._least is None else MOST_SHARE * share
         rate = 0.0
 
-        def go_on(fall: float | None) -> bool:
+        def should_continue(loss_drop: float | None) -> bool:
             nonlocal last, rate
-            if fall is None:
+            if loss_drop is None:
                 return share > 0
             now = self._clock()
             took, last = now - last, now
-            rate = fall * size / max(took, 1e-9)
+            rate = loss_drop * size / max(took, 1e-9)
             slow = self._least is not None and rate < self._least
-            # A sweep of which more than half would lie beyond the limit is not begun.
+            # No sweep starts if more than half of it would exceed the limit.
             return not slow and now - began + took / 2 < limit
 
-        yield go_on
+        yield should_continue
         self._done += size
         self._solving += self._clock() - began
         self._learn(rate, size, late=self._clock() - began > share)
 
     def _for_solving(self) -> float:
-        """Seconds left, without what the other work on the blocks to come will take."""
+        """Seconds left for solving, without other work on the remaining blocks."""
         now = self._clock()
         left = self.seconds - (now - self._started)
         passed = sum(end <= self._done for end in self._ends)
@@ -76,7 +76,7 @@ class Budget:
         return left
 
     def _learn(self, rate: float, size: int, *, late: bool) -> None:
-        """Set the least rate after the first block, and let it follow the clock later."""
+        """Set the least rate after the first block, and adjust it to the clock later."""
         if self._least is not None:
             self._least *= ADJUST if late else 1 / ADJUST
             return

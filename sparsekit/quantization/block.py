@@ -1,4 +1,4 @@
-"""One block's weights: put on a grid, told of, and read again."""
+"""Quantization of one block, and restoring a block that was written before."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ from sparsekit.model.block_stream import Block
 from sparsekit.quantization.input_scale import fold_scale
 from sparsekit.quantization.prepare import QuantizeJob
 from sparsekit.quantization.storage import coded_tensors, read_coded
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.grids import Codes
 from sparsekit.weights.quantized import parts_of
 
 
 def quantize_block(
-    job: QuantizeJob, block: Block, sums: Mapping[str, InputSums]
+    job: QuantizeJob, block: Block, sums: Mapping[str, InputStats]
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Quantize the chosen weights of one block; gives report rows and the tensors to write."""
+    """Quantize the selected weights of one block; returns report rows and the tensors to write."""
     wanted = {target.name for target in job.targets}
     chosen = [target for target in block.targets if target.name in wanted]
     scaled = _scale_inputs(job, block, chosen, sums)
@@ -40,7 +40,7 @@ def quantize_block(
 
 @dataclass
 class _Scaled:
-    """The scales of one weight's rows and columns, and what to tell of them."""
+    """The scales of a weight's rows and columns, and numbers for the report."""
 
     inputs: Tensor | float = 1.0  # [in], multiplies
     outputs: Tensor | float = 1.0  # [out, 1], divides
@@ -48,9 +48,9 @@ class _Scaled:
 
 
 def _scale_inputs(
-    job: QuantizeJob, block: Block, targets: Sequence[Target], sums: Mapping[str, InputSums]
+    job: QuantizeJob, block: Block, targets: Sequence[Target], sums: Mapping[str, InputStats]
 ) -> dict[str, _Scaled]:
-    """For each weight of a block the scales that its method wants and the block can take back."""
+    """The input scales that the method chooses and the block can absorb, by weight."""
     scaled = {target.name: _Scaled() for target in targets}
     groups: dict[int, list[Target]] = {}
     for target in targets:
@@ -59,12 +59,12 @@ def _scale_inputs(
         weights = [block.weight(t) / scaled[t.name].outputs for t in group]
         name = group[0].name
         dtype = job.source.places[name].dtype
-        found = job.quantizer.input_scale(weights, sums.get(name), job.grid, dtype)
-        folded = fold_scale(block, group, found[0], targets) if found else None
+        chosen = job.quantizer.input_scale(weights, sums.get(name), job.grid, dtype)
+        folded = fold_scale(block, group, chosen[0], targets) if chosen else None
         for target in group:
-            if folded and found:
+            if folded and chosen:
                 scaled[target.name].inputs = folded.scale
-                scaled[target.name].numbers = found[1]
+                scaled[target.name].numbers = chosen[1]
         if folded and folded.rows_of is not None:
             scaled[folded.rows_of.name].outputs = folded.scale[:, None]
     return scaled
@@ -74,24 +74,27 @@ def _quantize_weight(
     job: QuantizeJob,
     block: Block,
     target: Target,
-    sums: InputSums | None,
+    sums: InputStats | None,
     scaled: Mapping[str, _Scaled],
 ) -> tuple[dict[str, Any], Codes]:
-    """Quantize one weight, put what it then is into the block, and tell of it."""
+    """Quantize one weight and put the rounded weight into the block; returns its report row."""
     started = time.perf_counter()
     weight, dtype = block.weight(target), job.source.places[target.name].dtype
     scale = scaled[target.name]
     try:
-        found = job.quantizer.quantize(weight * scale.inputs / scale.outputs, sums, job.grid, dtype)
-        on_disk = block.replace(target, found.codes.dense().float())
-        made = on_disk.to(weight.device).float() / scale.inputs * scale.outputs
-        error = sums.relative_error(weight, made) if sums else None
+        scaled_weight = weight * scale.inputs / scale.outputs
+        quantized = job.quantizer.quantize(scaled_weight, sums, job.grid, dtype)
+        on_disk = block.replace(target, quantized.codes.dense().float())
+        rounded = on_disk.to(weight.device).float() / scale.inputs * scale.outputs
+        error = sums.relative_error(weight, rounded) if sums else None
     except NumericalError as failure:
-        raise NumericalError(f"{target.name}: {failure.message}", failure.hint) from failure
+        message = f"{target.name}: {failure.message}"
+        raise NumericalError(message, failure.hint, code=failure.code) from failure
     before = weight.cpu() == 0
     after = on_disk == 0
     if (revived := int((before & ~after).sum())) > 0:
-        raise CheckFailedError(f"{target.name}: {revived} zeros were given a value")
+        message = f"{target.name}: {revived} zeros became nonzero"
+        raise CheckFailedError(message, code="zeros-lost")
     row = {
         "name": target.name,
         "shape": list(target.shape),
@@ -102,13 +105,13 @@ def _quantize_weight(
         "error": error,
         "seconds": round(time.perf_counter() - started, 4),
         "bits": 8 * _stored_bytes(job, target) / on_disk.numel(),
-        "numbers": {**scale.numbers, **found.numbers},
+        "numbers": {**scale.numbers, **quantized.numbers},
     }
-    return row, found.codes
+    return row, quantized.codes
 
 
 def _stored_bytes(job: QuantizeJob, target: Target) -> int:
-    """Bytes on disk of everything that a weight is stored as."""
+    """Bytes on disk of all tensors that store a weight."""
     names = [target.name]
     if job.coded:
         names = [part_name(target.name, part) for part in parts_of(job.grid)]
@@ -116,7 +119,7 @@ def _stored_bytes(job: QuantizeJob, target: Target) -> int:
 
 
 def restore(job: QuantizeJob, writer: CheckpointWriter, block: Block) -> dict[str, Tensor]:
-    """The tensors of a block that has been written, as it computes with them."""
+    """The tensors of a block that was written before, as it computes with them."""
     wanted = {target.name for target in job.targets} if job.coded else set()
     tensors = writer.read(name for name in block.disk_names if name not in wanted)
     for target in block.targets:

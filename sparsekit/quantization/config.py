@@ -1,4 +1,4 @@
-"""What `quantize` is asked to do, checked without torch so that a wrong word answers at once."""
+"""Options of `quantize`, checked without importing torch."""
 
 from typing import Annotated, Literal, Self
 
@@ -24,15 +24,15 @@ class QuantizeConfig(ReadsRows):
 
     method: Annotated[
         str,
-        Field(description="rtn (no data), gptq or awq."),
+        Field(description="rtn (no calibration), gptq or awq."),
         Flag(metavar="method", methods=("quantizers",)),
     ] = "gptq"
     grid: Annotated[
         Grid,
         Word(str, Grid.parse),
         Field(
-            description="int4-g128 (a scale for 128 inputs), int8 (weights only), w8a8 or fp8 "
-            "(inputs too)."
+            description="int4-g128 (a scale per 128 inputs), int8 (weights only), w8a8 or fp8 "
+            "(weights and inputs)."
         ),
         Flag(metavar="grid", completes="grids"),
     ] = written("int4-g128")
@@ -40,7 +40,7 @@ class QuantizeConfig(ReadsRows):
     skip: Skip = ()
     format: Annotated[
         Literal["compressed-tensors", "dense"],
-        Field(description="Codes and scales, or (dense) the numbers that they stand for."),
+        Field(description="Store codes and scales, or (dense) the rounded numbers."),
         Flag(),
     ] = "compressed-tensors"
     device: Device = "auto"
@@ -48,15 +48,16 @@ class QuantizeConfig(ReadsRows):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Refuse what does not go together."""
+        """Refuse options that conflict."""
         known = methods.names("quantizers")
         if self.method not in known:
-            raise UsageError(f"no method {self.method!r}", did_you_mean(self.method, known))
+            hint = did_you_mean(self.method, known)
+            raise UsageError(f"there is no method {self.method!r}", hint, code="no-method")
         methods.check("quantizers", self.method, self.option)
         self.check_rows(self.method)
         return self
 
     @property
     def needs_rows(self) -> bool:
-        """Whether the method reads calibration."""
+        """Whether the method needs calibration."""
         return not methods.describe("quantizers", self.method).data_free

@@ -1,16 +1,16 @@
-"""The plan of a quantization."""
+"""The plan of a quantization run."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-from sparsekit.pipeline.dry_run import _name, begun
+from sparsekit.pipeline.dry_run import begun, dtype_name
 from sparsekit.pipeline.forecast import forecast
 from sparsekit.pipeline.selection import family_notes
 from sparsekit.progress import SILENT, Progress
-from sparsekit.quantization import prepare as quantjob
 from sparsekit.quantization.block import quantize_block
 from sparsekit.quantization.config import QuantizeConfig
+from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize
 
 
 def plan_quantize(
@@ -22,11 +22,12 @@ def plan_quantize(
     timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `quantize` would do, after the same checks; arguments and errors as of `quantize`.
+    """Run the checks of `quantize` and describe what it would do; nothing is written.
 
-    `timed` also quantizes the first block, in memory, to tell how long the run would take.
+    `timed` also quantizes the first block, in memory, to estimate the duration. Other arguments and
+    errors are those of `quantize`.
     """
-    job = quantjob.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_quantize(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(math.prod(target.shape) for target in job.targets)
     return {
         **begun(job.source, out, config.method, job.layout),
@@ -40,12 +41,12 @@ def plan_quantize(
         "peak_memory_estimate_bytes": job.room,
         "seconds_estimate": _quantize_seconds(job, progress) if timed else None,
         "device": str(job.stream.device),
-        "dtype": _name(job.stream.dtype),
+        "dtype": dtype_name(job.stream.dtype),
     }
 
 
-def _quantize_seconds(job: quantjob.QuantizeJob, progress: Progress) -> float:
-    """How long the run would take."""
+def _quantize_seconds(job: QuantizeJob, progress: Progress) -> float:
+    """Estimated duration of the run."""
     return forecast(
         job.stream,
         job.targets,

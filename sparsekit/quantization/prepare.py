@@ -1,4 +1,4 @@
-"""What a quantize run will do: every check and every choice that needs no weights."""
+"""Preparation of a quantization run: all checks and choices that need no weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,15 @@ from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.methods import Quantizer
-from sparsekit.quantization.storage import coded_layout, refuse_misfits
-from sparsekit.solvers.input_stats import Want
+from sparsekit.quantization.storage import coded_layout, refuse_grid
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob:
-    """A checked configuration with everything that the loop needs."""
+    """A checked configuration with everything that the loop over blocks needs."""
 
     config: QuantizeConfig
     quantizer: Quantizer
@@ -36,22 +36,22 @@ class QuantizeJob:
     calibration: Calibration | None
 
     @property
-    def want(self) -> Want | None:
-        """What is summed over the inputs of weights; None: no row runs through the model."""
-        return (self.quantizer.needs or Want.NORMS) if self.calibration else None
+    def want(self) -> Stats | None:
+        """Sums over the inputs of weights; None: no forward pass."""
+        return (self.quantizer.needs or Stats.NORMS) if self.calibration else None
 
     @property
     def room(self) -> int:
-        """The memory that the run is expected to take above the libraries, in bytes."""
+        """Estimated memory of the run in bytes, without the libraries."""
         return peak_estimate(self.stream, self.want, self.calibration)
 
     @property
     def coded(self) -> bool:
-        """Whether codes are stored, or the numbers that they stand for."""
+        """Whether codes are stored, or the rounded numbers."""
         return self.config.format != "dense"
 
 
-def prepare(
+def prepare_quantize(
     config: QuantizeConfig,
     model: str,
     out: Path,
@@ -72,7 +72,7 @@ def prepare(
     stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
     targets, skipped = select(stream, config.skip)
     grid = config.grid
-    refuse_misfits(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
+    refuse_grid(grid, targets, skipped, flag="--grid", coded=config.format != "dense")
     layout = Layout.of(source)
     if config.format != "dense":
         layout = coded_layout(source, targets, grid)

@@ -19,7 +19,7 @@ from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
 from sparsekit.quantization.block import quantize_block, restore
 from sparsekit.quantization.config import QuantizeConfig
-from sparsekit.quantization.prepare import QuantizeJob, prepare
+from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize
 from sparsekit.quantization.storage import coded_config
 from sparsekit.text.rows import TokenRows
 
@@ -51,7 +51,7 @@ def quantize(
         StorageError: The output cannot be written.
     """
     cost = Cost()
-    job = prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_quantize(config, model, out, overwrite=overwrite, progress=progress)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None
     for note in (*family_notes(job.stream), *(rows.notes if rows else ())):
         progress.note(note)

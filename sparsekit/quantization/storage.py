@@ -1,4 +1,4 @@
-"""Weights that are stored as codes: which may be, what config.json says, and how they are read."""
+"""Weights stored as codes: which are possible, the entry in config.json, and reading them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.quantized import parts_of, quantized_shapes
 
-# Layers that servers compute as one: they must be on the same grid.
+# Layers that servers fuse, which must have the same grid.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def coded_layout(source: Checkpoint, targets: Sequence[Target], grid: Grid) -> Layout:
-    """The files of a checkpoint in which these weights lie as codes and scales."""
+    """The files of a checkpoint in which these weights are stored as codes and scales."""
     dtypes = {target.name: source.places[target.name].dtype for target in targets}
     return Layout.with_codes(
         source, {t.name: quantized_shapes(grid, t.shape, dtypes[t.name]) for t in targets}
@@ -33,32 +33,32 @@ def coded_layout(source: Checkpoint, targets: Sequence[Target], grid: Grid) -> L
 
 
 def coded_config(stream: BlockStream, targets: Sequence[Target], grid: Grid) -> dict[str, Any]:
-    """What config.json is to say of a checkpoint in which these weights are codes."""
+    """config.json of a checkpoint in which these weights are codes."""
     names, on_disk = {target.name for target in targets}, stream.skeleton.on_disk
     ignore = [
         name
         for name, module in stream.model.named_modules()
         if isinstance(module, nn.Linear) and on_disk.get(f"{name}.weight") not in names
     ]
-    told = read_json(stream.source.path / "config.json")
-    return told | {"quantization_config": quantization_config(grid, ignore)}
+    config = read_json(stream.source.path / "config.json")
+    return config | {"quantization_config": quantization_config(grid, ignore)}
 
 
 def coded_tensors(target: Target, codes: Codes) -> dict[str, Tensor]:
-    """The tensors that a weight is stored as, by their names."""
+    """The tensors that store a weight, by name."""
     parts = Form(core=codes).stored()
     return {part_name(target.name, part): tensor for part, tensor in parts.items()}
 
 
 def read_coded(writer: CheckpointWriter, target: Target, grid: Grid) -> Tensor:
-    """A weight that has been written as codes, as the model computes with it."""
+    """The dense values of a weight that was written as codes."""
     names = {part: part_name(target.name, part) for part in parts_of(grid)}
     read = writer.read(names.values())
     parts = {part: read[name] for part, name in names.items()}
     return Form.from_stored(parts, CoreFormat(grid=grid), target.shape).dense()
 
 
-def refuse_misfits(
+def refuse_grid(
     grid: Grid,
     targets: Sequence[Target],
     skipped: Sequence[Mapping[str, str]],
@@ -66,33 +66,35 @@ def refuse_misfits(
     flag: str,
     coded: bool = True,
 ) -> None:
-    """Refuse a grid that does not fit the weights, or what no server would load.
+    """Refuse a grid that does not fit the weights, or a checkpoint that no server would load.
 
     Args:
-        grid: Of the targets.
-        targets: The weights that are put on it.
-        skipped: Names of weights that are not, each with the reason.
-        flag: What the grid was asked for with.
-        coded: Whether codes are stored, or the numbers that they stand for.
+        grid: The grid.
+        targets: The weights to quantize.
+        skipped: Names of other weights, each with the reason.
+        flag: The flag that requested the grid.
+        coded: Whether codes are stored, or the rounded numbers.
 
     Raises:
-        UsageError: Names the first such weight, and the ways out.
+        UsageError: Names the first such weight, and suggests a way out.
     """
-    odd = next((target for target in targets if grid.misfit(target.shape[1])), None)
+    odd = next((target for target in targets if grid.mismatch(target.shape[1])), None)
     if odd is not None:
         common = math.gcd(*(target.shape[1] for target in targets))
         fitting = next((g for g in (128, 64, 32, 16) if common % g == 0), None)
         hint = f"{flag} int{grid.bits}"
         if fitting:
             hint = f"{flag} int{grid.bits}-g{fitting} fits, and so does {hint}"
-        raise UsageError(f"{odd.name}: {grid.misfit(odd.shape[1])}", hint)
+        message = f"{odd.name}: {grid.mismatch(odd.shape[1])}"
+        raise UsageError(message, hint, code="grid-does-not-divide")
     if not coded:
         return
     transposed = next((target for target in targets if target.transposed), None)
     if transposed is not None:
         raise UsageError(
-            f"{transposed.name} is no nn.Linear, which is all that compressed-tensors knows",
-            "quantize --format dense writes the rounded numbers themselves",
+            f"{transposed.name} is not an nn.Linear, the only layer of compressed-tensors",
+            "quantize --format dense stores the rounded numbers",
+            code="not-linear",
         )
     left = {row["name"] for row in skipped}
     for name in (target.name for target in targets):
@@ -101,6 +103,7 @@ def refuse_misfits(
             others = [f"{path}.{other}.weight" for other in group if last in group]
             if apart := next((other for other in others if other in left), None):
                 raise UsageError(
-                    f"{apart} is skipped and {name} is not: servers compute both as one layer",
+                    f"{apart} is skipped and {name} is not: servers fuse them into one layer",
                     f"skip all of {', '.join(group)}, or quantize with --format dense",
+                    code="splits-fused-layers",
                 )

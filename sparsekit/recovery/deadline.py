@@ -1,4 +1,4 @@
-"""Whether a run with a time limit still ends in time, and how many steps do when it does not."""
+"""Number of training steps that fit into a time limit."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from sparsekit.recovery.loss import sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
 from sparsekit.recovery.saved_state import SAVE_SECONDS
 
-# Share of the time that is planned for; seconds that starting to write and reading back take; and
-# bytes a second that a disk is taken to write.
+# Share of the time to plan for; seconds for starting to write and reading back; assumed write speed
+# of the disk in bytes per second.
 PLANNED, CLOSING, WRITTEN = 0.95, 5.0, 200e6
-# Steps of which the median says how long those that are left will take.
+# Number of last steps whose median predicts the duration of the remaining ones.
 WATCHED = 10
 
 
 class Deadline:
-    """Watches the pace of the steps; what comes between them is counted by its own length.
+    """Watches the pace of the steps; evaluations and saved states between them count separately.
 
     Args:
-        config: Says how often is evaluated and saved.
-        limit: When the output must stand, in seconds of `time.perf_counter`; None: there is no
-            limit.
-        saving: Seconds that a saved state is taken to need, until one was written.
-        evaluation: The same of measuring a perplexity.
+        config: How often to evaluate and to save.
+        limit: When the output must be complete, in seconds of `time.perf_counter`; None: no limit.
+        saving: Expected seconds of saving a state, until one was saved.
+        evaluation: Expected seconds of an evaluation, until one was made.
     """
 
     def __init__(
@@ -41,24 +40,24 @@ class Deadline:
         self._last = time.perf_counter()
 
     def evaluated(self, seconds: float) -> None:
-        """Take note that a perplexity was measured after the last step."""
+        """Record the seconds of an evaluation after the last step."""
         self._evaluation = seconds
         self._beside += seconds
 
     def saved(self, seconds: float) -> None:
-        """Take note that a state was saved after the last step."""
+        """Record the seconds of saving a state after the last step."""
         self._saving = seconds
         self._beside += seconds
 
     def steps(self, done: int, planned: int) -> int:
-        """How many steps there should be, when `done` of those that are planned are taken.
+        """The new number of planned steps.
 
-        Fewer than planned only where the pace of the last steps would miss the limit, and always
-        one more than are done.
+        Less than planned only if the pace of the last steps would miss the limit, and always at
+        least one more than done.
 
         Args:
             done: Steps taken.
-            planned: Steps that there are to be.
+            planned: Steps planned so far.
         """
         now = time.perf_counter()
         self._seconds = [*self._seconds, now - self._last - self._beside][-WATCHED:]
@@ -70,17 +69,17 @@ class Deadline:
         if planned - done <= max(1, steps_within(self._config, left, pace, *beside, planned=1.0)):
             return planned
         self._seconds = []
-        # With the room that every plan has, after a state under the new one.
+        # With the usual reserve, and time to save a state of the new plan.
         return done + max(1, steps_within(self._config, left - self._saving, pace, *beside))
 
 
 def saving_seconds(optimizer: MaskedAdam) -> float:
-    """How long a saved state is taken to need."""
+    """Expected seconds of saving a state."""
     return sum(tensor.nbytes for tensor in optimizer.state().values()) / WRITTEN
 
 
 def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:
-    """The part of a step in the selections of the largest entries; makes one, if there are such."""
+    """Mean seconds per step for mask selection, measured on one; 0 without."""
     if not refresh:
         return 0.0
     begun = time.perf_counter()
@@ -90,7 +89,7 @@ def selection_seconds(optimizer: MaskedAdam, refresh: int) -> float:
 
 
 def closing_seconds(saving: float, evaluation: float) -> float:
-    """How long the end of a run takes: the last state and evaluation, and the output."""
+    """Seconds of the end of a run: the last state and evaluation, and the output."""
     return CLOSING + 2 * saving + evaluation
 
 
@@ -102,15 +101,16 @@ def steps_within(
     saving: float,
     planned: float = PLANNED,
 ) -> int:
-    """How many steps fit into a time, with their evaluations and saved states.
+    """Number of steps that fit into a time, with their evaluations and saved states.
 
     Args:
-        config: Says how often is evaluated and saved.
-        left: Seconds until the output must stand.
+        config: How often to evaluate and to save.
+        left: Seconds until the output must be complete.
         step: Seconds of a step.
         evaluation: Seconds of an evaluation.
-        saving: Seconds of a saved state, one of which comes last, and of the output at most.
-        planned: Share of the time that is planned for.
+        saving: Seconds of saving a state; one is saved at the end, and writing the output takes at
+            most as long.
+        planned: Share of the time to plan for.
     """
     left -= closing_seconds(saving, evaluation)
     step += evaluation / config.eval_every if config.eval_every else 0.0

@@ -1,20 +1,20 @@
-"""Cross entropy and divergence from a teacher, without ever holding the logits of all tokens.
+"""Cross entropy and KL divergence from a teacher, in chunks that never hold all logits.
 
 With n counted positions and τ the temperature, the loss is share · KL + (1 − share) · CE:
 
     KL = τ²/n Σ_i Σ_x p_t(x|i) (log p_t(x|i) − log p_s(x|i)),   p = softmax(logits / τ)
     CE = −1/n Σ_i log softmax(student logits)(label_i)
 
-Of a teacher of whom only the k largest probabilities of a position are known, all other tokens are
-one outcome more. With r = 1 − Σ p_t and q = 1 − Σ p_s over the k, the term of that position is
+If only the k largest probabilities of a teacher are known, all other tokens count as one further
+outcome. With r = 1 − Σ p_t and q = 1 − Σ p_s over the k, the term of that position is
 Σ p_t (log p_t − log p_s) + r (log r − log q): at most the whole KL, and equal to it when k is the
-vocabulary. It is the KL from a teacher who spreads r over the other tokens as the student does,
+vocabulary. It is the KL from a teacher that spreads r over the other tokens as the student does,
 r p_s(x) / q, in value and in gradient (p_s − p_t for the k, p_s (1 − r / q) for the others), and is
 computed as such.
 
 Source: AST (Huang et al., AAAI 2025), section "knowledge distillation"; CAST takes τ = 1.
-Differs: both terms leave out the same positions, those without a label (AST's code averages KL over
-all of them). The gradient by the logits has a closed form, so that it is taken with the values.
+Differs: both terms leave out positions without a label (AST's code averages KL over all positions).
+The gradient with respect to the logits has a closed form and is computed with the values.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits of a chunk of tokens take about this much, the student's and the teacher's each; on a GPU
-# three or four more such tensors come and go.
+# Bytes of the logits of a chunk, for student and teacher each; on a GPU three or four more such
+# tensors exist temporarily.
 CHUNK_BYTES = 48 << 20
-# Entries of a piece of a chunk that is gone over several times on a CPU.
+# Entries of a part of a chunk that fits the CPU cache.
 IN_CACHE = 1 << 19
 IGNORED = -100
-# What is left of the teacher's mass counts as this much at least, so that it has a logarithm; the
-# rounding of 1 − Σ p is far larger.
+# Lower limit of the teacher's remaining mass, so that its logarithm is finite; the rounding error
+# of 1 − Σ p is far larger.
 LEAST_REST = 1e-20
 Logits = Callable[[Tensor], Tensor]
 """From hidden states `[tokens, hidden]` to logits `[tokens, vocabulary]`."""
@@ -42,44 +42,44 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Top:
-    """The largest probabilities that a teacher gives the tokens of each position."""
+    """The largest probabilities of a teacher at each position."""
 
     log_probabilities: Tensor  # [positions, k] float32, at the temperature of the loss
     ids: Tensor  # [positions, k] int32
 
     @classmethod
     def of(cls, logits: Tensor, count: int, temperature: float) -> Top:
-        """The `count` largest of logits `[positions, vocabulary]`; of equal ones any may go."""
+        """The `count` largest of logits `[positions, vocabulary]`; ties are broken arbitrarily."""
         log = torch.log_softmax(logits.float() / temperature, -1)
         values, ids = log.topk(count)
         return cls(log_probabilities=values, ids=ids.to(torch.int32))
 
     @classmethod
     def joined(cls, parts: Sequence[Top]) -> Top:
-        """The positions of several, one after the other."""
+        """Concatenate positions."""
         return cls(
             log_probabilities=torch.cat([part.log_probabilities for part in parts]),
             ids=torch.cat([part.ids for part in parts]),
         )
 
     def part(self, rows: slice) -> Top:
-        """Those of some positions."""
+        """The probabilities of some positions."""
         return Top(log_probabilities=self.log_probabilities[rows], ids=self.ids[rows])
 
     def to(self, device: torch.device) -> Top:
-        """The same on a device."""
+        """Move to a device."""
         return Top(log_probabilities=self.log_probabilities.to(device), ids=self.ids.to(device))
 
     def mass(self) -> Tensor:
-        """Their sum at each position, `[positions]` float64."""
+        """Sum of the probabilities at each position, `[positions]` float64."""
         return self.log_probabilities.double().exp().sum(-1)
 
     def completed(self, student: Tensor) -> Tensor:
-        """Log-probabilities of all tokens, where unknown in the proportions of the student's."""
+        """Log-probabilities of all tokens; unknown ones in proportion to the student's."""
         ids = self.ids.long()
         goal = student.scatter(-1, ids, -math.inf)
         left = (1 - self.mass()).clamp(min=LEAST_REST).log().to(goal.dtype)
-        # Not log(1 - Σ p_s), whose rounding would be all that is left of a small rest.
+        # Not log(1 - Σ p_s), which is rounding error if the rest is small.
         goal += (left - goal.logsumexp(-1))[:, None]
         return goal.scatter_(-1, ids, self.log_probabilities)
 
@@ -89,7 +89,7 @@ class Losses:
     """The loss and its parts, each a mean over the counted positions, in nats."""
 
     total: Tensor
-    """Scalar, with the gradient by the student."""
+    """Scalar, differentiable by the student's parameters."""
     divergence: Tensor
     """KL; 0 without a teacher."""
     entropy: Tensor
@@ -109,13 +109,13 @@ def distil(
     """The loss of a student, chunk by chunk.
 
     Args:
-        hidden: What enters the student's head.
-        head: The student's head: linear, as its output is overwritten by the gradient.
-        head_parameters: Its parameters, which get gradients too.
+        hidden: Inputs of the student's head.
+        head: The student's head; must be linear, as its output is overwritten by the gradient.
+        head_parameters: Parameters of the head, which get gradients too.
         labels: The next tokens.
-        teacher: Gives the teacher's logits `[chunk, vocabulary]` of a slice of positions, or the
-            largest of its probabilities; not needed with share 0.
-        share: Of KL in the loss, 0 to 1.
+        teacher: Returns the teacher's logits `[chunk, vocabulary]` of a slice of positions, or its
+            largest probabilities; not needed with share 0.
+        share: Weight of KL in the loss, 0 to 1.
         temperature: τ, above 0.
     """
     trained = [p for p in head_parameters if p.requires_grad]
@@ -127,7 +127,7 @@ def distil(
 
 
 class _Chunked(torch.autograd.Function):
-    """Takes the gradients with the values, so that no logits wait for the backward pass."""
+    """Computes gradients with the values, so that no logits are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -160,9 +160,11 @@ class _Chunked(torch.autograd.Function):
                     part = hidden[rows].detach().requires_grad_(wanted)
                     logits = head(part)
             other = teacher(rows) if teacher is not None and share else None
-            # A linear head needs its output no more: the gradient takes its place.
+            # The output of a linear head is not needed again: the gradient overwrites it.
             gradient = logits.detach()
-            with torch.autocast(hidden.device.type, enabled=False):  # which narrows the sums of KL
+            with torch.autocast(
+                hidden.device.type, enabled=False
+            ):  # which would reduce the precision of KL
                 parts += _replace(gradient, other, labels[rows], share, temperature, count)
             if by_hidden is not None and linear:
                 by_hidden[rows] = gradient @ weight
@@ -170,9 +172,9 @@ class _Chunked(torch.autograd.Function):
                 for whole in by_head[1:]:
                     whole += gradient.sum(0)
             elif by_hidden is not None:
-                found = torch.autograd.grad(logits, [part, *trained], gradient)
-                by_hidden[rows] = found[0]
-                for whole, piece in zip(by_head, found[1:], strict=True):
+                gradients = torch.autograd.grad(logits, [part, *trained], gradient)
+                by_hidden[rows] = gradients[0]
+                for whole, piece in zip(by_head, gradients[1:], strict=True):
                     whole += piece
             start = rows.stop
         ctx.gradients = by_hidden, by_head
@@ -184,23 +186,23 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         by_hidden, by_head = ctx.gradients
         ctx.gradients = None
-        found = [by_hidden.mul_(outer[0]), *(g.mul_(outer[0]) for g in by_head)]
-        return found[0], None, None, None, None, None, None, *found[1:]
+        scaled = [by_hidden.mul_(outer[0]), *(g.mul_(outer[0]) for g in by_head)]
+        return scaled[0], None, None, None, None, None, None, *scaled[1:]
 
 
 def chunk_positions(vocabulary: int, dtype: torch.dtype = torch.float32) -> int:
-    """At how many positions logits may exist at a time."""
+    """Number of positions whose logits are held at a time."""
     return max(1, CHUNK_BYTES // (dtype.itemsize * vocabulary))
 
 
 def _products(hidden: Tensor) -> torch.dtype:
-    """The type in which a linear layer multiplies here."""
+    """The dtype in which linear layers compute."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right`, which may be of a shorter type."""
+    """Add `left @ right`, whose dtype may be narrower."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -208,7 +210,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _vocabulary(head: Logits, hidden: Tensor) -> int:
-    """How many logits a token has."""
+    """Number of logits per token."""
     size = getattr(head, "out_features", None)
     if size is None:
         with torch.no_grad():
@@ -217,14 +219,14 @@ def _vocabulary(head: Logits, hidden: Tensor) -> int:
 
 
 def _replace(
-    logits: Tensor,  # [chunk, vocabulary], become the gradient of the loss by them
+    logits: Tensor,  # [chunk, vocabulary], overwritten by the gradient
     teacher: Tensor | Top | None,
     labels: Tensor,
     share: float,
     temperature: float,
-    count: Tensor,  # counted positions of the loss
+    count: Tensor,  # number of counted positions
 ) -> Tensor:
-    """Summed KL and CE, `[2]` float64, a few positions at a time on a CPU."""
+    """Overwrite logits by gradients; returns the sums of KL and CE, `[2]` float64."""
     length = len(logits) if logits.is_cuda else max(1, IN_CACHE // logits.shape[1])
     sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for start in range(0, len(logits), length):
@@ -241,12 +243,12 @@ def _replace(
 
 def _values(
     logits: Tensor,  # [positions, vocabulary]
-    teacher: Tensor | Top | None,  # the same shape, or the largest of it
+    teacher: Tensor | Top | None,  # same shape, or the largest probabilities
     labels: Tensor,  # [positions]
     share: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Summed KL and CE, and the gradient of their mix by the logits, before the division by n."""
+    """Sums of KL and CE, and the gradient of their mix before the division by n."""
     counted = labels != IGNORED
     index = labels.clamp(min=0)[:, None]
     log = torch.log_softmax(logits.float(), -1)
@@ -267,13 +269,13 @@ def _values(
         wanted = goal.exp()
         rows = torch.linalg.vecdot(wanted, goal.sub_(soft))
         divergence = temperature**2 * rows[counted].double().sum()
-        given = soft.exp_()
+        student = soft.exp_()
         if hard is None:  # τ = 1, or only the divergence counts
-            gradient = given.sub_(wanted, alpha=share) if share < 1 else given.sub_(wanted)
+            gradient = student.sub_(wanted, alpha=share) if share < 1 else student.sub_(wanted)
             gradient *= temperature
         else:
-            gradient = hard.mul_(1 - share).add_(given.sub_(wanted), alpha=temperature * share)
+            gradient = hard.mul_(1 - share).add_(student.sub_(wanted), alpha=temperature * share)
         if share < 1:
-            gradient.scatter_add_(-1, index, torch.full_like(index, share - 1, dtype=given.dtype))
+            gradient.scatter_add_(-1, index, torch.full_like(index, share - 1, dtype=student.dtype))
     gradient.masked_fill_(~counted[:, None], 0)
     return torch.stack([divergence, entropy]), gradient

@@ -1,7 +1,7 @@
-"""The processes that train together: one, or those that `accelerate launch` or `torchrun` started.
+"""Processes that train together: one, or those started by `accelerate launch` or `torchrun`.
 
-Each computes its part of the batches, and all take the same steps. Every process holds the whole
-model, or the rows of each decoder block's weights are sharded over them (FSDP2).
+Each process computes its part of the batches, and all take the same steps. Every process holds the
+whole model, or the rows of the decoder blocks' weights are sharded over the processes (FSDP2).
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from torch import Tensor, nn
 from sparsekit.errors import NumericalError, UsageError
 
 T = TypeVar("T")
-# How long processes wait for one that tokenises, samples text or writes, and for one that is lost.
+# How long processes wait for a process that tokenises, samples text, writes, or is lost.
 PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among those that train together."""
+class Processes:
+    """This process, among the processes that train together."""
 
     rank: int = 0
     size: int = 1
     shards: bool = False
-    """Whether each process holds a part of the decoder blocks only."""
+    """Whether each process holds only a part of the decoder blocks."""
 
     @classmethod
-    def current(cls, device: str) -> Ranks:
-        """The processes that a launcher started, connected; or this one alone.
+    def current(cls, device: str) -> Processes:
+        """Connect the processes that a launcher started; without one, this process alone.
 
         Raises:
-            UsageError: The launcher was told to shard the model in a way that cuts rows, or to
-                compute in another type.
+            UsageError: The launcher is configured to shard rows, or to use mixed precision.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
@@ -46,14 +45,17 @@ class Ranks:
         for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if _asked(name) and (older or name != "FSDP"):
                 raise UsageError(
-                    f"accelerate was told to use {name}{' 1' if older else ''}, which cuts weights "
-                    "without regard to their rows: they and their masks would no longer match",
-                    "launch it with --multi_gpu, or with --use_fsdp --fsdp_version 2",
+                    f"accelerate is configured to use {name}{' 1' if older else ''}, which cuts "
+                    "weights within rows, so weights and masks would no longer match",
+                    "launch with --multi_gpu, or with --use_fsdp --fsdp_version 2",
+                    code="launcher-shards",
                 )
         if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
             raise UsageError(
-                f"accelerate was told to compute in {precision}, which is for recover to be told",
-                "launch it with --mixed_precision no, and recover with --mixed-precision bf16",
+                f"accelerate is configured for mixed precision {precision}, which is an option of "
+                "recover",
+                "launch with --mixed_precision no, and pass --mixed-precision bf16 to recover",
+                code="launcher-precision",
             )
         from accelerate import PartialState
 
@@ -62,19 +64,20 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process reads, writes and tells for all."""
+        """Whether this process reads, writes and reports for all."""
         return self.rank == 0
 
     def parts(self, count: int) -> range:
-        """Which of so many equal parts of a step are this process's.
+        """The parts of a step that this process computes, of `count` equal parts.
 
         Raises:
-            UsageError: They cannot be shared out evenly.
+            UsageError: The parts cannot be divided evenly.
         """
         if count % self.size:
             raise UsageError(
-                f"--accumulate {count} cannot be shared by {self.size} processes",
-                f"make it a multiple of {self.size}: it counts the forward passes of all",
+                f"--accumulate {count} cannot be divided among {self.size} processes",
+                f"make it a multiple of {self.size}: it counts the forward passes of all processes",
+                code="accumulate-does-not-divide",
             )
         return range(self.rank, count, self.size)
 
@@ -87,56 +90,57 @@ class Ranks:
             work.wait()
 
     def shard(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
-        """Leave to each process some rows of the weights of these blocks."""
+        """Shard the rows of these blocks' weights over the processes."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (self.size,))
-        # A block that stays whole after a forward pass goes on to compute with what it was then:
-        # an evaluation changes weights and brings them back, and no backward pass follows it.
+        # A block that is not resharded keeps computing with the gathered weights: an evaluation
+        # changes weights and restores them, and no backward pass follows.
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
-    def of_main(self, value: T) -> T:
-        """The value that the main process has."""
+    def broadcast(self, value: T) -> T:
+        """The value of the main process."""
         if self.size == 1:
             return value
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def of_all(self, value: T) -> list[T]:
-        """What each process has."""
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
-        found: list[T] = [value] * self.size
-        torch.distributed.all_gather_object(found, value)
-        return found
+        values: list[T] = [value] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def require_same(self, value: str, what: str) -> None:
-        """Refuse to go on when the processes do not have the same.
+        """Stop unless all processes have the same value.
 
         Raises:
-            NumericalError: They differ.
+            NumericalError: The values differ.
         """
-        found = self.of_all(value)
-        if len(set(found)) > 1:
-            odd = next(rank for rank, one in enumerate(found) if one != found[0])
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            odd = next(rank for rank, other in enumerate(values) if other != values[0])
             raise NumericalError(
                 f"process {odd} has other {what} than process 0",
-                "are versions, threads and devices the same everywhere?",
+                "check that versions, threads and devices are the same everywhere",
+                code="processes-differ",
             )
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes get here."""
         if self.size > 1:
             torch.distributed.barrier()
 
     def leave(self) -> None:
-        """Part when all are done: one that is gone before may take the others with it.
+        """Disconnect when all processes are done.
 
-        A process whose connections still stand may abort as it ends, and its launcher stops the
-        rest then, also the one that writes.
+        A process that ends with open connections may abort, and its launcher would then stop the
+        other processes, including the one that writes.
         """
         if self.size > 1:
             torch.distributed.barrier()
@@ -144,5 +148,5 @@ class Ranks:
 
 
 def _asked(name: str) -> bool:
-    """Whether accelerate was told to use a way to shard models."""
+    """Whether accelerate is configured to shard models in this way."""
     return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1")

@@ -1,4 +1,4 @@
-"""The plan of a training."""
+"""The plan of a recovery run."""
 
 import math
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 from sparsekit.pipeline.dry_run import begun
 from sparsekit.progress import SILENT, Progress
-from sparsekit.recovery import prepare as recovery
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import WRITTEN
 from sparsekit.recovery.memory_needs import pass_bytes, state_bytes
+from sparsekit.recovery.prepare import RecoverJob, prepare_recover
 from sparsekit.recovery.speed import bench_recover
-from sparsekit.recovery.student import PROBED
+from sparsekit.recovery.student import probe_steps
 
-# Of training that are timed; the median counts.
+# Training steps to time; the median counts.
 STEPS = 3
 
 
@@ -26,12 +26,13 @@ def plan_recover(
     timed: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `recover` would do, after the checks that read no text; arguments as of `recover`.
+    """Run the checks of `recover` that read no text and describe what it would do.
 
-    The memory is what weights, gradients, moments and teacher take: activations come on top.
-    `timed` also takes some steps, in memory, to tell how long the run would take.
+    The memory is that of weights, gradients, moments and teacher; activations come on top. `timed`
+    also takes some steps, in memory, to estimate the duration. Other arguments are those of
+    `recover`.
     """
-    job = recovery.prepare(config, model, out, overwrite=overwrite, progress=progress)
+    job = prepare_recover(config, model, out, overwrite=overwrite, progress=progress)
     config = job.config
     size = sum(math.prod(target.shape) for target in job.targets)
     zeros = sum(job.patterns.of(target).zeros(*target.shape) for target in job.targets)
@@ -58,16 +59,15 @@ def plan_recover(
     }
 
 
-def _recover_seconds(job: recovery.Recovery, model: str, progress: Progress) -> float:
-    """How long the run would take, without perplexities on its way and without sampling its text.
+def _recover_seconds(job: RecoverJob, model: str, progress: Progress) -> float:
+    """Estimated duration of the run, without evaluations and without sampling its text.
 
-    Loading is measured, and some steps, each with the teacher; those that measure gradients before
-    the first one count, and a saved state.
+    Loading and some steps are timed; the estimate includes measuring steps and a saved state.
     """
     config = job.config
     if config.max_time is not None:
         return config.max_time
-    told = bench_recover(config, model, steps=STEPS, progress=progress)
-    step, loading = config.step_tokens / told["tokens_per_second"], told["loading_seconds"]
-    steps = config.steps() + (PROBED if job.recoverer.needs_gradient else 0)
+    speed = bench_recover(config, model, steps=STEPS, progress=progress)
+    step, loading = config.step_tokens / speed["tokens_per_second"], speed["loading_seconds"]
+    steps = config.steps() + probe_steps(config, job.recoverer)
     return loading + steps * step + state_bytes(job.source) / WRITTEN

@@ -1,4 +1,4 @@
-"""A trained model, brought to its masks and put in the places of its output."""
+"""Writing a trained model: final masks, pattern checks, tensors on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.loop import Training
 from sparsekit.recovery.loss import sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.recovery.slorb import Branch
 from sparsekit.recovery.sparse_weight import is_sharded
 from sparsekit.recovery.student import Student
@@ -24,57 +24,56 @@ from sparsekit.weights.core import Values
 from sparsekit.weights.form import Form
 from sparsekit.weights.patterns import Pattern
 
-# A model that computes with all entries is done when leaving out those off the mask moves the last
-# hidden states by no more than this share. Up to the second share it is written all the same, with
-# a note; beyond, it is another model than the one that was trained.
+# Relative change of the last hidden states when a model that was dense until now is masked: up to
+# the first value the decay has finished; up to the second there is a note; beyond it the run fails.
 SETTLED, MOST_MOVED = 5e-3, 0.05
-# Tensors that go to disk together.
+# Tensors per write.
 TOGETHER = 32
 
 
 @torch.no_grad()
 def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
-    """Select once more, and leave out what is off the masks; tells how much that changes.
+    """Select the mask a last time and apply it; returns numbers on how much that changes.
 
     Raises:
-        CheckFailedError: The model computed with entries that the mask leaves out, and they are far
-            from having vanished.
+        CheckFailedError: The model was dense until now, and the entries off the mask have not
+            vanished.
     """
     optimizer = training.optimizer
-    settles = optimizer.rule.frees and not optimizer.rule.hides
+    dense_until_end = optimizer.rule.updates_pruned and not optimizer.rule.masks_forward
     flips = optimizer.refresh() if training.refresh else 0
     (size,) = optimizer.total(sum(w.weight.numel() for w in optimizer.sparse.values()))
-    found = {"sparsity_measure": sparsity_measure(optimizer)}
+    numbers = {"sparsity_measure": sparsity_measure(optimizer)}
     tokens = training.rows.take(0, 1).to(training.student.device)
-    before = hidden_states(training.student, tokens) if settles else None
+    before = hidden_states(training.student, tokens) if dense_until_end else None
     for weight in optimizer.sparse.values():
         weight.view.copy_(weight.values)
     if before is not None:
         moved = (hidden_states(training.student, tokens) - before).norm() / before.norm()
-        found["moved"] = moved.item()
-        if not found["moved"] <= MOST_MOVED:
+        numbers["moved"] = moved.item()
+        if not numbers["moved"] <= MOST_MOVED:
             length = "--max-time" if training.config.tokens is None else "--tokens"
             raise CheckFailedError(
-                "the decay has not finished: leaving out what is off the mask moves the last "
-                f"hidden states by {found['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
+                "the decay has not finished: applying the mask changes the last "
+                f"hidden states by {numbers['moved']:.2%} (at most {MOST_MOVED:.1%}), and the last "
                 f"selection changed {flips} of {size:.0f} entries",
                 f"train with more {length}, a higher --lr or a stronger decay (-O decay=…)",
+                code="decay-unfinished",
             )
-        if found["moved"] > SETTLED:
+        if numbers["moved"] > SETTLED:
             progress.note(
-                "the decay has not quite finished: leaving out what is off the mask moves the last "
-                f"hidden states by {found['moved']:.2%}; --eval-every tells what the sparse model "
-                "is worth"
+                "the decay has not quite finished: applying the mask changes the last hidden "
+                f"states by {numbers['moved']:.2%}; --eval-every shows its perplexity"
             )
-    return found
+    return numbers
 
 
 def write_tensors(
-    job: Recovery, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
+    job: RecoverJob, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
 ) -> list[dict[str, Any]]:
-    """Put all tensors in their places; gives a row for each that is sparse.
+    """Write all tensors; returns a report row for each sparse weight.
 
-    Every process takes part, since a sharded tensor is put together from all.
+    Every process must call it, since sharded tensors are gathered from all.
     """
     rows: list[dict[str, Any]] = []
     parameters = dict(student.model.named_parameters(remove_duplicate=False))
@@ -101,7 +100,7 @@ def write_tensors(
                 pattern = job.patterns.of(target)
                 stored, tensor = _with_branch(target, tensor, mask, branch, pattern)
                 rows[-1]["bits"] = 8 * sum(t.nbytes for t in stored.values()) / tensor.numel()
-                batch |= {part_name(on_disk, part): made for part, made in stored.items()}
+                batch |= {part_name(on_disk, part): value for part, value in stored.items()}
         if on_disk in job.layout.places:
             batch[on_disk] = tensor
         for alias in tied.get(on_disk, ()):  # a checkpoint may keep both of two tied tensors
@@ -113,21 +112,21 @@ def write_tensors(
 
 
 def _as_on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in its type on disk, without negative zeros.
+    """A tensor in its dtype on disk, without negative zeros.
 
     Raises:
-        NumericalError: It is not finite in this type.
+        NumericalError: It is not finite in this dtype.
     """
     if not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype) + 0.0
     if not cast.isfinite().all():
-        raise NumericalError(f"{name} does not fit into {dtype}")
+        raise NumericalError(f"{name} does not fit into {dtype}", code="not-finite")
     return cast
 
 
 def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
-    """What became of a weight, after the check of its pattern as it goes to disk."""
+    """The report row of a weight, after checking its pattern as stored."""
     weight = target.from_disk(tensor)
     pattern.check(weight, target.name)
     return {
@@ -144,12 +143,13 @@ def _row(target: Target, tensor: Tensor, pattern: Pattern) -> dict[str, Any]:
 def _with_branch(
     target: Target, tensor: Tensor, mask: Tensor, branch: Branch, pattern: Pattern
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The factors of a weight with a branch, and their product as it goes to disk."""
+    """The factors of a weight with a branch, and their product as stored."""
     core = Values(target.from_disk(tensor).float(), mask.cpu())
     up, down = branch.up.detach().cpu(), branch.down.detach().cpu()
     factors = Form(core=core, up=up, down=down).rounded(tensor.dtype)
     product = factors.dense().to(tensor.dtype) + 0.0
     if not product.isfinite().all():
-        raise NumericalError(f"{target.name} does not fit into {tensor.dtype}")
+        message = f"{target.name} does not fit into {tensor.dtype}"
+        raise NumericalError(message, code="not-finite")
     stored = factors.packed(pattern).to(tensor.dtype).stored()
     return stored, target.to_disk(product).contiguous()

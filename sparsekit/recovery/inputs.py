@@ -19,8 +19,8 @@ from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import NUMERICS
 from sparsekit.provenance.environment import versions
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.recovery.distributed import Ranks
-from sparsekit.recovery.prepare import Recovery, prepare, require_parent
+from sparsekit.recovery.distributed import Processes
+from sparsekit.recovery.prepare import RecoverJob, prepare_recover, require_parent
 from sparsekit.recovery.student import top_teacher
 from sparsekit.recovery.teacher_cache import TopTeacher
 from sparsekit.text.calibration import evaluation_rows
@@ -46,10 +46,10 @@ EVAL_WINDOWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class TrainingInputs:
     """A checked job with all that its training reads."""
 
-    job: Recovery
+    job: RecoverJob
     rows: TrainingRows
     windows: TokenRows | None
     """What perplexities are measured on during training; None: nothing."""
@@ -57,7 +57,7 @@ class Work:
     """The teacher, where its largest probabilities are kept on disk."""
     recipe: Mapping[str, Any]
     """Everything that decides the output's bytes."""
-    ranks: Ranks
+    processes: Processes
     folder: Path
     """Where the output grows."""
     cost: Cost
@@ -67,44 +67,46 @@ class Work:
     @classmethod
     def read(
         cls, config: RecoverConfig, model: str, out: Path, *, overwrite: bool, progress: Progress
-    ) -> Work:
+    ) -> TrainingInputs:
         """Check a configuration, and read what it names; arguments and errors as of `recover`."""
         cost = Cost()
-        ranks = Ranks.current(pick_device(config.device))
-        ranks.parts(config.accumulate)
-        progress = progress if ranks.main else SILENT
-        job = prepare(config, model, out, overwrite=overwrite, ranks=ranks, progress=progress)
+        processes = Processes.current(pick_device(config.device))
+        processes.parts(config.accumulate)
+        progress = progress if processes.main else SILENT
+        job = prepare_recover(
+            config, model, out, overwrite=overwrite, processes=processes, progress=progress
+        )
         windows = _windows(job)  # before the text, which may be long
-        rows = _rows(job, ranks, progress)
+        rows = _rows(job, processes, progress)
         prints = {"source": job.source.scan(progress), "teacher": None}
         if job.teacher is not None:
             prints["teacher"] = job.teacher.scan(progress)
             require_parent(job, prints["teacher"])
-        top = top_teacher(job, rows, ranks, progress)
-        ranks.wait()
+        top = top_teacher(job, rows, processes, progress)
+        processes.wait()
         return cls(
             job=job,
             rows=rows,
             windows=windows,
             top=top,
-            recipe=_recipe(job, rows, ranks) | prints,
-            ranks=ranks,
+            recipe=_recipe(job, rows, processes) | prints,
+            processes=processes,
             folder=out.with_name(out.name + ".partial"),
             cost=cost,
             progress=progress,
         )
 
 
-def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
+def _rows(job: RecoverJob, processes: Processes, progress: Progress) -> TrainingRows:
     """The rows; the main process tokenises the text, the others find it done."""
-    tokens = ranks.of_main(tokens_to_read(job.config, job.source, job.device, ranks))
+    tokens = processes.broadcast(tokens_to_read(job.config, job.source, job.device, processes))
     corpus = job.config.corpus(tokens)
-    if not ranks.main:
-        ranks.wait()
+    if not processes.main:
+        processes.wait()
     rows = corpus.rows(job.source, job.teacher, progress)
-    if ranks.main:
-        ranks.wait()
-    ranks.require_same(f"{rows.fingerprint} {rows.count}", "text")
+    if processes.main:
+        processes.wait()
+    processes.require_same(f"{rows.fingerprint} {rows.count}", "text")
     for note in (*job.notes, *rows.notes):
         progress.note(note)
     wanted = job.config.batch * job.config.accumulate
@@ -120,7 +122,7 @@ def _rows(job: Recovery, ranks: Ranks, progress: Progress) -> TrainingRows:
     return rows
 
 
-def _windows(job: Recovery) -> TokenRows | None:
+def _windows(job: RecoverJob) -> TokenRows | None:
     """What perplexities are measured on during training; None: nothing."""
     config = job.config
     if config.eval_every is None:
@@ -129,7 +131,7 @@ def _windows(job: Recovery) -> TokenRows | None:
     return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)
 
 
-def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
+def _recipe(job: RecoverJob, rows: TrainingRows, processes: Processes) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     config = job.config
     told = {key: value for key, value in config if key not in UNRECORDED}
@@ -138,7 +140,7 @@ def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
     return {
         "stage": "recover",
         "numerics": NUMERICS,
-        "processes": ranks.size,
+        "processes": processes.size,
         **told,
         "options": asdict(job.recoverer),
         "pattern": str(job.patterns.base),
@@ -147,7 +149,7 @@ def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
         "length": rows.length,
         "config": sha256_json(model),
         "layout": job.source.layout,
-        "shards": ranks.shards,
+        "shards": processes.shards,
         "device": job.device.type,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -155,13 +157,13 @@ def _recipe(job: Recovery, rows: TrainingRows, ranks: Ranks) -> dict[str, Any]:
 
 
 def tokens_to_read(
-    config: RecoverConfig, source: Checkpoint, device: torch.device, ranks: Ranks
+    config: RecoverConfig, source: Checkpoint, device: torch.device, processes: Processes
 ) -> int:
     """How many tokens of the text are needed: those of whole steps, or of a very fast machine."""
     if config.tokens is not None:
         return config.steps() * config.step_tokens
     fastest = FASTEST if config.mixed_precision == "no" else MIXED
-    wanted = fastest * _tokens(config, _parameters(source), device, ranks)
+    wanted = fastest * _tokens(config, _parameters(source), device, processes)
     return max(1, math.ceil(wanted / config.step_tokens)) * config.step_tokens
 
 
@@ -169,9 +171,11 @@ def _parameters(source: Checkpoint) -> int:
     return sum(math.prod(place.shape) for place in source.places.values())
 
 
-def _tokens(config: RecoverConfig, parameters: int, device: torch.device, ranks: Ranks) -> float:
+def _tokens(
+    config: RecoverConfig, parameters: int, device: torch.device, processes: Processes
+) -> float:
     """What is trained on, where a time is given at the nominal speed."""
     if config.max_time is None:
         return float(config.tokens or 0)
     speed = CORE * torch.get_num_threads() if device.type == "cpu" else GPU
-    return config.max_time * speed * ranks.size / (8 * parameters)
+    return config.max_time * speed * processes.size / (8 * parameters)

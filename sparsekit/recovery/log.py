@@ -1,4 +1,4 @@
-"""The log of a training run: a row for each step, on disk as it comes."""
+"""Log of a training run: one row per step, appended to a file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from sparsekit.files import storage_errors, write_atomic
 
 LOG = "sparsekit-training.jsonl"
-# The log while it grows.
+# Name of the log during the run.
 PROGRESS = ".sparsekit-log.jsonl"
 
 
 class TrainingLog:
-    """What was told of the steps so far.
+    """The rows of the steps so far.
 
     Args:
-        folder: Where the log grows; it may have one, of a run that goes on.
-        steps: The steps that are taken; what the log tells of later ones is forgotten.
-        writes: Whether this process writes, or another does.
+        folder: The folder of the log, which has one if the run resumes.
+        steps: Steps taken; rows of later steps are discarded.
+        writes: Whether this process writes.
     """
 
     def __init__(self, folder: Path, steps: int, *, writes: bool) -> None:
@@ -29,15 +29,15 @@ class TrainingLog:
         self.rows = [row for row in _read(self._file) if row["step"] <= steps]
         self.earlier_steps = steps
         self.earlier_seconds: float = sum(row.get("seconds", 0.0) for row in self.rows)
-        """Of steps that an interrupted run has taken."""
+        """Seconds of the steps of an interrupted run."""
 
     def begin(self) -> None:
-        """Put the rows on disk; all processes must have read what was there."""
+        """Write the rows to disk; all processes must have read the old file."""
         if self._writes:
             write_atomic(self._file, _lines(self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take the row of a step, and put it on disk.
+        """Append the row of a step to the log.
 
         Raises:
             StorageError: The disk is full.
@@ -49,12 +49,12 @@ class TrainingLog:
 
     @property
     def kept_mass(self) -> float | None:
-        """Mean share of the teacher's mass that the loss looked at; None: it looked at all."""
-        found = [row["kept_mass"] for row in self.rows if "kept_mass" in row]
-        return fmean(found) if found else None
+        """Mean share of the teacher's probability in the loss; None: all of it."""
+        shares = [row["kept_mass"] for row in self.rows if "kept_mass" in row]
+        return fmean(shares) if shares else None
 
     def publish(self, folder: Path) -> None:
-        """Put the log into an output."""
+        """Write the log into an output."""
         write_atomic(folder / LOG, _lines(self.rows))
 
 
@@ -63,7 +63,7 @@ def _lines(rows: list[dict[str, Any]]) -> bytes:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a line without its end was cut off by an interruption."""
+    """The rows of a log; an incomplete last line was cut off by an interruption."""
     if not file.is_file():
         return []
     lines = file.read_bytes().split(b"\n")[:-1]

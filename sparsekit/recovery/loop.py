@@ -1,4 +1,4 @@
-"""The one training loop: batches, teacher, learning rate, masks; every method is a rule in it."""
+"""Training loop: batches, teacher, learning rate and masks; a method is a rule of the optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from sparsekit.errors import MemoryShortError, NumericalError
 from sparsekit.memory import is_out_of_memory
 from sparsekit.recovery.config import SHORTEST, RecoverConfig, rate_at
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loss import model_losses, products_of, sparsity_measure
 from sparsekit.recovery.optimizer import MaskedAdam
 from sparsekit.recovery.teacher_cache import TopTeacher
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """What the log tells of one step."""
+    """The log row of one step."""
 
     step: int
-    """Steps done."""
+    """Number of steps taken."""
     tokens: int
     """Tokens trained on so far."""
     loss: float
     divergence: float
-    """KL from the teacher, in nats for each token."""
+    """KL from the teacher, in nats per token."""
     entropy: float
-    """CE with the text, in nats for each token."""
+    """CE with the text, in nats per token."""
     rate: float
     norm: float
-    """Of all gradients, before clipping."""
+    """Norm of all gradients, before clipping."""
     flips: int
-    """Mask entries that changed sides in this step's selection."""
+    """Mask entries that this step's selection changed."""
     flipped: int | None = None
-    """Those on another side than before the first step; None without a selection."""
+    """Mask entries that differ from the initial mask; None without a selection."""
     seconds: float
     sparsity: float | None = None
     """Σ|m W| / Σ|W| after this step's selection; None without one."""
     kept_mass: float | None = None
-    """Mean share of the teacher's mass that the loss looked at; None: it looked at all of it."""
+    """Mean share of the teacher's probability in the loss; None: all of it."""
 
     def to_json(self) -> dict[str, float]:
-        """Everything that there is, as JSON."""
+        """All values except None, as JSON."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is chosen before the first step, and kept when a run goes on."""
+class TrainingPlan:
+    """Choices made before the first step, and kept when a run resumes."""
 
     steps: int
     rate: float
@@ -65,34 +65,34 @@ class Plan:
     decay: float
     masked_gradient: float
     perplexity: float | None = None
-    """Of the sparse model before training, where perplexities are asked for."""
+    """Perplexity of the sparse model before training, with `--eval-every`."""
     evaluation_seconds: float = 0.0
-    """That measuring it took."""
+    """Seconds of that evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What the batches of a step gave, each a mean over its tokens."""
+    """Mean values over the tokens of a step."""
 
     loss: float
     divergence: float
     entropy: float
     kept_mass: float
-    """1 when the loss looked at all of the teacher's mass."""
+    """Share of the teacher's probability in the loss; 1: all of it."""
 
 
 class Training:
     """A student, its teacher and its optimizer, step by step.
 
     Args:
-        student: The model that is trained, in float32.
-        teacher: The dense model, or what is kept of it; None when the loss needs none.
-        optimizer: Holds the student's parameters.
-        rows: What is trained on.
-        config: Rows in a step.
-        plan: Steps, rates and shares.
-        refresh: Steps between two selections of the largest entries; 0: none.
-        ranks: The processes that share the batches of a step.
+        student: The model to train, in float32.
+        teacher: The dense model, or its cached probabilities; None when the loss needs none.
+        optimizer: Optimizer of the student's parameters.
+        rows: Training rows.
+        config: Batch size, accumulation, schedule and temperature.
+        plan: Steps, learning rate and weights of the loss.
+        refresh: Steps between mask selections; 0: none.
+        processes: The processes that share the batches of a step.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Training:
         optimizer: MaskedAdam,
         rows: TrainingRows,
         config: RecoverConfig,
-        plan: Plan,
+        plan: TrainingPlan,
         refresh: int,
-        ranks: Ranks,
+        processes: Processes,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -113,7 +113,7 @@ class Training:
         self.config = config
         self.plan = plan
         self.refresh = refresh
-        self.ranks = ranks
+        self.processes = processes
 
     @property
     def done(self) -> bool:
@@ -130,21 +130,23 @@ class Training:
         optimizer, plan = self.optimizer, self.plan
         step = optimizer.steps
         rate = plan.rate * rate_at(self.config.schedule, step, plan.steps)
-        hides, last = optimizer.rule.hides, step == plan.steps - 1
-        selects = bool(self.refresh) and (step % self.refresh == 0 or (hides and last))
-        # A model that computes with all entries selects before the step, one with a mask after it.
-        flips = optimizer.refresh() if selects and not hides else 0
+        masks_forward, last = optimizer.rule.masks_forward, step == plan.steps - 1
+        selects = bool(self.refresh) and (step % self.refresh == 0 or (masks_forward and last))
+        # A dense model selects its mask before the step, a masked one after it.
+        flips = optimizer.refresh() if selects and not masks_forward else 0
         means = self.gradients(step)
         if not math.isfinite(means.loss):
             raise NumericalError(
                 f"step {step + 1}: the loss is {means.loss}",
-                "a smaller --lr may do",
+                "try a smaller --lr",
+                code="not-finite",
             )
         try:
             norm = optimizer.step(rate, step / plan.steps)
         except NumericalError as error:
-            raise NumericalError(f"step {step + 1}: {error.message}", error.hint) from error
-        if selects and hides:
+            message = f"step {step + 1}: {error.message}"
+            raise NumericalError(message, error.hint, code=error.code) from error
+        if selects and masks_forward:
             flips = optimizer.refresh()
         sparsity = sparsity_measure(optimizer) if selects else None
         flipped = sum(map(optimizer.flipped, optimizer.sparse)) if selects else None
@@ -164,24 +166,24 @@ class Training:
         )
 
     def gradients(self, step: int) -> Means:
-        """Leave the gradients of one step's batches in the parameters.
+        """Accumulate the gradients of one step in the parameters.
 
-        Every process computes its part of the batches, and has the sum of all afterwards.
+        Every process computes its part of the batches and gets the sum of all.
 
         Raises:
             MemoryShortError: A forward and backward pass does not fit into memory.
         """
         where = f"in a pass over {self.config.batch} rows of {self.config.length} tokens"
-        with memory_told(where, _smaller(self.config)):
+        with explain_out_of_memory(where, _smaller(self.config)):
             return self._gradients(step)
 
     def _gradients(self, step: int) -> Means:
-        """See `gradients`."""
-        config, ranks = self.config, self.ranks
-        # Backward passes through shards give means over the processes, and the rest is summed.
-        shards = ranks.size if ranks.shards else 1
+        """Accumulate gradients, as in `gradients`."""
+        config, processes = self.config, self.processes
+        # FSDP averages gradients of shards over the processes; the others are summed.
+        shards = processes.size if processes.shards else 1
         sums = torch.zeros(4, dtype=torch.float64)
-        for part in ranks.parts(config.accumulate):
+        for part in processes.parts(config.accumulate):
             first = (step * config.accumulate + part) * config.batch
             tokens = self.rows.take(first, config.batch).to(self.student.device)
             teacher, kept = self.teacher, torch.ones((), device=tokens.device)
@@ -197,22 +199,22 @@ class Training:
                 products=products_of(config),
             )
             (losses.total * shards / config.accumulate).backward()
-            told = [losses.total.detach(), losses.divergence, losses.entropy, kept]
-            sums += torch.stack([one.double() for one in told]).cpu() / config.accumulate
-        if ranks.size > 1:
+            values = [losses.total.detach(), losses.divergence, losses.entropy, kept]
+            sums += torch.stack([value.double() for value in values]).cpu() / config.accumulate
+        if processes.size > 1:
             whole = self.optimizer.whole_gradients()
-            ranks.sum_(whole)
-            for gradient in whole if ranks.shards else ():
+            processes.sum_(whole)
+            for gradient in whole if processes.shards else ():
                 gradient /= shards
             sums = sums.to(self.student.device)
-            ranks.sum_([sums])
+            processes.sum_([sums])
         loss, divergence, entropy, kept = sums.tolist()
         return Means(loss=loss, divergence=divergence, entropy=entropy, kept_mass=kept)
 
 
 @contextlib.contextmanager
-def memory_told(where: str, way_out: str) -> Iterator[None]:
-    """Tell where there was too little memory, and what to do.
+def explain_out_of_memory(where: str, hint: str) -> Iterator[None]:
+    """Turn a failed allocation into an error that says where it happened, with a hint.
 
     Raises:
         MemoryShortError: An allocation failed.
@@ -222,15 +224,15 @@ def memory_told(where: str, way_out: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryShortError(f"out of memory {where}", way_out) from error
+        raise MemoryShortError(f"out of memory {where}", hint, code="out-of-memory") from error
 
 
 def _smaller(config: RecoverConfig) -> str:
-    """What takes half of the memory of a pass, or as near as it gets."""
+    """Options with which a pass takes about half of the memory."""
     accumulate = f"--accumulate {2 * config.accumulate}"
     if config.batch > 1:
         half, odd = divmod(config.batch, 2)
-        share = f"{half} of {config.batch} parts of it" if odd else "half of it for the same steps"
+        share = f"{half}/{config.batch} of it" if odd else "half of it for the same steps"
         return f"--batch {half} {accumulate} takes {share}"
     if config.length // 2 >= SHORTEST:
         return f"--length {config.length // 2} {accumulate} takes half of it"

@@ -1,4 +1,4 @@
-"""The loss of a whole model on rows of tokens, and what is measured of a sparse one."""
+"""Loss of a model on rows of tokens, perplexity of the sparse model, and sparsity."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# A log of a perplexity; exp of a little more is no float.
+# Largest log-perplexity; exp of slightly more overflows a float.
 LARGEST_LOG = 700.0
 
 
 def products_of(config: RecoverConfig) -> torch.dtype:
-    """The type in which the passes of a training multiply."""
+    """The dtype in which forward and backward passes compute."""
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 
@@ -41,10 +41,11 @@ def model_losses(
 ) -> Losses:
     """The loss of a model on rows of tokens, each position with the next token as its label.
 
-    In the place of float32 the student may multiply in another type; so does a teacher that has it.
+    With `products` other than float32, the student runs under autocast, as does a teacher that has
+    this dtype.
     """
     mixed = products != torch.float32
-    # Nothing is kept of the types' change: a weight is used once, and shards come and go.
+    # No autocast cache: each weight is used once, and shards are freed after use.
     with torch.autocast(tokens.device.type, products, enabled=mixed, cache_enabled=False):
         return _losses(student, teacher, tokens, share, temperature)
 
@@ -56,7 +57,7 @@ def _losses(
     share: float,
     temperature: float,
 ) -> Losses:
-    """See `model_losses`."""
+    """The loss, as in `model_losses`, in the current autocast context."""
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORED
     hidden = hidden_states(student, tokens)
@@ -90,15 +91,15 @@ def measure(
 ) -> float:
     """Perplexity of the sparse model on windows `[windows, length]`; training is not disturbed.
 
-    A model that computes with all entries is measured with those off the mask at zero. The result
-    is e^700 at most, so that the log can hold it.
+    A dense model is measured with the entries off the mask at zero. The result is at most e^700,
+    which the log can hold.
 
     Raises:
-        NumericalError: It is NaN.
+        NumericalError: The perplexity is NaN.
     """
     full = {}
     for name, weight in sparse.items():
-        if not rule.hides and rule.frees:
+        if not rule.masks_forward and rule.updates_pruned:
             full[name] = weight.view.clone()
             weight.view.copy_(weight.values)
     try:
@@ -111,12 +112,13 @@ def measure(
             sparse[name].view.copy_(tensor)
     mean = torch.stack(losses).double().mean().item()
     if math.isnan(mean):
-        raise NumericalError("the perplexity of the sparse model is no number", "a smaller --lr")
+        message = "the perplexity of the sparse model is NaN"
+        raise NumericalError(message, "try a smaller --lr", code="not-finite")
     return math.exp(min(mean, LARGEST_LOG))
 
 
 def sparsity_measure(optimizer: MaskedAdam) -> float:
-    """Σ|m W| / Σ|W|: 1 when nothing is left off the mask."""
+    """Σ|m W| / Σ|W|: 1 when all entries off the mask are zero."""
     kept = total = 0.0
     for weight in optimizer.sparse.values():
         sizes = weight.weight.abs()

@@ -1,4 +1,4 @@
-"""Keep the zeros of a sparse model through anybody's training loop."""
+"""Keep the zeros of a sparse model in any training loop."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparsekit.errors import UsageError
 
 
 class Masked:
-    """Holds which entries of a model's matrices are zero, and makes them zero again.
+    """Keeps the current zeros of a model's matrices at zero.
 
-    Once entered, it does so after every step of every torch optimizer in this process, and a last
-    time when it is left, which also covers a merge of adapters in between.
+    As a context manager, it resets them after every step of every torch optimizer in this process,
+    and once more on exit, which also covers adapters that were merged in between.
 
     Args:
-        model: The model; the zeros are those that its matrices have now. Embeddings are left alone,
-            and so are matrices of zeros only, with which the adapters of PEFT begin.
+        model: The model. Embeddings are ignored, and so are matrices that are all zero, such as
+            fresh PEFT adapters.
 
     Raises:
         UsageError: The model has no zeros.
@@ -30,18 +30,20 @@ class Masked:
             raise UsageError(
                 f"masked takes a torch module, not a {type(model).__name__}",
                 "load a folder with sparsekit.load",
+                code="wrong-type",
             )
         self._zeros: list[tuple[nn.Parameter, Tensor]] = []
         tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
         for parameter in model.parameters():
             zero = parameter.detach() == 0
-            # All zero is no mask but a beginning, as of an adapter that does nothing yet.
+            # All zero is not a mask, but e.g. a fresh adapter.
             if parameter.ndim < 2 or not zero.any() or zero.all():
                 continue
             if not any(parameter is table for table in tables):
                 self._zeros.append((parameter, zero))
         if not self._zeros:
-            raise UsageError("the model's matrices have no zeros to keep", "prune it first")
+            message = "the model's matrices have no zeros to keep"
+            raise UsageError(message, "prune it first", code="not-sparse")
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def __enter__(self) -> Masked:
@@ -57,7 +59,7 @@ class Masked:
         self.close()
 
     def close(self) -> None:
-        """Make the entries zero a last time and let the optimizers go."""
+        """Reset the entries a last time and remove the optimizer hook."""
         self.apply()
         if self._hook is not None:
             self._hook.remove()
@@ -65,11 +67,11 @@ class Masked:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Make the entries zero again."""
+        """Reset the entries to zero."""
         for parameter, zero in self._zeros:
             parameter.masked_fill_(zero.to(parameter.device), 0.0)
 
     @property
     def count(self) -> int:
-        """How many entries are kept at zero."""
+        """Number of entries that are kept at zero."""
         return sum(int(zero.sum()) for _, zero in self._zeros)

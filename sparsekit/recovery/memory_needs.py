@@ -1,4 +1,4 @@
-"""Memory that training needs."""
+"""Memory needs of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekit.model.architecture import Target
 from sparsekit.recovery.config import SHORTEST, RecoverConfig
 from sparsekit.recovery.methods import Recoverer
 
-# Of what a pass is expected to keep, what it surely does: layers that share an input keep one.
+# Lower bound of the estimated activations: layers that share an input keep it once.
 SURE = 2 / 3
 
 
@@ -25,31 +25,32 @@ def require_memory(
     teacher: Checkpoint | None,
     recoverer: Recoverer,
     device: torch.device,
-    way_out: str = "",
+    hint: str = "",
     *,
     shards: bool = False,
 ) -> None:
-    """Refuse a model whose weights, gradients and moments do not fit, whatever the batch is.
+    """Refuse a model whose weights, gradients and moments do not fit, whatever the batch size.
 
-    With `shards` it is the weights alone, which each process holds before it gives parts away.
+    With `shards` only the weights count, which each process holds before sharding.
 
     Raises:
-        DataError: Says what is needed, and what there is.
+        DataError: Names the memory needed and available.
     """
     needed = _float32_bytes(source) if shards else training_bytes(config, source, None, recoverer)
-    told = f"weights{'' if shards else ', gradients and two moments'} in float32"
+    contents = f"weights{'' if shards else ', gradients and two moments'} in float32"
     if teacher is not None:
         needed += _teacher_bytes(config, teacher)
-        told += ", and the teacher" + (" in bfloat16" if _halved(config) else "")
+        contents += ", and the teacher" + (" in bfloat16" if _halved(config) else "")
     needed *= _sharing(device)
     if needed > (free := _free(device)):
         raise DataError(
-            f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {told}, "
-            f"besides the activations; {free / 1e9:.1f} GB are available",
-            way_out
+            f"training {source.path} needs {needed / 1e9:.1f} GB of memory for {contents}, "
+            f"plus activations; {free / 1e9:.1f} GB are available",
+            hint
             or "shard it over several GPUs or machines (accelerate launch --use_fsdp "
             "--fsdp_version 2)"
             + (", or leave out the teacher with --kl-weight 0" if teacher else ""),
+            code="not-enough-memory",
         )
 
 
@@ -61,23 +62,23 @@ def require_pass(
     recoverer: Recoverer,
     device: torch.device,
 ) -> None:
-    """Refuse a batch whose backward pass cannot fit beside the weights.
+    """Refuse a batch whose activations do not fit into memory.
 
     Raises:
-        DataError: Says which batch or length may fit.
+        DataError: Suggests a batch size or length that may fit.
     """
     row = pass_bytes(config, linear) // config.batch
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    held, told = training_bytes(config, source, teacher, recoverer), "weights, moments"
-    if config.accumulate == processes:  # gradients come while what was kept goes
+    held, contents = training_bytes(config, source, teacher, recoverer), "weights, moments"
+    if config.accumulate == processes:  # gradients replace activations during the backward pass
         held -= _float32_bytes(source)
     else:
-        told = "weights, gradients, moments"
+        contents = "weights, gradients, moments"
     left = max(0, _free(device) // _sharing(device) - held)
     if SURE * config.batch * row <= left:
         return
     rows, tokens = int(left // row), int(left * config.length // row)
-    parts = config.batch * config.accumulate / processes  # rows of a step, for each of them
+    parts = config.batch * config.accumulate / processes  # rows per step and process
     if rows:
         hint = f"--batch {rows} --accumulate {math.ceil(parts / rows) * processes} at most"
     elif tokens >= SHORTEST:
@@ -87,56 +88,53 @@ def require_pass(
         hint = "train it where there is more memory"
     raise DataError(
         f"a pass over {config.batch} rows of {config.length} tokens keeps "
-        f"about {config.batch * row / 1e9:.1f} GB, {left / 1e9:.1f} GB are left beside the "
-        f"{held / 1e9:.1f} GB of {told}" + (" and the teacher" if teacher else ""),
+        f"about {config.batch * row / 1e9:.1f} GB of activations, {left / 1e9:.1f} GB are left "
+        f"next to {held / 1e9:.1f} GB of {contents}" + (" and the teacher" if teacher else ""),
         hint,
+        code="not-enough-memory",
     )
 
 
 def pass_bytes(config: RecoverConfig, linear: Sequence[Target]) -> int:
-    """About what a forward pass keeps for its way back: what enters and leaves each linear layer.
-
-    SmolLM2-135M: 1.22 MB a token, where `bench recover` finds 1.3 to 1.6 with all that comes and
-    goes.
-    """
+    """Estimated bytes of activations: the inputs and outputs of all linear layers."""
     return 4 * config.batch * config.length * sum(sum(target.shape) for target in linear)
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of memory that can be taken."""
+    """Bytes of available memory."""
     return torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory()
 
 
 def _sharing(device: torch.device) -> int:
-    """How many processes take of the same memory: on a CPU those of the machine."""
+    """Number of processes that share this memory: on a CPU, those of the machine."""
     return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def training_bytes(
     config: RecoverConfig, source: Checkpoint, teacher: Checkpoint | None, recoverer: Recoverer
 ) -> int:
-    """Bytes of weights, gradients, moments and teacher, whatever the batch is.
+    """Bytes of weights, gradients, moments and teacher, whatever the batch size.
 
-    In mixed precision a pass also keeps the weights as it multiplied them, in 16 bits.
+    In mixed precision a pass also keeps a 16-bit copy of the weights.
     """
-    halves = 10 if recoverer.rule(0.0).hides or recoverer.spans else 8
+    halves = 10 if recoverer.rule(0.0).masks_forward or recoverer.spans else 8
     halves += config.mixed_precision == "bf16"
-    taught = _teacher_bytes(config, teacher) if teacher else 0
-    return halves * _float32_bytes(source) // 2 + taught
+    teacher_bytes = _teacher_bytes(config, teacher) if teacher else 0
+    return halves * _float32_bytes(source) // 2 + teacher_bytes
 
 
 def _teacher_bytes(config: RecoverConfig, teacher: Checkpoint) -> int:
-    """Bytes of the teacher's weights in the type in which it computes."""
+    """Bytes of the teacher's weights in its compute dtype."""
     return _float32_bytes(teacher) // (2 if _halved(config) else 1)
 
 
 def _halved(config: RecoverConfig) -> bool:
-    """Whether the teacher holds 16-bit weights; not where its probabilities are kept."""
+    """Whether the teacher has 16-bit weights, which it has not if its probabilities are cached."""
     return config.mixed_precision == "bf16" and config.teacher_top is None
 
 
 def state_bytes(source: Checkpoint) -> int:
-    """Bytes of the saved states at the moment when a new one takes the place of an old one."""
+    """Bytes of the saved states while a new one replaces an old one."""
     return 2 * 3 * _float32_bytes(source)  # weights and two moments; the masks are small
 
 

@@ -1,4 +1,4 @@
-"""What a recover run will do: every check and every choice that needs no training."""
+"""Preparation of a recovery run: all checks and choices that need no training."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sparsekit.errors import DataError, UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
-from sparsekit.pipeline.selection import Patterns, family_notes
+from sparsekit.pipeline.selection import WeightPatterns, family_notes
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.checks import (
     refuse_cuts,
-    refuse_misfits,
     refuse_more_than_the_vocabulary,
     refuse_other_heads,
     refuse_other_teacher,
+    refuse_patterns,
     refuse_silent_teacher,
     refuse_sparse_teacher,
 )
 from sparsekit.recovery.config import AUTO, RecoverConfig
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.memory_needs import (
     require_memory,
     require_pass,
@@ -38,17 +38,17 @@ from sparsekit.recovery.memory_needs import (
     training_bytes,
 )
 from sparsekit.recovery.methods import Recoverer
-from sparsekit.recovery.targets import patterns_of, sparse_targets, told_patterns
-from sparsekit.text.rows import capped
+from sparsekit.recovery.targets import patterns_of, recorded_patterns, sparse_targets
+from sparsekit.text.rows import cap_length
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.packed import factor_shapes
 
-# What `auto` stands for.
+# The method of `--method auto`.
 BEST = "ast"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class RecoverJob:
     """A checked configuration with everything that training needs."""
 
     config: RecoverConfig
@@ -57,11 +57,11 @@ class Recovery:
     teacher: Checkpoint | None
     """The dense model; None when nothing needs it."""
     teacher_name: str
-    """What the user or the history calls it; empty without one."""
+    """Its name according to the user or the history; empty without a teacher."""
     linear: list[Target]
     """All linear weights of the blocks."""
     targets: list[Target]
-    patterns: Patterns
+    patterns: WeightPatterns
     skipped: list[dict[str, str]]
     layout: Layout
     device: torch.device
@@ -69,7 +69,7 @@ class Recovery:
 
     @property
     def loaded(self) -> Checkpoint | None:
-        """The teacher that is in memory all the time; None: it may do without the model."""
+        """The teacher that stays in memory; None if the model is not needed all the time."""
         needed = self.config.kl_weight != 0 and self.config.teacher_top is None
         return self.teacher if needed else None
 
@@ -79,33 +79,33 @@ class Recovery:
         return training_bytes(self.config, self.source, self.loaded, self.recoverer)
 
 
-def prepare(
+def prepare_recover(
     config: RecoverConfig,
     model: str,
     out: Path,
     *,
     overwrite: bool = False,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     saves: bool = True,
     progress: Progress = SILENT,
-) -> Recovery:
+) -> RecoverJob:
     """Check a configuration against a model, its teacher and an output folder.
 
     Args:
-        config: What to do.
+        config: The options.
         model: A folder, hub id or `demo`.
         out: The folder to make.
         overwrite: Whether it may replace an earlier output.
-        ranks: The processes that train together; None: this one.
-        saves: Whether room for saved states is needed too.
-        progress: Told of downloads.
+        processes: The processes that train together; None: this one.
+        saves: Whether to check disk space for saved states too.
+        progress: Receives downloads.
 
     Raises:
         UsageError: The configuration does not fit the model, or `out` is in use.
-        DataError: A model cannot be read, or the teacher is not one for this student.
+        DataError: A model cannot be read, or the teacher does not fit the model.
         StorageError: The disk has no room for the output.
     """
-    ranks = ranks or Ranks()
+    processes = processes or Processes()
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("recover")
     refuse_other_heads(source)
@@ -115,8 +115,8 @@ def prepare(
     linear = stream.targets()
     targets, left = sparse_targets(config, source, linear)
     patterns = patterns_of(config, source, targets)
-    refuse_misfits(targets, patterns, recoverer, config)
-    if ranks.shards:
+    refuse_patterns(targets, patterns, recoverer, config)
+    if processes.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     require_disk(out, layout, state_bytes(source) if saves else 0)
@@ -125,7 +125,7 @@ def prepare(
         teacher_name = config.teacher or _parent(source) or model
         teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
         refuse_silent_teacher(config, recoverer, source, teacher)
-    job = Recovery(
+    job = RecoverJob(
         config=config,
         recoverer=recoverer,
         source=source,
@@ -139,42 +139,43 @@ def prepare(
         device=device,
         notes=notes + _notes(config, source, stream),
     )
-    _require_memory(job, ranks)
+    _require_memory(job, processes)
     return job
 
 
-def _require_memory(job: Recovery, ranks: Ranks) -> None:
-    """Refuse what cannot fit into memory.
+def _require_memory(job: RecoverJob, processes: Processes) -> None:
+    """Refuse a run that does not fit into memory.
 
     Raises:
-        DataError: Says what is needed, and what there is.
+        DataError: Names the memory needed and available.
     """
     require_memory(
-        job.config, job.source, job.loaded, job.recoverer, job.device, shards=ranks.shards
+        job.config, job.source, job.loaded, job.recoverer, job.device, shards=processes.shards
     )
-    if not ranks.shards:
+    if not processes.shards:
         require_pass(job.config, job.source, job.loaded, job.linear, job.recoverer, job.device)
 
 
 def _completed(
     config: RecoverConfig, source: Checkpoint
 ) -> tuple[RecoverConfig, Recoverer, list[str]]:
-    """A length that the model takes, a method and its schedule; and what to tell of them."""
-    length, notes = capped(config.length, source.config)
-    config, told = config.model_copy(update={"length": length}), list(notes)
+    """Resolve length, method and schedule; also returns notes for the user."""
+    length, capping = cap_length(config.length, source.config)
+    config, notes = config.model_copy(update={"length": length}), list(capping)
     if config.method == AUTO:
         config, why = chosen(config)
-        told.append(why)
+        notes.append(why)
     recoverer = methods.load("recoverers", config.method, config.option)
-    moves = recoverer.refresh or config.pattern is not None or not told_patterns(source)
-    if config.metric != "magnitude" and not moves:
+    selects = recoverer.refresh or config.pattern is not None or not recorded_patterns(source)
+    if config.metric != "magnitude" and not selects:
         raise UsageError(
-            f"--metric {config.metric} has no effect: the mask that {source.path} has stays",
+            f"--metric {config.metric} has no effect: the mask of {source.path} is kept",
             "leave it out, or prune with --method wanda first",
+            code="no-effect",
         )
     if config.schedule == AUTO:
         config = config.model_copy(update={"schedule": recoverer.schedule})
-    return config, recoverer, told
+    return config, recoverer, notes
 
 
 def _open_teacher(
@@ -185,18 +186,18 @@ def _open_teacher(
     out: Path,
     progress: Progress,
 ) -> Checkpoint:
-    """The dense model.
+    """Open the dense model.
 
     Raises:
-        UsageError: The output folder holds it, or it has fewer tokens than are to be looked at.
-        DataError: It cannot be read, or is not one for this student.
+        UsageError: The output folder holds it, or `--teacher-top` exceeds its vocabulary.
+        DataError: It cannot be read, or does not fit the model.
     """
     try:
         teacher = Checkpoint.open(resolve(teacher_name, progress))
     except (DataError, UsageError) as error:
-        raise DataError(
-            f"the teacher cannot be read: {error.message}", "name the dense model with --teacher"
-        ) from error
+        message = f"the teacher cannot be read: {error.message}"
+        hint = "name the dense model with --teacher"
+        raise DataError(message, hint, code="no-teacher") from error
     refuse_source(out, teacher.path)
     refuse_other_teacher(source, teacher)
     refuse_more_than_the_vocabulary(config, teacher)
@@ -206,15 +207,15 @@ def _open_teacher(
 
 
 def _parent(source: Checkpoint) -> str | None:
-    """The dense model that the history of a sparse one begins with, where that can be reached."""
+    """Path of the dense model at the start of the history; None without a history."""
     return _dense(source).get("path")
 
 
 def _dense(source: Checkpoint) -> Mapping[str, str]:
-    """What the history says of the dense model.
+    """The history's record of the dense model.
 
-    It is what was pruned; where the history begins with training, what taught first, or without a
-    teacher what was trained.
+    That is the model that was pruned; if the history starts with training, the first teacher, or
+    the model that was trained without one.
     """
     history = source.pruned()
     if not history:
@@ -224,24 +225,25 @@ def _dense(source: Checkpoint) -> Mapping[str, str]:
     return teachers[0] if trained and teachers else history[0]["source"]
 
 
-def require_parent(job: Recovery, fingerprint: str) -> None:
-    """Refuse a teacher that was not named and is no longer what the history says.
+def require_parent(job: RecoverJob, fingerprint: str) -> None:
+    """Refuse a changed teacher, unless it was named with `--teacher`.
 
     Raises:
-        DataError: Its weights are others.
+        DataError: Its weights differ from those in the history.
     """
-    told = _dense(job.source).get("fingerprint")
-    if job.config.teacher is None and told not in (None, fingerprint):
+    recorded = _dense(job.source).get("fingerprint")
+    if job.config.teacher is None and recorded not in (None, fingerprint):
         raise DataError(
             f"the weights in {job.teacher_name} are not those that {job.source.path} was made from",
-            "name the dense model with --teacher, if they are to teach all the same",
+            "name the dense model with --teacher to use it anyway",
+            code="teacher-changed",
         )
 
 
 def _layout(
-    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: Patterns
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target], patterns: WeightPatterns
 ) -> Layout:
-    """The files of the output: the source's, and one for the branches if there are such."""
+    """The files of the output: those of the source, and one for branches if there are any."""
     if config.slorb is None:
         return Layout.of(source)
     parts = {
@@ -256,31 +258,31 @@ def _layout(
 
 
 def _notes(config: RecoverConfig, source: Checkpoint, stream: BlockStream) -> list[str]:
-    """What the user should know before the run."""
-    found = []
-    asked = None if config.pattern is None else str(config.pattern)
-    others = sorted(set(told_patterns(source).values()) - {asked})
-    if asked is not None and others:
-        told = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
-        found.append(
-            f"{source.path} was pruned to {told}: what is kept is chosen anew, the largest "
-            f"weights, {asked}"
+    """Notes for the user before the run."""
+    notes = []
+    requested = None if config.pattern is None else str(config.pattern)
+    others = sorted(set(recorded_patterns(source).values()) - {requested})
+    if requested is not None and others:
+        earlier = " and ".join(others) if len(others) < 4 else f"{len(others)} patterns"
+        notes.append(
+            f"{source.path} was pruned to {earlier}: new masks keep its largest weights at "
+            f"{requested}"
         )
     if config.slorb is not None:
-        found.append(
-            "the branches of --slorb cannot be folded into the sparse weights, and a model that "
-            "was trained with them is much worse without"
+        notes.append(
+            "the branches of --slorb cannot be folded into the sparse weights, and a model trained "
+            "with them is much worse without"
         )
     if config.mixed_precision == "bf16" and stream.device.type == "cpu":
         times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
         if times > 1:
-            found.append(
+            notes.append(
                 f"products in bfloat16 take {times:.1f} times as long as in float32 on this "
                 "machine: --mixed-precision no is faster"
             )
-    return [*found, *family_notes(stream)]
+    return [*notes, *family_notes(stream)]
 
 
 def chosen(config: RecoverConfig) -> tuple[RecoverConfig, str]:
-    """A configuration with a method in the place of `auto`, and what to tell of it."""
+    """Replace the method `auto`; also returns a note for the user."""
     return config.model_copy(update={"method": BEST}), f"--method auto is {BEST}"

@@ -25,9 +25,9 @@ from sparsekit.provenance.model_card import model_card
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import Deadline, saving_seconds
 from sparsekit.recovery.export import finish, write_tensors
-from sparsekit.recovery.inputs import Work
+from sparsekit.recovery.inputs import TrainingInputs
 from sparsekit.recovery.log import PROGRESS, TrainingLog
-from sparsekit.recovery.loop import Plan, Training, memory_told
+from sparsekit.recovery.loop import Training, TrainingPlan, explain_out_of_memory
 from sparsekit.recovery.loss import measure, sparsity_measure
 from sparsekit.recovery.saved_state import (
     POINTER,
@@ -74,16 +74,16 @@ def recover(
         CheckFailedError: The decay has not brought the entries off the mask to zero.
         StorageError: The output cannot be written.
     """
-    work = Work.read(config, model, out, overwrite=overwrite, progress=progress)
-    job, ranks, recipe = work.job, work.ranks, work.recipe
+    work = TrainingInputs.read(config, model, out, overwrite=overwrite, progress=progress)
+    job, processes, recipe = work.job, work.processes, work.recipe
     writing = None
-    if ranks.main:
+    if processes.main:
         writing = CheckpointWriter(out, job.source, recipe, layout=job.layout, overwrite=overwrite)
     with writing or contextlib.nullcontext() as writer:
-        ranks.wait()
+        processes.wait()
         try:
-            with memory_told("outside the training passes", BESIDE):
-                student = Student.load(job, work.rows, ranks)
+            with explain_out_of_memory("outside the training passes", BESIDE):
+                student = Student.load(job, work.rows, processes)
                 training = _training(work, student)
                 log = _train(work, training)
                 finished = finish(training, work.progress)
@@ -94,7 +94,7 @@ def recover(
                 _leave(writer, error)
             raise
         if writer is None:
-            ranks.leave()
+            processes.leave()
             return None
         log.publish(writer.partial)
         entry = _entry(work, model, training, finished, weights) | {"kept_mass": log.kept_mass}
@@ -103,7 +103,7 @@ def recover(
         origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
         writer.commit(entry, model_card(entry, origin, history))
         _forget(out)  # only now: until the output stands, all must be found again
-    ranks.leave()
+    processes.leave()
     return Report(out=out, entry=entry)
 
 
@@ -127,7 +127,7 @@ def _forget(out: Path) -> None:
 
 
 def _entry(
-    work: Work,
+    work: TrainingInputs,
     model: str,
     training: Training,
     finished: Mapping[str, Any],
@@ -147,7 +147,7 @@ def _entry(
         "evaluated_on": windows and windows.title,
         "plan": asdict(training.plan),
         "tokens": training.plan.steps * job.config.step_tokens,
-        "processes": training.ranks.size,
+        "processes": training.processes.size,
         "finished": finished,
         "totals": totals(weights),
         "weights": weights,
@@ -155,39 +155,39 @@ def _entry(
     }
 
 
-def _training(work: Work, student: Student) -> Training:
+def _training(work: TrainingInputs, student: Student) -> Training:
     """The training as far as an interrupted run had come, or its beginning."""
-    job, rows, top, ranks = work.job, work.rows, work.top, work.ranks
+    job, rows, top, processes = work.job, work.rows, work.top, work.processes
     config, folder, progress = job.config, work.folder, work.progress
-    teacher = top or load_teacher(job, ranks)
-    if ranks.of_main((folder / PLAN).is_file()):
-        plan = Plan(**read_json(folder / PLAN))
+    teacher = top or load_teacher(job, processes)
+    if processes.broadcast((folder / PLAN).is_file()):
+        plan = TrainingPlan(**read_json(folder / PLAN))
     else:
         begun = work.cost.started
-        plan = make_plan(job, student, teacher, rows, work.windows, ranks, begun, progress)
-        if ranks.main:
+        plan = make_plan(job, student, teacher, rows, work.windows, processes, begun, progress)
+        if processes.main:
             write_json(folder / PLAN, asdict(plan))
     if top is not None and config.tokens is None:  # else it was told before
         top.announce(plan.steps * config.batch * config.accumulate, progress)
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(
-        student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh, ranks
+        student.model, teacher, optimizer, rows, config, plan, job.recoverer.refresh, processes
     )
-    if load_state(folder, optimizer, ranks):
+    if load_state(folder, optimizer, processes):
         progress.note(f"going on after {optimizer.steps} steps in {folder}")
     return training
 
 
-def _train(work: Work, training: Training) -> TrainingLog:
+def _train(work: TrainingInputs, training: Training) -> TrainingLog:
     """Take the steps that are left; gives the log of all steps."""
     config, windows, folder = work.job.config, work.windows, work.folder
-    progress, ranks, optimizer = work.progress, work.ranks, training.optimizer
-    log = TrainingLog(folder, optimizer.steps, writes=ranks.main)
+    progress, processes, optimizer = work.progress, work.processes, training.optimizer
+    log = TrainingLog(folder, optimizer.steps, writes=processes.main)
     first = training.plan.perplexity
     if not log.rows and windows is not None and first is not None:
         before = {"perplexity": first, "evaluated_on": windows.title}
         log.rows.append({"step": 0, "tokens": 0, **before})
-    ranks.wait()
+    processes.wait()
     log.begin()
     selected = ""
     progress.begin(_title(work), training.plan.steps, optimizer.steps)
@@ -199,9 +199,9 @@ def _train(work: Work, training: Training) -> TrainingLog:
         try:
             done = training.step()
         except (NumericalError, MemoryShortError) as error:  # no weight was changed
-            alone = ranks.size == 1 or isinstance(error, NumericalError)  # else others go on
+            alone = processes.size == 1 or isinstance(error, NumericalError)  # else others go on
             if optimizer.steps > kept and alone:
-                save_state(folder, optimizer, ranks)
+                save_state(folder, optimizer, processes)
             raise
         row, now = done.to_json(), optimizer.steps
         if done.sparsity is not None:
@@ -210,14 +210,14 @@ def _train(work: Work, training: Training) -> TrainingLog:
             row |= _evaluated(training, windows, deadline)
             progress.note(f"step {now}: perplexity {row['perplexity']:.2f} of the sparse model")
         log.add(row)
-        late = ranks.of_main(time.perf_counter() - saved > SAVE_SECONDS)
+        late = processes.broadcast(time.perf_counter() - saved > SAVE_SECONDS)
         if training.done or (now % config.save_every == 0 if config.save_every else late):
             begun = time.perf_counter()
             _require_same_masks(training)
-            save_state(folder, optimizer, ranks)
+            save_state(folder, optimizer, processes)
             saved, kept = time.perf_counter(), now
             deadline.saved(saved - begun)
-        steps = ranks.of_main(deadline.steps(now, training.plan.steps))
+        steps = processes.broadcast(deadline.steps(now, training.plan.steps))
         if not training.done and steps < training.plan.steps:
             begun, saves = time.perf_counter(), now > kept
             _shorten(work, training, steps, saves=saves)
@@ -242,12 +242,12 @@ def _evaluated(training: Training, windows: TokenRows, deadline: Deadline) -> di
     return told | {"sparsity": sparsity_measure(optimizer)}
 
 
-def _title(work: Work) -> str:
+def _title(work: TrainingInputs) -> str:
     """What is done, for people."""
     return f"recover {work.job.config.method} {work.job.patterns.base}"
 
 
-def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None:
+def _shorten(work: TrainingInputs, training: Training, steps: int, *, saves: bool) -> None:
     """Plan fewer steps, so that the run ends in time; what was done is saved under the new plan.
 
     A state that is saved already (not `saves`) is not written over.
@@ -255,15 +255,15 @@ def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None
     progress, optimizer, plan = work.progress, training.optimizer, training.plan
     if saves:
         _require_same_masks(training)
-        save_state(work.folder, optimizer, work.ranks)
+        save_state(work.folder, optimizer, work.processes)
     training.plan = replace(plan, steps=steps)
-    if work.ranks.main:
+    if work.processes.main:
         write_json(work.folder / PLAN, asdict(training.plan))
     progress.note(
         f"steps take longer than was measured: {steps} in the place of {plan.steps}, so that "
         "--max-time is kept"
     )
-    if work.job.recoverer.settles:
+    if work.job.recoverer.dense_until_end:
         before, now = (decay_budget(work.job.config.schedule, p) for p in (plan, training.plan))
         progress.note(f"decay budget: {now:.4g} in the place of {before:.4g}")
     progress.begin(_title(work), steps, optimizer.steps)
@@ -271,5 +271,5 @@ def _shorten(work: Work, training: Training, steps: int, *, saves: bool) -> None
 
 def _require_same_masks(training: Training) -> None:
     """Refuse to go on when processes that all hold the whole model have come apart."""
-    if training.ranks.size > 1 and not training.ranks.shards:
-        training.ranks.require_same(training.optimizer.fingerprint(), "masks")
+    if training.processes.size > 1 and not training.processes.shards:
+        training.processes.require_same(training.optimizer.fingerprint(), "masks")

@@ -1,4 +1,4 @@
-"""The saved state of a training run: a kill at any time leaves the last whole one."""
+"""Saved states of a training run; a kill at any time leaves the last complete one."""
 
 from __future__ import annotations
 
@@ -9,74 +9,75 @@ from safetensors.torch import save_file
 
 from sparsekit.errors import DataError
 from sparsekit.files import fsync_path, read_json, storage_errors, write_json
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.optimizer import MaskedAdam
 
-# Seconds between two saved states, when no number of steps is given.
+# Seconds between saved states, without --save-every.
 SAVE_SECONDS = 600.0
-# Says which state is whole.
+# Names the last complete state.
 POINTER = ".sparsekit-state.json"
 STATES = ".sparsekit-state-*.saved"
 
 
-def save_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> None:
+def save_state(folder: Path, optimizer: MaskedAdam, processes: Processes) -> None:
     """Write weights, masks (as bits), moments and the number of steps.
 
-    The order of the rows follows from the number of steps and the seed, and nothing else is drawn.
-    Where the model is sharded, each process writes its part.
+    The order of the rows follows from the number of steps and the seed; nothing else is random. If
+    the model is sharded, each process writes its part.
 
     Raises:
-        StorageError: It could not be written; the state before is untouched.
+        StorageError: It could not be written; the previous state is untouched.
     """
-    file = _file(folder, optimizer.steps, ranks)
-    if ranks.main or ranks.shards:
+    file = _file(folder, optimizer.steps, processes)
+    if processes.main or processes.shards:
         tensors = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
         with storage_errors(folder):
             try:
                 save_file(tensors, file, {"steps": str(optimizer.steps)})
-            except SafetensorError as error:  # wraps what the system said
+            except SafetensorError as error:  # wraps the message of the system
                 raise OSError(str(error)) from error
             fsync_path(file)
             fsync_path(folder)
-    ranks.wait()
-    if ranks.main:
-        write_json(folder / POINTER, {"steps": optimizer.steps, "processes": ranks.size})
-        current = _file(folder, optimizer.steps, ranks).name.rpartition("-")[0]
+    processes.wait()
+    if processes.main:
+        write_json(folder / POINTER, {"steps": optimizer.steps, "processes": processes.size})
+        current = _file(folder, optimizer.steps, processes).name.rpartition("-")[0]
         for old in folder.glob(STATES):
             if old.name.rpartition("-")[0] != current:
                 old.unlink(missing_ok=True)
 
 
-def load_state(folder: Path, optimizer: MaskedAdam, ranks: Ranks) -> bool:
-    """Bring an optimizer and its weights to the saved state; False when there is none.
+def load_state(folder: Path, optimizer: MaskedAdam, processes: Processes) -> bool:
+    """Load the saved state into an optimizer and its weights; False if there is none.
 
     Raises:
-        DataError: It is damaged, or was written by another number of processes with shards.
+        DataError: It is damaged, or was sharded over another number of processes.
         NumericalError: It does not fit this run.
     """
-    if not ranks.of_main((folder / POINTER).is_file()):
+    if not processes.broadcast((folder / POINTER).is_file()):
         return False
     pointer = read_json(folder / POINTER)
-    file = _file(folder, pointer["steps"], ranks)
+    file = _file(folder, pointer["steps"], processes)
     try:
         with safe_open(file, "pt") as state:
             tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the saved state {file} is damaged or missing: {error}",
-            f"go on with {pointer['processes']} processes as before, or delete {folder}",
+            f"resume with {pointer['processes']} processes as before, or delete {folder}",
+            code="state-damaged",
         ) from error
     optimizer.load_state(tensors, pointer["steps"])
     return True
 
 
 def forget_states(folder: Path) -> None:
-    """Remove what only a resumed run needs."""
+    """Delete the files that only a resumed run needs."""
     for file in (folder / POINTER, *folder.glob(STATES)):
         file.unlink(missing_ok=True)
 
 
-def _file(folder: Path, steps: int, ranks: Ranks) -> Path:
-    """Where a process finds its part of a state."""
-    part = ranks.rank if ranks.shards else 0
+def _file(folder: Path, steps: int, processes: Processes) -> Path:
+    """File of this process's part of a state."""
+    part = processes.rank if processes.shards else 0
     return folder / STATES.replace("*", f"{steps}-{part}")

@@ -1,4 +1,4 @@
-"""A trained low-rank branch beside a sparse linear layer (SLoRB)."""
+"""SLoRB: a trained low-rank branch next to a sparse linear layer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from sparsekit.weights.form import low_rank
 
 
 class Branch(nn.Module):
-    """x ↦ (x Xᵀ) Sᵀ, added to what a linear layer gives.
+    """x ↦ (x Xᵀ) Sᵀ, added to the output of a linear layer.
 
-    X begins as the sum over each span of `width` inputs, and S as the mean of what the sparse
-    weight lacks in the span: then every row has the sum over each span that it has when dense.
+    X starts as the sum over each span of `width` inputs, and S as the mean of the pruning error in
+    the span, so that every row keeps the dense weight's sum over each span.
 
     Source: AST (Huang et al., AAAI 2025), section "SLoRB", mean initialisation.
-    Differs: what the sparse weight lacks is measured against the dense parent, so that a branch can
-    also begin beside a weight that was pruned and updated.
+    Differs: the error is measured against the dense model, so that branches also work for weights
+    that were updated when they were pruned.
 
     Args:
         lost: W − Ŵ, `[out, in]`.
-        width: Inputs of a span; divides them.
+        width: Inputs per span; divides the number of inputs.
     """
 
     def __init__(self, lost: Tensor, width: int) -> None:
@@ -37,6 +37,6 @@ class Branch(nn.Module):
 
 
 def attach(layer: nn.Module, branch: Branch) -> None:
-    """Let a layer add the branch to its output; its parameters become the layer's."""
+    """Add a branch to the output of a layer, as a submodule of it."""
     layer.branch = branch
     layer.register_forward_hook(lambda module, inputs, output: output + module.branch(inputs[0]))

@@ -1,4 +1,4 @@
-"""A weight that is to become sparse, beside the parameter that the model computes with."""
+"""A sparse weight in training, and the parameter that the model computes with."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class SparseWeight:
     transposed: bool
     """Whether the parameter is stored as `[in, out]` (GPT-2's Conv1D)."""
     pattern: Pattern
-    weight: Tensor  # [out, in] float32: what is trained; the parameter itself when nothing hides
+    weight: (
+        Tensor  # [out, in] float32, trained; the parameter itself without masks_forward and scales
+    )
     mask: Tensor  # [out, in] bool, True = keep
     scale: Tensor | None = None  # [out, spans] float32
-    inputs: Tensor | None = None  # [in] float32: by what the size of an entry is multiplied
+    inputs: Tensor | None = None  # [in] float32, factors of the entries in mask selection
 
     @classmethod
     def of(
@@ -36,47 +38,49 @@ class SparseWeight:
         spans: int = 0,
         inputs: Tensor | None = None,
     ) -> SparseWeight:
-        """The weight in a parameter, with the mask of its largest entries.
+        """The weight of a parameter, with the mask of its largest entries.
 
-        Under a rule that frees no other entries, these become zero.
+        Other entries become zero, unless the rule updates pruned entries.
 
         Raises:
-            NumericalError: The parameter is not float32: steps of 1e-5 of the size of a weight are
-                lost in 16 bits.
+            NumericalError: The parameter is not float32: steps of 1e-5 of a weight's size are lost
+                in 16 bits.
         """
         if parameter.dtype != torch.float32:
             raise NumericalError(
                 f"weights of type {str(parameter.dtype).removeprefix('torch.')} cannot be trained: "
                 "a step is smaller than their resolution",
                 "load the model in float32",
+                code="wrong-dtype",
             )
         view = local(parameter.data).T if transposed else local(parameter.data)
-        weight = view.clone() if rule.hides or spans else view
+        weight = view.clone() if rule.masks_forward or spans else view
         scale = torch.ones(len(view), spans, device=view.device) if spans else None
         mask = pattern.mask(view.abs() if inputs is None else view.abs() * inputs)
-        made = cls(parameter, transposed, pattern, weight, mask, scale, inputs)
-        if not rule.frees:
-            weight.masked_fill_(~made.mask, 0.0)
-        made.publish(hides=rule.hides)
-        return made
+        sparse = cls(parameter, transposed, pattern, weight, mask, scale, inputs)
+        if not rule.updates_pruned:
+            weight.masked_fill_(~mask, 0.0)
+        sparse.publish(masks_forward=rule.masks_forward)
+        return sparse
 
     @property
     def view(self) -> Tensor:
-        """The parameter's values as `[out, in]`; of a sharded one the rows that are here."""
-        here = local(self.parameter.data)
-        return here.T if self.transposed else here
+        """The parameter's values as `[out, in]`; the local rows of a sharded one."""
+        values = local(self.parameter.data)
+        return values.T if self.transposed else values
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient by the parameter as `[out, in]`."""
-        found = self.parameter.grad
-        if found is None:
-            raise NumericalError("a sparse weight has no gradient: the loss does not depend on it")
-        return local(found).T if self.transposed else local(found)
+        """The gradient of the parameter as `[out, in]`."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            message = "a sparse weight has no gradient: the loss does not depend on it"
+            raise NumericalError(message, code="no-gradient")
+        return local(gradient).T if self.transposed else local(gradient)
 
     @property
     def values(self) -> Tensor:
-        """What the weight is in the sparse model, `[out, in]`: kept entries times their scale."""
+        """The weight of the sparse model, `[out, in]`: kept entries times their scale."""
         kept = self.weight.masked_fill(~self.mask, 0.0)
         return kept if self.scale is None else self.scaled(kept)
 
@@ -87,15 +91,15 @@ class SparseWeight:
         spans = self.scale.shape[1]
         return (tensor.unflatten(1, (spans, -1)) * self.scale[:, :, None]).flatten(1)
 
-    def publish(self, *, hides: bool) -> None:
-        """Bring the parameter up to date with the weight."""
-        if hides:
+    def publish(self, *, masks_forward: bool) -> None:
+        """Update the parameter from the weight."""
+        if masks_forward:
             torch.mul(self.weight, self.mask, out=self.view)
         elif self.scale is not None:
             self.view.copy_(self.scaled(self.weight))
 
     def refresh(self) -> int:
-        """Select the largest entries anew; gives how many entries changed sides."""
+        """Select the mask again; returns the number of changed entries."""
         old = self.mask
         sizes = self.weight.abs()
         self.mask = self.pattern.mask(sizes if self.inputs is None else sizes * self.inputs)
@@ -103,11 +107,11 @@ class SparseWeight:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process holds a part of a parameter only."""
+    """Whether this process holds only a part of a parameter."""
     return hasattr(parameter, "to_local")
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, unless it is sharded."""
+    """The part of a tensor in this process: all of it, unless it is sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor

@@ -1,4 +1,4 @@
-"""How fast training is against the matrix products of the machine, and what memory it holds."""
+"""Speed of training relative to the machine's matrix products, and its memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsekit.memory import peak_memory
 from sparsekit.progress import SILENT, Progress
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import selection_seconds
-from sparsekit.recovery.distributed import Ranks
-from sparsekit.recovery.loop import Plan, Training
+from sparsekit.recovery.distributed import Processes
+from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.student import Student, load_teacher
 
-# Products of each shape that are timed; the median counts.
+# Products to time for each shape; the median counts.
 TIMED = 7
 
 
@@ -32,39 +32,41 @@ def bench_recover(
 ) -> dict[str, Any]:
     """Time training steps, and matrix products of the shapes of the model.
 
-    A token costs 8 floating-point operations for each active parameter: 2 in the student's
-    forward pass, 4 in its backward pass and 2 in the teacher. Active are the weights of linear
-    layers and the output head; attention and everything between the products comes on top, so that
-    a share of 1 cannot be reached. The machine's rate is that of products of a batch of tokens
-    with each of these weights in the type that is multiplied in, weighted by their work.
+    A token costs 8 floating-point operations per active parameter: 2 in the student's forward pass,
+    4 in its backward pass and 2 in the teacher. Active parameters are the weights of linear layers
+    and of the output head. Attention and other operations come on top, so a share of 1 cannot be
+    reached. The machine's rate is that of products of a batch of tokens with each of these weights,
+    in the compute dtype, weighted by their work.
 
     Args:
-        config: What to train with; `tokens` is not looked at.
+        config: The options of training; `tokens` is ignored.
         model: A folder, hub id or `demo`.
-        steps: How many are timed, after one that is not; the median counts, with its part of a
-            selection of the largest entries.
-        progress: Told of each step.
+        steps: Number of steps to time, after a warm-up step; the median counts, plus the mean time
+            of mask selection.
+        progress: Receives each step.
     """
     if steps < 1:
-        raise UsageError(f"--steps must be at least 1, not {steps}")
+        raise UsageError(f"--steps must be at least 1, not {steps}", code="out-of-range")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare(config, model, Path(folder) / "out", saves=False, progress=progress)
+        job = prepare_recover(config, model, Path(folder) / "out", saves=False, progress=progress)
     config = job.config
     rows = config.corpus((steps + 1) * config.step_tokens).rows(job.source, job.teacher, progress)
     before = psutil.Process().memory_info().rss
-    student = Student.load(job, rows, Ranks())
-    teacher = load_teacher(job, Ranks())
+    student = Student.load(job, rows, Processes())
+    teacher = load_teacher(job, Processes())
     scale = student.scale(1e-6)
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps + 1,
-        rate=config.lr or job.recoverer.rate_of(scale),
-        share=job.recoverer.share_of(scale) if config.kl_weight is None else config.kl_weight,
+        rate=config.lr or job.recoverer.default_lr(scale),
+        share=job.recoverer.default_kl_weight(scale)
+        if config.kl_weight is None
+        else config.kl_weight,
         decay=job.recoverer.decay_of(scale),
         masked_gradient=scale.masked_gradient,
     )
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
-    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Ranks())
+    training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Processes())
     loading = time.perf_counter() - begun
     progress.begin("training steps", steps + 1)
     seconds = []
@@ -100,12 +102,12 @@ def bench_recover(
 def _held(
     optimizer: MaskedAdam, teacher: torch.nn.Module | None, before: int, peak: int
 ) -> dict[str, int]:
-    """What the peak consists of, in bytes; the last part is what is left when all is counted."""
+    """Parts of the peak memory in bytes; `activations and the rest` is the remainder."""
     state = optimizer.state()
     parameters = [w.parameter for w in optimizer.sparse.values()] + [*optimizer.others.values()]
     weights = sum(parameter.nbytes for parameter in parameters)
     beside = [w for w in optimizer.sparse.values() if w.weight.data_ptr() != w.view.data_ptr()]
-    found = {
+    parts = {
         "libraries": before,
         "weights": weights,
         "weights beside the model's": sum(w.weight.nbytes for w in beside),
@@ -114,15 +116,15 @@ def _held(
         "masks": sum(weight.mask.nbytes for weight in optimizer.sparse.values()),
         "teacher": sum(p.nbytes for p in teacher.parameters()) if teacher else 0,
     }
-    found["activations and the rest"] = peak - sum(found.values())
-    found["masks at rest"] = sum(t.nbytes for n, t in state.items() if n.endswith(".mask"))
-    return found
+    parts["activations and the rest"] = peak - sum(parts.values())
+    parts["masks at rest"] = sum(t.nbytes for n, t in state.items() if n.endswith(".mask"))
+    return parts
 
 
 def matrix_rate(
     shapes: list[torch.Size], tokens: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Floating-point operations a second of `[tokens, in] @ [in, out]` over these weights."""
+    """Floating-point operations per second of `[tokens, in] @ [in, out]` over these weights."""
     work = spent = 0.0
     for rows, columns in set(shapes):
         x = torch.randn(tokens, columns, device=device).to(dtype)

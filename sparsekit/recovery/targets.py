@@ -1,4 +1,4 @@
-"""Which weights a recover run keeps sparse or makes so, and in which pattern."""
+"""The sparse weights of a recovery run, and their patterns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError, PatternError, UsageError
 from sparsekit.model.architecture import Target
-from sparsekit.pipeline.selection import Patterns, skipped
+from sparsekit.pipeline.selection import WeightPatterns, skipped
 from sparsekit.recovery.checks import DENSE_ZEROS, zero_share
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.weights.patterns import Pattern
@@ -16,43 +16,49 @@ from sparsekit.weights.patterns import Pattern
 def sparse_targets(
     config: RecoverConfig, source: Checkpoint, linear: Sequence[Target]
 ) -> tuple[list[Target], list[dict[str, str]]]:
-    """The weights that are sparse or are to be, and those that stay dense with the reason.
+    """The weights to train sparse, and the weights that stay dense, each with the reason.
 
     Raises:
-        UsageError: A weight that is to stay dense is sparse.
-        DataError: There are none.
+        UsageError: A weight that `--skip` leaves dense is sparse.
+        DataError: There are no weights.
     """
-    told = told_patterns(source)
+    recorded = recorded_patterns(source)
     reasons = skipped([target.name for target in linear], config.skip)
-    if sparse := [name for name in reasons if name in told]:
+    if sparse := [name for name in reasons if name in recorded]:
+        name = sparse[0]
         raise UsageError(
-            f"{reasons[sparse[0]]} would fill the zeros of {sparse[0]}, which is {told[sparse[0]]}",
-            "leave it out: what pruning has left dense stays so",
+            f"{reasons[name]} would fill the zeros of {name}, which is {recorded[name]}",
+            "leave it out: weights that were left dense stay dense",
+            code="would-fill-zeros",
         )
-    if told:
-        left = [target.name for target in linear if target.name not in told]
+    if recorded:
+        left = [target.name for target in linear if target.name not in recorded]
         reasons |= dict.fromkeys(left, "left dense when it was pruned")
     targets = [target for target in linear if target.name not in reasons]
     if not targets:
-        raise DataError(f"{source.path} has no linear weight in its blocks to train")
+        message = f"{source.path} has no linear weights in decoder blocks"
+        raise DataError(message, code="no-weights")
     return targets, [{"name": name, "reason": reason} for name, reason in reasons.items()]
 
 
-def patterns_of(config: RecoverConfig, source: Checkpoint, targets: Sequence[Target]) -> Patterns:
-    """The pattern that was asked for, that of the history, or 2:4 for a dense model.
+def patterns_of(
+    config: RecoverConfig, source: Checkpoint, targets: Sequence[Target]
+) -> WeightPatterns:
+    """The requested patterns, those of the history, or 2:4 for a dense model.
 
     Raises:
-        UsageError: The model does not have the pattern that it should have, and none was named.
+        UsageError: No pattern was requested, and the model does not have the pattern it should.
     """
     if config.pattern is not None:
-        return Patterns(base=config.pattern)
-    told = told_patterns(source)
-    if told:
+        return WeightPatterns(base=config.pattern)
+    recorded = recorded_patterns(source)
+    if recorded:
         base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])
-        own = {name: Pattern.parse(text) for name, text in told.items()}
-        patterns = Patterns(base=base, own={n: one for n, one in own.items() if one != base})
+        by_name = {name: Pattern.parse(text) for name, text in recorded.items()}
+        exceptions = {name: pattern for name, pattern in by_name.items() if pattern != base}
+        patterns = WeightPatterns(base=base, own=exceptions)
     else:
-        patterns = Patterns(base=Pattern(keep=2, group=4))
+        patterns = WeightPatterns(base=Pattern(keep=2, group=4))
     missing = ""
     for target in targets:
         weight = source.read([target.name])[target.name]
@@ -61,14 +67,15 @@ def patterns_of(config: RecoverConfig, source: Checkpoint, targets: Sequence[Tar
             patterns.of(target).check(weight, target.name)
         except PatternError as error:
             missing = missing or error.message
-    if missing and (told or zero_share(source, targets) > DENSE_ZEROS):
+    if missing and (recorded or zero_share(source, targets) > DENSE_ZEROS):
         raise UsageError(
             f"{source.path} is sparse, but not {patterns.base}: {missing}",
-            "name the pattern that it has, or is to have, with --pattern; --skip what is dense",
+            "pass the pattern it has or should get with --pattern; --skip dense weights",
+            code="not-this-pattern",
         )
     return patterns
 
 
-def told_patterns(source: Checkpoint) -> dict[str, str]:
+def recorded_patterns(source: Checkpoint) -> dict[str, str]:
     """The pattern that each weight was last pruned to, by name."""
-    return {row["name"]: row["pattern"] for e in source.pruned() for row in e["weights"]}
+    return {row["name"]: row["pattern"] for entry in source.pruned() for row in entry["weights"]}

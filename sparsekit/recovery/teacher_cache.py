@@ -1,13 +1,13 @@
-"""A teacher of whom the largest probabilities are kept on disk, so that a row is computed once.
+"""A teacher whose largest probabilities are cached on disk, so that each row is computed once.
 
-They lie in the user's cache, a file for each row of the text. The numbers of a file depend on the
-tokens of the row, the teacher, `--teacher-top`, the temperature and the machine's way to compute,
-and on nothing else of a run: other seeds, methods, rates and numbers of tokens use them too. With
-`--max-time` all steps are planned as if each row were computed. For this a row always passes
-through the teacher alone, not in its batch, where its last bits would depend on the rows beside it.
+The user's cache has one file per row of the text. A file depends on the tokens of the row, the
+teacher, `--teacher-top`, the temperature and the numerics of the machine, but not on seeds,
+methods, learning rates or numbers of tokens, so other runs use it too. For that, each row passes
+through the teacher alone: in a batch its last bits would depend on the other rows. With
+`--max-time` the plan assumes that every row is computed.
 
-Numbers are kept as they were computed, in float32: half of a file are token ids, so that float16
-would save a quarter, and 1 − Σ p would lose its meaning.
+Probabilities are stored in float32: float16 would save only a quarter, as half of a file are token
+ids, and 1 − Σ p would be rounding error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sparsekit.model.full_model import hidden_states
 from sparsekit.progress import Progress
 from sparsekit.provenance.entry import NUMERICS
 from sparsekit.recovery.distillation import Top, chunk_positions
-from sparsekit.recovery.prepare import Recovery
+from sparsekit.recovery.prepare import RecoverJob
 from sparsekit.text import cache_file
 from sparsekit.text.training_rows import TrainingRows
 
@@ -44,31 +44,31 @@ if TYPE_CHECKING:
 
 
 CACHE_FORMAT = 2
-# A position takes a float32 and an int32 for each probability.
+# Bytes per probability: a float32 and an int32.
 ENTRY_BYTES = 8
-# Of a file: its header, and what the disk rounds up.
+# Bytes per file for its header and disk blocks.
 SPARE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TopTeacher:
-    """The `count` largest probabilities of each token, from disk or else from the dense model."""
+    """The `count` largest probabilities of each token, from disk or from the dense model."""
 
     folder: Path
-    """Where the files of these rows lie."""
+    """Folder of the cached rows."""
     rows: TrainingRows
     count: int
     temperature: float
     load: Callable[[], PreTrainedModel]
-    """Gives the dense model, the same one each time; called when a row is first missing."""
+    """Returns the dense model, always the same; called when a row is first missing."""
     reads: bool = True
-    """Whether a row that is on disk is taken from there."""
+    """Whether to read rows from disk."""
 
     @classmethod
     def of(
-        cls, job: Recovery, rows: TrainingRows, load: Callable[[], PreTrainedModel]
+        cls, job: RecoverJob, rows: TrainingRows, load: Callable[[], PreTrainedModel]
     ) -> TopTeacher:
-        """The teacher of a run with `--teacher-top`; no file is looked at yet."""
+        """The teacher of a run with `--teacher-top`; reads no file yet."""
         on_cpu = job.device.type == "cpu"
         key = {
             "format": CACHE_FORMAT,
@@ -90,29 +90,29 @@ class TopTeacher:
         )
 
     def missing(self, positions: int | None) -> list[int]:
-        """The rows among the first positions of the order (None: all) that are not on disk.
+        """The rows at the first `positions` of the order (None: all) that are not on disk.
 
         Raises:
-            DataError: A file is shorter than the numbers of its row.
+            DataError: A file is too short.
         """
         wanted: Iterable[int] = range(len(self.rows))
         if positions is not None and positions < len(self.rows):
             wanted = self.rows.numbers(0, positions)
-        found = []
+        missing = []
         for number in wanted:
             file = self._file(number)
             if not file.is_file():
-                found.append(number)
+                missing.append(number)
             elif file.stat().st_size <= self._row_bytes:
                 raise cache_file.damaged(file, "it is too short")
-        return found
+        return missing
 
     def announce(self, positions: int, progress: Progress) -> None:
-        """Tell where the rows lie and what they take.
+        """Report the location and size of the cached rows.
 
         Raises:
-            DataError: See `missing`.
-            StorageError: The disk has no room for those that are missing.
+            DataError: A file is too short.
+            StorageError: The disk has no space for the missing rows.
         """
         missing, used = len(self.missing(positions)), min(positions, len(self.rows))
         needed = missing * (self._row_bytes + SPARE_BYTES)
@@ -121,34 +121,35 @@ class TopTeacher:
             raise StorageError(
                 f"the teacher's {self.count} largest probabilities of {missing} rows take "
                 f"{needed / 1e9:.2f} GB, {where} has {free / 1e9:.2f} GB free",
-                f"{CACHED}, or take a smaller --teacher-top",
+                f"{CACHED}, or pass a smaller --teacher-top",
+                code="disk-full",
             )
-        told = f"the teacher's {self.count} largest probabilities of each token: "
+        note = f"the teacher's {self.count} largest probabilities of each token: "
         if missing:
-            there = f", {used - missing} of {used} rows are there" if missing < used else ""
-            told += f"{needed / 1e9:.2f} GB in {self.folder}{there}"
+            cached = f", {used - missing} of {used} rows are cached" if missing < used else ""
+            note += f"{needed / 1e9:.2f} GB in {self.folder}{cached}"
         else:
-            told += f"all {used} rows are in {self.folder}, the teacher is not needed"
-        progress.note(told)
+            note += f"all {used} rows are in {self.folder}, the teacher is not needed"
+        progress.note(note)
 
     def measured(self) -> TopTeacher:
-        """This teacher as speed is measured with it: as slow as the slowest row to come."""
+        """This teacher for measuring speed: it computes every row if any row is missing."""
         return replace(self, reads=not self.missing(None))
 
     def probabilities(self, numbers: Sequence[int], tokens: Tensor) -> Top:
-        """Those of the rows with these numbers, given as `[rows, length]`, position by position.
+        """The probabilities of rows `[rows, length]` with these numbers, by position.
 
         Raises:
             DataError: A file is damaged.
-            NumericalError: What the teacher gives is not finite.
-            StorageError: A row that was computed could not be written.
+            NumericalError: The teacher's probabilities are not finite.
+            StorageError: A computed row could not be written.
         """
-        found = [self._row(*row) for row in zip(numbers, tokens, strict=True)]
-        return Top.joined(found).to(tokens.device)
+        rows = [self._row(*row) for row in zip(numbers, tokens, strict=True)]
+        return Top.joined(rows).to(tokens.device)
 
     @property
     def _row_bytes(self) -> int:
-        """What the numbers of a row take."""
+        """Bytes of the probabilities of a row."""
         return self.rows.length * self.count * ENTRY_BYTES
 
     def _file(self, number: int) -> Path:
@@ -156,22 +157,23 @@ class TopTeacher:
         return self.folder / f"{hashlib.sha256(ids).hexdigest()}.safetensors"
 
     def _row(self, number: int, tokens: Tensor) -> Top:
-        """One row, on the CPU; written at once when it is not on disk."""
+        """One row, on the CPU; written to disk if it was computed."""
         file = self._file(number)
         if self.reads and file.is_file():
             return Top(**cache_file.read(file))
-        found = self._computed(tokens)
-        if not found.log_probabilities.isfinite().all():
+        row = self._computed(tokens)
+        if not row.log_probabilities.isfinite().all():
             raise NumericalError(
                 f"the teacher's probabilities of row {number} are not finite",
                 "name another dense model with --teacher, or leave out this text",
+                code="not-finite",
             )
-        cache_file.write(file, {"log_probabilities": found.log_probabilities, "ids": found.ids})
-        return found
+        cache_file.write(file, {"log_probabilities": row.log_probabilities, "ids": row.ids})
+        return row
 
     @torch.no_grad()
     def _computed(self, tokens: Tensor) -> Top:
-        """A row `[length]`, without ever holding the logits of all its positions."""
+        """Compute a row `[length]` in chunks, never holding all its logits."""
         model = self.load()
         head, states = model.get_output_embeddings(), hidden_states(model, tokens[None])
         chunks = states.split(chunk_positions(head.weight.shape[0]))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sparsekit.checkpoint.resolve import at_hand
+from sparsekit.checkpoint.resolve import local_folder
 from sparsekit.errors import DataError
 from sparsekit.reporting.model_row import Row, baseline_row, is_checkpoint, read_row
 from sparsekit.scoring.quality import (
@@ -161,7 +161,7 @@ def _is_model(row: Row, name: str) -> bool:
     """Whether a row is the model that `eval` was given under a name."""
     if not row.stored:
         return any(entry.get("model") == name for entry in row.scores)
-    folder = at_hand(name)
+    folder = local_folder(name)
     return folder is not None and folder.resolve() == row.path.resolve()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import PROVENANCE
 from sparsekit.checkpoint.kind import Kind
-from sparsekit.checkpoint.resolve import at_hand
+from sparsekit.checkpoint.resolve import local_folder
 from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.provenance.history import stage_words, unfolded
 from sparsekit.scoring.quality import Measured, Quality, qualities
@@ -93,7 +93,7 @@ def baseline_row(name: str, quality: Mapping[Measured, Quality]) -> Row:
         DataError: A file of the model is damaged.
     """
     return _row(
-        _opened(at_hand(name)),
+        _opened(local_folder(name)),
         name=Path(name).name or name,
         path=Path(name),
         scores=(),
@@ -131,7 +131,7 @@ def _row(source: Checkpoint | None, *, stored: bool, **known: Any) -> Row:
 def _scored_model(scores: Sequence[Mapping[str, Any]]) -> Path | None:
     """Where the model of scores lies."""
     names = [entry["model"] for entry in scores if isinstance(entry.get("model"), str)]
-    return at_hand(names[-1]) if names and names[-1] else None
+    return local_folder(names[-1]) if names and names[-1] else None
 
 
 def _size(folder: Path) -> int:

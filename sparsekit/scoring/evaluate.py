@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.resolve import resolve, title
+from sparsekit.checkpoint.resolve import display_name, resolve
 from sparsekit.errors import DataError
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
@@ -141,7 +141,7 @@ def _subject(config: EvalConfig, name: str, progress: Progress) -> _Subject:
         BlockStream(source, device=device, dtype=dtype)
         rows = evaluation_rows(config.windows_of, source, length=config.length, limit=config.limit)
         for note in rows.notes:
-            progress.note(f"{title(name)}: {note}")
+            progress.note(f"{display_name(name)}: {note}")
     return _Subject(name=name, source=source, rows=rows)
 
 
@@ -171,7 +171,7 @@ def _perplexity(config: EvalConfig, subject: _Subject, progress: Progress) -> Pe
         return None
     device = pick_device(config.device)
     dtype = compute_dtype(config.dtype, device, subject.source)
-    label = title(subject.name)
+    label = display_name(subject.name)
     return perplexity(
         subject.source, subject.rows, device=device, dtype=dtype, label=label, progress=progress
     )
@@ -184,7 +184,7 @@ def _tasks(
         return []
     device = pick_device(config.device)
     dtype = compute_dtype(config.dtype, device, subject.source)
-    progress.begin(f"tasks of {title(subject.name)}", 1)
+    progress.begin(f"tasks of {display_name(subject.name)}", 1)
     scores = score_tasks(
         subject.source.path,
         tasks,

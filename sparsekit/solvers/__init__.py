@@ -1,1 +1,1 @@
-"""Mathematics on a weight."""
+"""Numerical methods for one weight."""

@@ -1,4 +1,4 @@
-"""The best W ≈ A S B with A and B block-diagonal and S N:M sparse, by block coordinate descent.
+"""Fit W ≈ A S B, A and B block-diagonal and S N:M sparse, by block coordinate descent.
 
 Blocks are square, [b, b]: A has J = out/b of them, B has K = in/b, so that S falls into J x K
 blocks and block (j, k) of the product is A[j] S[j, k] B[k]. The loss is a quadratic form H in the
@@ -24,15 +24,16 @@ from sparsekit.weights.block_diagonal import (
     times_right,
 )
 
-# Of the mean diagonal of a normal matrix: how strongly a block is held at its last value, in
-# directions that the data does not determine.
+# Proximal term, as a share of the mean diagonal of a normal matrix: it keeps a block at its last
+# value in directions that the data does not determine.
 PROXIMAL = 1e-6
-SMALLEST = 1e-30  # of that mean
+SMALLEST = 1e-30  # lower bound of that mean
 # Share of the mean of all groups at or below which a group's matrix counts as zero.
 DEAD = 1e-12
-# The same for the few unknowns of a group, whose matrix is inverted in float64.
+# Ridge for the few unknowns of a group, whose matrix is inverted in float64.
 GROUP_RIDGE = 1e-9
-# The way that is tried beyond a sweep grows by the first factor when it helped, else by the second.
+# The extrapolation length is multiplied by the first factor if it lowered the loss, else by the
+# second.
 LONGER, SHORTER = 1.3, 0.5
 
 
@@ -71,39 +72,39 @@ class BlockFit:
         supports = list(combinations(range(group), keep))
         self._supports = torch.tensor(supports, device=weight.device)  # [supports, N]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._reach = 1.0  # how far to go beyond a sweep, in units of its way
+        self._reach = 1.0  # extrapolation length, as a multiple of the last sweep's step
 
     def product(self) -> Tensor:
         """A S B, `[out, in]`."""
         return times_left(self.left, times_right(self.core, self.right))
 
     def loss(self) -> float:
-        """The loss, 1 for S = 0."""
+        """The relative loss: 1 for S = 0."""
         error = self._weight - self.product()
         return float((error * error * self._metric).sum() / self._total)
 
     def sweep(self) -> float:
-        """One step for each of A, B and S, and one further in their direction; gives the loss."""
+        """Update A, B and S in turn, extrapolate their step, and return the loss."""
         self.fit_left()
         self.fit_right()
         self.fit_core()
-        return self._go_further(self.loss())
+        return self._extrapolate(self.loss())
 
-    def _go_further(self, loss: float) -> float:
-        """Repeat the way since the last sweep, or a part of it, if that lowers the loss.
+    def _extrapolate(self, loss: float) -> float:
+        """Repeat the step since the last sweep, or a part of it, if that lowers the loss.
 
-        The steps of coordinate descent are small where the factors can make up for each other;
-        on the inputs of a SmolLM2 layer this saves half of the sweeps.
+        The steps of coordinate descent are small where the factors can compensate for each other;
+        this roughly halves the number of sweeps.
         """
         here = self.left, self.right, self.core
         before, self._before = self._before, tuple(part.clone() for part in here)
         if before is None:
             return loss
-        way = [now - then for now, then in zip(here, before, strict=True)]
-        way[2] *= (here[2] != 0) & (before[2] != 0)
+        step = [now - then for now, then in zip(here, before, strict=True)]
+        step[2] *= (here[2] != 0) & (before[2] != 0)
         for _ in range(2):
             self.left, self.right, self.core = (
-                now + self._reach * step for now, step in zip(here, way, strict=True)
+                now + self._reach * change for now, change in zip(here, step, strict=True)
             )
             if (further := self.loss()) < loss:
                 self._reach *= LONGER
@@ -113,7 +114,7 @@ class BlockFit:
         return loss
 
     def fit_left(self) -> None:
-        """The best A: with P = S B, A[j] (P H Pᵀ)[j] = (W H Pᵀ)[j] for each block row j."""
+        """Solve for A: with P = S B, A[j] (P H Pᵀ)[j] = (W H Pᵀ)[j] for each block row j."""
         reached = times_right(self.core, self.right)
         pulled = row_blocks(reached * self._metric, self.block).mT  # H Pᵀ [J, in, b]
         normal = row_blocks(reached, self.block) @ pulled
@@ -121,23 +122,22 @@ class BlockFit:
         self.left = _solve(normal, wanted.mT, self.left.mT).mT.contiguous()
 
     def fit_right(self) -> None:
-        """The best B: with Q = A S, (Qᵀ Q)[k] B[k] = (Qᵀ W)[k] for each block column k.
+        """Solve for B: with Q = A S, (Qᵀ Q)[k] B[k] = (Qᵀ W)[k] for each block column k.
 
-        The weights of the columns cancel: each column of B has a system of its own.
+        The weights of the columns cancel: each column of B is its own least-squares problem.
         """
         reached = column_blocks(times_left(self.left, self.core), self.block)  # Q [K, out, b]
         normal = reached.mT @ reached
         wanted = reached.mT @ column_blocks(self._weight, self.block)
-        # Laid out as it is read again from disk, so that products have the same bits.
+        # Contiguous, as when it is read from disk, so that products have the same bits.
         self.right = _solve(normal, wanted, self.right).contiguous()
 
     def fit_core(self) -> None:
-        """The best support and values of every group of M inputs, one group of a block at a time.
+        """Solve for support and values of every group of M inputs, one group of a block at a time.
 
         With U = Aᵀ A of a block row and V = B H Bᵀ, the loss as a function of S is
-        tr(Sᵀ U S V) − 2 tr(Sᵀ Aᵀ W H Bᵀ) + constant. The J x K blocks are solved together; in each
-        the rows follow one another, and in a row of a block the groups, each with all changes
-        before it.
+        tr(Sᵀ U S V) − 2 tr(Sᵀ Aᵀ W H Bᵀ) + constant. The J x K blocks are solved together; within
+        a block row after row, and within a row group after group, each after all changes before it.
         """
         b = self.block
         curve = self.left.mT @ self.left  # U [J, b, b]
@@ -157,7 +157,7 @@ class BlockFit:
 
 
 class _GroupSolver:
-    """The best values of groups, for each support and in all blocks at a time.
+    """The best values of groups, for each support and in all blocks at once.
 
     Args:
         metric: The diagonal blocks of V, `[K, b, b]`.
@@ -167,7 +167,7 @@ class _GroupSolver:
 
     def __init__(self, metric: Tensor, supports: Tensor, group: int) -> None:
         self.side, self.group = metric.shape[1], group
-        # For each group what every input before its end, and itself, does to it: [K, stop, M].
+        # For each group the part of V that couples it with itself and earlier inputs: [K, stop, M].
         self.columns = [
             metric[:, :stop, stop - group : stop].contiguous()
             for stop in range(group, self.side + 1, group)
@@ -179,13 +179,13 @@ class _GroupSolver:
         row: Tensor,  # one row of S for each block row, [J, in]
         slope: Tensor,  # half its gradient, [J, in]
     ) -> Tensor:
-        """The change in one pass over the groups, `[J, in]`; the K blocks do not see each other."""
+        """The change in one pass over the groups, `[J, in]`; the K blocks are independent."""
         slope, old = (column_blocks(t, self.side).contiguous() for t in (slope, row))  # [K, J, b]
-        change = -old  # of the groups to come: what is left when their own part is gone
+        change = -old  # of later groups: without their own part
         for n, columns in enumerate(self.columns):
             stop = (n + 1) * self.group
             part = slice(stop - self.group, stop)
-            # What pulls at the group after the changes before it, and without its own part.
+            # The gradient of the group after the changes before it, without its own part.
             free = torch.baddbmm(slope[..., part], change[..., :stop], columns, beta=-1, alpha=-1)
             change[..., part] += _choose(free, self.maps[n])
         return change.transpose(0, 1).flatten(1)
@@ -201,7 +201,7 @@ class _GroupSolver:
         place = starts[:, None, None] + supports  # [groups, supports, N]
         parts = metric.double()[:, place[..., :, None], place[..., None, :]]
         size = parts.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # [K, groups, s, 1, 1]
-        dead = size <= DEAD * size.mean()  # such inputs have no effect: their values become 0
+        dead = size <= DEAD * size.mean()  # inputs without effect: their values become 0
         size = size.masked_fill(dead, 1.0)
         ridge = GROUP_RIDGE * torch.eye(keep, device=device, dtype=torch.float64)
         inverse, _ = torch.linalg.inv_ex(parts / size + ridge)
@@ -225,7 +225,7 @@ def _choose(
 
 
 def _solve(normal: Tensor, wanted: Tensor, last: Tensor) -> Tensor:
-    """X with `normal` X = `wanted`, held at `last` where `normal` says nothing; batched."""
+    """Solve `normal` X = `wanted`, batched; X stays at `last` where `normal` is singular."""
     size = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(SMALLEST)
     hold = (PROXIMAL * size)[..., None, None]
     system = normal + hold * torch.eye(normal.shape[-1], device=normal.device)

@@ -1,4 +1,4 @@
-"""What the layer error tr(D G Dᵀ) of a weight change D asks for: damped, factorised, solved."""
+"""Hessians of the layer error tr(D G Dᵀ) of a weight change D: damping, factorisation, solving."""
 
 from dataclasses import dataclass
 
@@ -6,39 +6,38 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericalError
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 
 # A failed factorisation is tried again with ten times the damping, up to this share.
-MOST_DAMPING = 1.0
-# What is made of a Gram matrix while it is factorised, in bytes for each of its entries.
+MAX_DAMPING = 1.0
+# Memory to factorise a Gram matrix, in bytes for each of its entries.
 FACTORING_BYTES = 8 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factor:
-    """A unit upper triangular A and costs c with A diag(c) Aᵀ = H + damping, H = 2/rows · Gram.
+class HessianFactor:
+    """A unit upper triangular A and pivots c with A diag(c) Aᵀ = H + damping, H = 2/rows · Gram.
 
-    With D[k] what column k of a weight has lost, the layer error is the sum over the columns j of
-    c[j] ‖D[j] + Σ A[k, j] D[k]‖², k < j. From left to right, weight j therefore makes up best for
-    the losses before it by adding Σ A[k, j] D[k]; removing the value v that it then has costs
-    c[j] v².
+    With D[k] the error of column k of a weight, the layer error is the sum over the columns j of
+    c[j] ‖D[j] + Σ A[k, j] D[k]‖², k < j. From left to right, weight j therefore compensates best
+    for the errors before it by adding Σ A[k, j] D[k]; removing the resulting value v adds c[j] v².
     """
 
-    feedback: Tensor  # A [in, in] float32
-    cost: Tensor  # c [in] float32: the conditional variances, inverse squares of published U_jj
+    compensation: Tensor  # A [in, in] float32
+    pivot: Tensor  # c [in] float32: the conditional variances, inverse squares of published U_jj
     dead: Tensor  # [in] bool: inputs that were zero for every token
-    damping: float  # share of the mean diagonal that was needed
+    damping: float  # share of the mean diagonal that was added
 
 
-def factorise(sums: InputSums, damping: float) -> Factor:
-    """The factor that optimal-brain-surgeon sweeps use, shared by weights with the same input.
+def factorise(sums: InputStats, damping: float) -> HessianFactor:
+    """The factor for optimal-brain-surgeon sweeps, shared by weights with the same input.
 
     One Cholesky step instead of the published three with an inverse: with J the reversal of the
     order and J H J = L Lᵀ, the matrix J L J is A diag(√c). The published U is its inverse; in exact
     arithmetic both lead to the same sweep (Chee et al. 2023, "QuIP", on LDLQ and OPTQ).
 
     Args:
-        sums: Sums with a Gram matrix.
+        sums: Statistics with a Gram matrix.
         damping: Share of the mean diagonal to add; raised tenfold until H is positive definite.
 
     Raises:
@@ -47,7 +46,7 @@ def factorise(sums: InputSums, damping: float) -> Factor:
     return sums.derived(("factor", damping), lambda: _factorise(sums, damping))
 
 
-def _factorise(sums: InputSums, damping: float) -> Factor:
+def _factorise(sums: InputStats, damping: float) -> HessianFactor:
     hessian = sums.gram * (2 / sums.rows)
     require_finite(hessian)
     diagonal = hessian.diagonal()
@@ -56,7 +55,7 @@ def _factorise(sums: InputSums, damping: float) -> Factor:
     mean = float(diagonal.mean())
     bare = diagonal.clone()
     used = damping
-    while used <= max(damping, MOST_DAMPING):
+    while used <= max(damping, MAX_DAMPING):
         diagonal.copy_(bare + used * mean)
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
@@ -64,20 +63,29 @@ def _factorise(sums: InputSums, damping: float) -> Factor:
             root = upper.diagonal().clone()
             upper /= root
             if upper.isfinite().all():
-                return Factor(feedback=upper, cost=root.square(), dead=dead, damping=used)
+                return HessianFactor(
+                    compensation=upper, pivot=root.square(), dead=dead, damping=used
+                )
         used = max(used * 10, 1e-4)
     raise NumericalError(
         f"the Gram matrix of {sums.tokens} tokens is not positive definite with damping up to "
-        f"{MOST_DAMPING}",
+        f"{MAX_DAMPING}",
         "use more calibration rows",
+        code="not-positive-definite",
     )
 
 
 def require_finite(sums: Tensor) -> None:
-    """Raise `NumericalError` when the sums of the calibration inputs are not finite."""
+    """Refuse sums over calibration inputs that are not finite.
+
+    Raises:
+        NumericalError: They hold NaN or Inf.
+    """
     if not sums.isfinite().all():
         raise NumericalError(
-            "the calibration inputs hold NaN or Inf", "compute in a wider type: --dtype float32"
+            "the calibration inputs hold NaN or Inf",
+            "compute in a wider type: --dtype float32",
+            code="not-finite",
         )
 
 
@@ -89,12 +97,12 @@ class UnitGram:
     scale: Tensor  # d [in] float32; a weight is multiplied by it to match
 
 
-def unit_gram(sums: InputSums, damping: float) -> UnitGram:
-    """The Gram matrix that least squares on a support is solved with, shared between weights.
+def unit_gram(sums: InputStats, damping: float) -> UnitGram:
+    """The system matrix of least squares on a support, shared by weights with the same input.
 
     Args:
-        sums: Sums with a Gram matrix.
-        damping: Share of the mean diagonal that is added to the diagonal.
+        sums: Statistics with a Gram matrix.
+        damping: Share of the mean diagonal to add to the diagonal.
 
     Raises:
         NumericalError: The Gram matrix holds NaN or Inf.
@@ -122,7 +130,7 @@ def solve_on_support(
     iterations: int = 10,
     tolerance: float = 1e-4,
 ) -> Tensor:
-    """The weights on `mask` with the least tr((W−Ŵ) G (W−Ŵ)ᵀ), `[out, in]` float32.
+    """The weights on `mask` that minimise tr((W−Ŵ) G (W−Ŵ)ᵀ), `[out, in]` float32.
 
     Conjugate gradients, one independent system for each row but all rows in one product, with
     the diagonal of G as preconditioner (`system` is already scaled by it).
@@ -131,7 +139,7 @@ def solve_on_support(
         weight: The dense weight.
         mask: The support.
         system: The quadratic form.
-        start: Where to begin, restricted to the mask.
+        start: The initial solution, restricted to the mask.
         iterations: At most this many products with G.
         tolerance: A row is done when its residual has fallen to this share of the first one.
     """

@@ -1,4 +1,4 @@
-"""Running sums of what enters a weight: all that a pruner knows of the calibration rows."""
+"""Running statistics of the inputs of a weight, from which pruners choose."""
 
 import enum
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from torch import Tensor
 from sparsekit.errors import NumericalError
 
 # A Gram matrix is symmetric: panels of this many rows, from the diagonal to the right edge,
-# need little more than half of the multiplications of the full product.
+# need little more than half the multiplications of the full product.
 PANEL = 192
 # How many calibration tokens, evenly spaced over all rows, the output error is measured on.
 SAMPLE_TOKENS = 256
 
 
-class Want(enum.Flag):
-    """What to sum; several can be wanted together."""
+class Stats(enum.Flag):
+    """Which statistics to keep; they can be combined."""
 
     NORMS = enum.auto()
     """The sum of squares of each input."""
@@ -27,20 +27,20 @@ class Want(enum.Flag):
     """The whole Gram matrix, whose diagonal is the sum of squares."""
 
 
-class InputSums:
-    """Sums over the inputs of one or more weights that read the same tensor.
+class InputStats:
+    """Statistics of the inputs of one or more weights that read the same tensor.
 
-    Rows are added one at a time and in order, so the sums do not depend on any batch size.
+    Rows are added one at a time and in order, so the statistics do not depend on a batch size.
     Products within a row are float32. Column sums over rows are float64; the Gram matrix is
     float32, as in the published implementations.
 
     Args:
         columns: Number of inputs.
-        want: What to sum.
-        device: Where the sums live.
+        want: The statistics to keep.
+        device: Their device.
     """
 
-    def __init__(self, columns: int, want: Want, device: torch.device | str = "cpu") -> None:
+    def __init__(self, columns: int, want: Stats, device: torch.device | str = "cpu") -> None:
         self.columns = columns
         self.rows = 0
         self.tokens = 0
@@ -51,11 +51,11 @@ class InputSums:
         self._totals: Tensor | None = None
         self._row_squares: Tensor | None = None  # over rows, (sum over the row's tokens)² / tokens
         double = {"dtype": torch.float64, "device": device}
-        if Want.GRAM in want:
+        if Stats.GRAM in want:
             self._gram = torch.zeros(columns, columns, device=device)
         else:
             self._squares = torch.zeros(columns, **double)
-        if Want.MOMENTS in want:
+        if Stats.MOMENTS in want:
             self._totals = torch.zeros(columns, **double)
             self._row_squares = torch.zeros(columns, **double)
 
@@ -96,14 +96,14 @@ class InputSums:
     def totals(self) -> Tensor:
         """Sum over all tokens of the input, `[in]` float32."""
         if self._totals is None:
-            raise ValueError("these sums hold no moments; ask for Want.MOMENTS")
+            raise ValueError("no moments were kept: construct with Stats.MOMENTS")
         return self._totals.float()
 
     @property
     def variance(self) -> Tensor:
         """Variance over the tokens of a row, averaged over all tokens, `[in]` float32."""
         if self._row_squares is None:
-            raise ValueError("these sums hold no moments; ask for Want.MOMENTS")
+            raise ValueError("no moments were kept: construct with Stats.MOMENTS")
         squares = self.squares.double()
         return ((squares - self._row_squares) / self.tokens).clamp_min(0).float()
 
@@ -111,11 +111,11 @@ class InputSums:
     def gram(self) -> Tensor:
         """Sum over all tokens of x xᵀ, `[in, in]` float32; not to be changed in place."""
         if self._gram is None:
-            raise ValueError("these sums hold no Gram matrix; ask for Want.GRAM")
+            raise ValueError("no Gram matrix was kept: construct with Stats.GRAM")
         return self.derived("gram", self._mirror)
 
     def _mirror(self) -> Tensor:
-        """Copy what is above the diagonal to below it, in place."""
+        """Copy the upper triangle to the lower one, in place."""
         assert self._gram is not None
         for top in range(0, self.columns, PANEL):
             bottom = top + PANEL
@@ -125,7 +125,7 @@ class InputSums:
         return self._gram
 
     def derived(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """A result of these sums that several weights share, computed once."""
+        """A result that several weights share, computed once from these statistics."""
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
@@ -137,7 +137,7 @@ class InputSums:
     ) -> float | None:
         """‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled inputs X; None when nothing was sampled.
 
-        The same tokens serve every method, so the figures are comparable between methods.
+        The sampled tokens do not depend on the method, so errors are comparable between methods.
 
         Raises:
             NumericalError: An output is NaN or Inf.
@@ -146,7 +146,7 @@ class InputSums:
             return None
         x = torch.cat(self._sample)  # [sampled tokens, in]
         total = torch.linalg.matrix_norm((x @ dense.float().T).double())
-        lost = torch.linalg.matrix_norm((x @ (dense.float() - pruned.float()).T).double())
-        if not (total.isfinite() and lost.isfinite()):
-            raise NumericalError("the outputs on sampled inputs are not finite")
-        return float((lost / total) ** 2) if total > 0 else 0.0
+        error = torch.linalg.matrix_norm((x @ (dense.float() - pruned.float()).T).double())
+        if not (total.isfinite() and error.isfinite()):
+            raise NumericalError("the outputs on sampled inputs are not finite", code="not-finite")
+        return float((error / total) ** 2) if total > 0 else 0.0

@@ -1,4 +1,4 @@
-"""NoWag's view of a weight: columns, then rows, divided by their norms; positive importances."""
+"""NoWag's normalisation: the columns, then the rows of a weight divided by their norms."""
 
 import torch
 from torch import Tensor
@@ -25,5 +25,5 @@ def importance(squares: Tensor) -> Tensor:
     """
     valid = squares > 0
     if not valid.any():
-        raise NumericalError("every calibration input is zero")
+        raise NumericalError("every calibration input is zero", code="zero-inputs")
     return torch.where(valid, squares, squares[valid].mean())

@@ -26,7 +26,7 @@ from sparsekit.model.block_stream import BlockStream
 from sparsekit.pipeline.selection import skipped
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import NUMERICS
-from sparsekit.quantization.storage import refuse_misfits
+from sparsekit.quantization.storage import refuse_grid
 from sparsekit.scoring.harness import load_tasks
 from sparsekit.study.recipe import Recipe
 from sparsekit.study.steps import Step
@@ -205,7 +205,7 @@ class Run:
         left = skipped([target.name for target in targets], step.words["skip"])
         coded = [target for target in targets if target.name not in left]
         try:
-            refuse_misfits(grid, coded, [], flag="grid:", coded=False)
+            refuse_grid(grid, coded, [], flag="grid:", coded=False)
         except UsageError as error:
             raise UsageError(f"{step.path}: {error.message}", error.hint) from error
 

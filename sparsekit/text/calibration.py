@@ -22,7 +22,7 @@ from sparsekit.files import cache_dir, sha256_file, sha256_json
 from sparsekit.progress import SILENT, Progress
 from sparsekit.text import cache_file
 from sparsekit.text import self_text as selftext
-from sparsekit.text.rows import TokenRows, capped, cut_row_file, token_rows
+from sparsekit.text.rows import TokenRows, cap_length, cut_row_file, token_rows
 from sparsekit.text.sources import (
     ROW_FILE,
     SOURCES,
@@ -87,7 +87,7 @@ class Calibration:
         self.check()
         if is_kind(self.source, ROW_FILE):
             return self._stored(checkpoint.config)
-        length, notes = capped(self.length or LENGTH, checkpoint.config)
+        length, notes = cap_length(self.length or LENGTH, checkpoint.config)
         samples = self.samples or SAMPLES
         path = cache_dir() / "tokens" / f"{self._key(checkpoint, samples, length)}.safetensors"
         stored = cache_file.read_or_remove(path)
@@ -123,7 +123,7 @@ class Calibration:
         if is_kind(self.source, ROW_FILE):
             samples, length = self._stored(config).tokens.shape
             return samples, length
-        return self.samples or SAMPLES, capped(self.length or LENGTH, config)[0]
+        return self.samples or SAMPLES, cap_length(self.length or LENGTH, config)[0]
 
     def _draw(
         self, checkpoint: Checkpoint, samples: int, length: int, progress: Progress, kept: Path
@@ -211,7 +211,7 @@ def evaluation_rows(
     if is_kind(source, ROW_FILE):
         tokens, notes = cut_row_file(source, length, checkpoint.config)
     else:
-        length, notes = capped(length or LENGTH, checkpoint.config)
+        length, notes = cap_length(length or LENGTH, checkpoint.config)
         ids = encoder(checkpoint)(evaluation_text(source))
         count = min(len(ids) // length, C4_WINDOWS if source == "c4" else len(ids))
         if count == 0:

@@ -50,7 +50,7 @@ class TokenRows:
         }
 
 
-def capped(length: int, config: PretrainedConfig) -> tuple[int, tuple[str, ...]]:
+def cap_length(length: int, config: PretrainedConfig) -> tuple[int, tuple[str, ...]]:
     """The length within the model's maximum, and a note when that is less than asked for."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not limit or limit < 0 or length <= limit:
@@ -84,7 +84,7 @@ def row_length(
             f"the rows of {source} have {columns} tokens, {length} are asked for",
             f"use --length {columns} or less",
         )
-    return capped(length or columns, config)
+    return cap_length(length or columns, config)
 
 
 def read_row_file(source: str) -> Tensor:
@@ -156,7 +156,7 @@ def require_vocabulary(
         )
 
 
-class CutRows:
+class RowFile:
     """A row file as one stream of rows of another length, read where it is cut.
 
     Args:

@@ -35,7 +35,7 @@ PARTS = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stored:
+class TokenFile:
     """The tokens of a text on disk: of its first documents, or of all of them."""
 
     path: Path
@@ -46,7 +46,7 @@ class Stored:
     fingerprint: str
 
     @classmethod
-    def read(cls, path: Path) -> Stored:
+    def read(cls, path: Path) -> TokenFile:
         """What a file holds.
 
         Raises:
@@ -106,7 +106,7 @@ def write_tokens(
     path: Path,
     documents: Iterable[list[int]],
     limit: int | None,
-    before: Stored | None,
+    before: TokenFile | None,
     progress: Progress,
 ) -> None:
     """Write the tokens of whole documents until there are `limit`; an interrupt keeps those so far.
@@ -127,7 +127,7 @@ def write_tokens(
     _forget_leftovers(path)
     interrupt = None
     with replacing(path, CACHED) as file:
-        added = _Added(file)
+        added = _TokenWriter(file)
         for piece in before.pieces() if before else ():
             added.take(piece)
         if before and added.digest.hexdigest() != before.fingerprint:
@@ -159,7 +159,7 @@ def _forget_leftovers(path: Path) -> None:
                 part.unlink()
 
 
-class _Added:
+class _TokenWriter:
     """The data of a token file, while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -18,9 +18,9 @@ from sparsekit.errors import DataError
 from sparsekit.files import cache_dir, sha256_json
 from sparsekit.progress import SILENT, Progress
 from sparsekit.text.calibration import Calibration, source_key, tokenizer_key
-from sparsekit.text.rows import CutRows, capped, open_row_file, row_length
+from sparsekit.text.rows import RowFile, cap_length, open_row_file, row_length
 from sparsekit.text.sources import PIECE_BYTES, ROW_FILE, is_documents, is_kind, training_texts
-from sparsekit.text.token_file import PARTS, Stored, write_tokens
+from sparsekit.text.token_file import PARTS, TokenFile, write_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class Corpus:
         self.check()
         if is_kind(self.source, ROW_FILE):
             return self._from_rows(checkpoint.config)
-        length, notes = capped(self.length or LENGTH, checkpoint.config)
+        length, notes = cap_length(self.length or LENGTH, checkpoint.config)
         if self.source != "self":
             return self._from_text(checkpoint, length, notes, progress)
         samples = -(-(self.tokens or 0) // length)
@@ -95,7 +95,7 @@ class Corpus:
         pieces = 1 if self.length is None else columns // length
         if self.length is not None and (left := columns % length):
             notes = (*notes, f"{left} tokens of each row of {self.source} are left out")
-        rows = CutRows(self.source, length, pieces)
+        rows = RowFile(self.source, length, pieces)
         return TrainingRows(
             stream=rows,
             length=length,
@@ -117,13 +117,13 @@ class Corpus:
             }
         )
         path = cache_dir() / "corpora" / f"{key}.safetensors"
-        stored = Stored.read(path) if path.is_file() else None
+        stored = TokenFile.read(path) if path.is_file() else None
         while stored is None or not stored.reaches(self.tokens):  # another run may replace it
             documents = token_ids(self.source, checkpoint, stored.documents if stored else 0)
             progress.begin(f"tokenising {self.source}", PARTS if self.tokens else 1)
             write_tokens(path, documents, self.tokens, stored, progress)
             progress.end()
-            stored = Stored.read(path)
+            stored = TokenFile.read(path)
         count = stored.count if self.tokens is None else min(stored.count, self.tokens)
         if count < length:
             raise DataError(
@@ -144,7 +144,7 @@ class Corpus:
 class TrainingRows:
     """Rows in the order of training: each epoch draws an order of its own."""
 
-    stream: Tensor | CutRows  # [count] integers, or part of a file that is read when it is cut
+    stream: Tensor | RowFile  # [count] integers, or part of a file that is read when it is cut
     length: int
     count: int
     seed: int

@@ -1,1 +1,1 @@
-"""What one linear weight can be."""
+"""The forms of a linear weight: patterns, grids, factors and packing."""

@@ -1,4 +1,4 @@
-"""Products with a block-diagonal matrix, kept as its blocks."""
+"""Products with block-diagonal matrices that are stored as their blocks."""
 
 from __future__ import annotations
 

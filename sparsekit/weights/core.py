@@ -1,4 +1,4 @@
-"""The sparse core of a weight: numbers, or codes on a grid, whole or packed by a pattern."""
+"""The sparse core of a weight: values or codes, whole or packed by a pattern."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsekit.weights.patterns import Pattern
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """A core of numbers that is whole."""
+    """A core of unpacked values."""
 
     values: Tensor  # [out, in], exact zeros off the mask
-    mask: Tensor | None = None  # [out, in] bool; None: where a bit is set
+    mask: Tensor | None = None  # [out, in] bool; None: entries with a bit set
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -30,19 +30,19 @@ class Values:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What training may change."""
+        """The trainable tensors, by name."""
         return {"weight": self.values}
 
     def dense(self) -> Tensor:
-        """The numbers `[out, in]`."""
+        """The values `[out, in]`."""
         return self.values
 
     def to(self, dtype: torch.dtype) -> Values:
-        """The same in another type."""
+        """The core in another dtype."""
         return replace(self, values=self.values.to(dtype))
 
     def packed(self, pattern: Pattern) -> Packed:
-        """The same in fewer bytes, by a pattern that it has."""
+        """The core packed by a pattern that it has."""
         if self.mask is None:
             values, indices = pack_weight(self.values, pattern)
         else:
@@ -53,16 +53,16 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A core as what it keeps, and where."""
+    """A core stored as its kept values or codes and their places."""
 
     parts: Mapping[str, Tensor]
-    """`values` and `indices`, and of codes `scale`."""
+    """`values` and `indices`, with codes also `scale`."""
     format: CoreFormat
     columns: int
 
     @property
     def pattern(self) -> Pattern:
-        """By which it is packed."""
+        """The pattern by which it is packed."""
         assert self.format.pattern is not None
         return self.format.pattern
 
@@ -73,11 +73,11 @@ class Packed:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What training may change: the kept values; codes are fixed."""
+        """The trainable tensors, by name: the kept values; codes are fixed."""
         return {} if self.format.grid else {"values": self.parts["values"]}
 
     def check(self) -> None:
-        """Refuse parts that do not make a core.
+        """Refuse parts that do not fit together.
 
         Raises:
             DataError: The shapes do not fit the pattern, or a place lies outside its group.
@@ -87,7 +87,7 @@ class Packed:
         self.mask()
 
     def mask(self) -> Tensor:
-        """Which entries are kept, `[out, in]` bool.
+        """The mask of the kept entries, `[out, in]` bool.
 
         Raises:
             DataError: A place lies outside its group.
@@ -98,7 +98,7 @@ class Packed:
         return mask_of(values, self.parts["indices"], self.pattern, self.columns)
 
     def unpacked(self) -> Values | Codes:
-        """The same, whole, bit for bit; nothing is checked."""
+        """The unpacked core, bit for bit; nothing is checked."""
         if self.format.grid is None:
             indices = self.parts["indices"]
             return Values(unpack(self.parts["values"], indices, self.pattern, self.columns))
@@ -107,11 +107,11 @@ class Packed:
         return unpack_grid(self.parts, self.shape, self.pattern, grid, dtype)
 
     def dense(self) -> Tensor:
-        """The numbers `[out, in]`, in the type of the values or of the scales."""
+        """The values `[out, in]`, in the dtype of the values or of the scales."""
         return self.unpacked().dense()
 
     def to(self, dtype: torch.dtype) -> Packed:
-        """The same with its values in another type; codes stay as they are."""
+        """The core with its values in another dtype; codes stay as they are."""
         if self.format.grid:
             return self
         return replace(self, parts={**self.parts, "values": self.parts["values"].to(dtype)})
@@ -121,7 +121,7 @@ Core = Values | Codes | Packed
 
 
 def packed_core(core: Core, pattern: Pattern) -> Packed:
-    """A core in fewer bytes, by a pattern that it has."""
+    """Pack a core by a pattern that it has."""
     if isinstance(core, Packed):
         return core
     if isinstance(core, Values):

@@ -1,4 +1,4 @@
-"""How the core of a weight is stored: packed by a pattern or whole, as numbers or as codes."""
+"""The storage format of the core of a weight: packed or whole, values or codes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from sparsekit.weights.packed import factor_shapes, refuse_other_shapes, side_si
 from sparsekit.weights.packed_codes import packed_code_shapes
 from sparsekit.weights.patterns import Pattern
 
-# Types of the scales of packed codes, which are stored as bytes.
+# Dtypes of the scales of packed codes, which are stored as bytes.
 SCALES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CoreFormat:
-    """How a core is stored."""
+    """The storage format of a core."""
 
     pattern: Pattern | None = None
-    """By which it is packed; None: it is whole."""
+    """The pattern by which it is packed; None: it is not."""
     grid: Grid | None = None
-    """Of its codes; None: it has numbers."""
+    """The grid of its codes; None: it has values."""
     dtype: torch.dtype | None = None
-    """Of the scales of packed codes, and of the numbers that codes and scales make."""
+    """Dtype of the scales of packed codes, and of the dequantized values."""
 
     @classmethod
     def parse(cls, text: str) -> CoreFormat:
-        """The format that `str` wrote of a packed core, as `2:4` or `2:4 int4-g64 bfloat16`.
+        """Parse the format of a packed core, e.g. `2:4` or `2:4 int4-g64 bfloat16`.
 
         Raises:
             UsageError: The text is not a format.
@@ -40,7 +40,11 @@ class CoreFormat:
             return cls(pattern=Pattern.parse(pattern))
         grid, _, name = codes[0].partition(" ")
         if name not in SCALES:
-            raise UsageError(f"{name!r} is not a type of scales", f"one of {', '.join(SCALES)}")
+            raise UsageError(
+                f"{name!r} is not a dtype of scales",
+                f"one of {', '.join(SCALES)}",
+                code="unknown-format",
+            )
         return cls(pattern=Pattern.parse(pattern), grid=Grid.parse(grid), dtype=SCALES[name])
 
     def __str__(self) -> str:
@@ -53,9 +57,9 @@ class CoreFormat:
         """The shapes of the tensors of a packed weight `[out, in]` and the factors around it.
 
         Args:
-            shape: Of the weight.
-            block: Side of the blocks left and right of it; 0 without them.
-            rank: Of what is added; 0 without it.
+            shape: The shape of the weight.
+            block: Side of the blocks left and right of the core; 0 without them.
+            rank: Rank of the low-rank term; 0 without it.
         """
         assert self.pattern is not None
         shapes = factor_shapes(*shape, self.pattern, block=block, rank=rank)
@@ -64,7 +68,7 @@ class CoreFormat:
         return shapes
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> None:
-        """Refuse tensors that cannot be those of a packed weight and the factors around it.
+        """Refuse tensors that do not make a packed weight and the factors around it.
 
         Raises:
             DataError: Names the first whose shape does not fit.

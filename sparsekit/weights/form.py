@@ -1,4 +1,4 @@
-"""What one linear weight is, whichever verb made it: W = left · core · right + up · down."""
+"""The form of a linear weight, whichever verb wrote it: W = left · core · right + up · down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = ("values", "indices", SCALE, *SIDES)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Form:
-    """A weight `[out, in]` as a core and the factors around it; those that are None are absent."""
+    """A weight `[out, in]` as a core and the factors around it, each of which may be absent."""
 
     core: Core
     left: Tensor | None = None  # [out/b, b, b], the blocks of a block-diagonal matrix
@@ -39,16 +39,16 @@ class Form:
 
     @property
     def format(self) -> CoreFormat:
-        """How the core is stored."""
+        """The storage format of the core."""
         if isinstance(self.core, Packed):
             return self.core.format
         return CoreFormat(grid=self.core.grid if isinstance(self.core, Codes) else None)
 
     @property
     def sides(self) -> dict[str, Tensor]:
-        """The factors around the core that there are."""
-        found = {name: getattr(self, name) for name in SIDES}
-        return {name: part for name, part in found.items() if part is not None}
+        """The factors around the core, without the absent ones."""
+        sides = {name: getattr(self, name) for name in SIDES}
+        return {name: side for name, side in sides.items() if side is not None}
 
     @property
     def composed(self) -> bool:
@@ -57,11 +57,11 @@ class Form:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What training may change, by name."""
+        """The trainable tensors, by name."""
         return {**self.core.parameters, **self.sides}
 
     def dense(self) -> Tensor:
-        """The weight `[out, in]`: a product in float32, a core alone in its own type."""
+        """The weight `[out, in]`: a product in float32, a core alone in its own dtype."""
         weight = self.core.dense()
         if not self.composed:
             return weight
@@ -75,9 +75,9 @@ class Form:
         return weight
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X Wᵀ + bias, `[..., in]` to `[..., out]`, part by part in the type of x.
+        """X Wᵀ + bias, `[..., in]` to `[..., out]`, factor by factor in the dtype of x.
 
-        A core alone gives the bits of `nn.Linear`.
+        With a core alone the result equals that of `nn.Linear` bit for bit.
         """
         core = self.core.dense().to(x.dtype)
         if not self.composed:
@@ -91,7 +91,7 @@ class Form:
         return product if bias is None else product + bias
 
     def to(self, dtype: torch.dtype) -> Form:
-        """The same with its numbers in another type; codes and their scales keep theirs."""
+        """The form in another dtype; codes and their scales keep theirs."""
         return replace(
             self,
             core=self.core.to(dtype),
@@ -99,7 +99,7 @@ class Form:
         )
 
     def rounded(self, dtype: torch.dtype) -> Form:
-        """The same in float32, its numbers rounded to the type in which they are stored.
+        """The form in float32, with all values rounded to the dtype in which they are stored.
 
         A small negative number may round to -0.0; it becomes 0.
         """
@@ -110,11 +110,11 @@ class Form:
         return replace(form, core=core, **{name: part + 0.0 for name, part in form.sides.items()})
 
     def packed(self, pattern: Pattern) -> Form:
-        """The same with its core in fewer bytes, by a pattern that it has."""
+        """The form with its core packed by a pattern that it has."""
         return replace(self, core=packed_core(self.core, pattern))
 
     def unpacked(self) -> Form:
-        """The same with its core whole, bit for bit."""
+        """The form with its core unpacked, bit for bit."""
         return replace(self, core=self.core.unpacked()) if isinstance(self.core, Packed) else self
 
     def stored(self) -> dict[str, Tensor]:
@@ -131,15 +131,15 @@ class Form:
     def from_stored(
         cls, parts: Mapping[str, Tensor], stored_as: CoreFormat, shape: tuple[int, int]
     ) -> Form:
-        """The weight that gave these tensors; what is packed is not looked at until `check`.
+        """The form with these tensors; those of a packed core are not checked until `check`.
 
         Args:
-            parts: What `stored` gave.
+            parts: The result of `stored`.
             stored_as: The format of the core.
-            shape: Of the weight, `[out, in]`.
+            shape: The shape of the weight, `[out, in]`.
 
         Raises:
-            DataError: The tensors of whole codes do not fit together.
+            DataError: The tensors of unpacked codes do not fit together.
         """
         core_parts = {name: part for name, part in parts.items() if name not in SIDES}
         core: Core
@@ -153,7 +153,7 @@ class Form:
 
     @property
     def bits(self) -> float:
-        """Bits on disk for each entry of the weight."""
+        """Bits on disk per entry of the weight."""
         n_bytes = sum(part.nbytes for part in self.stored().values())
         return 8 * n_bytes / (self.shape[0] * self.shape[1])
 
@@ -161,7 +161,7 @@ class Form:
         """Refuse parts that do not fit together.
 
         Raises:
-            DataError: Names the first that does not.
+            DataError: Names the first part that does not fit.
         """
         rows, columns = self.shape
         shapes = {name: tuple(part.shape) for name, part in self.sides.items()}
@@ -183,9 +183,9 @@ def low_rank(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def first_off(product: Tensor, weight: Tensor) -> tuple[int, int] | None:
-    """Row and column where a weight `[out, in]` is no product of its factors; None when it is.
+    """Row and column of the first entry of a weight that differs from a product; None without one.
 
-    Products are float32 sums in any order, rounded to the type of the weight: they may differ by
+    Products are float32 sums in any order, rounded to the dtype of the weight: they may differ by
     one unit in the last place, and by the rounding of terms that cancel.
     """
     unit = torch.finfo(weight.dtype).eps

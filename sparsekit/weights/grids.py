@@ -1,6 +1,6 @@
-"""What "int4-g128", "int8", "w8a8" and "fp8" mean: codes times scales, with an exact zero.
+"""Quantization grids "int4-g128", "int8", "w8a8" and "fp8": codes times scales, with an exact zero.
 
-All grids are symmetric, so that code 0 stands for 0 and a zero of the weight stays one.
+All grids are symmetric, so code 0 stands for 0 and zeros of the weight stay zeros.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 
 GRIDS = ("int4-g128", "int8", "w8a8", "fp8")
-# The largest number of float8_e4m3fn.
-FP8_MOST = 448.0
+# The largest value of float8_e4m3fn.
+FP8_MAX = 448.0
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The numbers that a weight may have: codes, times a scale for each row or group of one."""
+    """The values that a weight can have: codes times one scale per row or group of inputs."""
 
     bits: int
     group: int = 0
-    """Inputs that share a scale; 0: a whole row does."""
+    """Number of inputs that share a scale; 0: the whole row."""
     floating: bool = False
-    """Whether codes are float8_e4m3fn; else integers."""
+    """Whether codes are float8_e4m3fn instead of integers."""
     activations: bool = False
-    """Whether inputs are rounded to as many bits too, when the model runs."""
+    """Whether the inputs are also rounded to this number of bits when the model runs."""
 
     @classmethod
     def parse(cls, text: str) -> Grid:
-        """The grid that a text names, as `int4-g64`.
+        """Parse a grid, e.g. `int4-g64`.
 
         Raises:
-            UsageError: The text is no grid.
+            UsageError: The text is not a grid.
         """
         text = text.strip().lower()
         if text == "w8a8":
@@ -49,7 +49,8 @@ class Grid:
             return cls(bits=int(match[1]), group=int(match[2] or 0))
         raise UsageError(
             f"grid {text!r} is not known",
-            f"one of {', '.join(GRIDS)}; another group is written as int4-g64, none as int4",
+            f"one of {', '.join(GRIDS)}; write int4-g64 for another group, int4 for none",
+            code="unknown-grid",
         )
 
     def __str__(self) -> str:
@@ -57,21 +58,21 @@ class Grid:
             return "fp8" if self.floating else "w8a8"
         return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
 
-    def misfit(self, columns: int) -> str:
+    def mismatch(self, columns: int) -> str:
         """Why a weight with this many inputs cannot have the grid; empty when it can."""
         if self.group and columns % self.group:
             return f"{columns} inputs do not divide into groups of {self.group}"
         return ""
 
     def scales(self, columns: int) -> int:
-        """How many scales a row with so many inputs has."""
+        """The number of scales of a row with this many inputs."""
         return columns // self.group if self.group else 1
 
     @property
     def range(self) -> tuple[float, float]:
         """The lowest and the highest code."""
         if self.floating:
-            return -FP8_MOST, FP8_MOST
+            return -FP8_MAX, FP8_MAX
         return -float(2 ** (self.bits - 1)), float(2 ** (self.bits - 1) - 1)
 
     def scale(
@@ -79,11 +80,11 @@ class Grid:
         weight: Tensor,  # [out, columns] float32
         dtype: torch.dtype,
     ) -> Tensor:
-        """For each row the scale that spans its largest number, `[out]` float32.
+        """For each row the scale that spans its largest magnitude, `[out]` float32.
 
-        Its value is one that `dtype`, the type on disk, can hold. It is 1 for a row of zeros.
-        Integers have one code more below zero than above; the scale lies in between, as in
-        compressed-tensors, so that the largest number is rounded by half a step at most.
+        Scales are rounded to `dtype`, their type on disk. A row of zeros gets 1. Integers have one
+        more code below zero than above; the scale is chosen in between, as in compressed-tensors,
+        so the largest magnitude is rounded by half a step at most.
 
         Raises:
             NumericalError: A scale is not finite.
@@ -95,13 +96,15 @@ class Grid:
         scale = (largest * (2 / (high - low))).clamp_min(torch.finfo(dtype).tiny)
         scale = scale.to(dtype).float().masked_fill(largest == 0, 1.0)
         if not scale.isfinite().all():
-            raise NumericalError("a scale is not finite", f"{dtype} cannot hold it")
+            raise NumericalError(
+                "a scale is not finite", f"{dtype} cannot hold it", code="not-finite"
+            )
         return scale
 
     def round(
         self,
         weight: Tensor,  # float32
-        scale: Tensor,  # to be divided by
+        scale: Tensor,  # broadcast over the weight
     ) -> Tensor:
         """The nearest codes, as float32; none is -0.0."""
         import torch
@@ -111,9 +114,9 @@ class Grid:
         return codes.add_(0.0)
 
     def round_inputs(self, x: Tensor) -> Tensor:
-        """Inputs `[..., in]` of a layer, each token rounded with a scale of its own, in their type.
+        """Inputs `[..., in]` of a layer, rounded with one scale per token, in their dtype.
 
-        As compressed-tensors does it when a model with `activations` runs.
+        This is what compressed-tensors computes when a model with `activations` runs.
         """
         import torch
 
@@ -128,7 +131,7 @@ class Codes:
     """A weight on a grid."""
 
     codes: Tensor  # [out, in] int8 or float8_e4m3fn
-    scale: Tensor  # [out, groups], in the type that the weight had on disk
+    scale: Tensor  # [out, groups], in the dtype of the weight on disk
     grid: Grid
 
     @classmethod
@@ -136,10 +139,10 @@ class Codes:
         cls,
         grid: Grid,
         codes: Tensor,  # [out, in] float32
-        scale: Tensor,  # [out, groups] float32, of values that `dtype` can hold
+        scale: Tensor,  # [out, groups] float32, rounded to `dtype`
         dtype: torch.dtype,
     ) -> Codes:
-        """Codes and scales in the types on disk."""
+        """Codes and scales in their dtypes on disk."""
         import torch
 
         codes = codes.to(torch.float8_e4m3fn if grid.floating else torch.int8)
@@ -152,7 +155,7 @@ class Codes:
         weight: Tensor,  # [out, in] float32
         dtype: torch.dtype,
     ) -> Codes:
-        """Each number's nearest, with a scale that spans the largest of each row or group."""
+        """The nearest codes, with scales that span the largest value of each row or group."""
         parts = weight.unflatten(1, (-1, grid.group or weight.shape[1]))  # [out, groups, group]
         scale = grid.scale(parts.flatten(0, 1), dtype).view(parts.shape[:2])
         return cls.of(grid, grid.round(parts, scale[..., None]).flatten(1), scale, dtype)
@@ -165,18 +168,15 @@ class Codes:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What training may change: the scales; codes are fixed."""
+        """The trainable tensors, by name: the scales; codes are fixed."""
         return {"scale": self.scale}
 
     def to(self, dtype: torch.dtype) -> Codes:
-        """The same: codes and scales keep their types."""
+        """This weight itself: codes and scales keep their dtypes."""
         return self
 
     def dense(self) -> Tensor:
-        """The weight `[out, in]` in the scale's type, as compressed-tensors computes it.
-
-        A product of a code and a scale is rounded to that type.
-        """
+        """The dequantized weight `[out, in]`, in the dtype of the scales."""
         groups = self.scale.shape[1]
         parts = self.codes.to(self.scale.dtype).unflatten(1, (groups, -1))
         return (parts * self.scale[..., None]).flatten(1)

@@ -1,4 +1,4 @@
-"""A sparse tensor in fewer bytes, and back to the same bits."""
+"""Lossless packing of sparse weights: kept values and their places."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from sparsekit.errors import DataError
 from sparsekit.weights.patterns import Pattern
 
-# Integers of the size of a number, to look at its bits: -0.0 is a value that has to come back.
+# Integers of the size of a value, to compare bits: -0.0 must be kept.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-# Digits of the share of zeros by which a tensor without N:M is packed: it counts them exactly.
+# Digits of the share of zeros in the pattern of a tensor without N:M: enough for an exact count.
 DIGITS = 12
 
 
 def packed_bytes(shape: tuple[int, int], bits: int, pattern: Pattern) -> int:
-    """How many bytes a weight `[out, in]` of numbers with so many bits takes, packed."""
+    """The size in bytes of a packed weight `[out, in]` with this many bits per value."""
     values, indices = code_shapes(shape, bits, pattern)
     return math.prod(values) + math.prod(indices)
 
@@ -34,11 +34,11 @@ def code_shapes(
 
 
 def theory(pattern: Pattern, bits: int) -> tuple[float, float]:
-    """Bits for each entry of a weight that its values and their places take, without any padding.
+    """Bits per entry of a packed weight for its values and for their places, without padding.
 
     Args:
-        pattern: Its own.
-        bits: Of one value.
+        pattern: The pattern of the weight.
+        bits: Bits of one value.
     """
     kept = float(1 - pattern.sparsity)
     place = kept * index_bits(pattern.group) if pattern.scope == "group" else 1.0
@@ -46,33 +46,33 @@ def theory(pattern: Pattern, bits: int) -> tuple[float, float]:
 
 
 def exact_pattern(zeros: int, size: int) -> Pattern:
-    """The unstructured pattern of a tensor with exactly so many zeros, or one less than all.
+    """The unstructured pattern with exactly this many zeros, but at least one kept value.
 
     Args:
         zeros: Entries whose bits are all 0.
-        size: All entries, less than 10^12.
+        size: Number of entries, less than 10^12.
     """
     share = Fraction(-(-min(zeros, size - 1) * 10**DIGITS // size), 10**DIGITS)
     return Pattern(sparsity=share, scope="tensor")
 
 
 def packing(weight: Tensor, patterns: Iterable[Pattern], bits: int = 0) -> Pattern | None:
-    """The pattern by which to pack a weight `[out, in]`; None where none makes it smaller.
+    """The pattern by which to pack a weight `[out, in]`; None if none makes it smaller.
 
-    It is the N:M pattern among those that the weight has with the fewest bytes, since what is
-    packed so cannot lose it; without one, the pattern that counts the zeros.
+    Of the N:M patterns that the weight has, the one with the fewest bytes, so the packed weight
+    cannot lose it; without one, the unstructured pattern with the exact number of zeros.
 
     Args:
-        weight: Numbers of 16 or 32 bits, or codes of 8.
+        weight: Values of 16 or 32 bits, or codes of 8.
         patterns: N:M patterns to try.
-        bits: Of a number when it is stored; 0: those that it has.
+        bits: Bits of a stored value; 0: those of the dtype.
     """
     kept, bits = _kept(weight), bits or 8 * weight.dtype.itemsize
     rows, columns = weight.shape
     zeros = kept.numel() - int(kept.sum())
     if not zeros:
         return None
-    fitting = [p for p in patterns if not p.misfit(columns) and _fits(kept, p)]
+    fitting = [p for p in patterns if not p.mismatch(columns) and _fits(kept, p)]
     tried = sorted(fitting, key=lambda p: packed_bytes((rows, columns), bits, p))
     tried.append(exact_pattern(zeros, kept.numel()))
     whole = kept.numel() * bits / 8
@@ -80,12 +80,12 @@ def packing(weight: Tensor, patterns: Iterable[Pattern], bits: int = 0) -> Patte
 
 
 def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Values and places of a weight `[out, in]` that has the pattern, as of `pack`."""
+    """Pack a weight `[out, in]` that has the pattern, see `pack`."""
     return pack(weight, pattern.mask(_kept(weight).float()), pattern)
 
 
 def _kept(weight: Tensor) -> Tensor:
-    """Which entries have a bit set, `[out, in]` bool."""
+    """The mask of entries with a bit set, `[out, in]` bool."""
     return weight.contiguous().view(BITS[weight.dtype.itemsize]) != 0
 
 
@@ -103,7 +103,7 @@ def factor_shapes(
         columns: Its inputs.
         pattern: The pattern of the core.
         block: Side of the blocks of A and B; 0 without them.
-        rank: Of L R; 0 without it.
+        rank: Rank of L R; 0 without it.
     """
     if pattern.scope == "group":
         kept = columns // pattern.group * pattern.keep
@@ -125,7 +125,7 @@ def factor_shapes(
 def check_shapes(
     shapes: Mapping[str, tuple[int, ...]], rows: int, columns: int, pattern: Pattern
 ) -> None:
-    """Refuse factors that cannot be those of a weight `[rows, columns]`.
+    """Refuse factors that do not make a weight `[rows, columns]`.
 
     Raises:
         DataError: Names the first part whose shape does not fit the others.
@@ -144,7 +144,10 @@ def side_sizes(shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) ->
     block = shapes["left"][-1] if shapes.get("left") else 0
     rank = shapes["up"][-1] if shapes.get("up") else 0
     if block and (shape[0] % block or shape[1] % block):
-        raise DataError(f"factors with blocks of {block} do not make {shape[0]} x {shape[1]}")
+        raise DataError(
+            f"factors with blocks of {block} do not make {shape[0]} x {shape[1]}",
+            code="shape-mismatch",
+        )
     return block, rank
 
 
@@ -154,25 +157,26 @@ def refuse_other_shapes(
     shape: tuple[int, int],
     core: str,
 ) -> None:
-    """Refuse parts of a weight with other shapes than they should have.
+    """Refuse parts of a weight with unexpected shapes.
 
     Raises:
-        DataError: Names the first.
+        DataError: Names the first such part.
     """
     for name in {**wanted, **shapes}:
         if shapes.get(name) != wanted.get(name):
             raise DataError(
                 f"the factor {name!r} of a {core} weight {shape[0]} x {shape[1]} has the shape "
-                f"{shapes.get(name)}, not {wanted.get(name)}"
+                f"{shapes.get(name)}, not {wanted.get(name)}",
+                code="shape-mismatch",
             )
 
 
 def pack(core: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The kept values of a core `[out, in]`, and where they are, as uint8 `[out, bytes]`.
+    """The kept values of a core `[out, in]`, and their places as uint8 `[out, bytes]`.
 
-    For N:M the values are `[out, in/M*N]`, and each has its place in its group in ⌈log2 M⌉ bits.
-    For the other patterns the values are one row, and each weight has one bit that says whether it
-    is kept. The first bits lie lowest.
+    For N:M the values are `[out, in/M*N]`, and the place of each in its group takes ⌈log2 M⌉ bits.
+    For other patterns the values are one row, and the places are the mask, one bit per weight. The
+    first bits are the lowest.
     """
     if pattern.scope != "group":
         return core[mask], pack_bits(mask)
@@ -185,7 +189,7 @@ def pack(core: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
-    """The core `[out, in]`, from what `pack` gave and `mask_of` accepts."""
+    """The core `[out, in]`, from a result of `pack` that `mask_of` accepts."""
     if pattern.scope != "group":
         mask = unpack_bits(indices, columns).bool()
         return values.new_zeros(mask.shape).masked_scatter_(mask, values)
@@ -205,20 +209,25 @@ def mask_of(values: Tensor, indices: Tensor, pattern: Pattern, columns: int) -> 
     if pattern.scope != "group":
         mask = unpack_bits(indices, columns).bool()
         if int(mask.sum()) != len(values):
-            raise DataError(f"the bits of a {pattern} core do not count its {len(values)} values")
+            raise DataError(
+                f"the mask of a {pattern} core does not have its {len(values)} values",
+                code="invalid-places",
+            )
         return mask
     places = _places(indices, pattern, columns)
     if int(places.max()) >= pattern.group or bool((places[..., 1:] <= places[..., :-1]).any()):
-        raise DataError(f"the places of a {pattern} core do not rise within their groups")
+        raise DataError(
+            f"the places of a {pattern} core do not rise within their groups", code="invalid-places"
+        )
     mask = torch.zeros(*places.shape[:2], pattern.group, dtype=torch.bool, device=places.device)
     return mask.scatter_(-1, places.long(), True).flatten(1)
 
 
 def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
-    """Where the kept values of an N:M core lie in their groups, integers `[out, groups, N]`."""
+    """The places of the kept values of an N:M core in their groups, `[out, groups, N]`."""
     groups, width = columns // pattern.group, index_bits(pattern.group)
     count = groups * pattern.keep
-    if 8 % width == 0:  # no place lies in two bytes: looked up four times as fast as put together
+    if 8 % width == 0:  # no place spans two bytes: a lookup is four times as fast
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=indices.device)
         every = torch.arange(256, dtype=torch.uint8, device=indices.device)
         table = every[:, None] >> shifts & (2**width - 1)  # [256, places of a byte]
@@ -235,14 +244,14 @@ def _places(indices: Tensor, pattern: Pattern, columns: int) -> Tensor:
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Rows of bits as uint8, eight in each, the first lowest, the last filled up with zeros."""
+    """Pack rows of bits into uint8, the first bit lowest, the last byte padded with zeros."""
     bits = torch.nn.functional.pad(bits.byte(), (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
     powers = 2 ** torch.arange(8, device=bits.device, dtype=torch.uint8)
     return (bits * powers).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first bits of each row, as uint8 0 or 1."""
+    """The first `count` bits of each row, as uint8 0 or 1."""
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
     return (packed[..., None] >> places & 1).flatten(1)[:, :count]
 

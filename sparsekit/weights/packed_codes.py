@@ -1,4 +1,4 @@
-"""Codes on a grid in fewer bytes, and back to the same bits."""
+"""Lossless packing of sparse weights on a grid."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.packed import code_shapes, factor_shapes, pack_weight, unpack
 from sparsekit.weights.patterns import Pattern
 
-# The last part of the name of the scales of packed codes.
+# Last part of the name of the scales of packed codes.
 SCALE = "scale"
 
 
 def packed_code_shapes(
     shape: tuple[int, int], pattern: Pattern, grid: Grid, dtype: torch.dtype
 ) -> dict[str, tuple[int, ...]]:
-    """The shape, in bytes, of each tensor that a weight `[out, in]` on a grid becomes.
-
-    Args:
-        shape: Of the weight.
-        pattern: Of its codes.
-        grid: Of the codes.
-        dtype: Of the scales.
-    """
+    """The shape, in bytes, of each tensor of a packed weight `[out, in]` on a grid."""
     rows, columns = shape
     values, indices = code_shapes(shape, grid.bits, pattern)
     scale = rows, grid.scales(columns) * dtype.itemsize
@@ -33,10 +26,10 @@ def packed_code_shapes(
 
 
 def pack_grid(codes: Codes, pattern: Pattern) -> dict[str, Tensor]:
-    """A weight on a grid as bytes of its codes off zero, of their places, and of its scales.
+    """The nonzero codes of a weight, their places and the scales, all as bytes.
 
-    Bytes, so that no loader casts them to the type in which a model computes. Codes of 4 bits lie
-    two in a byte, the first lowest; a last one without a neighbour has 0.
+    As bytes no loader casts them to the dtype in which a model computes. There are two 4-bit codes
+    per byte, the first in the lower half; an odd one is padded with 0.
     """
     values, indices = pack_weight(codes.codes.view(torch.int8), pattern)
     values = values.contiguous().view(torch.uint8)
@@ -53,15 +46,7 @@ def unpack_grid(
     grid: Grid,
     dtype: torch.dtype,
 ) -> Codes:
-    """What `pack_grid` was given, from parts that `CoreFormat.check` and `mask_of` accept.
-
-    Args:
-        parts: What it gave.
-        shape: Of the weight.
-        pattern: Of the codes.
-        grid: Of the codes.
-        dtype: Of the scales.
-    """
+    """The inverse of `pack_grid`, for parts that `CoreFormat.check` and `mask_of` accept."""
     values = codes_as_int8(parts, shape, pattern, grid)
     codes = unpack(values, parts["indices"], pattern, shape[1])
     codes = codes.view(torch.float8_e4m3fn) if grid.floating else codes
@@ -71,7 +56,7 @@ def unpack_grid(
 def codes_as_int8(
     parts: Mapping[str, Tensor], shape: tuple[int, int], pattern: Pattern, grid: Grid
 ) -> Tensor:
-    """The packed codes, one in each byte."""
+    """The packed codes, one per byte."""
     values = parts["values"]
     if grid.bits == 4:
         values = torch.stack([values & 15, values >> 4], -1).flatten(-2)

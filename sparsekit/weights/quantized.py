@@ -1,4 +1,4 @@
-"""The tensors of a weight on a grid in the formats of compressed-tensors."""
+"""Encoding of weights on a grid in the formats of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sparsekit.errors import DataError
 from sparsekit.weights.grids import Codes, Grid
 
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
-# The last parts of the names of the tensors.
+# Last parts of the tensors' names.
 PACKED_WEIGHT, WEIGHT_SCALE, WEIGHT_SHAPE = "weight_packed", "weight_scale", "weight_shape"
-# Rows of packed codes are words of so many bits.
+# Rows of packed codes are words of this many bits.
 WORD_BITS = 32
-# Type and shape of tensors by name.
+# Dtype and shape of tensors, by name.
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def format_of(grid: Grid) -> str:
-    """The name of the format that a grid is stored in."""
+    """The name of the format for a grid."""
     if not grid.activations:
         return PACKED
     return FLOATS if grid.floating else INTEGERS
 
 
 def parts_of(grid: Grid) -> tuple[str, ...]:
-    """The last parts of the names of the tensors that a weight is stored as."""
+    """Last parts of the names of the tensors of a weight."""
     if format_of(grid) == PACKED:
         return (PACKED_WEIGHT, WEIGHT_SCALE, WEIGHT_SHAPE)
     return ("weight", WEIGHT_SCALE)
@@ -39,7 +39,7 @@ def quantized_shapes(
     shape: tuple[int, int],  # [out, in]
     dtype: torch.dtype,
 ) -> Shapes:
-    """Type and shape of each tensor that a weight becomes, by the last part of its name."""
+    """Dtype and shape of each tensor of a weight, by the last part of its name."""
     rows, columns = shape
     scale = dtype, (rows, grid.scales(columns))
     if format_of(grid) != PACKED:
@@ -51,7 +51,7 @@ def quantized_shapes(
 
 
 def encode(codes: Codes) -> dict[str, Tensor]:
-    """The tensors of a weight, by the last part of the name of each."""
+    """The tensors of a weight, by the last part of their name."""
     if format_of(codes.grid) != PACKED:
         return {"weight": codes.codes, WEIGHT_SCALE: codes.scale}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -62,16 +62,19 @@ def encode(codes: Codes) -> dict[str, Tensor]:
 
 
 def decode(grid: Grid, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Codes:
-    """What `encode` was given.
+    """The inverse of `encode`.
 
     Raises:
-        DataError: The tensors are not those of a weight of this shape.
+        DataError: The tensors do not make a weight of this shape.
     """
     wanted = quantized_shapes(grid, shape, parts[WEIGHT_SCALE].dtype)
     for name in {**wanted, **parts}:
-        found = (parts[name].dtype, tuple(parts[name].shape)) if name in parts else None
-        if found != wanted.get(name):
-            raise DataError(f"{name} of a {grid} weight {shape} is {found}, not {wanted.get(name)}")
+        actual = (parts[name].dtype, tuple(parts[name].shape)) if name in parts else None
+        if actual != wanted.get(name):
+            raise DataError(
+                f"{name} of a {grid} weight {shape} is {actual}, not {wanted.get(name)}",
+                code="shape-mismatch",
+            )
     if format_of(grid) != PACKED:
         return Codes(parts["weight"], parts[WEIGHT_SCALE], grid)
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32

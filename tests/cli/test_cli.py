@@ -660,16 +660,18 @@ def test_methods_lists_every_method_with_source_options_and_defaults(cli):
     kinds = ("pruners", "refiners", "recoverers", "quantizers")
     assert found.stdout.split() == [name for kind in kinds for name in methods.names(kind)]
     assert {"alps", "magnitude", "nowag", "ria", "sparsegpt", "wanda"} <= set(found.stdout.split())
-    for needs in ("nothing", "calibration, nowag", "text, the dense model"):
-        assert needs in found.stderr
     listed = strict_json(cli("methods", "--json").stdout)
     for method in listed:
         assert method["summary"]
         assert "20" in method["source"]  # the year of the paper
+        assert method["cost"]
+        shown = cli("methods", method["name"])
+        assert shown.code == 0
+        assert f"source\t{method['source']}" in shown.stdout.splitlines()
         for option in method["options"]:
             assert option["help"]
             assert option["default"]
-            assert option["name"] in found.stderr
+            assert f"option\t{option['name']}\t" in shown.stdout
     free = [method["name"] for method in listed if method["data_free"]]
     assert free == ["magnitude", "rtn"]
     sparsegpt = next(method for method in listed if method["name"] == "sparsegpt")
@@ -677,6 +679,26 @@ def test_methods_lists_every_method_with_source_options_and_defaults(cli):
         ("damping", "float", "0.01"),
         ("block", "int", "128"),
     ]
+    armor = strict_json(cli("methods", "armor", "--json").stdout)
+    assert armor in listed
+    assert (armor["initial"], armor["can_follow"]) == ("nowag", ["pack"])
+    assert armor["differs"]
+    assert "30.7" in armor["result"]
+
+
+def test_methods_is_one_table_of_80_columns(cli, monkeypatch):
+    monkeypatch.setattr("sparsekit.cli.console.FILE_WIDTH", 80)
+    table = cli("methods").stderr.splitlines()
+    assert max(map(len, table)) <= 80
+    columns = "method", "kind", "what it does", "result", "calibrates", "can follow"
+    assert [line for line in table if all(name in line for name in columns)]
+    row = " ".join(line for line in table if line.startswith(("wanda", "rtn")))
+    assert "193.8 in 57 s" in row
+    assert "quantizer" in row
+
+
+def test_unknown_method_is_refused_with_a_suggestion(cli):
+    assert_refused(cli("methods", "wandaa"), 2, "no-method", "'wandaa'", "'wanda'")
 
 
 def test_bench_prints_the_ratio_and_as_json_everything(cli, family, row_file, tmp_path):

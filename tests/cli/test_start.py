@@ -39,6 +39,8 @@ def imported(*arguments: str) -> tuple[set[str], int, str]:
         (["eval", "--help"], 0, "Example: sparsekit eval"),
         (["bench", "prune", "--help"], 0, "Example: sparsekit bench prune"),
         (["methods"], 0, "wanda"),
+        (["methods", "wanda"], 0, "Sun et al. 2024"),
+        (["methods", "armor", "--json"], 0, '"can_follow": ["pack"]'),
         (["--version"], 0, "transformers "),
         (["prune", "m", "-o", "o", "--patern", "2:4"], 2, "--pattern"),
         (["prune", "m", "-o", "o", "--method", "wandaa"], 2, "did you mean 'wanda'"),

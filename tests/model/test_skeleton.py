@@ -1,4 +1,4 @@
-"""A model without its weights: what it holds, for how long, and where."""
+"""A model without its weights: which weights it holds, for how long, and on which device."""
 
 import torch
 
@@ -41,7 +41,7 @@ def test_a_block_takes_over_the_memory_of_the_one_before(family):
 
 
 def test_values_on_disk_are_not_changed_by_the_block_after(family):
-    """Of a float32 checkpoint no copy is made: its values must not become another block's."""
+    """A float32 checkpoint is not copied: its values must not become another block's."""
     skeleton = skeleton_of(family("llama"))
     first, second = block_of(skeleton, 0), block_of(skeleton, 1)
     kept = {name: value.clone() for name, value in first.items()}

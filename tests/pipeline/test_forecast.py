@@ -20,7 +20,7 @@ from sparsekit.pipeline import forecast, loops
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.method_chain import Chain
+from sparsekit.pruning.method_chain import MethodChain
 from sparsekit.recovery import inputs as trainwork
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import tuning as trainplan
@@ -133,7 +133,9 @@ def test_a_peak_of_memory_is_of_one_run():
 def test_the_memory_that_a_method_makes_of_a_gram_matrix_is_its_own(stream):
     """ALPS holds eigenvectors, SparseGPT only a factor."""
     rows = Calibration(source="builtin", samples=1, length=8)
-    chains = {name: Chain.build(PruneConfig(method=name), None) for name in ("sparsegpt", "alps")}
+    chains = {
+        name: MethodChain.build(PruneConfig(method=name), None) for name in ("sparsegpt", "alps")
+    }
     room = {k: peak_estimate(stream, c.want, rows, c.gram_bytes) for k, c in chains.items()}
     wide = max(target.shape[1] for target in stream.block(0).targets)
     assert room["alps"] - room["sparsegpt"] == (48 - 16) * wide**2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -602,28 +603,24 @@ def test_neither_form_is_a_sparse_model_to_be_refined(run, family, made, tmp_pat
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
 def test_factored_form_is_refused_for_a_method_without_factors(run, family, tmp_path, method):
-    with pytest.raises(UsageError, match=r"makes no factors; leave out --format factored"):
+    with refused("no-effect", method, "--format factored", kind=UsageError):
         run(family("llama"), tmp_path / "out", method=method, option={}, format="factored")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "match"),
+    ("name", "options", "named"),
     [
-        ("llama", {"pattern": "50%"}, r"q_proj\.weight: armor needs an N:M pattern, not 50%"),
-        (
-            "llama",
-            {"pattern": "8:16", "option": {}},
-            r"q_proj\.weight: armor tries all supports .* 12,870",
-        ),
-        ("llama", {"option": {"block": "6"}}, r"q_proj\.weight: .*blocks of 6 do not hold whole"),
-        ("llama_odd", {"pattern": "1:2", "option": {"block": "3"}}, r"blocks of 3 do not hold"),
+        ("llama", {"pattern": "50%"}, ("q_proj.weight", "N:M", "50%")),
+        ("llama", {"pattern": "8:16", "option": {}}, ("q_proj.weight", "8:16", "12,870")),
+        ("llama", {"option": {"block": "6"}}, ("q_proj.weight", "block=6", "2:4")),
+        ("llama_odd", {"pattern": "1:2", "option": {"block": "3"}}, ("block=3", "1:2")),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(
-    run, family, tmp_path, name, options, match
+    run, family, tmp_path, name, options, named
 ):
-    with pytest.raises(UsageError, match=match):
+    with refused("pattern-does-not-fit", *named, kind=UsageError):
         run(family(name), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -673,7 +670,7 @@ def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_
         files = report.out.glob("*.safetensors")
         assert found["bytes_to_write"] == sum(file.stat().st_size for file in files)
         assert found["method"] == "armor from nowag"
-        assert found["notes"] == ["side of the blocks of A and B: 8 in 14 weights"]
+        assert found["notes"] == ["block size of the factors: 8 in 14 weights"]
         for key in ("zeros", "size", "weights", "bits_per_weight"):
             assert found[key] == report.entry["totals"][key]
 

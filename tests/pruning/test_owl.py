@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from listeners import Notes
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -123,7 +124,7 @@ def test_first_block_is_pruned_as_alone_with_its_own_pattern(family, run):
 def test_factors_and_owl_are_refused_together(family, row_file, tmp_path):
     rows = str(row_file)
     config = PruneConfig(method="armor", allocate="owl", calibration=rows)
-    with pytest.raises(UsageError, match="--allocate does not go with the factors of armor"):
+    with refused("conflicting-options", "--allocate", "armor", kind=UsageError):
         plan(config, str(family("llama")), tmp_path / "out")
-    with pytest.raises(UsageError, match="--allocate 'even' is not known"):
+    with refused("not-a-choice", "--allocate 'even'", kind=UsageError):
         PruneConfig(allocate="even")

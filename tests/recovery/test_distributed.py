@@ -10,16 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import NumericalError, UsageError
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG, PROGRESS
 from sparsekit.recovery.methods.fixed import Held
 from sparsekit.recovery.optimizer import MaskedAdam, Settings
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.recover import recover
 from sparsekit.recovery.saved_state import POINTER
 from sparsekit.recovery.sparse_weight import SparseWeight
@@ -173,9 +174,9 @@ def test_an_interrupted_run_of_two_goes_on_to_the_same_bytes(pruned, tmp_path):
 
 def test_branches_with_shards_are_refused(pruned, tmp_path):
     config = RecoverConfig(method="ast", slorb=16, tokens=640, **STEP)
-    sharded = Ranks(rank=0, size=2, shards=True)
-    with pytest.raises(UsageError, match="--slorb needs whole weights"):
-        prepare(config, str(pruned), tmp_path / "out", ranks=sharded)
+    sharded = Processes(rank=0, size=2, shards=True)
+    with refused("needs-whole-weights", "--slorb", kind=UsageError):
+        prepare_recover(config, str(pruned), tmp_path / "out", processes=sharded)
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_shards_that_would_cut_groups_of_inputs_are_refused(family, row_file, tm
         *("--length", 16, "--accumulate", 2, "--data", row_file),
     )
     assert done.returncode != 0
-    assert "its shards would cut groups of inputs" in done.stderr
+    assert "[needs-whole-weights]" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +196,8 @@ def test_batches_that_cannot_be_shared_are_refused_by_all_processes(pruned, tmp_
         *(WHOLE, pruned, "-o", tmp_path / "out", "--tokens", 1280, "--batch", 2, "--length", 16)
     )
     assert done.returncode != 0
-    assert "--accumulate 1 cannot be shared by 2 processes" in done.stderr
+    assert "[accumulate-does-not-divide]" in done.stderr
+    assert "--accumulate 1" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -205,11 +207,14 @@ def compare_masks(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     values = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     weight = SparseWeight.of(nn.Parameter(values), Pattern.parse("2:4"), rule=Held())
-    adam, ranks = MaskedAdam({"w": weight}, {}, Held(), Settings()), Ranks(rank=rank, size=2)
-    ranks.require_same(adam.fingerprint(), "masks")
+    adam, processes = (
+        MaskedAdam({"w": weight}, {}, Held(), Settings()),
+        Processes(rank=rank, size=2),
+    )
+    processes.require_same(adam.fingerprint(), "masks")
     weight.mask = weight.mask.roll(rank, 0)
-    with pytest.raises(NumericalError, match="process 1 has other masks than process 0"):
-        ranks.require_same(adam.fingerprint(), "masks")
+    with refused("processes-differ", "process 1", "masks", "process 0", kind=NumericalError):
+        processes.require_same(adam.fingerprint(), "masks")
     torch.distributed.destroy_process_group()
 
 
@@ -220,7 +225,7 @@ def test_processes_whose_masks_differ_are_refused(tmp_path):
 
 
 def test_each_process_has_every_second_part():
-    assert [list(Ranks(rank=r, size=2).parts(4)) for r in (0, 1)] == [[0, 2], [1, 3]]
+    assert [list(Processes(rank=r, size=2).parts(4)) for r in (0, 1)] == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize(
@@ -230,12 +235,12 @@ def test_ways_that_would_cut_weights_and_masks_apart_are_refused(monkeypatch, na
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("FSDP_VERSION", version)
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UsageError, match=f"use {told}, which cuts weights"):
-        Ranks.current("cpu")
+    with refused("launcher-shards", told, kind=UsageError):
+        Processes.current("cpu")
 
 
 def test_half_precision_of_the_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UsageError, match=r"in bf16.*precision no, .*--mixed-precision bf16"):
-        Ranks.current("cpu")
+    with refused("launcher-precision", "bf16", "--mixed_precision no", kind=UsageError):
+        Processes.current("cpu")

@@ -8,6 +8,7 @@ from statistics import fmean
 import pytest
 import torch
 from listeners import Notes, StopsAt
+from refusals import refused
 from safetensors.torch import load_file
 from verbs import replace
 
@@ -18,9 +19,9 @@ from sparsekit.progress import SILENT
 from sparsekit.recovery import memory_needs, student
 from sparsekit.recovery import teacher_cache as teacher
 from sparsekit.recovery.config import RecoverConfig
-from sparsekit.recovery.distributed import Ranks
+from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.log import LOG
-from sparsekit.recovery.prepare import prepare
+from sparsekit.recovery.prepare import prepare_recover
 from sparsekit.recovery.recover import recover
 from sparsekit.recovery.student import top_teacher
 
@@ -246,7 +247,7 @@ def test_a_file_with_another_bit_is_refused_and_once_deleted_computed_again(
 
 def test_a_disk_without_room_is_told_before_the_first_step(config, pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "SPARE_BYTES", 1 << 50)
-    with pytest.raises(StorageError, match=r"5 rows take .* GB free.*smaller --teacher-top"):
+    with refused("disk-full", "5 rows", "GB", "--teacher-top", kind=StorageError):
         recover(config, str(pruned), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -260,7 +261,7 @@ def test_what_it_takes_is_told_before_the_first_step(config, pruned, rows, tmp_p
     files(tmp_path / "cache")[name_of(rows[3])].unlink()
     notes = Notes()
     recover(config, str(pruned), tmp_path / "second", progress=notes)
-    assert any("4 of 5 rows are there" in note for note in notes.told)
+    assert any("4 of 5 rows" in note for note in notes.told)
 
 
 def test_memory_for_the_teacher_is_asked_for_only_where_it_is_needed(
@@ -272,15 +273,15 @@ def test_memory_for_the_teacher_is_asked_for_only_where_it_is_needed(
     monkeypatch.setattr(memory_needs, "pass_bytes", lambda *_: 0)
     recover(config, str(pruned), tmp_path / "second")
     files(tmp_path / "cache")[name_of(rows[3])].unlink()
-    with pytest.raises(DataError, match="and the teacher"):
+    with refused("not-enough-memory", "and the teacher", kind=DataError):
         recover(config, str(pruned), tmp_path / "third")
 
 
 def test_speed_is_measured_as_if_no_row_were_there_unless_all_are(config, pruned, tmp_path, passes):
     recover(replace(config, tokens=32), str(pruned), tmp_path / "two-rows")
-    job = prepare(config, str(pruned), tmp_path / "out")
+    job = prepare_recover(config, str(pruned), tmp_path / "out")
     rows = config.corpus(None).rows(job.source, job.teacher)
-    found = top_teacher(job, rows, Ranks(), SILENT)
+    found = top_teacher(job, rows, Processes(), SILENT)
     passes.clear()
     slow = found.measured()
     for _ in range(2):
@@ -305,23 +306,28 @@ def test_a_run_with_a_time_limit_keeps_the_rows_too(config, pruned, tmp_path, pa
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "named"),
     [
-        ({"teacher_top": 0}, "--teacher-top must be at least 1, not 0"),
-        ({"kl_weight": 0.0}, "--teacher-top has no effect with --kl-weight 0"),
-        ({"teacher_top": 261}, "--teacher-top 261 is more than the vocabulary of 260"),
+        ({"teacher_top": 0}, "out-of-range", ("--teacher-top", "1", "0")),
+        ({"kl_weight": 0.0}, "no-effect", ("--teacher-top", "--kl-weight 0")),
+        ({"teacher_top": 261}, "out-of-range", ("--teacher-top 261", "260")),
     ],
 )
-def test_what_cannot_be_kept_is_refused(config, pruned, tmp_path, change, message):
-    with pytest.raises(UsageError, match=message):
+def test_what_cannot_be_kept_is_refused(config, pruned, tmp_path, change, code, named):
+    with refused(code, *named, kind=UsageError):
         recover(replace(config, **change), str(pruned), tmp_path / "out")
 
 
 def test_shards_are_refused(config, pruned, tmp_path):
-    with pytest.raises(UsageError, match="--teacher-top needs a whole teacher"):
-        prepare(config, str(pruned), tmp_path / "out", ranks=Ranks(size=2, shards=True))
-    prepare(
-        replace(config, teacher_top=None), str(pruned), tmp_path / "out", ranks=Ranks(shards=True)
+    with refused("needs-whole-weights", "--teacher-top", kind=UsageError):
+        prepare_recover(
+            config, str(pruned), tmp_path / "out", processes=Processes(size=2, shards=True)
+        )
+    prepare_recover(
+        replace(config, teacher_top=None),
+        str(pruned),
+        tmp_path / "out",
+        processes=Processes(shards=True),
     )
 
 
@@ -348,6 +354,6 @@ def test_a_longer_part_of_the_text_uses_the_rows_of_a_shorter_one(pruned, family
 def test_a_teacher_that_is_not_finite_leaves_nothing_behind(config, pruned, tmp_path, monkeypatch):
     real = teacher.hidden_states
     monkeypatch.setattr(teacher, "hidden_states", lambda *args: real(*args) * math.nan)
-    with pytest.raises(NumericalError, match=r"probabilities of row .* are not finite"):
+    with refused("not-finite", "row", "--teacher", kind=NumericalError):
         recover(config, str(pruned), tmp_path / "out")
     assert not files(tmp_path / "cache")

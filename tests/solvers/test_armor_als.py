@@ -1,6 +1,6 @@
 """The steps of the block fit against dense formulas, least squares and brute force, in float64.
 
-Which loss a step may reach is known for certain: none may raise it, each of A and B alone is a
+The loss that a step may reach is known: no step may raise it, each of A and B alone is a
 least-squares problem, and for one group all supports can be tried. Formulas here are written for
 whole matrices, with A and B put together from their blocks; they share no code with the package.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsekit import registry as methods
 from sparsekit.solvers.armor_als import BlockFit
-from sparsekit.solvers.input_stats import Want
+from sparsekit.solvers.input_stats import Stats
 from sparsekit.solvers.nowag_scaling import importance, normalise
 from sparsekit.weights.block_diagonal import times_left, times_right
 from sparsekit.weights.patterns import Pattern
@@ -112,7 +112,7 @@ def test_products_are_those_of_the_block_diagonal_matrices() -> None:
 
 def test_start_is_nowag() -> None:
     """Identity factors and NoWag's mask: the loss is the weighted share of what it removes."""
-    weight, sums = weight_of(ROWS, COLUMNS), sums_of(inputs_of(200, COLUMNS), Want.NORMS)
+    weight, sums = weight_of(ROWS, COLUMNS), sums_of(inputs_of(200, COLUMNS), Stats.NORMS)
     pruned = methods.load("pruners", "nowag", {}).prune(weight, sums, Pattern.parse("2:4"))
     normal, columns, rows = normalise(weight, 1e-5)
     core, h = pruned.weight / columns / rows[:, None], importance(sums.squares)
@@ -132,7 +132,7 @@ def test_start_is_nowag() -> None:
     [("2:4", 4), ("2:4", 8), ("2:4", 16), ("1:4", 4), ("1:4", 16), ("4:8", 8), ("4:8", 16)],
 )
 def test_no_single_step_raises_the_loss(kind: str, text: str, block: int) -> None:
-    """Six sweeps step by step; the sweep that follows each of them goes further as well."""
+    """Six sweeps step by step; the sweep that follows each of them extrapolates as well."""
     fit, weight, metric = fit_of(kind, text, block), weight_of(ROWS, COLUMNS), metric_of(kind)
     keep, group = PATTERNS[text]
     last = first = dense_loss(fit, weight, metric)
@@ -155,10 +155,10 @@ def test_sweep_gives_the_loss_that_is_reached(kind: str) -> None:
 
 
 @every_metric
-def test_way_beyond_a_sweep_is_taken_and_helps(kind: str) -> None:
-    """Of the sweeps after the first, which has no way yet, the steps alone reach less."""
+def test_extrapolation_is_taken_and_helps(kind: str) -> None:
+    """The steps alone reach less; the first sweep has nothing to extrapolate."""
     fit, plain, taken = fit_of(kind), fit_of(kind), []
-    plain._go_further = lambda loss: loss
+    plain._extrapolate = lambda loss: loss
     for _ in range(6):
         taken.append((fit.sweep(), plain.sweep()))
     assert taken[0][0] == taken[0][1]
@@ -166,10 +166,10 @@ def test_way_beyond_a_sweep_is_taken_and_helps(kind: str) -> None:
 
 
 @every_metric
-def test_way_beyond_a_sweep_leaves_the_support(kind: str) -> None:
+def test_extrapolation_leaves_the_support(kind: str) -> None:
     fit = fit_of(kind)
     supports = []
-    further = fit._go_further
+    further = fit._extrapolate
 
     def watched(loss: float) -> float:
         before = fit.core != 0
@@ -177,7 +177,7 @@ def test_way_beyond_a_sweep_leaves_the_support(kind: str) -> None:
         supports.append(torch.equal(before, fit.core != 0))
         return found
 
-    fit._go_further = watched
+    fit._extrapolate = watched
     for _ in range(6):
         fit.sweep()
     assert supports == [True] * 6
@@ -185,7 +185,7 @@ def test_way_beyond_a_sweep_leaves_the_support(kind: str) -> None:
 
 @every_metric
 def test_next_sweep_does_not_move_where_the_last_one_ended(kind: str) -> None:
-    """The way is from there on: a step in place would hide its own part of it."""
+    """The step starts from the old factors: an update in place would hide part of it."""
     fit = fit_of(kind)
     fit.sweep()
     ended = [t.clone() for t in fit._before]
@@ -235,7 +235,7 @@ def test_left_step_is_least_squares(kind: str, block: int) -> None:
 @every_metric
 @pytest.mark.parametrize("block", [4, 16])
 def test_right_step_is_least_squares(kind: str, block: int) -> None:
-    """For each column of a block: the weights of the columns cancel."""
+    """For each column of a block; the weights of the columns cancel."""
     fit, weight = moved(fit_of(kind, block=block)), weight_of(ROWS, COLUMNS)
     reached = diagonal_of(fit.left) @ fit.core.double()
     fit.fit_right()
@@ -372,7 +372,7 @@ def test_zeros_of_the_weight_do_no_harm(kind: str, what: str) -> None:
 
 @every_metric
 def test_row_of_zeros_in_the_core_leaves_its_column_of_a_where_it_was(kind: str) -> None:
-    """Nothing determines it: it must neither run away nor disturb the others."""
+    """The data does not determine it: it must neither diverge nor disturb the others."""
     fit = moved(fit_of(kind))
     fit.core[3] = 0
     before = fit.left[0, :, 3].clone()

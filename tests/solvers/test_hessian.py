@@ -1,4 +1,4 @@
-"""The factor and the solver, against explicit inverses and normal equations in float64."""
+"""The Hessian factor and the solver, against explicit inverses and normal equations in float64."""
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from oracles import (
     sums_of,
     weight_of,
 )
+from refusals import refused
 
 from sparsekit.errors import NumericalError
-from sparsekit.solvers.hessian import Factor, factorise, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.hessian import HessianFactor, factorise, solve_on_support, unit_gram
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,10 +28,10 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 # -------------------------------------------------------------------------------------- factor
 
 
-def product(factor: Factor) -> torch.Tensor:
+def product(factor: HessianFactor) -> torch.Tensor:
     """A diag(c) Aᵀ in float64."""
-    feedback = factor.feedback.double()
-    return feedback @ factor.cost.double().diag() @ feedback.T
+    compensation = factor.compensation.double()
+    return compensation @ factor.pivot.double().diag() @ compensation.T
 
 
 @pytest.mark.parametrize("columns", [1, 5, 40, 131])
@@ -38,9 +39,9 @@ def product(factor: Factor) -> torch.Tensor:
 def test_factor_is_unit_upper_and_multiplies_to_the_hessian(columns: int, damping: float) -> None:
     x = inputs_of(300, columns)
     factor = factorise(sums_of(x, calibration_rows=3), damping)
-    assert torch.equal(factor.feedback, factor.feedback.triu())
-    assert torch.equal(factor.feedback.diagonal(), torch.ones(columns))
-    assert (factor.cost > 0).all()
+    assert torch.equal(factor.compensation, factor.compensation.triu())
+    assert torch.equal(factor.compensation.diagonal(), torch.ones(columns))
+    assert (factor.pivot > 0).all()
     assert relative(product(factor), sparsegpt_hessian(x, 3, damping)) < 1e-5
     assert factor.damping == damping
     assert not factor.dead.any()
@@ -54,9 +55,9 @@ def test_factor_is_the_inverse_of_the_surgeon_steps_of_the_trailing_matrix() -> 
     for i in range(24):
         inverse = torch.linalg.inv(hessian[i:, i:])
         # The published score is W² / U_ii², and U_ii² is this entry.
-        assert float(factor.cost[i]) == pytest.approx(1 / float(inverse[0, 0]), rel=1e-4)
+        assert float(factor.pivot[i]) == pytest.approx(1 / float(inverse[0, 0]), rel=1e-4)
         directions[i, i:] = inverse[0] / inverse[0, 0]
-    found = factor.feedback.double() @ directions
+    found = factor.compensation.double() @ directions
     torch.testing.assert_close(found, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
@@ -65,19 +66,19 @@ def test_factor_with_dead_inputs_treats_them_as_independent() -> None:
     factor = factorise(sums_of(x), 0.01)
     assert factor.dead.nonzero().flatten().tolist() == [0, 7, 23]
     assert relative(product(factor), sparsegpt_hessian(x, 2)) < 1e-5
-    assert torch.equal(factor.feedback[7], torch.eye(24)[7])
-    assert torch.equal(factor.feedback[:, 7], torch.eye(24)[7])
+    assert torch.equal(factor.compensation[7], torch.eye(24)[7])
+    assert torch.equal(factor.compensation[:, 7], torch.eye(24)[7])
 
 
 def test_factor_of_all_dead_inputs_is_finite() -> None:
     factor = factorise(sums_of(torch.zeros(10, 6)), 0.01)
     assert factor.dead.all()
     # H is the identity and its damping 0.01.
-    assert torch.equal(factor.feedback, torch.eye(6))
-    torch.testing.assert_close(factor.cost, torch.full((6,), 1.01))
+    assert torch.equal(factor.compensation, torch.eye(6))
+    torch.testing.assert_close(factor.pivot, torch.full((6,), 1.01))
 
 
-def test_rank_deficient_gram_raises_the_damping_and_tells_it() -> None:
+def test_rank_deficient_gram_raises_and_reports_the_damping() -> None:
     # All inputs equal: the second pivot of the Gram matrix is exactly zero.
     factor = factorise(sums_of(torch.ones(8, 12)), 0.0)
     assert factor.damping == pytest.approx(1e-4)
@@ -91,10 +92,10 @@ def test_fewer_tokens_than_inputs_work_with_the_default_damping() -> None:
 
 
 def test_hopeless_gram_is_an_error_after_the_last_damping() -> None:
-    sums = InputSums(3, Want.GRAM)
+    sums = InputStats(3, Stats.GRAM)
     sums.update(torch.eye(3))
-    sums.gram.copy_(torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]))  # no Gram matrix
-    with pytest.raises(NumericalError, match="3 tokens is not positive definite"):
+    sums.gram.copy_(torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]))  # not a Gram matrix
+    with refused("not-positive-definite", "3 tokens", kind=NumericalError):
         factorise(sums, 0.01)
 
 
@@ -103,7 +104,7 @@ def test_hopeless_gram_is_an_error_after_the_last_damping() -> None:
 def test_inputs_that_are_not_finite_are_refused(value: float, use) -> None:
     x = inputs_of(20, 6)
     x[3, 2] = value
-    with pytest.raises(NumericalError, match=r"NaN or Inf.*--dtype float32"):
+    with refused("not-finite", "--dtype float32", kind=NumericalError):
         use(sums_of(x), 0.01)
 
 

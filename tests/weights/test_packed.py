@@ -1,4 +1,4 @@
-"""Packing of N:M cores: what is promised of the bytes, and that nothing is lost on the way.
+"""Packing of N:M cores: the bytes are as promised and nothing is lost.
 
 Bits are unpacked here one by one, in plain loops, by what `pack` says of their order.
 """
@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from oracles import weight_of
+from refusals import refused
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -54,12 +55,12 @@ def read(stored: dict[str, Tensor], pattern: Pattern, columns: int) -> Form:
 
 
 def unpacked(*packed) -> tuple[Tensor, Tensor]:
-    """Core and mask of what `pack` gave."""
+    """Core and mask of a result of `pack`."""
     return unpack(*packed), mask_of(*packed)
 
 
 def places_of(row: Tensor, count: int, width: int) -> list[int]:
-    """The numbers that a row of bytes holds, each in so many bits, the first in the lowest."""
+    """The numbers that a row of bytes holds, each in this many bits, the first in the lowest."""
     bits = [(byte >> at) & 1 for byte in row.tolist() for at in range(8)]
     return [sum(bits[i * width + at] << at for at in range(width)) for i in range(count)]
 
@@ -133,7 +134,7 @@ def test_value_of_zero_inside_the_mask_keeps_its_place(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "5:10", "16:16"])
 def test_places_that_do_not_rise_are_refused(text: str) -> None:
-    """All bits zero: every place is the first; one kept value alone may be there."""
+    """All bits zero: every place is the first, which is valid for a single kept value only."""
     core, mask = core_of(text)
     pattern = Pattern.parse(text)
     values, indices = pack(core, mask, pattern)
@@ -141,21 +142,21 @@ def test_places_that_do_not_rise_are_refused(text: str) -> None:
         found = mask_of(values, torch.zeros_like(indices), pattern, core.shape[1])
         assert found.nonzero()[:, 1].remainder(pattern.group).eq(0).all()
         return
-    with pytest.raises(DataError, match=f"places of a {text} core do not rise within their groups"):
+    with refused("invalid-places", text, kind=DataError):
         mask_of(values, torch.zeros_like(indices), pattern, core.shape[1])
     swapped = indices.clone()
     swapped[3, 0] = 0b00000001 if pattern.group == 4 else 0b00010010
-    with pytest.raises(DataError, match="do not rise"):
+    with refused("invalid-places", kind=DataError):
         mask_of(values, swapped, pattern, core.shape[1])
 
 
 @pytest.mark.parametrize("text", ["5:10", "3:5"])
 def test_places_beyond_their_group_are_refused(text: str) -> None:
-    """Their bits could count further than the group."""
+    """Their bits can hold larger numbers than there are places in the group."""
     core, mask = core_of(text)
     pattern = Pattern.parse(text)
     values, indices = pack(core, mask, pattern)
-    with pytest.raises(DataError, match="within their groups"):
+    with refused("invalid-places", kind=DataError):
         mask_of(values, torch.full_like(indices, 255), pattern, core.shape[1])
     # The last place alone, as if the group were one longer.
     wide = Pattern.parse(f"{pattern.keep}:{pattern.group + 1}")
@@ -163,7 +164,7 @@ def test_places_beyond_their_group_are_refused(text: str) -> None:
     last[0, -pattern.keep :] = 1
     values, indices = pack(last, last != 0, wide)
     assert mask_of(values, indices, wide, wide.group)[0, -1]
-    with pytest.raises(DataError, match="within their groups"):
+    with refused("invalid-places", kind=DataError):
         mask_of(values, indices, pattern, pattern.group)
 
 
@@ -182,7 +183,7 @@ def test_shapes_that_do_not_fit_are_refused(what: str) -> None:
         indices = indices[:-1]
     else:
         pattern = Pattern.parse("3:4")
-    with pytest.raises(DataError, match=rf"of a {pattern} weight \d+ x {columns} has the shape"):
+    with refused("shape-mismatch", f"{pattern} weight", f" x {columns} ", kind=DataError):
         mask_of(values, indices, pattern, columns)
 
 
@@ -263,7 +264,7 @@ def test_sides_that_are_none_are_not_stored() -> None:
 
 
 def test_published_size_of_a_core() -> None:
-    """2:4 in bfloat16: half of 16 bits and one of the mask, 9 bits a weight (spec. 8.9)."""
+    """2:4 in bfloat16: half of 16 bits and one of the mask, 9 bits a weight."""
     shapes = factor_shapes(256, 512, Pattern.parse("2:4"), block=128)
     core = 16 * math.prod(shapes["values"]) + 8 * math.prod(shapes["indices"])
     assert core == 9 * 256 * 512
@@ -280,7 +281,7 @@ def test_published_size_of_a_core() -> None:
     ],
 )
 def test_bits_of_a_weight_with_its_blocks(rows, columns, block, bits) -> None:
-    """2:4 in bfloat16, 9 bits, and 16 for each number of A and B (by hand, spec. 8.9)."""
+    """2:4 in bfloat16, 9 bits, and 16 for each number of A and B (by hand)."""
     shapes = factor_shapes(rows, columns, Pattern.parse("2:4"), block=block)
     found = 8 * math.prod(shapes.pop("indices")) + 16 * sum(map(math.prod, shapes.values()))
     assert found / (rows * columns) == pytest.approx(bits, abs=5e-4)
@@ -295,7 +296,7 @@ def test_factors_that_do_not_fit_together_are_refused(part: str, how: str) -> No
     made, pattern = form_of("2:4", 16, 32, 8), Pattern.parse("2:4")
     stored = made.packed(pattern).stored()
     stored[part] = stored[part].flatten() if how == "flat" else stored[part].unflatten(0, (-1, 2))
-    with pytest.raises(DataError):
+    with refused("shape-mismatch", kind=DataError):
         read(stored, pattern, 32)
 
 
@@ -321,12 +322,12 @@ def test_core_of_an_unstructured_pattern_comes_back_bit_for_bit(text: str, colum
     assert torch.equal(where, mask)
 
 
-def test_bits_that_do_not_count_the_values_are_refused() -> None:
+def test_mask_with_another_number_of_values_is_refused() -> None:
     weight, pattern = weight_of(7, 16), Pattern.parse("50%")
     mask = pattern.mask(weight.abs())
     values, indices = pack(weight, mask, pattern)
     indices[3, 1] ^= 1
-    with pytest.raises(DataError, match=r"bits of a 50% core do not count its 56 values"):
+    with refused("invalid-places", "50%", "56 values", kind=DataError):
         mask_of(values, indices, pattern, 16)
 
 

@@ -1,4 +1,4 @@
-"""Packing: the same bits back for every pattern, type and size, and the bytes that theory says."""
+"""Packing: lossless for every pattern, dtype and size, in as many bytes as theory says."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_bytes_are_those_of_theory(pattern, dtype, share):
 @pytest.mark.parametrize("shape", [(7, 33), (1, 13)])
 @pytest.mark.parametrize("odd", [0, 1])
 def test_every_bit_of_codes_comes_back_too(shape, grid, odd):
-    """For even and odd counts of values, of which 4-bit ones lie two in a byte."""
+    """For even and odd counts of values, as there are two 4-bit ones per byte."""
     on, dtype = Grid.parse(grid), torch.bfloat16
     weight = sparse("50%/tensor", shape, torch.float32)
     if int((weight != 0).sum()) % 2 != odd:

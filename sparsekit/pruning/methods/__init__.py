@@ -1,4 +1,4 @@
-"""One pruning method a file: the file's name is the method's, its dataclass fields the options.
+"""Pruning methods, one per file. The file name is the method's name, its fields are the options.
 
 To add a method, add a file with one `Pruner` subclass; nothing else needs an edit.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.solvers.hessian import FACTORING_BYTES
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.patterns import Pattern
@@ -20,44 +20,43 @@ from sparsekit.weights.patterns import Pattern
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What a method made of one weight."""
+    """The result of pruning one weight."""
 
-    weight: Tensor  # [out, in] float32, exact zeros where the mask is False unless it has factors
-    mask: Tensor  # [out, in] bool, True = keep; with factors that of their core
+    weight: Tensor  # [out, in] float32, zeros off the mask unless it has factors
+    mask: Tensor  # [out, in] bool, True = keep; with factors the mask of the core
     factors: Form | None = None
-    """Of which the weight is the product."""
+    """Factors whose product is the weight."""
     codes: Codes | None = None
-    """Of which the weight consists, where it was put on a grid."""
-    scores: Tensor | None = None  # [out, in], what the mask was chosen by, where it was one score
+    """Codes of the weight, if it was quantized."""
+    scores: Tensor | None = None  # [out, in], the score that chose the mask, if any
     numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
-    """What the report should tell of this weight, for example the damping that was needed; a tensor
-    `[out]` holds counts of its rows."""
+    """Numbers for the report, e.g. the damping used; a tensor `[out]` has counts by row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(ABC):
     """A pruning method with its options."""
 
-    needs: ClassVar[Want | None] = None
-    """Which sums of the inputs the method reads; None needs no calibration."""
+    needs: ClassVar[Stats | None] = None
+    """The sums over inputs that the method reads; None: no calibration."""
     rowwise: ClassVar[bool] = False
-    """Whether a row's result depends on no other row, unless the pattern compares them; weights
-    with the same inputs are then solved as one."""
+    """Whether rows are independent of each other, unless the pattern compares them; weights with
+    the same inputs are then solved as one."""
     updates: ClassVar[bool] = False
-    """Whether weights that are kept get other values than they had."""
+    """Whether kept weights get new values."""
     propagate: ClassVar[bool] = True
-    """Whether a block's inputs come from the pruned blocks before it, or from the dense model."""
+    """Whether a block's inputs come from the pruned blocks before it or from the dense model."""
     gram_bytes: ClassVar[int] = FACTORING_BYTES
-    """Of a method that reads Gram matrices: the memory it makes of one, for each entry."""
+    """Working memory in bytes per entry of a Gram matrix, for methods that read it."""
 
     @abstractmethod
     def prune(
         self,
         weight: Tensor,  # [out, in] float32, not to be changed
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
     ) -> Pruned:
-        """The pruned weight and its mask, which has exactly the pattern.
+        """Prune a weight; the mask has exactly the pattern.
 
         Raises:
             NumericalError: The sums or the solution are not finite.
@@ -66,12 +65,12 @@ class Pruner(ABC):
     def prune_on_grid(
         self,
         weight: Tensor,  # [out, in] float32, not to be changed
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         grid: Grid,
         dtype: torch.dtype,  # of the scales
     ) -> Pruned | None:
-        """The mask, and the kept weights on a grid, found in one pass; None: there is no such pass.
+        """Prune and quantize a weight in one pass; None: the method has no such pass.
 
         Raises:
             NumericalError: The sums or the solution are not finite.

@@ -1,10 +1,14 @@
-"""ALPS: the mask and the weights together, by ADMM; then conjugate gradients on the support.
+"""ALPS: mask and weights together by ADMM, then conjugate gradients.
 
 Source: Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
 Large Language Models", algorithms 1 and 2; mazumder-lab/ALPS@bbdad62, `alps.py`.
 Differs: the published code projects unstructured patterns over the whole tensor (`50%/tensor`
 here); the final support is that of the sparse copy, as in the paper (the code ranks the dense
-copy once more); a row's conjugate gradients stop by its own residual.
+copy once more); the conjugate gradients of a row stop by its own residual.
+Cost: one eigendecomposition per input and up to 300 ADMM steps per weight, each a product with an
+[in, in] matrix; the Gram matrix of each input, in² float32, and 48 bytes more per entry of the one
+in work.
+Result: perplexity 76.2 in 182 s (SmolLM2-135M at 2:4, dense 22.9).
 """
 
 from dataclasses import dataclass
@@ -16,11 +20,11 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
 from sparsekit.solvers.hessian import UnitGram, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
-# The penalty is looked at every third iteration and grows with the share of the support that
-# has changed since.
+# The penalty is adjusted every third iteration and grows with the share of the support that has
+# changed since.
 CHECK_EVERY = 3
 SLOW = 0.005
 GROWTH = ((0.1, 1.3), (SLOW, 1.2), (0.0, 1.1))
@@ -28,29 +32,31 @@ GROWTH = ((0.1, 1.3), (SLOW, 1.2), (0.0, 1.1))
 
 @dataclass(frozen=True, kw_only=True)
 class Alps(Pruner):
-    """Least layer error under the pattern, approximately; no initial score is needed."""
+    """Approximate minimiser of the layer error under the pattern; needs no initial score."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     updates: ClassVar[bool] = True
-    gram_bytes: ClassVar[int] = 8 * 6  # eigenvectors, inverse, what LAPACK works in; float64
+    gram_bytes: ClassVar[int] = 8 * 6  # eigenvectors, inverse, LAPACK workspace; float64
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     penalty: float = 0.1
-    """First penalty of the difference between the dense and the sparse copy."""
+    """Initial penalty on the difference between the dense and the sparse copy."""
     iterations: int = 300
-    """At most this many ADMM steps."""
+    """Maximum number of ADMM steps."""
     settled: float = 3e-4
-    """Stop when, after 30 steps, a smaller share of the support than this changes."""
+    """Stop after 30 steps when less than this share of the support changes."""
     solve_iterations: int = 10
     """Conjugate-gradient steps on the final support."""
 
     def __post_init__(self) -> None:
         if self.penalty <= 0 or self.iterations < 1:
             raise UsageError(
-                "penalty and iterations of alps must be above 0", "0.1 and 300 are usual"
+                "options penalty and iterations of alps must be above 0",
+                "their defaults are 0.1 and 300",
+                code="out-of-range",
             )
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
         system = unit_gram(sums, self.damping)
@@ -87,7 +93,7 @@ class Alps(Pruner):
             if (moved and change == 0) or (step > 30 and change < self.settled):
                 return mask, sparse, step
             if not moved:
-                # The penalty holds the support from the start: begin again with a softer one.
+                # The penalty fixes the support from the start: restart with a smaller one.
                 penalty /= 5
                 if change > 0:
                     sparse, dual = keep_on(first, weight), torch.zeros_like(weight)

@@ -2,9 +2,11 @@
 
 Source: Han et al. 2015, "Learning both Weights and Connections", as the baseline of Wanda:
 locuslab/wanda@8e8fc87, `lib/prune.py`.
-Differs: counts are exact, where the published threshold rule (score <= cut) removes one weight
-more, or every weight that ties with the cut. Published unstructured pruning compares the whole
-tensor: that is the pattern `50%/tensor` here, while `50%` compares within each row.
+Differs: counts are exact; the published threshold rule (score <= cut) removes one weight more, or
+all weights that tie with the cut. Published unstructured pruning compares the whole tensor, which
+is the pattern `50%/tensor` here; `50%` compares within each row.
+Cost: a sort per weight; no calibration, no forward pass. Holds one block.
+Result: perplexity 4461 where Wanda has 60.1 (recipe compare-oneshot-2x4, dense 10.12).
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.solvers.input_stats import InputSums
+from sparsekit.solvers.input_stats import InputStats
 from sparsekit.weights.patterns import Pattern
 
 
@@ -20,7 +22,7 @@ from sparsekit.weights.patterns import Pattern
 class Magnitude(Pruner):
     """Score |W|; needs no calibration."""
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         scores = weight.abs()
         mask = pattern.mask(scores)

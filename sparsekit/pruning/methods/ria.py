@@ -1,11 +1,13 @@
-"""RIA: relative importance of a weight in its row and column, times a power of the input norm.
+"""RIA: relative importance in row and column, times the input norm.
 
 Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
 Language Models", section 3; biomedical-cybernetics/Relative-importance-and-activation-pruning
 @b87b897, `lib/prune.py`.
-Differs: counts are exact (published unstructured pruning uses a threshold over the whole
-tensor, the pattern `50%/tensor` here). The input norm is the root mean square over tokens. The
-channel permutation is left out: its result is not N:M in the order in which weights are stored.
+Differs: counts are exact (published unstructured pruning uses a threshold over the whole tensor,
+the pattern `50%/tensor` here). The input norm is the root mean square over tokens. There is no
+channel permutation: its result is not N:M in the stored order of the weights.
+Cost: the squared norm of each input, in float32, row and column sums and a sort per weight.
+Result: perplexity 71.5 where Wanda has 60.1 (recipe compare-oneshot-2x4, dense 10.12).
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner, keep_on
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
 
@@ -23,11 +25,11 @@ from sparsekit.weights.patterns import Pattern
 class Ria(Pruner):
     """Score (|W| / column sum + |W| / row sum) ‖X‖ᵖ."""
 
-    needs: ClassVar[Want | None] = Want.NORMS
+    needs: ClassVar[Stats | None] = Stats.NORMS
     power: float = 0.5
     """Exponent of the input norm."""
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         assert sums is not None
         size = weight.abs()

@@ -1,16 +1,18 @@
-"""SparseGPT: remove weights column by column and let the later columns make up for it.
+"""SparseGPT: prune by column; later columns compensate.
 
 Source: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned
 in One-Shot", algorithm 1; the code in locuslab/wanda@8e8fc87, `lib/sparsegpt.py`.
-Differs: counts are exact (the published threshold removes one weight more in each column block);
-the published unstructured rule, which compares all rows of a block of 128 columns, is the pattern
-`50%/tensor`, while `50%` gives every row the same share of each block; damping is raised and
-reported when the factorisation fails. The same sweep is written with the Cholesky factor of the
-Hessian instead of that of its inverse (see `Factor`), so nothing is inverted: a column gets the
-sum of what all columns before it lost. With a grid (section 3.5, "joint sparsification and
-quantization") the scales of a group come from what its columns hold when the first is reached, as
-in `Gptq`, under the mask that they would have then; those of whole rows from a mask of the dense
-weight.
+Differs: counts are exact (the published threshold removes one weight more in each column block).
+The published unstructured rule, which compares all rows of a block of 128 columns, is the pattern
+`50%/tensor`; `50%` gives every row the same share of each block. Damping is raised and reported
+when the factorisation fails. The sweep uses the Cholesky factor of the Hessian instead of that of
+its inverse, so nothing is inverted: a column receives the summed error of all columns before it.
+With a grid (section 3.5, "joint sparsification and quantization") the scales of a group come from
+the values of its columns when the first one is reached, as in GPTQ, under the mask that they would
+have then; scales of whole rows come from a mask of the dense weight.
+Cost: one Cholesky factorisation and one sweep over the columns per weight, shared by weights with
+the same input; the Gram matrix of each input, in² float32.
+Result: perplexity 99.8 in 78 s (SmolLM2-135M at 2:4, dense 22.9).
 """
 
 import math
@@ -23,37 +25,38 @@ from torch import Tensor
 
 from sparsekit.errors import UsageError
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.solvers.column_sweep import Rounding, Sweep, Unit
+from sparsekit.solvers.column_sweep import ColumnGroup, Rounding, Sweep
 from sparsekit.solvers.hessian import factorise
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsegpt(Pruner):
-    """Score W² / U_jj², with an optimal-brain-surgeon update of the columns to the right."""
+    """Score W² / U_jj², with an OBS update of the columns to the right."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     updates: ClassVar[bool] = True
     rowwise: ClassVar[bool] = True
     damping: float = 0.01
     """Share of the mean diagonal of the Gram matrix that is added to the diagonal."""
     block: int = 128
-    """Columns that an unstructured pattern masks together; N:M masks each group when reached."""
+    """Columns that an unstructured pattern masks together; N:M masks each group in turn."""
 
     def __post_init__(self) -> None:
         if self.block < 1:
-            raise UsageError("option block of sparsegpt must be above 0", "its default is 128")
+            message = "option block of sparsegpt must be above 0"
+            raise UsageError(message, "its default is 128", code="out-of-range")
 
-    def prune(self, weight: Tensor, sums: InputSums | None, pattern: Pattern) -> Pruned:
+    def prune(self, weight: Tensor, sums: InputStats | None, pattern: Pattern) -> Pruned:
         """See `Pruner.prune`."""
         return self._pass(weight, sums, pattern, None, torch.float32)
 
     def prune_on_grid(
         self,
         weight: Tensor,
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         grid: Grid,
         dtype: torch.dtype,
@@ -64,7 +67,7 @@ class Sparsegpt(Pruner):
     def _pass(
         self,
         weight: Tensor,
-        sums: InputSums | None,
+        sums: InputStats | None,
         pattern: Pattern,
         grid: Grid | None,
         dtype: torch.dtype,
@@ -77,7 +80,7 @@ class Sparsegpt(Pruner):
         kept = torch.empty_like(dense)
 
         def chosen(start: int, held: Tensor) -> Tensor:
-            scores = held.square() * factor.cost[start : start + len(held), None]
+            scores = held.square() * factor.pivot[start : start + len(held), None]
             return pattern.mask(scores.T, 0 if pattern.scope == "group" else start).T
 
         rounding = Rounding(grid, dtype, dense * chosen(0, dense)) if grid is not None else None
@@ -87,21 +90,27 @@ class Sparsegpt(Pruner):
             mask[start:stop] = chosen(start, held)
             kept[start:stop] = mask[start:stop]
 
-        def settle(at: int, column: Tensor, lost: Tensor) -> None:
+        def quantize_or_prune(at: int, column: Tensor, error: Tensor) -> None:
             if rounding is None:
-                lost.addcmul_(column, kept[at], value=-1)
+                error.addcmul_(column, kept[at], value=-1)
             else:
-                rounding.settle(at, column, lost, kept[at])
+                rounding.quantize_column(at, column, error, kept[at])
 
-        units: list[Unit] = [(pattern.group or self.block, select)]
+        groups: list[ColumnGroup] = [(pattern.group or self.block, select)]
         if rounding is not None and rounding.group < len(dense):
-            units = _among(rounding, units[0], chosen, kept)
-        sweep = Sweep(columns=columns, lost=dense, factor=factor, settle=settle, units=units)
+            groups = _among(rounding, groups[0], chosen, kept)
+        sweep = Sweep(
+            columns=columns,
+            error=dense,
+            factor=factor,
+            quantize_or_prune=quantize_or_prune,
+            groups=groups,
+        )
         sweep.run()
         codes = rounding.codes(columns) if rounding is not None else None
-        found = codes.dense().float() if codes is not None else columns.T
+        values = codes.dense().float() if codes is not None else columns.T
         return Pruned(
-            weight=found.masked_fill(~mask.T, 0.0),
+            weight=values.masked_fill(~mask.T, 0.0),
             mask=mask.T.contiguous(),
             codes=codes,
             numbers={"damping": factor.damping},
@@ -110,21 +119,21 @@ class Sparsegpt(Pruner):
 
 def _among(
     rounding: Rounding,
-    masks: Unit,
+    masks: ColumnGroup,
     chosen: Callable[[int, Tensor], Tensor],
     kept: Tensor,  # [in, out], 1 and 0 once a mask is selected
-) -> list[Unit]:
-    """The units of a sweep that selects masks and scales.
+) -> list[ColumnGroup]:
+    """The units of a sweep that selects both masks and scales.
 
-    The scales of a group that is larger than a unit of masks come first, from the mask that it
-    would have then.
+    If a group is larger than a unit of masks, its scales come first, from the mask that it would
+    have then.
     """
     unit, select = masks
     whole = math.lcm(rounding.group, unit)
     if rounding.group >= unit:
-        return [(whole, lambda at, held: rounding.span(at, held * chosen(at, held))), masks]
+        return [(whole, lambda at, held: rounding.fit_scales(at, held * chosen(at, held))), masks]
 
     def span(start: int, held: Tensor) -> None:
-        rounding.span(start, held * kept[start : start + len(held)])
+        rounding.fit_scales(start, held * kept[start : start + len(held)])
 
     return [(whole, select), (rounding.group, span)]

@@ -1,6 +1,6 @@
-"""Methods that begin with what another method made of a weight: one a file, like the pruners.
+"""Refining methods, which start from the result of a pruner, one per file.
 
-The file's name is the method's, its dataclass fields the options. To add one, add a file with one
+The file name is the method's name, its fields are the options. To add a method, add a file with one
 `Refiner` subclass; nothing else needs an edit.
 """
 
@@ -12,66 +12,67 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
-GoOn = Callable[[float | None], bool]
-"""Whether another round is worth its time: asked with None before the first one, and later with
-how far the last one has lowered the loss."""
+ShouldContinue = Callable[[float | None], bool]
+"""Decides whether another round is worth its time. Takes None before the first round, later the
+decrease of the loss in the last one."""
 
 
-def always(fall: float | None) -> bool:
-    """There is no limit on the time."""
+def no_limit(loss_drop: float | None) -> bool:
+    """Never stop for lack of time."""
     return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refiner(ABC):
-    """A refinement with its options."""
+    """A refining method with its options."""
 
-    needs: ClassVar[Want]
-    """Which sums of the inputs the method reads."""
+    needs: ClassVar[Stats]
+    """The sums over inputs that the method reads."""
     initial: ClassVar[str]
-    """The pruner that the method begins with when none is named."""
+    """The pruner that the method starts from by default."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of options."""
     rowwise: ClassVar[bool] = False
-    """As of `Pruner`."""
-    rounds: ClassVar[Mapping[str, Any]] = {}
-    """Options with which only a time limit ends the method; empty: it does not work in rounds. Such
-    a method tells in its numbers how many `sweeps` a weight got."""
+    """Whether rows are independent of each other; weights with the same inputs are then solved as
+    one."""
+    unlimited: ClassVar[Mapping[str, Any]] = {}
+    """Options with which only a time limit ends the method, for methods that work in rounds and
+    report their number as `sweeps`; empty for others."""
     propagate: ClassVar[bool] = True
-    """As of `Pruner`."""
+    """Whether a block's inputs come from the pruned blocks before it or from the dense model."""
 
     @abstractmethod
     def refine(
         self,
         weight: Tensor,  # the dense weight, [out, in] float32, not to be changed
         start: Pruned,  # not to be changed
-        sums: InputSums,
+        sums: InputStats,
         pattern: Pattern,
-        go_on: GoOn = always,
+        should_continue: ShouldContinue = no_limit,
     ) -> Pruned:
-        """What becomes of a weight that has been pruned.
+        """Refine a pruned weight.
 
-        `go_on` is asked before each round, by methods that work in rounds.
+        Methods that work in rounds call `should_continue` before each round.
 
         Raises:
             NumericalError: The sums or the solution are not finite.
         """
 
-    def covers(self, name: str) -> bool:
-        """Whether the weight of this name is refined, or stays as the initial method left it."""
+    def applies_to(self, name: str) -> bool:
+        """Whether to refine the weight of this name; others keep the result of the pruner."""
         return True
 
-    def misfit(self, pattern: Pattern, rows: int, columns: int) -> str:
-        """Why the method cannot have this pattern in a weight `[rows, columns]`; empty: it can."""
+    def mismatch(self, pattern: Pattern, rows: int, columns: int) -> str:
+        """Why the pattern does not fit a weight `[rows, columns]`; empty if it does."""
         return ""
 
-    def block_of(self, rows: int, columns: int, pattern: Pattern) -> int:
-        """Side of the blocks of the factors that a weight gets; 0: it stays one matrix."""
+    def block_size(self, rows: int, columns: int, pattern: Pattern) -> int:
+        """Side of the blocks of a weight's factors; 0 without factors."""
         return 0
 
-    def cautions(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
-        """What the user should know before this pattern is asked for after this pruner."""
+    def warnings(self, pattern: Pattern, pruner: Pruner | None) -> list[str]:
+        """Notes for the user about this pattern and this pruner, shown before the run."""
         return []

@@ -1,16 +1,16 @@
-"""AWQ: inputs that carry much get a finer grid, by a scale that the layer before takes back.
+"""AWQ: scale important inputs, then round.
 
 Source: Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression
 and Acceleration" (MLSys 2024), section 3.2; the code in mit-han-lab/llm-awq@6afbeb1,
 `awq/quantize/auto_scale.py`.
 Differs: the importance of an input is the root mean square over all calibration tokens, not the
-mean size; the loss is the sum over the linear layers that share the input of the relative error of
-their outputs, from the Gram matrix, not that of the attention or the whole MLP on some tokens;
-weights are not clipped. A scale never moves a zero.
-
-Absolute errors let those of q and k, whose outputs are large, hide that of v: SmolLM2 at 2:4 from
-SparseGPT on int4-g64, 8 windows of WikiText-2, has 132.7 with them and 117.3 with relative ones,
-133.5 by rounding.
+mean absolute value. The loss is the sum of the relative output errors of the linear layers that
+share the input, from the Gram matrix, not the error of the attention or the MLP on some tokens;
+with absolute errors the large outputs of q and k would hide that of v. Weights are not clipped. A
+scale never changes a zero.
+Cost: 20 roundings per weight and two products with the Gram matrix each; the Gram matrix of each
+input, in² float32.
+Result: perplexity 119.8 from 99.6 (SmolLM2-135M at 2:4 from SparseGPT, on int4-g64).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,27 +23,28 @@ from torch import Tensor
 from sparsekit.errors import UsageError
 from sparsekit.quantization.methods import Quantized, Quantizer
 from sparsekit.solvers.hessian import require_finite
-from sparsekit.solvers.input_stats import InputSums, Want
+from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.grids import Codes, Grid
 
-# Of an input that is never anything, before all are brought to the mean 1.
+# Smallest scale, for inputs that are always 0, before normalisation.
 LEAST_SCALE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Awq(Quantizer):
-    """Scale = importance ** ratio, with the ratio that leaves the least output error."""
+    """Scale = importance ** ratio, with the ratio of the least output error."""
 
-    needs: ClassVar[Want | None] = Want.GRAM
+    needs: ClassVar[Stats | None] = Stats.GRAM
     ratios: int = 20
-    """How many ratios are tried, evenly spaced from 0 (no scale) up to, but not with, 1."""
+    """Number of ratios to try, evenly spaced from 0 (no scale) to below 1."""
 
     def __post_init__(self) -> None:
         if self.ratios < 1:
-            raise UsageError("option ratios of awq must be above 0", "its default is 20")
+            message = "option ratios of awq must be above 0"
+            raise UsageError(message, "its default is 20", code="out-of-range")
 
     def input_scale(
-        self, weights: Sequence[Tensor], sums: InputSums | None, grid: Grid, dtype: torch.dtype
+        self, weights: Sequence[Tensor], sums: InputStats | None, grid: Grid, dtype: torch.dtype
     ) -> tuple[Tensor, Mapping[str, float]] | None:
         """See `Quantizer.input_scale`."""
         assert sums is not None
@@ -57,24 +58,24 @@ class Awq(Quantizer):
         return (chosen, {"ratio": ratio}) if ratio else None
 
     def quantize(
-        self, weight: Tensor, sums: InputSums | None, grid: Grid, dtype: torch.dtype
+        self, weight: Tensor, sums: InputStats | None, grid: Grid, dtype: torch.dtype
     ) -> Quantized:
-        """To the nearest numbers; see `Quantizer.quantize`."""
+        """Round to nearest; see `Quantizer.quantize`."""
         return Quantized(codes=Codes.nearest(grid, weight, dtype))
 
 
-def scale_of(sums: InputSums, ratio: float) -> Tensor:
-    """The scale of each input at a ratio, `[in]`; its largest and smallest are inverse."""
+def scale_of(sums: InputStats, ratio: float) -> Tensor:
+    """The scale of each input at a ratio, `[in]`; its largest and smallest value multiply to 1."""
     importance = (sums.squares / sums.tokens).sqrt()
     scale = importance.pow(ratio).clamp_min(LEAST_SCALE)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _loss(weight: Tensor, scale: Tensor, sums: InputSums, grid: Grid, dtype: torch.dtype) -> float:
-    """The relative output error over all calibration tokens of a weight rounded with a scale."""
+def _loss(weight: Tensor, scale: Tensor, sums: InputStats, grid: Grid, dtype: torch.dtype) -> float:
+    """Relative output error over all calibration tokens of a weight rounded with a scale."""
     rounded = Codes.nearest(grid, weight * scale, dtype).dense().float() / scale
-    lost, given = (
+    error, size = (
         float(((part @ sums.gram) * part).sum(dtype=torch.float64))
         for part in (rounded - weight, weight)
     )
-    return lost / given if given else 0.0
+    return error / size if size else 0.0

@@ -1,10 +1,11 @@
-"""Fixed mask: AdamW on the weights that are kept, against a teacher.
+"""Fixed mask: AdamW on the kept weights.
 
 Source: the fixed-mask arm of AST's ablation (Huang et al., AAAI 2025, table of components); AdamW
 as in torch.
-Differs: the learning rate of small models is higher, and falls from its top on. SmolLM2-135M at 2:4
-from SparseGPT (92.7 on eight windows of WikiText-2) is at 54.2 after 24 steps of 1024 tokens of C4
-with 3e-4, and at 57.4 with 1.5e-4; 4e-4 is what the half hours of the README were measured with.
+Differs: the learning rate of small models is higher (4e-4) and falls linearly after the warm-up.
+Cost: a forward and backward pass of the model and a forward pass of the teacher per batch; weights,
+gradients and two moments in float32 (16 bytes per parameter), and the teacher (4).
+Result: perplexity 48.9 from 69.6 (SmolLM2-135M at 2:4 from ALPS, dense 20.9, 38,912 tokens).
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sparsekit.recovery.methods import Recoverer, Rule, Scale, by_size
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Recoverer):
-    """What is pruned stays pruned."""
+    """Pruned weights stay zero."""
 
     schedule: ClassVar[Literal["flat", "cosine", "linear"]] = "linear"
 
@@ -25,8 +26,8 @@ class Fixed(Recoverer):
         """See `Recoverer.rule`."""
         return Held()
 
-    def rate_of(self, scale: Scale) -> float:
-        """See `Recoverer.rate_of`."""
+    def default_lr(self, scale: Scale) -> float:
+        """See `Recoverer.default_lr`."""
         return by_size(scale.parameters, 4e-4, 5e-5, 2e-5)
 
     def decay_of(self, scale: Scale) -> float:
@@ -35,7 +36,7 @@ class Fixed(Recoverer):
 
 
 class Held(Rule):
-    """Entries off the mask are zero, and stay so; the others take Adam's step."""
+    """Entries off the mask stay zero; the others take the step of Adam."""
 
     def on_gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor, done: float) -> Tensor:
         """See `Rule.on_gradient`."""
