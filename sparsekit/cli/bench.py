@@ -8,12 +8,15 @@ import typer
 from sparsekit.cli import complete
 from sparsekit.cli.console import SHORTER_ROWS, Terminal
 from sparsekit.cli.options import Debug, Device, Json, Model, Quiet, named
-from sparsekit.cli.verb import Command, read, takes
+from sparsekit.cli.verb import Command, Group, read, takes
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.recovery.config import RecoverConfig
 
 app = typer.Typer(
-    help="Measure time and memory of sparsekit itself.", no_args_is_help=True, rich_markup_mode=None
+    cls=Group,
+    help="Measure time and memory of sparsekit itself.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 # Options of `prune` and `recover` that change how long a weight or a step takes.

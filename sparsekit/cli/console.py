@@ -21,6 +21,8 @@ from sparsekit.memory import is_out_of_memory
 from sparsekit.progress import SILENT, Progress
 
 INTERRUPTED = 130
+# Version of the objects that --json writes.
+SCHEMA = 1
 # The running command, which errors name so that a failing pipe shows where.
 VERB: ContextVar[str] = ContextVar("verb", default="")
 FEWER_ROWS = "fewer --samples or a shorter --length take less"
@@ -51,7 +53,15 @@ class Terminal:
             self.stderr.width = FILE_WIDTH
 
     def result(self, text: Any, value: Any) -> None:
-        """Write the result to stdout: `value` with --json, else `text`."""
+        """Write the result to stdout: `value` with --json, else `text`.
+
+        Objects carry the version of the schema, which recipes/README.md documents.
+        """
+        value = {"schema": SCHEMA, **value} if isinstance(value, dict) else value
+        self.document(text, value)
+
+    def document(self, text: Any, value: Any) -> None:
+        """Write a document with its own schema, such as a recipe, to stdout."""
         print(json.dumps(value, ensure_ascii=False) if self.json else text, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -11,7 +11,7 @@ from sparsekit.cli.console import Terminal
 from sparsekit.cli.options import Debug, DryRun, Json, Quiet, Timed, named, refuse_timed
 from sparsekit.cli.plan import plan_costs, plans_together
 from sparsekit.cli.report import show_table
-from sparsekit.cli.verb import Command
+from sparsekit.cli.verb import Command, Group
 from sparsekit.errors import UsageError
 from sparsekit.files import write_atomic
 
@@ -26,7 +26,10 @@ Recipe = Annotated[
     ),
 ]
 app = typer.Typer(
-    help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode=None
+    cls=Group,
+    help="List, show, copy and check recipes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -87,7 +90,7 @@ def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False)
 
         summaries = {name: summary(file) for name, file in shipped().items()}
         text = "\n".join(f"{name}\t{text}" for name, text in summaries.items())
-        terminal.result(text, summaries)
+        terminal.result(text, {"recipes": summaries})
 
 
 @app.command("show", cls=Command)
@@ -104,7 +107,7 @@ def show_recipe(
         from sparsekit.study.schema import read_yaml
 
         text = recipe_file(recipe).read_text(encoding="utf-8")
-        terminal.result(text.rstrip("\n"), read_yaml(text))
+        terminal.document(text.rstrip("\n"), read_yaml(text))
 
 
 @app.command("cp", cls=Command)
@@ -157,7 +160,7 @@ def validate(
             steps[str(file)] = [
                 step.name for step in read_recipe(file).steps if step.verb != "eval"
             ]
-        terminal.result("\n".join(steps), steps)
+        terminal.result("\n".join(steps), {"recipes": steps})
 
 
 @app.command("schema", cls=Command)
@@ -170,7 +173,7 @@ def print_schema(json: Json = False, quiet: Quiet = False, debug: Debug = False)
     with terminal.working():
         from sparsekit.study.schema import schema
 
-        terminal.result("", schema())
+        terminal.document("", schema())
 
 
 def demo(

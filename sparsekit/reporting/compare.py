@@ -241,7 +241,7 @@ def _perplexity_json(windows: Windows, quality: Quality) -> dict[str, Any]:
     return {
         **asdict(windows),
         "dtype": quality.dtype,
-        "perplexity": value if value < math.inf else None,
+        "value": value if value < math.inf else None,
         "log_perplexity": quality.figure.value,
         "log_stderr": quality.figure.stderr,
         "log_differences": {name: asdict(d) for name, d in quality.differences.items()},

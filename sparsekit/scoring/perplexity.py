@@ -54,7 +54,7 @@ class Perplexity:
             "dtype": self.dtype,
             "device": self.device,
             "fingerprint": self.fingerprint,
-            "perplexity": self.value if self.value < math.inf else None,
+            "value": self.value if self.value < math.inf else None,
             "log_perplexity": self.log,
             "log_stderr": mean_stderr(self.losses),
         }

@@ -162,7 +162,9 @@ def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file,
     assert (report["calibration"]["samples"], report["calibration"]["length"]) == (3, 20)
     assert report["totals"]["weights"] == 12
     history = json.loads((tmp_path / "out" / "sparsekit.json").read_text())["history"]
-    assert history == [{key: value for key, value in report.items() if key != "out"}]
+    assert history == [
+        {key: value for key, value in report.items() if key not in ("schema", "out")}
+    ]
 
 
 def test_quiet_leaves_stderr_empty(cli, family, pruned, row_file, tmp_path):
@@ -406,12 +408,12 @@ def test_eval_of_several_models_is_one_table_in_the_order_asked(cli, family, pru
     assert found.stderr.count("perplexity on ") == 1
     words = "".join(found.stderr.split())  # long paths are folded
     assert f"perplexityon{row_file}" in words
-    assert "modelwindowsoftokensperplexity" in words
+    assert "modelwindowstokenseachperplexity" in words
     assert re.search(r"524\d+\.\d{3}", words)  # five windows of 24 tokens, then the figure
     scores = strict_json(cli("eval", pruned, dense, "--text", row_file, "--json").stdout)
     assert [score["model"] for score in scores["models"]] == [str(pruned), str(dense)]
     assert all(score["difference"] == {} for score in scores["models"])
-    shown = [f"{score['perplexity']['perplexity']:.3f}" for score in scores["models"]]
+    shown = [f"{score['perplexity']['value']:.3f}" for score in scores["models"]]
     assert 0 < found.stderr.index(shown[0]) < found.stderr.index(shown[1])
 
 
@@ -426,7 +428,7 @@ def test_eval_with_a_baseline_gives_the_paired_difference(cli, family, pruned, r
     assert difference["value"] == pytest.approx(expected)
     assert difference["n"] == 5
     assert 0 < difference["stderr"] < math.inf
-    assert score["perplexity"]["perplexity"] == pytest.approx(
+    assert score["perplexity"]["value"] == pytest.approx(
         math.exp(score["perplexity"]["log_perplexity"])
     )
     table = cli("eval", pruned, "--baseline", dense, "--text", row_file)
@@ -472,7 +474,7 @@ def test_eval_without_a_text_takes_the_builtin_one(cli, family):
     assert score["perplexity"]["text"] == "builtin"
     assert (score["perplexity"]["windows"], score["perplexity"]["length"]) == (3, 32)
     # A random model of 260 tokens knows nothing: about the logarithm of 260, or worse.
-    assert score["perplexity"]["perplexity"] > 100
+    assert score["perplexity"]["value"] > 100
 
 
 def test_eval_of_an_own_task_has_both_accuracies_with_errors(
@@ -724,7 +726,7 @@ def test_demo_prunes_three_ways_keeps_scores_and_writes_the_page(cli, family, tm
     assert [row["seconds"] is None for row in value["models"]] == [True, False, False, False]
     for row in value["models"]:
         (perplexity,) = row["perplexity"]
-        assert perplexity["perplexity"] > 1
+        assert perplexity["value"] > 1
         differences = list(perplexity["log_differences"].values())
         assert len(differences) == (row["name"] != "dense")
         assert all(difference["stderr"] > 0 for difference in differences)

@@ -132,7 +132,7 @@ def test_recipes_are_listed_shown_copied_and_valid(cli, tmp_path):
     listed = cli("recipe", "ls")
     names = [line.split("\t")[0] for line in listed.stdout.splitlines()]
     assert "quickstart" in names
-    assert json.loads(cli("recipe", "ls", "--json").stdout).keys() == set(names)
+    assert json.loads(cli("recipe", "ls", "--json").stdout)["recipes"].keys() == set(names)
     shown = cli("recipe", "show", "quickstart").stdout
     copied = cli("recipe", "cp", "quickstart", tmp_path)
     assert copied.stdout == f"{tmp_path / 'quickstart.yaml'}\n"

@@ -47,7 +47,7 @@ def measured(tmp_path_factory):
             sparsekit("verify", out)
             score = sparsekit("eval", out, "--text", WINDOWS)["models"][0]["perplexity"]
             known[options] = {
-                "perplexity": score["perplexity"],
+                "perplexity": score["value"],
                 "seconds": told["seconds"],
                 "bits": told["totals"]["bits_per_weight"] or 16.0,
                 "zeros": told["totals"]["zeros"],

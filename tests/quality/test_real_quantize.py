@@ -134,7 +134,7 @@ def test_what_is_lost_at_eight_and_at_four_bits(made, tmp_path):
     folders = [made("2:4"), *(made("2:4", *name) for name in SCORED), together]
     told = sparsekit("eval", *folders, "--text", WINDOWS)["models"]
     names = ["before", *(" ".join(name) for name in SCORED), "one pass int4-g64"]
-    found = {n: row["perplexity"]["perplexity"] for n, row in zip(names, told, strict=True)}
+    found = {n: row["perplexity"]["value"] for n, row in zip(names, told, strict=True)}
     print(found)
     assert found["gptq int4-g64"] < found["rtn int4-g64"]
     assert found["awq int4-g64"] < found["rtn int4-g64"]

@@ -134,6 +134,6 @@ def test_the_pipeline_of_the_readme_runs_from_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     (score,) = json.loads((tmp_path / "scores.json").read_text())["models"]
     assert score["model"] == str(tmp_path / "c")
-    assert score["perplexity"]["perplexity"] > 1
+    assert score["perplexity"]["value"] > 1
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["a", "b", "c", "scores.json"]
