@@ -105,6 +105,7 @@ def flags() -> list[tuple[str, str, str]]:
 def refused(command: str, flag: str, word: str) -> bool:
     """Whether a command does not take a word that completion offers for an option."""
     checks = {
+        "name": lambda: methods.find(word),
         "pattern": lambda: Pattern.parse(word),
         "then": lambda: Grid.parse(word),
         "recipe": lambda: recipe_file(word),
