@@ -70,6 +70,8 @@ def pruned_entry(method: str = "wanda", pattern: str = "2:4", **changes) -> dict
     rows = {"source": "builtin", "samples": 32, "length": 512, "seed": 0}
     plain = {
         "stage": "prune",
+        "model": "demo",
+        "words": {"method": method, "pattern": pattern, "samples": 32, "length": 512},
         "source": {"path": "demo", "fingerprint": "c" * 64},
         "mask": None,
         "recipe": recipe,
@@ -103,6 +105,8 @@ def recovered_entry(method: str = "ast", tokens: int = 4096) -> dict:
     }
     return {
         "stage": "recover",
+        "model": "pruned",
+        "words": {"method": method, "teacher": "demo", "tokens": tokens},
         "source": {"path": "pruned", "fingerprint": "d" * 64},
         "teacher": {"path": "demo", "fingerprint": "c" * 64},
         "recipe": recipe,
@@ -121,6 +125,8 @@ def quantized_entry(grid: str = "int4-g64", method: str = "gptq") -> dict:
     where = {"device": "cpu", "dtype": "float32", "skip": [], "format": "compressed-tensors"}
     return {
         "stage": "quantize",
+        "model": "trained",
+        "words": {"grid": grid, "method": method},
         "recipe": {"method": method, "grid": grid, "options": {}, **where},
         "calibration": None,
         "totals": {"weights": 2, "zeros": 32, "size": 64, "bits_per_weight": 4.25},

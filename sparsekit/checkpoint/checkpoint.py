@@ -325,6 +325,9 @@ def _is_entry(entry: Any) -> bool:
     """Whether a history entry is well-formed, as far as it records weights."""
     if not isinstance(entry, dict):
         return False
+    asked = (("stage", str), ("model", str), ("words", dict))
+    if not all(isinstance(entry.get(key), kind) for key, kind in asked):
+        return False
     parts = (("recipe", dict), ("source", dict), ("weights", list))
     records_weights = entry.get("stage") in PATTERN_STAGES or _has_pattern(entry)
     return not records_weights or all(isinstance(entry.get(k), t) for k, t in parts)

@@ -27,7 +27,7 @@ from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report
+from sparsekit.provenance.entry import Report, as_given
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
@@ -67,6 +67,7 @@ def convert(
         told = converted_config(config)
         entry = {
             "stage": "convert",
+            **as_given(model, {}),
             "recipe": {"method": "convert", "form": form, **_shared(rows)},
             "quantized": "quantization_config" in told,
             "versions": recipe["versions"],

@@ -18,7 +18,7 @@ from sparsekit.packing.pack_plan import Plan, digest, prepare, weight_of
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import rewrite_weights
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report
+from sparsekit.provenance.entry import Report, as_given
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
@@ -67,6 +67,7 @@ def pack(
                 "last bits here than in the model: unpack gives those"
             )
         entry = _entry(source, recipe, rows, layout) | {
+            **as_given(called or model, {}),
             "source": {"path": called or model, "fingerprint": fingerprint},
             **cost.told(),
         }

@@ -23,7 +23,7 @@ from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report
+from sparsekit.provenance.entry import Report, as_given
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
@@ -73,6 +73,7 @@ def unpack(
         grids = [str(layer.stored.format.grid) for layer in layers.values() if _on_grid(layer)]
         entry = {
             "stage": "unpack",
+            **as_given(model, {}),
             "recipe": {"method": "unpack", **({"grid": grids[0]} if grids else {})},
             "versions": recipe["versions"],
             "source": {"path": model, "fingerprint": fingerprint},

@@ -1,8 +1,7 @@
 """Options of a verb, declared once as the fields of a frozen model.
 
-A field declares the type of the value, how it is written (`Word`), its help text, and how the
-command line presents it (`Flag`). Flags, recipe keys, the JSON schema and the Python keywords are
-generated from it.
+A field declares the value's type, how it is written (`Word`), its help, and its flag (`Flag`).
+Flags, recipe keys, the JSON schema and Python keywords are generated from it.
 """
 
 import re
@@ -20,7 +19,6 @@ from sparsekit.registry import as_text
 from sparsekit.text.calibration import Calibration
 
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT, CALIBRATION, WHERE = "What", "Calibration", "Where"
 # Option names that users of other tools try, with the option and value to suggest.
 GUESSES = {"sparsity": ("pattern", "50%")}
@@ -260,18 +258,13 @@ def flag_of(config: type[Options], name: str) -> Flag:
 def word_type(config: type[Options], name: str) -> Any:
     """The type that an option is written as."""
     field = config.model_fields[name]
-    types = [item.type for item in field.metadata if isinstance(item, Word)]
-    return types[0] if types else field.annotation
+    return next((item.type for item in field.metadata if isinstance(item, Word)), field.annotation)
 
 
 def as_keywords(text: str) -> str:
     """A message about flags, reworded for recipes and Python."""
-
-    def keyword(match: re.Match[str]) -> str:
-        return match[1].replace("-", "_")
-
     text = text.replace("-O ", "option ").replace("--no-propagate", "propagate=False")
-    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", keyword, text)
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), text)
 
 
 def parsed(option: Sequence[str] | Mapping[str, object]) -> dict[str, str]:

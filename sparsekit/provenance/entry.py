@@ -1,5 +1,6 @@
 """What a stage did: rows for people and scripts, and the entry in `sparsekit.json`."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,16 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
         return {"out": str(self.out), **self.entry}
+
+
+def as_given(model: str, words: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was asked for, verbatim, for its entry.
+
+    Args:
+        model: The name of the model.
+        words: The options that were given, as they were written.
+    """
+    return {"model": model, "words": json.loads(json.dumps(dict(words), default=str))}
 
 
 def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:

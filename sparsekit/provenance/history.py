@@ -1,5 +1,6 @@
 """What a checkpoint's history gives to its card: the stages before the last, and the hub's tags."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,44 @@ def unfolded(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         entries += unfolded((entry.get("mask") or {}).get("history", ()))
         entries.append(entry)
     return entries
+
+
+def lineage(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The stages that lead to a model, each from the output of the one before.
+
+    A stage that was given a mask goes on from the model with that mask, and its words name the
+    dense one.
+    """
+    entries: list[Mapping[str, Any]] = []
+    for entry in history:
+        if mask := entry.get("mask"):
+            entries = lineage(mask["history"])
+        entries.append(entry)
+    return entries
+
+
+def command(entry: Mapping[str, Any], model: str | None = None, out: str = "OUT") -> str:
+    """The command line of a stage, with its words as they were given.
+
+    Args:
+        entry: Of the stage.
+        model: The model to name; None: the one that was named.
+        out: The output to name.
+    """
+    words = [entry["stage"], model or entry["model"], "-o", out]
+    for name, value in entry["words"].items():
+        words += _flags(f"--{name.replace('_', '-')}", value)
+    return shlex.join(["sparsekit", *words])
+
+
+def _flags(flag: str, value: Any) -> list[str]:
+    """An option as it is written on the command line."""
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag.removeprefix('--')}"]
+    if isinstance(value, Mapping):
+        value = [f"{key}={one}" for key, one in value.items()]
+    values = value if isinstance(value, list) else [value]
+    return [word for one in values for word in (flag, str(one))]
 
 
 def stage_words(entry: Mapping[str, Any]) -> str:

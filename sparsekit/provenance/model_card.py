@@ -9,6 +9,7 @@ from sparsekit.provenance.front_matter import Origin, front_matter
 from sparsekit.provenance.history import (
     base_name,
     calibration_text,
+    command,
     stages_before,
     tags,
     training_text,
@@ -88,6 +89,12 @@ def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 | | |
 |---|---|
 {table}
+
+Made by:
+
+```sh
+{command(entry)}
+```
 
 {_end(entry)}
 """

@@ -17,7 +17,7 @@ from sparsekit.files import sha256_json
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import rewrite_blocks
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import NUMERICS, Report, damping_notes, totals
+from sparsekit.provenance.entry import NUMERICS, Report, as_given, damping_notes, totals
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
@@ -179,6 +179,7 @@ def _entry(
     """This run's entry of the history."""
     return {
         "stage": "prune",
+        **as_given(model, job.config.words),
         "source": {"path": job.config.dense or model, "fingerprint": recipe["source"]},
         "mask": _mask_source(job, model),
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
@@ -194,7 +195,8 @@ def _mask_source(job: PruneJob, model: str) -> dict[str, Any] | None:
     """Where the first mask came from, when it was given, and how it was made."""
     if job.chain.given is None:
         return None
-    made = [{k: v for k, v in e.items() if k != "weights"} for e in job.chain.given.pruned()]
+    history = job.chain.given.provenance()["history"]
+    made = [{k: v for k, v in entry.items() if k != "weights"} for entry in history]
     return {"path": model, "fingerprint": job.chain.given.fingerprint, "history": made}
 
 

@@ -13,7 +13,7 @@ from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import rewrite_blocks
 from sparsekit.pipeline.selection import family_notes
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import NUMERICS, Report, damping_notes
+from sparsekit.provenance.entry import NUMERICS, Report, as_given, damping_notes
 from sparsekit.provenance.environment import versions
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
@@ -79,6 +79,7 @@ def quantize(
         for note in damping_notes(weights, asdict(job.quantizer).get("damping", 0.0)):
             progress.note(note)
         entry = _entry(job, recipe, rows, weights) | {
+            **as_given(model, config.words),
             "source": {"path": model, "fingerprint": recipe["source"]},
             "resumed_blocks": resumed,
             **cost.told(),

@@ -106,9 +106,7 @@ def prepare_recover(
         StorageError: The disk has no room for the output.
     """
     processes = processes or Processes()
-    source = open_source(model, out, overwrite=overwrite, progress=progress)
-    source.require("recover")
-    refuse_other_heads(source)
+    source = _open_model(model, out, overwrite=overwrite, progress=progress)
     device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
     saved = state_bytes(source) if saves else 0
@@ -169,6 +167,14 @@ def _require_disk(
             "the activations",
             code=error.code,
         ) from error
+
+
+def _open_model(model: str, out: Path, *, overwrite: bool, progress: Progress) -> Checkpoint:
+    """Open the model, after checking that it can be trained."""
+    source = open_source(model, out, overwrite=overwrite, progress=progress)
+    source.require("recover")
+    refuse_other_heads(source)
+    return source
 
 
 def _require_memory(job: RecoverJob, processes: Processes) -> None:

@@ -19,7 +19,7 @@ from sparsekit.errors import (
 )
 from sparsekit.files import KEPT, read_json, write_json
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report, totals
+from sparsekit.provenance.entry import Report, as_given, totals
 from sparsekit.provenance.front_matter import Origin
 from sparsekit.provenance.model_card import model_card
 from sparsekit.recovery.config import RecoverConfig
@@ -137,6 +137,7 @@ def _entry(
     job, recipe, windows = work.job, work.recipe, work.windows
     return {
         "stage": "recover",
+        **as_given(model, job.config.words),
         "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
         "versions": recipe["versions"],
         "source": {"path": model, "fingerprint": recipe["source"]},

@@ -20,7 +20,7 @@ from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.loop import Training, TrainingPlan
 from sparsekit.recovery.loss import products_of
 from sparsekit.recovery.optimizer import MaskedAdam
-from sparsekit.recovery.prepare import prepare_recover
+from sparsekit.recovery.prepare import RecoverJob, prepare_recover
 from sparsekit.recovery.student import Student, load_teacher
 
 # Products to time for each shape; the median counts.
@@ -55,16 +55,7 @@ def bench_recover(
     before = psutil.Process().memory_info().rss
     student = Student.load(job, rows, Processes())
     teacher = load_teacher(job, Processes())
-    scale = student.scale(1e-6)
-    plan = TrainingPlan(
-        steps=steps + 1,
-        rate=config.lr or job.recoverer.default_lr(scale),
-        share=job.recoverer.default_kl_weight(scale)
-        if config.kl_weight is None
-        else config.kl_weight,
-        decay=job.recoverer.decay_of(scale),
-        masked_gradient=scale.masked_gradient,
-    )
+    plan = _plan(job, student, steps + 1)
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(student.model, teacher, optimizer, rows, config, plan, 0, Processes())
     loading = time.perf_counter() - begun
@@ -75,12 +66,11 @@ def bench_recover(
         progress.step(f"{config.step_tokens / seconds[-1]:.1f} tokens/s")
     progress.end()
     step = median(seconds[1:]) + selection_seconds(optimizer, job.recoverer.refresh)
-    peak = peak_memory()
-    head = student.model.get_output_embeddings().weight
-    shapes = [torch.Size(target.shape) for target in job.linear] + [head.shape]
+    peak, speed = peak_memory(), config.step_tokens / step
+    head = student.model.get_output_embeddings().weight.shape
+    shapes = [*(torch.Size(target.shape) for target in job.linear), head]
     active = sum(rows * columns for rows, columns in shapes)
     rate = matrix_rate(shapes, config.batch * config.length, job.device, products_of(config))
-    speed = config.step_tokens / step
     work = 8 if plan.share else 6
     return {
         "model": model,
@@ -97,6 +87,19 @@ def bench_recover(
         "peak_bytes": peak,
         "bytes": _held(optimizer, teacher, before, peak),
     }
+
+
+def _plan(job: RecoverJob, student: Student, steps: int) -> TrainingPlan:
+    """The plan of a run, with a gradient that is assumed instead of measured."""
+    config, recoverer, scale = job.config, job.recoverer, student.scale(1e-6)
+    share = recoverer.default_kl_weight(scale) if config.kl_weight is None else config.kl_weight
+    return TrainingPlan(
+        steps=steps,
+        rate=config.lr or recoverer.default_lr(scale),
+        share=share,
+        decay=recoverer.decay_of(scale),
+        masked_gradient=scale.masked_gradient,
+    )
 
 
 def _held(

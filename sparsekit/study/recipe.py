@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
+from sparsekit.files import read_json
+from sparsekit.provenance.history import command, lineage
 from sparsekit.study.schema import TOP, VERBS, VERSION, defaults, read_yaml, write_yaml
-from sparsekit.study.steps import Draft, Step, is_seed, read_stage, refuse_one_place
+from sparsekit.study.steps import MODEL, Draft, Step, is_seed, read_stage, refuse_one_place
 
 # In a checkout a link to the folder of the same name at its top.
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -51,7 +53,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, with some of its words replaced.
 
     Args:
-        file: A YAML file.
+        file: A YAML file, or the `sparsekit.json` of a checkpoint: its stages, as they were given.
         overrides: As `model=demo` or `prune.samples=8`, the latter where the word is, else in all
             stages of the verb.
 
@@ -59,6 +61,9 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         DataError: The file cannot be read.
         UsageError: Says everything that is wrong, each with its place.
     """
+    if file.suffix == ".json" and "history" in (found := read_json(file)):
+        told = _repeated(file, found["history"])
+        return checked(told, write_yaml(told), overrides)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,6 +73,32 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         return parse(text, overrides)
     except UsageError as error:
         raise UsageError(f"{file}: {error.message}", error.hint) from error
+
+
+def _repeated(file: Path, history: Any) -> dict[str, Any]:
+    """The recipe that repeats the stages of a history.
+
+    Raises:
+        UsageError: A stage is one that recipes do not have.
+        DataError: There is no stage.
+    """
+    entries = lineage(history)
+    if not entries:
+        raise DataError(f"{file} has no stage to repeat", code="no-history")
+    stages = []
+    for entry in entries:
+        verb, words = entry["stage"], dict(entry["words"])
+        if verb not in VERBS:
+            raise UsageError(
+                f"{file}: a recipe has no stage {verb!r}",
+                f"repeat it with: {command(entry)}",
+                code="not-repeatable",
+            )
+        for key in ("dense", "teacher"):  # there the word stands for the recipe's model
+            if words.get(key) == MODEL:
+                words[key] = f"./{MODEL}"
+        stages.append({verb: words})
+    return {"version": VERSION, "model": entries[0]["model"], "stages": stages}
 
 
 def parse(text: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -26,6 +26,8 @@ from sparsekit.pruning.prune import prune
 RECIPE = {"method": "none", "seed": 3}
 UP, DOWN = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
 
+ENTRY = {"stage": "test", "model": "m", "words": {}}
+
 
 def writer(source: Path, out: Path, recipe=RECIPE, **options) -> CheckpointWriter:
     return CheckpointWriter(out, Checkpoint.open(source), recipe, **options)
@@ -36,7 +38,7 @@ def write_all(source: Path, out: Path, changes: dict, **options) -> Checkpoint:
     with writer(source, out, **options) as opened:
         for name, tensor in changes.items():
             opened.write(name, {name: tensor}, [name])
-        return opened.commit({"stage": "test"}, "card\n")
+        return opened.commit(ENTRY, "card\n")
 
 
 def zeros_like(source: Path, name: str) -> torch.Tensor:
@@ -89,8 +91,8 @@ def test_provenance_has_the_fingerprint_and_the_sources_history(copy_of, tmp_pat
     source = copy_of("llama")
     made = write_all(source, tmp_path / "one", {UP: zeros_like(source, UP)})
     again = write_all(made.path, tmp_path / "two", {})
-    assert made.provenance() == {"fingerprint": made.scan(), "history": [{"stage": "test"}]}
-    assert again.provenance()["history"] == [{"stage": "test"}, {"stage": "test"}]
+    assert made.provenance() == {"fingerprint": made.scan(), "history": [ENTRY]}
+    assert again.provenance()["history"] == [ENTRY, ENTRY]
     assert again.scan() == made.scan() != Checkpoint.open(source).scan()
 
 
@@ -300,7 +302,7 @@ def test_folder_that_appears_at_the_output_meanwhile_is_not_replaced(family, tmp
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
         with pytest.raises(UsageError, match="exists"):
-            opened.commit({"stage": "test"}, "card\n")
+            opened.commit(ENTRY, "card\n")
     assert (out / "thesis.txt").read_text() == "mine"
 
 
@@ -334,7 +336,7 @@ def test_interrupted_run_goes_on_with_its_finished_parts(family, tmp_path):
         assert opened.finished == {"one": {"rows": [1, 2]}}
         assert not opened.read([UP])[UP].any()
         opened.write("two", {DOWN: zeros_like(source, DOWN)}, None)
-        opened.commit({"stage": "test"}, "card\n")
+        opened.commit(ENTRY, "card\n")
     whole = write_all(
         source, tmp_path / "whole", {n: zeros_like(source, n) for n in (UP, DOWN)}
     ).path
@@ -351,7 +353,7 @@ def test_journal_line_that_was_cut_off_does_not_count(family, tmp_path):
     journal.write_bytes(journal.read_bytes()[:-4])
     with writer(source, out) as opened:
         assert list(opened.finished) == ["one"]
-        made = opened.commit({"stage": "test"}, "card\n")
+        made = opened.commit(ENTRY, "card\n")
     # The second part was not finished, so its tensor is the source's.
     assert torch.equal(made.read([DOWN])[DOWN], Checkpoint.open(source).read([DOWN])[DOWN])
     assert not made.read([UP])[UP].any()

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from scorings import score, task, windows
 
@@ -193,7 +192,7 @@ def test_code_of_a_card_loads_the_checkpoint(outputs, monkeypatch):
 
 def with_card(folder: Path, told: object, body: str = "# x\n") -> Path:
     """Give a folder a card with this front matter."""
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(told)}---\n{body}", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{json.dumps(told)}\n---\n{body}", encoding="utf-8")
     return folder
 
 

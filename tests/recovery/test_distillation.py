@@ -35,7 +35,7 @@ def case():
 
 
 def written_out(head, hidden, teacher, labels, share, temperature):
-    """The formulas of the specification, section 1.4, on all logits at once."""
+    """The formulas of the loss, on all logits at once."""
     kept = labels != IGNORED
     logits, goal = head(hidden)[kept], teacher[kept]
     entropy = nn.functional.cross_entropy(logits, labels[kept])
@@ -153,7 +153,6 @@ def test_divergence_is_positive_and_a_constant_for_a_position_changes_nothing(ca
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_divergence_is_never_negative(case, temperature):
-    """K1."""
     head, hidden, _, labels = case
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
@@ -172,7 +171,7 @@ def test_positions_without_a_label_count_in_neither_term(case):
 
 
 def test_a_position_that_loses_its_label_leaves_both_terms(case):
-    """K3: what is left is the loss of the other positions, and another than before."""
+    """The loss is that of the other positions, and differs from before."""
     head, hidden, teacher, labels = case
     before = ours(head, hidden, teacher, labels, 0.5, 2.0)
     changed = labels.clone()

@@ -83,7 +83,7 @@ def logged(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [WHOLE, SHARDED], ids=["multi_gpu", "fsdp"])
 def test_two_processes_have_the_loss_curve_and_the_masks_of_one(pruned, tmp_path, way):
-    """D3, and the same sums: half the batches each, a step for all; evaluations change nothing."""
+    """Each process computes half of the batches; sums are the same, evaluations change nothing."""
     # Branches need whole weights: with shards they are refused.
     runs = {name: run for name, run in RUNS.items() if way == WHOLE or name != "slorb"}
     commands = []
@@ -220,7 +220,7 @@ def compare_masks(rank, folder):
 
 @pytest.mark.slow
 def test_processes_whose_masks_differ_are_refused(tmp_path):
-    """D3: not by a sum, which all masks of a pattern share."""
+    """Masks are compared, not their sums, which are equal for all masks of a pattern."""
     torch.multiprocessing.spawn(compare_masks, (tmp_path,), nprocs=2)
 
 

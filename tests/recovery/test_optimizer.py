@@ -52,7 +52,7 @@ def test_the_masked_mean_is_that_of_the_averaged_gradient_off_the_masks():
 @pytest.mark.parametrize("rule", [Held(), Annealed(1e-2, 0.25, coupled=False), Continuous(1e-2)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay, rule):
-    """A8: to 1e-7 over ten steps with the same gradients, beside a weight that has the rule."""
+    """Equal to 1e-7 over ten steps with the same gradients, next to a weight with the rule."""
     ours, theirs = parameter(6, 8), parameter(6, 8)
     reference = torch.optim.AdamW(
         [theirs], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
@@ -70,7 +70,7 @@ def test_what_is_not_sparse_follows_adamw_of_torch(weight_decay, rule):
 
 
 def test_scales_follow_adamw_of_torch_without_decay():
-    """A8: of the weight scaling of CAST, whose weights follow another rule."""
+    """The scales of CAST, whose weights follow another rule."""
     sparse = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Continuous(1e-2), spans=2)
     theirs = nn.Parameter(sparse.scale.clone())
     reference = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
@@ -153,7 +153,6 @@ def test_changing_hidden_entries_changes_no_output():
 
 
 def test_scales_of_1_change_nothing_and_scaled_weights_are_the_index_formula():
-    """C7."""
     plain = parameter(3, 8)
     weight = SparseWeight.of(plain, TWO_OF_FOUR, rule=Free(), spans=2)
     assert torch.equal(weight.parameter, weight.weight)
@@ -179,14 +178,14 @@ def test_gradients_of_weight_and_scale_are_those_of_autograd():
 
 
 def test_mask_of_a_weight_is_that_of_the_scaled_weight():
-    """C8, within a group: all its entries have one positive factor."""
+    """All entries of a group have the same positive factor."""
     weight = SparseWeight.of(parameter(16, 64), TWO_OF_FOUR, rule=Free(), spans=2)
     weight.scale.copy_(torch.rand(16, 2, generator=torch.Generator().manual_seed(2)) + 0.1)
     assert torch.equal(TWO_OF_FOUR.mask(weight.scaled(weight.weight).abs()), weight.mask)
 
 
 def test_values_are_the_kept_entries_times_their_scale_with_positive_zeros():
-    """C10: no zero becomes another number, and the product is one product."""
+    """Zeros stay zero, and the weight is the product with the scale."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Free(), spans=2)
     weight.scale.copy_(torch.rand(4, 2, generator=torch.Generator().manual_seed(2)) + 0.5)
     scales = weight.scale.repeat_interleave(4, 1)
@@ -222,7 +221,6 @@ def test_masks_are_the_best_choice_of_every_group_at_the_start_and_anew(transpos
 
 
 def test_flips_are_counted_as_the_entries_that_changed_sides():
-    """A9."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
     old = weight.mask.clone()
     weight.weight.copy_(parameter(4, 8, seed=5).data)
@@ -258,7 +256,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     ids=["shape", "type", "device"],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask):
-    """D1."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
     weight.mask = mask
     with refused("mask-does-not-fit", "w: ", kind=NumericalError):
@@ -272,7 +269,7 @@ def test_a_weight_without_a_gradient_is_refused():
 
 
 def test_entries_off_the_mask_are_the_patterns_share():
-    """D1: (1 − N/M) of the scope."""
+    """The share is 1 − N/M of the scope."""
     weight = SparseWeight.of(parameter(16, 64), TWO_OF_FOUR, rule=Held())
     assert int((~weight.mask).sum()) == 16 * 64 // 2
 
@@ -322,7 +319,6 @@ def test_a_saved_state_goes_on_to_the_same_bits(spans):
 
 
 def test_a_state_that_does_not_fit_is_refused():
-    """R2."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Held())
     mine = optimizer(weight)
     state = mine.state()

@@ -105,6 +105,25 @@ def test_auto_is_told_and_recorded_as_the_method_that_ran(pruned, tmp_path):
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(128, 4), (160, 5), (192, 8), (384, 8)])
+def test_a_short_run_takes_fewer_measuring_steps_and_says_why(pruned, tmp_path, tokens, steps):
+    """Runs of fewer than six steps measure no more steps than they train."""
+    notes = Notes()
+    recover(
+        replace(SHORT, method="ast", tokens=tokens), str(pruned), tmp_path / "out", progress=notes
+    )
+    (note,) = (note for note in notes.told if "change nothing" in note)
+    assert f"{steps} steps" in note
+    assert "decay" in note
+    assert sum("s a step" in label for label in notes.labels) == steps
+
+
+def test_a_method_without_a_decay_takes_no_measuring_steps(pruned, tmp_path):
+    notes = Notes()
+    recover(SHORT, str(pruned), tmp_path / "out", progress=notes)
+    assert not any("change nothing" in note for note in notes.told)
+
+
 def test_option_of_a_method_that_auto_may_not_take_is_refused():
     with refused("conflicting-options", "'decay'", "--method auto", kind=UsageError):
         replace(SHORT, method="auto", option={"decay": "1"})

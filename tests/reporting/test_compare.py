@@ -82,7 +82,8 @@ def test_bits_are_those_of_the_type_where_the_history_tells_none(tmp_path, dtype
 
 
 def test_last_stage_that_chose_the_form_tells_the_bits(tmp_path):
-    packed = {"stage": "pack", "source": {}, "recipe": {"pattern": "mixed"}, "weights": []}
+    packed = {"stage": "pack", "model": "m", "words": {}, "source": {}, "weights": []}
+    packed["recipe"] = {"pattern": "mixed"}
     packed["totals"] = {"bits_per_weight": 3.25, "bytes": 1}
     [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), quantized_entry(), packed)]).rows
     assert (row.bits, row.pattern) == (3.25, "2:4")

@@ -5,13 +5,11 @@ That a browser shows it is tried in Chromium, where there is one.
 
 import base64
 import json
-import math
 import re
 import shlex
 import shutil
 import subprocess
 from datetime import date
-from fractions import Fraction
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -490,7 +488,8 @@ def test_commands_of_a_given_mask_make_the_same_bytes_again(
     lines = [shlex.split(line) for line in commands(compare([made]).rows[0])]
     assert len(lines) == 1 + told
     sparse = "refined-1" if told else str(given)
-    assert lines[-1][:5] == ["sparsekit", "prune", sparse, "--dense", dense]
+    assert lines[-1][:3] == ["sparsekit", "prune", sparse]
+    assert lines[-1][lines[-1].index("--dense") + 1] == dense
     (tmp_path / "again").mkdir()
     monkeypatch.chdir(tmp_path / "again")
     for words in lines:
@@ -499,37 +498,12 @@ def test_commands_of_a_given_mask_make_the_same_bytes_again(
     assert Checkpoint.open(Path("refined")).fingerprint == Checkpoint.open(made).fingerprint
 
 
-def test_commands_of_a_given_mask_take_the_dense_model_that_was_made_before(tmp_path):
+def test_commands_of_a_given_mask_name_the_dense_model_as_it_was_given(tmp_path):
     mask = {"path": "sparse", "fingerprint": "e" * 64, "history": []}
-    first, entry = recovered_entry(), pruned_entry("dsnot from the given mask", mask=mask)
+    words = {"model": "sparse", "words": {"refine": "dsnot", "dense": "parent"}}
+    first, entry = recovered_entry(), pruned_entry("dsnot", mask=mask, **words)
     [row] = compare([checkpoint(tmp_path / "m", first, entry)]).rows
-    _, line = commands(row)
-    assert line.startswith("sparsekit prune sparse --dense m-1 --refine dsnot --pattern 2:4 ")
-
-
-@pytest.mark.parametrize(
-    "rank", ["5%", "100%", "12.5%", "3.3333333%", "0.00001%", f"7.{'123456789' * 6}%"]
-)
-def test_rank_of_a_command_is_the_share_that_was_asked_for(tmp_path, rank):
-    share = PruneConfig(compensate="lowrank", rank=rank).share
-    entry = pruned_entry()
-    entry["recipe"]["compensate"] = str(share)
-    [line] = commands(compare([checkpoint(tmp_path / "m", entry)]).rows[0])
-    words = shlex.split(line)
-    again = words[words.index("--rank") + 1]
-    assert PruneConfig(compensate="lowrank", rank=again).share == share
-
-
-def test_rank_without_an_end_gives_every_weight_the_same_rank(tmp_path):
-    for share in (Fraction(1, 3), Fraction(2, 3), Fraction(5, 7)):  # no `--rank` writes these
-        entry = pruned_entry()
-        entry["recipe"]["compensate"] = str(share)
-        [line] = commands(compare([checkpoint(tmp_path / str(share.numerator), entry)]).rows[0])
-        words = shlex.split(line)
-        told = words[words.index("--rank") + 1]
-        again = PruneConfig(compensate="lowrank", rank=told).share
-        for side in (576, 21_000, 131_072):
-            assert math.ceil(again * side) == math.ceil(share * side)
+    assert commands(row) == ["sparsekit prune sparse -o m --refine dsnot --dense parent"]
 
 
 def test_commands_that_score_keep_the_scores_where_they_were(
@@ -568,47 +542,24 @@ def test_commands_are_a_chain_that_the_command_line_takes(run):
         assert model in (None, row.name)
 
 
-def test_commands_have_only_the_options_of_their_method(tmp_path):
-    entry = recovered_entry("ast", 4096)
-    entry["recipe"]["options"] = {"spans": 0, "refresh": 5, "decay": 0.0}
-    entry["recipe"] |= {"metric": "activation", "mixed_precision": "bf16"}
-    [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), entry)]).rows
-    _, line = commands(row)
-    assert "-O refresh=5" in line
-    assert "--metric activation" in line
-    assert "--mixed-precision bf16" in line
-    assert "spans" not in line  # of cast
-
-
-def test_commands_name_what_a_recipe_asked_for(tmp_path):
-    entry = pruned_entry("dsnot from alps")
-    entry["recipe"] |= {
-        "option": {"cycles": "7"},
-        "initial_options": {"damping": "0.05", "penalty": "0.1"},
-        "compensate": "1/20",
+def test_commands_have_the_words_as_they_were_given(tmp_path):
+    words = {
+        "method": "dsnot",
+        "initial": "alps",
+        "option": {"alps.damping": "0.05"},
+        "compensate": "lowrank",
+        "rank": f"7.{'123456789' * 6}%",
         "skip": ["down_proj", "layers.0"],
         "propagate": False,
+        "seed": 3,
     }
-    [row] = compare([checkpoint(tmp_path / "my model", entry)]).rows
+    [row] = compare([checkpoint(tmp_path / "my model", pruned_entry(words=words))]).rows
     [line] = commands(row)
-    for text in (
-        "sparsekit prune demo --method dsnot --initial alps --pattern 2:4",
-        "-O alps.damping=0.05",
-        "--compensate lowrank --rank 5%",
-        "--skip down_proj --skip layers.0",
-        "--calibration builtin --samples 32 --length 512 --seed 0 --no-propagate",
-        "-o 'my model'",
-    ):
-        assert text in line
-    assert "penalty" not in line  # it is the default
-
-
-def test_stage_that_is_not_all_recorded_is_told(tmp_path):
-    old = {"stage": "prune", "recipe": {}, "source": {}, "weights": []}
-    other = {"stage": "distil"}
-    [row] = compare([checkpoint(tmp_path / "m", old, other)]).rows
-    assert [line[:3] for line in commands(row)] == ["# '", "# '"]
-    assert "not all recorded" in page(compare([tmp_path / "m"]))
+    assert line == (
+        "sparsekit prune demo -o 'my model' --method dsnot --initial alps "
+        f"--option alps.damping=0.05 --compensate lowrank --rank {words['rank']} "
+        "--skip down_proj --skip layers.0 --no-propagate --seed 3"
+    )
 
 
 # In a browser

@@ -171,6 +171,7 @@ def test_method_and_options_are_explained(name: str) -> None:
     method = methods.describe("pruners", name)
     assert method.summary
     assert method.source
+    assert method.cost
     assert all(option.help.endswith(".") for option in method.options)
 
 

@@ -70,7 +70,7 @@ def test_its_choices_are_possible_and_no_higher_for_larger_models(name):
         ("fixed", (4e-4, 5e-5, 2e-5), (2 / 3, 1 / 2, 1 / 3)),
     ],
 )
-def test_rates_and_shares_are_those_of_the_specification(name, rates, shares):
+def test_default_rates_and_kl_weights(name, rates, shares):
     """Its section 5, but for small models: half of AST's rate there, and four times for `fixed`."""
     method = methods.load("recoverers", name, {})
     scales = [Scale(parameters=size, weight=0.05, masked_gradient=1e-3) for size in SIZES]

@@ -1,4 +1,4 @@
-"""The rules of AST and CAST against the formulas of the specification (A4-A6, C1-C6, C14)."""
+"""The rules of AST and CAST against their formulas."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ class Released(Annealed):
 
 
 def test_the_sign_of_the_released_code_would_be_found():
-    """A4: the control of the test above."""
+    """Control of the test above."""
     with pytest.raises(AssertionError):
         test_without_gradients_kept_entries_stay_and_the_others_go_toward_zero(
             Released(1e-2, 0.25, coupled=False)
@@ -65,7 +65,7 @@ def test_an_entry_at_zero_stays_there_without_a_gradient(rule):
 
 
 def test_strength_of_ast_rises_to_its_plateau():
-    """A5, in shares of the optimizer's steps."""
+    """λ depends on the share of the optimizer's steps."""
     rule = Annealed(1e-4, 0.25, coupled=False)
     assert rule.strength(0.0) == 0
     assert rule.strength(0.125) == pytest.approx(5e-5)
@@ -73,7 +73,7 @@ def test_strength_of_ast_rises_to_its_plateau():
 
 
 def test_three_steps_of_ast_are_those_of_the_formulas():
-    """A6: the decay leaves no trace in the first moment, and is in the second."""
+    """The decay enters the second moment, not the stored first moment."""
     rule = Annealed(1e-1, 0.5, coupled=False)
     mine, weight = start(rule)
     w, off = weight.weight.double().clone(), (~weight.mask).double()
@@ -107,7 +107,6 @@ def test_coupled_decay_is_part_of_the_gradient_of_adamw():
 
 
 def test_first_step_of_cast_does_not_know_the_mask():
-    """C1."""
     mine, weight = start(Continuous(1e-1))
     other, free = start(Continuous(1e-1))
     free.mask = torch.ones(4, 8, dtype=torch.bool)
@@ -119,7 +118,7 @@ def test_first_step_of_cast_does_not_know_the_mask():
 
 @pytest.mark.parametrize("spans", [0, 2])
 def test_cast_computes_with_all_entries_whatever_the_mask_is(spans):
-    """C6, through all that may write the parameter: the start, a step at rate 0, a selection."""
+    """After everything that writes the parameter: creation, a step at rate 0, a mask selection."""
     plain = nn.Parameter(gradient(1))
     dense = plain.detach().clone()
     weight = SparseWeight.of(plain, TWO_OF_FOUR, rule=Continuous(1e-2), spans=spans)
@@ -134,7 +133,7 @@ def test_cast_computes_with_all_entries_whatever_the_mask_is(spans):
 
 
 def test_three_steps_of_cast_are_those_of_the_formulas():
-    """C2, C4 and C5: a is the share of the steps, the first moment is that of the raw gradient."""
+    """a is the share of the steps; the stored first moment is that of the raw gradient."""
     mine, weight = start(Continuous(1e-1))
     w, mask = weight.weight.double().clone(), weight.mask.clone()
     mean = square = torch.zeros(4, 8, dtype=torch.float64)
@@ -161,7 +160,6 @@ def test_the_pull_of_cast_is_whole_at_the_end_and_not_more():
 
 
 def test_second_moment_of_cast_without_gradients_is_that_of_the_pull():
-    """C5."""
     mine, weight = start(Continuous(1e-2))
     weight.parameter.grad = torch.zeros(4, 8)
     mine.step(1e-3, 0.5)
@@ -172,7 +170,6 @@ def test_second_moment_of_cast_without_gradients_is_that_of_the_pull():
 
 @pytest.mark.parametrize("decay", [1e-6, 1e-4, 1e-2])
 def test_a_late_step_of_cast_has_the_size_of_the_rate_whatever_the_strength(decay):
-    """C14."""
     mine, weight = start(Continuous(decay))
     for step in range(60):
         before = weight.weight.clone()

@@ -1,6 +1,6 @@
 """CAST on one layer: the entries off the mask vanish, and the decay does it (C11-C13).
 
-The task and its limits are those of the recovery specification, section 6.2: one layer of 32 inputs
+The task: one layer of 32 inputs
 and 16 outputs, 64 random inputs and targets, 600 steps.
 """
 
@@ -57,7 +57,7 @@ def test_entries_off_the_mask_vanish_and_their_removal_changes_nothing(seed):
 
 
 def test_without_decay_the_same_run_leaves_them():
-    """C13: the specification's own run gave a ratio of 0.37 and a change of 52 %."""
+    """A reference run gave a ratio of 0.37 and a change of 52 %."""
     found = trained(0, 0.0)
     assert found["ratio"] > 0.2
     assert found["changed"] > 0.2
