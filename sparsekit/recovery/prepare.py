@@ -13,7 +13,7 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.layout import Layout, factor_types
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import pick_device, product_seconds
@@ -109,6 +109,9 @@ def prepare_recover(
     source = _open_model(model, out, overwrite=overwrite, progress=progress)
     device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
+    saved = state_bytes(source) if saves else 0
+    if config.slorb is None:  # before patterns are searched in the weights, which takes minutes
+        _require_disk(out, Layout.of(source), saved, config, source, recoverer)
     stream = BlockStream(source, device=str(device), dtype=torch.float32)
     linear = stream.targets()
     targets, left = sparse_targets(config, source, linear)
@@ -117,7 +120,7 @@ def prepare_recover(
     if processes.shards:
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
-    require_disk(out, layout, state_bytes(source) if saves else 0)
+    _require_disk(out, layout, saved, config, source, recoverer)
     teacher, teacher_name = None, ""
     if config.kl_weight != 0 or config.slorb is not None or config.data == "self":
         teacher_name = config.teacher or _parent(source) or model
@@ -139,6 +142,31 @@ def prepare_recover(
     )
     _require_memory(job, processes)
     return job
+
+
+def _require_disk(
+    out: Path,
+    layout: Layout,
+    saved: int,
+    config: RecoverConfig,
+    source: Checkpoint,
+    recoverer: Recoverer,
+) -> None:
+    """Refuse a run that does not fit on the disk, and name the memory that it would need.
+
+    Raises:
+        StorageError: Names the disk space needed and available.
+    """
+    try:
+        require_disk(out, layout, saved)
+    except StorageError as error:
+        needed = training_bytes(config, source, None, recoverer) / 1e9
+        raise StorageError(
+            error.message,
+            f"{error.hint}; training also needs {needed:.2f} GB of memory, besides the teacher and "
+            "the activations",
+            code=error.code,
+        ) from error
 
 
 def _open_model(model: str, out: Path, *, overwrite: bool, progress: Progress) -> Checkpoint:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -235,3 +236,17 @@ def test_peak_is_not_above_what_the_plan_says(what, make_llama, row_file, tmp_pa
     peak, estimate = json.loads(found.stdout)
     assert peak < 1.2 * estimate + 50e6, (peak, estimate)
     assert estimate < 4 * peak + 50e6, (peak, estimate)
+
+
+def test_recovery_without_disk_space_names_the_memory_before_weights_are_read(
+    cli, pruned, row_file, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(
+        "sparsekit.recovery.prepare.sparse_targets", lambda *_: pytest.fail("weights were read")
+    )
+    words = ("--data", row_file, "--tokens", 48, "--batch", 2, "--length", 24)
+    found = cli("recover", pruned, "-o", tmp_path / "out", *words, "--dry-run")
+    assert found.code == 1
+    assert re.search(r"\d GB free.* \d+\.\d+ GB of memory", found.stderr), found.stderr
