@@ -1,1 +1,1 @@
-"""Checkpoints on disk, the stream of their blocks, and token rows."""
+"""Checkpoints on disk: reading, writing, and where they come from."""

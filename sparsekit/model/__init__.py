@@ -1,1 +1,1 @@
-"""A model while it computes."""
+"""Models in memory: architecture, block stream, full models."""

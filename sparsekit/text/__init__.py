@@ -1,1 +1,1 @@
-"""Token rows."""
+"""Token rows: sources of text, calibration, evaluation and training rows."""

@@ -1,4 +1,4 @@
-"""A safetensors file of the user's cache, with the sha256 of its tensors to tell later damage."""
+"""Safetensors files in the user's cache, with the sha256 of their tensors to detect damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Store tensors, which are on the CPU.
+    """Store CPU tensors.
 
     Raises:
         StorageError: They could not be written.
@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_or_remove(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None when there is none. A damaged file is removed."""
+    """The tensors of a file; None if there is no such file, or a damaged one, which is removed."""
     if not path.is_file():
         return None
     try:
@@ -68,14 +68,16 @@ def opened(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def damaged(path: Path, reason: object) -> DataError:
-    """What to raise of a file that is not as it was written."""
-    return DataError(f"{path} is damaged: {reason}", "delete it, and it is made again")
+    """The error for a file that is not as it was written."""
+    return DataError(
+        f"{path} is damaged: {reason}", "delete it, and it is made again", code="damaged-file"
+    )
 
 
 def header(n_bytes: int, name: str, shape: list[int], metadata: Mapping[str, str]) -> bytes:
-    """What precedes the data of a file with one int32 tensor, padded to a length.
+    """The header of a file with one int32 tensor, padded to `n_bytes`.
 
-    For a file whose data is written before its size is known.
+    The padding allows writing the data before its size is known.
     """
     size = 4 * shape[0]
     entry = {"dtype": "I32", "shape": shape, "data_offsets": [0, size]}

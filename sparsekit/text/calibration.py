@@ -1,10 +1,10 @@
-"""Token rows for calibration and for perplexity: from text, from a row file or from the model.
+"""Token rows for calibration and perplexity: from text, a row file or the model.
 
 Source: the window draw of Wanda, SparseGPT and DSnoT (locuslab/wanda, lib/data.py) for
 calibration, and their perplexity protocol for evaluation.
-Differs: a private random generator; documents known to be too short are not tokenised again, and
-when all of them are too short that is an error (the references loop for ever); the length is an
-option of its own instead of the model's maximum.
+Differs: a private random generator; documents that are too short are tokenised only once, and an
+error if all of them are (the references loop forever); the length is an option instead of the
+model's maximum.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Which token rows the activations are observed on."""
+    """The token rows on which activations are observed."""
 
     source: str = "builtin"
     """One of `SOURCES`, or a file: text, JSON lines or parquet with a field `text`, token rows."""
@@ -62,27 +62,27 @@ class Calibration:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what can be known to be wrong without loading anything.
+        """Refuse options that are wrong whatever the model is.
 
         Raises:
-            UsageError: The source or a number is not one that exists.
+            UsageError: The source is unknown or a number is out of range.
             DataError: The file is missing, empty or unreadable.
         """
         check_source(self.source)
         check_number("samples", self.samples, 1)
         check_number("length", self.length, 2)
-        check_number("seed", self.seed, 0)  # random.Random takes -1 and 1 for the same seed
+        check_number("seed", self.seed, 0)  # random.Random treats -1 and 1 as the same seed
 
     def rows(self, checkpoint: Checkpoint, progress: Progress = SILENT) -> TokenRows:
-        """The token rows for a checkpoint, from the cache when they were drawn before.
+        """The token rows for a checkpoint, from the cache if they were drawn before.
 
         `builtin` is Python's own help text (`pydoc_data.topics`) without every fifth topic, which
-        `evaluation_rows` keeps for itself. It varies with the Python version, and so do the
+        is reserved for `evaluation_rows`. It varies with the Python version, and so do the
         fingerprint and the cache key.
 
         Raises:
-            UsageError: See `check`.
-            DataError: The source is broken, too short, or does not fit the model.
+            UsageError: The source is unknown or a number is out of range.
+            DataError: The source is damaged, too short, or does not fit the model.
         """
         self.check()
         if is_kind(self.source, ROW_FILE):
@@ -101,11 +101,11 @@ class Calibration:
         return token_rows(tokens, self.source, checkpoint.config, notes)
 
     def require(self, checkpoint: Checkpoint) -> None:
-        """Make sure that rows can be had for a checkpoint, as far as that needs no text.
+        """Check that the source can give rows for a checkpoint, without reading text.
 
         Raises:
-            DataError: A row file does not fit the model, a text needs the missing tokenizer, or
-                a model that rows are sampled from does not fit into memory.
+            DataError: A row file does not fit the model, text needs the missing tokenizer, or the
+                model to sample from does not fit into memory.
         """
         if is_kind(self.source, ROW_FILE):
             self._stored(checkpoint.config)
@@ -118,7 +118,7 @@ class Calibration:
         """Samples and length of the rows for a model, without drawing them.
 
         Raises:
-            DataError: A row file is broken or does not fit the model.
+            DataError: A row file is damaged or does not fit the model.
         """
         if is_kind(self.source, ROW_FILE):
             samples, length = self._stored(config).tokens.shape
@@ -128,7 +128,7 @@ class Calibration:
     def _draw(
         self, checkpoint: Checkpoint, samples: int, length: int, progress: Progress, kept: Path
     ) -> Tensor:
-        """The rows; `kept` holds those that an interrupted run has sampled."""
+        """Draw the rows; `kept` holds those that an interrupted run has sampled."""
         import torch
 
         if self.source == "self":
@@ -151,6 +151,7 @@ class Calibration:
             raise DataError(
                 f"{self.source} holds {len(tokens)} rows, {samples} are asked for",
                 f"use --samples {len(tokens)} or fewer",
+                code="too-few-rows",
             )
         return token_rows(tokens[:samples].clone(), self.source, config, notes)
 
@@ -167,7 +168,7 @@ class Calibration:
 
 
 def source_key(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells the text of a source from any other, for the keys of caches."""
+    """The identity of a source's text, for cache keys."""
     kind = "documents" if is_documents(source) else "text"
     if source == "builtin":
         content: Any = hashlib.sha256(builtin_text(held_out=False).encode()).hexdigest()
@@ -179,24 +180,24 @@ def source_key(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def tokenizer_key(checkpoint: Checkpoint) -> dict[str, str]:
-    """What tells a checkpoint's tokenizer from any other."""
-    found = {path for pattern in TOKENIZER_FILES for path in checkpoint.path.glob(pattern)}
-    return {path.name: sha256_file(path) for path in found if path.is_file()}
+    """The identity of a checkpoint's tokenizer, for cache keys."""
+    files = {path for pattern in TOKENIZER_FILES for path in checkpoint.path.glob(pattern)}
+    return {path.name: sha256_file(path) for path in files if path.is_file()}
 
 
 def evaluation_rows(
     source: str, checkpoint: Checkpoint, *, length: int | None = None, limit: int | None = None
 ) -> TokenRows:
-    """The windows that perplexity is measured on: one text, tokenised once, cut without overlap.
+    """The windows for perplexity: one text, tokenised once and cut without overlap.
 
     The tail is dropped. `c4` is its first 1100 validation documents, at most 256 windows; the
-    documents of a file are joined by an empty line; a row file is taken as it is. `length` is
-    2048, or that of a row file, and capped at the model's maximum. `limit` windows are taken
-    evenly spaced when there are more.
+    documents of a file are joined by an empty line; a row file is used as it is. `length` is 2048
+    or that of a row file, capped at the model's maximum. If there are more than `limit` windows,
+    that many evenly spaced ones are used.
 
     Raises:
-        UsageError: The source or a number is not one that can be used.
-        DataError: The source is broken, too short, or does not fit the model.
+        UsageError: The source is unknown or unsuitable, or a number is out of range.
+        DataError: The source is damaged, too short, or does not fit the model.
     """
     import torch
 
@@ -207,6 +208,7 @@ def evaluation_rows(
         raise UsageError(
             "perplexity cannot be measured on text of the model itself",
             "use builtin, c4, wikitext2 or a file",
+            code="unsuitable-source",
         )
     if is_kind(source, ROW_FILE):
         tokens, notes = cut_row_file(source, length, checkpoint.config)
@@ -229,13 +231,13 @@ def check_number(name: str, value: int | None, least: int) -> None:
         UsageError: It is below.
     """
     if value is not None and value < least:
-        raise UsageError(f"{name} is {value}, it must be at least {least}")
+        raise UsageError(f"{name} is {value}, it must be at least {least}", code="out-of-range")
 
 
 def encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     """The checkpoint's tokenizer as a function, special tokens on."""
     tokenizer = checkpoint.tokenizer()
-    # verbose=False: texts longer than the model's maximum are what windows are cut from.
+    # verbose=False: no warning about texts longer than the model's maximum.
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
@@ -247,7 +249,7 @@ def document_windows(
     seed: int,
     source: str,
 ) -> Iterator[list[int]]:
-    """Windows of single documents: draw a document, accept it if longer than a window, then cut.
+    """Windows of single documents: draw a document, accept it if it is longer than a window, cut.
 
     Raises:
         DataError: No document is longer than a window.
@@ -279,7 +281,7 @@ def running_windows(
     seed: int,
     source: str,
 ) -> Iterator[list[int]]:
-    """Windows of one running text that is tokenised once.
+    """Windows of one continuous text that is tokenised once.
 
     Raises:
         DataError: The text is not longer than a window.
@@ -293,7 +295,8 @@ def running_windows(
         yield ids[start : start + length]
 
 
-def too_short(what: str, tokens: int, length: int) -> DataError:
+def too_short(text: str, tokens: int, length: int) -> DataError:
     """The error for a text that no window of `length` tokens can be cut from."""
     hint = f"use --length {tokens - 1} or a longer text" if tokens > 2 else "use a longer text"
-    return DataError(f"{what} has {tokens} tokens, rows of {length} need more", hint)
+    message = f"{text} has {tokens} tokens, rows of {length} need more"
+    return DataError(message, hint, code="text-too-short")

@@ -1,4 +1,4 @@
-"""Rows of token ids: checked, fingerprinted, and read from a row file."""
+"""Rows of token ids and row files, with checks and fingerprints."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 
 
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
-# Tokens of a row file that are read at a time, where all are checked.
+# Tokens of a row file that are read at a time when all are checked.
 PIECE_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenRows:
-    """Rows of token ids that are all equally long and never padded."""
+    """Rows of token ids of the same length, without padding."""
 
     tokens: Tensor  # [samples, length], int64
     source: str
-    """What the user asked for."""
+    """The source as the user named it."""
     fingerprint: str
     """sha256 over the shape and the ids, as little-endian int64."""
     notes: tuple[str, ...] = ()
-    """What the user should be told, such as a capped length."""
+    """Notes for the user, e.g. about a capped length."""
 
     @property
     def title(self) -> str:
-        """For people: how many rows of which text."""
+        """A description for people: the number of rows and their text."""
         return f"{len(self.tokens)} x {self.tokens.shape[1]} tokens of {Path(self.source).name}"
 
     def to_json(self, seed: int) -> dict[str, Any]:
-        """What the history tells of rows that were drawn with a seed."""
+        """The record of rows drawn with a seed, for the history."""
         samples, length = self.tokens.shape
         return {
             "source": self.source,
@@ -51,7 +51,7 @@ class TokenRows:
 
 
 def cap_length(length: int, config: PretrainedConfig) -> tuple[int, tuple[str, ...]]:
-    """The length within the model's maximum, and a note when that is less than asked for."""
+    """The length capped at the model's maximum, and a note if that is less than requested."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not limit or limit < 0 or length <= limit:
         return length, ()
@@ -61,10 +61,10 @@ def cap_length(length: int, config: PretrainedConfig) -> tuple[int, tuple[str, .
 def cut_row_file(
     source: str, length: int | None, config: PretrainedConfig
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """All rows of a row file [samples, length], cut to the length asked for, and the notes.
+    """All rows of a row file [samples, length], cut to the requested length, and notes.
 
     Raises:
-        DataError: See `read_row_file`; or its rows are shorter than `length`.
+        DataError: The file is not one 2-D integer tensor, or its rows are shorter than `length`.
     """
     tokens = read_row_file(source)
     length, notes = row_length(source, tokens.shape[1], length, config)
@@ -74,7 +74,7 @@ def cut_row_file(
 def row_length(
     source: str, columns: int, length: int | None, config: PretrainedConfig
 ) -> tuple[int, tuple[str, ...]]:
-    """The length that rows of a row file are cut to, and the notes.
+    """The length to which rows of a row file are cut, and notes.
 
     Raises:
         DataError: They are shorter than `length`.
@@ -83,6 +83,7 @@ def row_length(
         raise DataError(
             f"the rows of {source} have {columns} tokens, {length} are asked for",
             f"use --length {columns} or less",
+            code="rows-too-short",
         )
     return cap_length(length or columns, config)
 
@@ -99,7 +100,7 @@ def read_row_file(source: str) -> Tensor:
 
 
 def open_row_file(source: str) -> Any:
-    """The rows of a row file as a slice `[samples, length]` that is read where it is cut.
+    """The rows of a row file `[samples, length]` as a slice that is read on indexing.
 
     Raises:
         DataError: The file is not one 2-D integer tensor.
@@ -110,15 +111,21 @@ def open_row_file(source: str) -> Any:
         file = safe_open(source, "pt")
         names = list(file.keys())
         if len(names) != 1:
-            raise DataError(f"{source} holds {len(names)} tensors, a row file holds exactly one")
+            raise DataError(
+                f"{source} holds {len(names)} tensors, a row file holds exactly one",
+                code="not-a-row-file",
+            )
         rows = file.get_slice(names[0])
         shape, kind = rows.get_shape(), rows.get_dtype()
     except SafetensorError as error:
-        raise DataError(f"{source} is not a valid safetensors file: {error}") from error
+        raise DataError(
+            f"{source} is not a valid safetensors file: {error}", code="damaged-file"
+        ) from error
     if kind not in INTEGERS or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise DataError(
             f"{source} holds {kind} of shape {shape}",
             "a row file holds integers [samples, length], at least one row of two tokens",
+            code="not-a-row-file",
         )
     return rows
 
@@ -140,7 +147,13 @@ def token_rows(
 def require_vocabulary(
     tokens: Tensor, source: str, config: PretrainedConfig, first: int = 0
 ) -> None:
-    """Refuse rows with ids that the model does not have; the first is row `first` of the source.
+    """Refuse rows with ids that the model does not have.
+
+    Args:
+        tokens: The rows.
+        source: Their source, for the message.
+        config: The model's configuration.
+        first: The index of the first row in the source.
 
     Raises:
         DataError: An id is outside the model's vocabulary.
@@ -153,19 +166,20 @@ def require_vocabulary(
             f"{source}: row {first + row}, column {column} is token {tokens[row, column]}, "
             f"the model's vocabulary has {size}",
             "were the rows or the tokenizer made for another model?",
+            code="token-out-of-range",
         )
 
 
 class RowFile:
-    """A row file as one stream of rows of another length, read where it is cut.
+    """A row file as a stream of rows of another length, read on indexing.
 
     Args:
         source: The file.
-        length: Tokens of a row of the stream.
-        pieces: How many of them each row of the file gives; the rest of it is left out.
+        length: Tokens in a row of the stream.
+        pieces: Number of such rows in each row of the file; the rest of it is dropped.
 
     Raises:
-        DataError: See `open_row_file`.
+        DataError: The file is not one 2-D integer tensor.
     """
 
     def __init__(self, source: str, length: int, pieces: int) -> None:
@@ -176,17 +190,17 @@ class RowFile:
 
     @property
     def count(self) -> int:
-        """Tokens of the stream."""
+        """Number of tokens in the stream."""
         return self._samples * self._pieces * self._length
 
     def __getitem__(self, tokens: slice) -> Tensor:
-        """The row of the stream that begins at a token, `[length]`."""
+        """The row of the stream that starts at a token, `[length]`."""
         row, piece = divmod(tokens.start // self._length, self._pieces)
         start = piece * self._length
         return self._stored[row : row + 1, start : start + self._length][0]
 
     def check(self, config: PretrainedConfig) -> str:
-        """The fingerprint of the rows of the stream, read a part of the file at a time.
+        """The fingerprint of the rows of the stream, read piece by piece.
 
         Raises:
             DataError: An id is outside the model's vocabulary.
@@ -211,7 +225,7 @@ def fingerprint(tokens: Tensor) -> str:
 
 
 def _digest(*shape: int) -> Any:
-    """A sha256 that has seen a shape."""
+    """A sha256 over a shape, to be continued."""
     return hashlib.sha256(struct.pack(f"<{len(shape)}q", *shape))
 
 

@@ -1,7 +1,7 @@
-"""Token rows sampled from the dense model itself, where there is no text.
+"""Token rows sampled from the dense model itself.
 
-Every row is exactly as long as asked for: the end-of-text token is drawn like any other and does
-not stop a row, as it would not stop a window cut from concatenated documents.
+All rows have the requested length: the end-of-text token does not end a row, just as it does not
+end a window of concatenated documents.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from sparsekit.checkpoint.checkpoint import Checkpoint
 
 
-# Fixed, because the random numbers of a row depend on the rows drawn beside it.
+# Fixed, because the random numbers of a row depend on the other rows of its batch.
 BATCH = 8
-# Why sampling needs the whole model in memory, and what can be had without.
-SAMPLING = MemoryUse("text of 'self'", hint="take builtin or a file in its place")
+SAMPLING = MemoryUse("text of 'self'", hint="use builtin or a file instead")
 
 
 def require_memory(checkpoint: Checkpoint) -> None:
@@ -48,12 +47,12 @@ def sample_rows(
     *,
     kept: Path | None = None,
 ) -> Tensor:
-    """Token ids [samples, length] drawn from the model, in float32 on the CPU.
+    """Sample token ids [samples, length] from the model, in float32 on the CPU.
 
     Plain ancestral sampling: temperature 1, no top-k, no top-p, none of the checkpoint's own
-    generation settings. A row opens with the BOS token of tokenizer or config, else with EOS, else
-    with a random id. The global random generators are left as they were. With `kept` every batch
-    goes to this file, from which an interrupted run goes on to the same rows.
+    generation settings. A row starts with the BOS token of tokenizer or config, else with EOS, else
+    with a random id. The global random generators are not changed. With `kept` every batch is
+    stored in this file, from which an interrupted run resumes with the same rows.
 
     Raises:
         DataError: The float32 model does not fit into the available memory.
@@ -68,7 +67,7 @@ def sample_rows(
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
     )
-    # generate() fills what is unset here from the model's own settings, EOS among them.
+    # generate() takes unset options from the model's own settings, EOS among them.
     model.generation_config = sampling
     start = start_token(checkpoint)
     vocabulary = checkpoint.config.get_text_config().vocab_size
@@ -76,7 +75,7 @@ def sample_rows(
     rows = stored["rows"] if stored else torch.empty(0, length, dtype=torch.int64)
     progress.begin("sampling rows from the model", -(-samples // BATCH), len(rows) // BATCH)
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed the CUDA generators too, and nothing would restore those.
+        # torch.manual_seed would also seed the CUDA generators, which are not restored.
         torch.default_generator.manual_seed(seed)
         if stored:
             torch.default_generator.set_state(stored["state"])
@@ -96,12 +95,12 @@ def sample_rows(
 
 
 def start_token(checkpoint: Checkpoint) -> int | None:
-    """The id that opens every row: BOS, else EOS; None when tokenizer and config have neither."""
+    """The first id of every row: BOS, else EOS; None if tokenizer and config have neither."""
     config = checkpoint.config.get_text_config()
     try:
         holders = [checkpoint.tokenizer(), config]
     except DataError:
-        holders = [config]  # sampling needs the ids only, so a missing tokenizer is no obstacle
+        holders = [config]  # sampling needs only ids, not a tokenizer
     for field in ("bos_token_id", "eos_token_id"):
         for holder in holders:
             token = getattr(holder, field, None)

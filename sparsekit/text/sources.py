@@ -1,4 +1,4 @@
-"""Where text comes from: the interpreter, the hub or a local file."""
+"""Sources of text: the Python interpreter, the hub or a local file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsekit.errors import DataError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 
 SOURCES = ("builtin", "self", "c4", "wikitext2")
 C4 = "allenai/c4"
@@ -28,7 +33,7 @@ DOCUMENT_FILES = (".jsonl", ".json.gz", ".parquet")
 ROW_FILE = ".safetensors"
 C4_DOCUMENTS = 1100
 PIECE_BYTES = 1 << 20
-# A line that is longer is cut at a space, or else where a character ends.
+# Longer lines are cut at a space, otherwise between characters.
 LINE_BYTES = 16 << 20
 ELSEWHERE = "use builtin or a local file instead"
 
@@ -44,17 +49,30 @@ def check_source(source: str) -> None:
         return
     path = Path(source)
     if not path.exists() and "/" not in source and "." not in source:
-        raise UsageError(f"unknown source of text '{source}'", did_you_mean(source, SOURCES))
+        raise UsageError(
+            f"unknown source of text '{source}'",
+            did_you_mean(source, SOURCES),
+            code="unknown-source",
+        )
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{source} {problem}", f"name a file, or one of {', '.join(SOURCES)}")
+        hint = f"name a file, or one of {', '.join(SOURCES)}"
+        raise DataError(f"{source} {problem}", hint, code="no-such-file")
     kinds = (*TEXT_FILES, *DOCUMENT_FILES, ROW_FILE)
     if not is_kind(source, *kinds):
-        raise UsageError(f"{source} is of an unknown kind of file", f"known: {', '.join(kinds)}")
+        raise UsageError(
+            f"{source} is a file of an unknown kind",
+            f"known: {', '.join(kinds)}",
+            code="unknown-file-type",
+        )
     if path.stat().st_size == 0:
-        raise DataError(f"{source} is empty")
+        raise DataError(f"{source} is empty", code="empty-file")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{source} may not be read", "check its permissions")
+        raise DataError(
+            f"{source} cannot be read: permission denied",
+            "check its permissions",
+            code="cannot-read",
+        )
 
 
 def is_kind(source: str, *endings: str) -> bool:
@@ -63,12 +81,12 @@ def is_kind(source: str, *endings: str) -> bool:
 
 
 def is_documents(source: str) -> bool:
-    """Whether windows are drawn from single documents, not from one running text."""
+    """Whether windows are drawn from single documents instead of one continuous text."""
     return source == "c4" or is_kind(source, *DOCUMENT_FILES)
 
 
 def calibration_texts(source: str) -> Sequence[str]:
-    """The documents to draw windows from; exactly one when the text is a running one."""
+    """The documents to draw windows from; exactly one for a continuous text."""
     if source == "builtin":
         return [builtin_text(held_out=False)]
     if source == "c4":
@@ -79,10 +97,10 @@ def calibration_texts(source: str) -> Sequence[str]:
 
 
 def training_texts(source: str) -> Iterator[str]:
-    """The documents of a source one after another, never all of them in memory.
+    """Iterate over the documents of a source, without keeping all of them in memory.
 
-    A plain text comes in pieces that end with a line; Python's help text comes without the part
-    that is held out for evaluation.
+    A plain text is read in pieces of whole lines. Python's help text excludes the part that is held
+    out for evaluation.
     """
     if source == "wikitext2":  # its rows are the lines of one text
         return iter(["\n\n".join(hub_texts(*TRAIN_FILES[source]))])
@@ -94,10 +112,10 @@ def training_texts(source: str) -> Iterator[str]:
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces of about `PIECE_BYTES`, each ending with a line.
+    """Read a text file in pieces of about `PIECE_BYTES` that end with a line.
 
-    Of lines longer than `LINE_BYTES` a piece is a part, that begins with a space where there is
-    one: so do the words of most tokenizers.
+    Lines longer than `LINE_BYTES` are cut before a space, if there is one: with most tokenizers
+    words start with a space.
 
     Raises:
         DataError: It is not UTF-8.
@@ -119,15 +137,15 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def end_of_character(data: bytearray) -> int:
-    """Where the last character of UTF-8 that may not be whole begins."""
+    """The start of the last UTF-8 character, which may be incomplete."""
     start = len(data) - 1
-    while start > len(data) - 4 and data[start] & 0xC0 == 0x80:  # bytes that go on with one
+    while start > len(data) - 4 and data[start] & 0xC0 == 0x80:  # continuation bytes
         start -= 1
     return start
 
 
 def evaluation_text(source: str) -> str:
-    """The one text that perplexity is measured on."""
+    """The text on which perplexity is measured."""
     if source == "builtin":
         return builtin_text(held_out=True)
     if source == "c4":
@@ -153,17 +171,21 @@ def hub_texts(repo: str, files: str) -> Sequence[str]:
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # of httpx, under the name its version goes by
+    from huggingface_hub.errors import HTTPError  # of httpx, whichever version
 
     try:
         return load_dataset(repo, data_files={"train": files}, split="train")["text"]
     except ConnectionError as error:
         raise DataError(
-            f"the Hugging Face hub cannot be reached to load {repo}: {error}", ELSEWHERE
+            f"the Hugging Face hub cannot be reached to load {repo}: {error}",
+            ELSEWHERE,
+            code="hub-unavailable",
         ) from error
     except (OSError, HTTPError, DatasetsError) as error:
         reason = str(error)[:200]
-        raise DataError(f"{files} of {repo} cannot be loaded: {reason}", ELSEWHERE) from error
+        raise DataError(
+            f"{files} of {repo} cannot be loaded: {reason}", ELSEWHERE, code="cannot-read"
+        ) from error
 
 
 def file_texts(path: Path) -> list[str]:
@@ -176,7 +198,7 @@ def file_texts(path: Path) -> list[str]:
         return [decode(path.read_bytes(), path, 0)]
     texts = list(READERS[_ending(path.name)](path))
     if not texts:
-        raise DataError(f"{path} holds no documents")
+        raise DataError(f"{path} holds no documents", code="no-documents")
     return texts
 
 
@@ -196,7 +218,9 @@ def json_texts(path: Path) -> Iterator[str]:
                     yield record_text(decode(line, path, offset), place)
                 offset += len(line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a complete gzip file: {error}") from error
+        raise DataError(
+            f"{path} is not a complete gzip file: {error}", code="damaged-file"
+        ) from error
 
 
 def record_text(line: str, place: str) -> str:
@@ -208,14 +232,14 @@ def record_text(line: str, place: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from error
+        raise DataError(f"{place}: not valid JSON: {error}", code="invalid-json") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError(f"{place}: no field 'text' that is a string")
+        raise DataError(f"{place}: no field 'text' that is a string", code="no-text-field")
     return record["text"]
 
 
 def parquet_texts(path: Path) -> Iterator[str]:
-    """The column `text` of a parquet file, a batch of rows in memory at a time.
+    """The column `text` of a parquet file, read in batches of rows.
 
     Raises:
         DataError: The file is damaged, or a row has no text.
@@ -225,20 +249,32 @@ def parquet_texts(path: Path) -> Iterator[str]:
 
     try:
         with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise DataError(f"{path} has no column 'text'", f"its columns: {', '.join(names)}")
-            batches = (batch["text"].to_pylist() for batch in file.iter_batches(columns=["text"]))
-            for row, text in enumerate(chain.from_iterable(batches)):
-                if not isinstance(text, str):
-                    raise DataError(f"{path}, row {row}: no field 'text' that is a string")
-                yield text
+            yield from _text_column(path, file)
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a valid parquet file: {error}") from error
+        raise DataError(
+            f"{path} is not a valid parquet file: {error}", code="damaged-file"
+        ) from error
+
+
+def _text_column(path: Path, file: ParquetFile) -> Iterator[str]:
+    names = file.schema_arrow.names
+    if "text" not in names:
+        raise DataError(
+            f"{path} has no column 'text'",
+            f"its columns: {', '.join(names)}",
+            code="no-text-field",
+        )
+    batches = (batch["text"].to_pylist() for batch in file.iter_batches(columns=["text"]))
+    for row, text in enumerate(chain.from_iterable(batches)):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path}, row {row}: no field 'text' that is a string", code="no-text-field"
+            )
+        yield text
 
 
 def decode(data: bytes, path: Path, offset: int) -> str:
-    """UTF-8 bytes, found at `offset` of the (uncompressed) file, as text.
+    """Decode UTF-8 bytes from `offset` of the (uncompressed) file.
 
     Raises:
         DataError: They are not UTF-8; the message says at which byte of the file.
@@ -247,11 +283,13 @@ def decode(data: bytes, path: Path, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 at byte {offset + error.start}", "convert it with iconv"
+            f"{path}: not UTF-8 at byte {offset + error.start}",
+            "convert it with iconv",
+            code="not-utf8",
         ) from error
 
 
-# The documents of a file by the end of its name, read one after another.
+# Readers of a file's documents, by the ending of its name.
 READERS: Mapping[str, Callable[[Path], Iterator[str]]] = {
     **dict.fromkeys(TEXT_FILES, text_pieces),
     ".jsonl": json_texts,
@@ -261,5 +299,5 @@ READERS: Mapping[str, Callable[[Path], Iterator[str]]] = {
 
 
 def _ending(source: str) -> str:
-    """The end of a file's name that says what kind of text it holds."""
+    """The ending of a file's name, which is a key of `READERS`."""
     return next(ending for ending in READERS if is_kind(source, ending))

@@ -1,7 +1,7 @@
 """The tokens of a text on disk: one int32 tensor that grows by whole documents.
 
-The header of the safetensors file also tells how many documents are in it, whether the text has no
-more, and the sha256 of the tokens.
+The header of the safetensors file also records the number of documents, whether the text is
+complete, and the sha256 of the tokens.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 # Bytes kept free for the header, which is written last.
 HEADER_BYTES = 512
-# Tokens that are read at a time, where all of a file are.
+# Tokens that are read at a time when the whole file is read.
 PIECE_TOKENS = 1 << 22
-# When a file that nobody has written to since is one that a killed process has left.
+# Age at which an unchanged temporary file counts as the leftover of a killed process.
 LEFTOVER_SECONDS = 86_400.0
-# In how many parts writing is told of.
+# Number of progress steps.
 PARTS = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenFile:
-    """The tokens of a text on disk: of its first documents, or of all of them."""
+    """The tokens of a text's first documents, or of all of them."""
 
     path: Path
-    stream: Tensor  # a slice of the file, int32, read where it is cut
+    stream: Tensor  # a slice of the file, int32, read on indexing
     count: int
     documents: int
     complete: bool
@@ -47,7 +47,7 @@ class TokenFile:
 
     @classmethod
     def read(cls, path: Path) -> TokenFile:
-        """What a file holds.
+        """Open a file.
 
         Raises:
             DataError: It is damaged.
@@ -55,25 +55,25 @@ class TokenFile:
         from safetensors import SafetensorError
 
         try:
-            file, told = cache_file.opened(path)
+            file, metadata = cache_file.opened(path)
             stream = file.get_slice("tokens")
             return cls(
                 path=path,
                 stream=stream,
                 count=stream.get_shape()[0],
-                documents=int(told["documents"]),
-                complete=told["complete"] == "yes",
-                fingerprint=told["fingerprint"],
+                documents=int(metadata["documents"]),
+                complete=metadata["complete"] == "yes",
+                fingerprint=metadata["fingerprint"],
             )
         except (SafetensorError, KeyError, ValueError) as error:
             raise cache_file.damaged(path, error) from error
 
     def reaches(self, tokens: int | None) -> bool:
-        """Whether there are so many tokens (None: all), or the text has no more."""
+        """Whether the file has this many tokens (None: all), or the text has no more."""
         return self.complete or (tokens is not None and self.count >= tokens)
 
     def pieces(self, ends: Iterable[int] = ()) -> Iterator[Tensor]:
-        """The tokens in pieces that fit into memory, some of which end at given places."""
+        """The tokens in pieces that fit into memory, with cuts also at `ends`."""
         import torch
 
         cuts = sorted({*range(0, self.count, PIECE_TOKENS), *ends, self.count})
@@ -81,10 +81,10 @@ class TokenFile:
             yield torch.as_tensor(self.stream[start:end])
 
     def check(self, count: int, vocabulary: int) -> str:
-        """The sha256 of the first `count` tokens, when the file is what was written.
+        """The sha256 of the first `count` tokens, after a check of the whole file.
 
         Raises:
-            DataError: It is not, or a token is not one of the model's.
+            DataError: The file is damaged, or a token is outside the model's vocabulary.
         """
         digest, wanted, seen, largest = hashlib.sha256(), "", 0, -1
         for piece in self.pieces([count]):
@@ -98,6 +98,7 @@ class TokenFile:
             raise DataError(
                 f"the tokenizer gives token {largest}, the model's vocabulary has {vocabulary}",
                 "is it the tokenizer of another model?",
+                code="token-out-of-range",
             )
         return wanted
 
@@ -109,18 +110,18 @@ def write_tokens(
     before: TokenFile | None,
     progress: Progress,
 ) -> None:
-    """Write the tokens of whole documents until there are `limit`; an interrupt keeps those so far.
+    """Write the tokens of whole documents up to a limit; an interrupt keeps those written so far.
 
     Args:
-        path: The file to make or replace.
-        documents: Ids of those that follow what is there.
-        limit: How many tokens are enough; None: all are taken.
-        before: What is there already.
-        progress: Told of each hundredth of the limit.
+        path: The file to create or replace.
+        documents: The ids of the documents that follow those of `before`.
+        limit: Number of tokens that is enough; None: all.
+        before: The existing file.
+        progress: Steps at each hundredth of the limit.
 
     Raises:
-        DataError: What is there already is damaged.
-        StorageError: They could not be written.
+        DataError: The existing file is damaged.
+        StorageError: The tokens could not be written.
     """
     with storage_errors(path, CACHED):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def write_tokens(
         if before and added.digest.hexdigest() != before.fingerprint:
             raise _changed(path)
         read = before.documents if before else 0
-        added.mark()  # before an interrupt may be taken for the end
+        added.mark()  # so that an interrupt from here on leaves a valid file
         try:
             complete = added.take_documents(documents, limit, progress)
         except KeyboardInterrupt as error:
@@ -152,7 +153,7 @@ def write_tokens(
 
 
 def _forget_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote a file have left, after a day."""
+    """Remove temporary files of killed processes after a day."""
     for part in path.parent.glob(f".{path.name}.*.part"):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > LEFTOVER_SECONDS:
@@ -160,7 +161,7 @@ def _forget_leftovers(path: Path) -> None:
 
 
 class _TokenWriter:
-    """The data of a token file, while it is written."""
+    """The data of a token file while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -169,7 +170,7 @@ class _TokenWriter:
         file.write(bytes(HEADER_BYTES))
 
     def mark(self) -> None:
-        """Remember what there is, as it is whole."""
+        """Remember the current state as one with whole documents only."""
         self.whole = self.count, self.documents, self.digest.copy()
 
     def take(self, tokens: Tensor) -> None:
@@ -182,19 +183,19 @@ class _TokenWriter:
     def take_documents(
         self, documents: Iterable[list[int]], limit: int | None, progress: Progress
     ) -> bool:
-        """Write documents until there are `limit` tokens; gives whether the text has no more."""
+        """Write documents up to `limit` tokens; returns whether the text has no more."""
         import torch
 
-        told = 0
+        steps = 0
         for ids in documents:
             self.take(torch.tensor(ids, dtype=torch.int32))
             self.documents += 1
             self.mark()
             if limit is None:
                 continue
-            for _ in range(told, min(PARTS, PARTS * self.count // limit)):
+            for _ in range(steps, min(PARTS, PARTS * self.count // limit)):
                 progress.step(f"{self.count} tokens")
-                told += 1
+                steps += 1
             if self.count >= limit:
                 return False  # as far as is known
         return True

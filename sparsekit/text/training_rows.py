@@ -1,7 +1,7 @@
-"""Rows of tokens to train on: text tokenised once into a file, cut into rows, in a fixed order.
+"""Token rows for training: text is tokenised once into a file and cut into rows in a fixed order.
 
-Documents follow each other, each closed by the end-of-text token; rows are cut from this stream
-without overlap, and never held in memory together.
+Documents are concatenated, each followed by the end-of-text token. Rows are cut from this stream
+without overlap and read when they are needed.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
 
 LENGTH = 2048
 # Documents that are tokenised together, if they are short.
-TOGETHER = 64
+BATCH_DOCUMENTS = 64
 CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Which rows are trained on."""
+    """The rows to train on."""
 
     source: str = "builtin"
     """One of `SOURCES`, or a file: text, JSON lines or parquet with a field `text`, token rows."""
     length: int | None = None
     """Tokens in a row; 2048, or the length of a row file; capped at the model's maximum."""
     tokens: int | None = None
-    """At most so many of a text are taken; None: all of them (`self` needs a number)."""
+    """Maximum number of tokens of a text; None: all (`self` needs a number)."""
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what can be known to be wrong without loading anything.
+        """Refuse options that are wrong whatever the model is.
 
         Raises:
-            UsageError: The source or a number is not one that exists.
+            UsageError: The source is unknown or a number is out of range.
             DataError: The file is missing, empty or unreadable.
         """
         Calibration(source=self.source, length=self.length, seed=self.seed).check()
@@ -59,16 +59,16 @@ class Corpus:
     def rows(
         self, checkpoint: Checkpoint, teacher: Checkpoint | None, progress: Progress = SILENT
     ) -> TrainingRows:
-        """The rows for a checkpoint; text is tokenised once and then taken from the cache.
+        """The rows for a checkpoint; text is tokenised once and then read from the cache.
 
         Args:
-            checkpoint: The model that is trained.
-            teacher: The model that `self` is sampled from; other sources need none.
-            progress: Told of the documents.
+            checkpoint: The model to train.
+            teacher: The model from which `self` is sampled; other sources need none.
+            progress: Shows the tokenisation.
 
         Raises:
-            UsageError: See `check`.
-            DataError: The source is broken, has not one row, or does not fit the model.
+            UsageError: The source is unknown or a number is out of range.
+            DataError: The source is damaged, shorter than a row, or does not fit the model.
         """
         self.check()
         if is_kind(self.source, ROW_FILE):
@@ -78,18 +78,18 @@ class Corpus:
             return self._from_text(checkpoint, length, notes, progress)
         samples = -(-(self.tokens or 0) // length)
         drawn = Calibration(source="self", samples=samples, length=length, seed=self.seed)
-        told = drawn.rows(teacher, progress)
+        rows = drawn.rows(teacher, progress)
         return TrainingRows(
-            stream=told.tokens.reshape(-1),
-            length=told.tokens.shape[1],
-            count=told.tokens.numel(),
+            stream=rows.tokens.reshape(-1),
+            length=rows.tokens.shape[1],
+            count=rows.tokens.numel(),
             seed=self.seed,
-            fingerprint=told.fingerprint,
-            notes=told.notes,
+            fingerprint=rows.fingerprint,
+            notes=rows.notes,
         )
 
     def _from_rows(self, config: PretrainedConfig) -> TrainingRows:
-        """The rows of a row file; where a length is given, its rows are cut into pieces."""
+        """The rows of a row file, cut into pieces if a length is set."""
         columns = open_row_file(self.source).get_shape()[1]
         length, notes = row_length(self.source, columns, self.length, config)
         pieces = 1 if self.length is None else columns // length
@@ -129,6 +129,7 @@ class Corpus:
             raise DataError(
                 f"{self.source} has {count} tokens, a row needs {length}",
                 f"use --length {count} or less, or a longer text" if count > 1 else "name a text",
+                code="text-too-short",
             )
         return TrainingRows(
             stream=stored.stream,
@@ -142,9 +143,9 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingRows:
-    """Rows in the order of training: each epoch draws an order of its own."""
+    """Rows in the order of training: each epoch has its own random order."""
 
-    stream: Tensor | RowFile  # [count] integers, or part of a file that is read when it is cut
+    stream: Tensor | RowFile  # [count] integers, or a file that is read on indexing
     length: int
     count: int
     seed: int
@@ -156,15 +157,15 @@ class TrainingRows:
         return self.count // self.length
 
     def numbers(self, first: int, number: int) -> list[int]:
-        """Which rows of the stream are `first` to `first + number` of the endless order."""
-        found = []
+        """Row numbers at positions `first` to `first + number` of the endless order."""
+        rows = []
         for position in range(first, first + number):
             epoch, place = divmod(position, len(self))
-            found.append(int(_order(len(self), self.seed, epoch)[place]))
-        return found
+            rows.append(int(_order(len(self), self.seed, epoch)[place]))
+        return rows
 
     def take(self, first: int, number: int) -> Tensor:
-        """Rows `first` to `first + number` of the endless order, `[number, length]` int64."""
+        """Rows at positions `first` to `first + number` of the endless order."""
         import torch
 
         return torch.stack([self.row(row) for row in self.numbers(first, number)])
@@ -187,32 +188,32 @@ def _order(rows: int, seed: int, epoch: int) -> Tensor:
 
 
 def token_ids(source: str, checkpoint: Checkpoint, skipped: int = 0) -> Iterator[list[int]]:
-    """The ids of one document after another, each closed by the end-of-text token if there is one.
+    """The ids of each document, followed by the end-of-text token if there is one.
 
     Args:
-        source: Where the text comes from.
-        checkpoint: Has the tokenizer.
-        skipped: So many documents are left out at the beginning.
+        source: The source of the text.
+        checkpoint: The checkpoint with the tokenizer.
+        skipped: Number of documents to skip at the beginning.
 
     Raises:
-        DataError: There is no tokenizer, or the source is broken.
+        DataError: There is no tokenizer, or the source is damaged.
     """
     tokenizer = checkpoint.tokenizer()
     documents = islice(training_texts(source), skipped, None)
     end = tokenizer.eos_token_id if is_documents(source) else None
-    for some in batches(documents):
-        for ids in tokenizer(some, verbose=False)["input_ids"]:
+    for batch in batches(documents):
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
             yield ids if end is None else [*ids, end]
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists of `TOGETHER`, or fewer that make a megabyte."""
-    some, size = [], 0
+    """Documents in lists of `BATCH_DOCUMENTS`, or fewer with a megabyte of text."""
+    batch, size = [], 0
     for document in documents:
-        some.append(document)
+        batch.append(document)
         size += len(document)
-        if len(some) == TOGETHER or size >= PIECE_BYTES:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        if len(batch) == BATCH_DOCUMENTS or size >= PIECE_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -154,7 +155,7 @@ def test_a_cache_whose_tokens_were_changed_is_named(llama, documents, tmp_path, 
     data = bytearray(file.read_bytes())
     data[-8] ^= 1
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"its tokens are others.*delete it"):
+    with refused("damaged-file", file, kind=DataError):
         Corpus(source=str(documents[0]), length=64).rows(llama, llama)
 
 
@@ -165,13 +166,13 @@ def test_a_damaged_cache_is_not_added_to(llama, documents, tmp_path, monkeypatch
     data = bytearray(file.read_bytes())
     data[-8] ^= 1
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"its tokens are others.*delete it"):
+    with refused("damaged-file", file, kind=DataError):
         Corpus(source=str(documents[0]), length=64, tokens=5000).rows(llama, llama)
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(llama, documents, monkeypatch):
     monkeypatch.setattr(llama.config, "vocab_size", 120)  # of 258
-    with pytest.raises(DataError, match=r"gives token 257, the model's vocabulary has 120"):
+    with refused("token-out-of-range", "257", "120", kind=DataError):
         Corpus(source=str(documents[0]), length=64).rows(llama, llama)
 
 
@@ -207,7 +208,7 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_row_of_the_file(llama, 
     rows = torch.zeros(5, 8, dtype=torch.int32)
     rows[3, 6] = llama.config.vocab_size
     save_file({"tokens": rows}, tmp_path / "rows.safetensors")
-    with pytest.raises(DataError, match=f"row 3, column 6 is token {rows[3, 6]}"):
+    with refused("token-out-of-range", f"row 3, column 6 is token {rows[3, 6]}", kind=DataError):
         Corpus(source=str(tmp_path / "rows.safetensors"), length=2).rows(llama, None)
 
 
@@ -252,7 +253,7 @@ def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PIECE_BYTES", 4)
     path = tmp_path / "plain.txt"
     path.write_bytes(b"ab\ncd\n\xff\n")
-    with pytest.raises(DataError, match="not UTF-8 at byte 6"):
+    with refused("not-utf8", path, "byte 6", kind=DataError):
         list(texts.training_texts(str(path)))
 
 
@@ -288,7 +289,7 @@ def test_self_is_sampled_from_the_teacher(llama, family):
 def test_less_text_than_a_row_is_refused(llama, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("short")
-    with pytest.raises(DataError, match=r"has 5 tokens, a row needs 64.*--length 5"):
+    with refused("text-too-short", path, "5 tokens", "64", "--length 5", kind=DataError):
         Corpus(source=str(path), length=64).rows(llama, llama)
 
 
@@ -297,7 +298,7 @@ def test_a_damaged_cache_is_named(llama, documents, tmp_path, monkeypatch):
     Corpus(source=str(documents[0]), length=64).rows(llama, llama)
     (file,) = (tmp_path / "own" / "corpora").iterdir()
     file.write_bytes(file.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"is damaged.*delete it"):
+    with refused("damaged-file", file, kind=DataError):
         Corpus(source=str(documents[0]), length=64).rows(llama, llama)
 
 
