@@ -3,7 +3,6 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import psutil
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import PruneSettings
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
 from sparsekit.memory import MemoryUse, peak_memory
@@ -73,12 +73,12 @@ def bench_prune(
             seconds.append(time.perf_counter() - started)
         peak = peak or max(0, peak_memory() - before)
         if floor:
-            floors.append(_forward_seconds(source, rows, report.entry["recipe"]))
+            floors.append(_forward_seconds(source, rows, report.entry.settings))
     ratios = [pruned / plain for pruned, plain in zip(seconds, floors, strict=False)]
     return {
         "model": model,
         "method": config.title,
-        "pattern": report.entry["recipe"]["pattern"],
+        "pattern": report.entry.settings.pattern,
         "rows": list(rows.tokens.shape),
         "model_bytes": source.n_bytes,
         "blocks": source.config.get_text_config().num_hidden_layers,
@@ -86,18 +86,18 @@ def bench_prune(
         "floor_seconds": floors,
         "ratio": statistics.median(ratios) if ratios else None,
         "ratios": ratios,
-        "solve_seconds": sum(row["seconds"] for row in report.entry["weights"]),
+        "solve_seconds": sum(row.seconds for row in report.entry.weights),
         "peak_bytes_above_start": peak,
         "threads": torch.get_num_threads(),
-        "device": report.entry["recipe"]["device"],
-        "dtype": report.entry["recipe"]["dtype"],
+        "device": report.entry.settings.device,
+        "dtype": report.entry.settings.dtype,
     }
 
 
 @torch.no_grad()
-def _forward_seconds(source: Checkpoint, rows: TokenRows, recipe: Mapping[str, Any]) -> float:
+def _forward_seconds(source: Checkpoint, rows: TokenRows, settings: PruneSettings) -> float:
     """Seconds of the plain forward pass, with the device and type of pruning."""
-    dtype, device = getattr(torch, recipe["dtype"]), recipe["device"]
+    dtype, device = getattr(torch, settings.dtype), settings.device
     model = load_whole(source, dtype, PLAIN_FORWARD).to(device)
     tokens, decoder = rows.tokens.to(device), model.base_model
     decoder(input_ids=tokens[:1], use_cache=False)  # not timed: first-call set-up

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.compressed_tensors import decoded_places, grid_of, quantization
+from sparsekit.checkpoint.entry import Entry, History
 from sparsekit.checkpoint.folder import (
     FACTORS,
     INDEX,
@@ -163,26 +164,16 @@ class Checkpoint:
         """The result of `scan`, with its errors."""
         return self.scan()
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> History:
         """The contents of `sparsekit.json`; an empty history if there is none.
 
         Raises:
-            DataError: The file has no history that sparsekit wrote.
+            DataError: The file is not a history that this version reads.
         """
         file = self.path / PROVENANCE
-        if not file.is_file():
-            return {"history": []}
-        recorded = read_json(file)
-        history = recorded.get("history") if isinstance(recorded, dict) else None
-        if not isinstance(history, list) or not all(map(_is_entry, history)):
-            raise DataError(
-                f"{file} has no history that sparsekit wrote",
-                "delete it if it is not sparsekit's",
-                code="invalid-history",
-            )
-        return recorded
+        return History.read(file) if file.is_file() else History()
 
-    def pruned(self, *, converted: bool = False) -> list[dict[str, Any]]:
+    def pruned(self, *, converted: bool = False) -> list[Entry]:
         """The history entries that gave this checkpoint its pattern, or trained it.
 
         Args:
@@ -190,8 +181,9 @@ class Checkpoint:
         """
         return [
             entry
-            for entry in self.provenance()["history"]
-            if entry.get("stage") in PATTERN_STAGES or (converted and _has_pattern(entry))
+            for entry in self.provenance().history
+            if entry.stage in PATTERN_STAGES
+            or (converted and entry.stage == "convert" and entry.settings.pattern)
         ]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -252,7 +244,7 @@ class Checkpoint:
             progress.step(name)
         progress.end()
         fingerprint = digest.hexdigest()
-        recorded = self.provenance().get("fingerprint")
+        recorded = self.provenance().fingerprint
         if recorded not in (None, fingerprint):
             hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
@@ -313,21 +305,3 @@ def _damage(path: Path) -> Iterator[None]:
         if ours and not plain and (path / PROVENANCE).is_file():
             raise DamagedError(error.message, error.hint or AGAIN, code=error.code) from error
         raise
-
-
-def _has_pattern(entry: Mapping[str, Any]) -> bool:
-    """Whether a history entry of `convert` records a pattern for each weight."""
-    recipe = entry.get("recipe")
-    return entry.get("stage") == "convert" and isinstance(recipe, dict) and "pattern" in recipe
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether a history entry is well-formed, as far as it records weights."""
-    if not isinstance(entry, dict):
-        return False
-    asked = (("stage", str), ("model", str), ("words", dict))
-    if not all(isinstance(entry.get(key), kind) for key, kind in asked):
-        return False
-    parts = (("recipe", dict), ("source", dict), ("weights", list))
-    records_weights = entry.get("stage") in PATTERN_STAGES or _has_pattern(entry)
-    return not records_weights or all(isinstance(entry.get(k), t) for k, t in parts)

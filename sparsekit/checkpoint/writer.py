@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import Entry, History
 from sparsekit.checkpoint.folder import INDEX, OTHER_WEIGHTS, PACKED_INDEX, PROVENANCE, SINGLE
 from sparsekit.checkpoint.layout import Layout
 from sparsekit.checkpoint.output_folder import (
@@ -44,7 +45,7 @@ from sparsekit.files import (
 
 # Dot files, so that no file of a checkpoint has such a name and none is ever carried over.
 JOURNAL = ".sparsekit-journal.jsonl"
-RECIPE = ".sparsekit-recipe.json"
+RUN_KEY = ".sparsekit-run-key.json"
 REPLACED = ".sparsekit-replaced"
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
@@ -61,13 +62,13 @@ class CheckpointWriter:
         out: The folder to make. An interrupted run's parts are found beside it.
         source: The checkpoint whose layout and other files the output takes.
         layout: The weight files to make; None: those of the source.
-        recipe: Everything that decides the output's bytes. A run with the same recipe goes on
-            where an interrupted one stopped.
+        run_key: Everything that decides the output's bytes. A run with the same key resumes where
+            an interrupted one stopped.
         overwrite: Replace an existing output of sparsekit when the new one is complete.
 
     Raises:
         UsageError: The output exists, is being written by another process, or an interrupted
-            run with another recipe is in the way.
+            run with another key is in the way.
         StorageError: The disk has no room.
     """
 
@@ -75,7 +76,7 @@ class CheckpointWriter:
         self,
         out: Path,
         source: Checkpoint,
-        recipe: Mapping[str, Any],
+        run_key: Mapping[str, Any],
         *,
         layout: Layout | None = None,
         overwrite: bool = False,
@@ -91,7 +92,7 @@ class CheckpointWriter:
         refuse_source(out, source.path)
         refuse_output(out, overwrite=overwrite)
         self.partial = out.with_name(out.name + ".partial")
-        self._recipe = json.loads(json.dumps(recipe))
+        self._run_key = json.loads(json.dumps(run_key))
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
@@ -99,7 +100,7 @@ class CheckpointWriter:
             with storage_errors(self.partial):
                 self.partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(self.partial / LOCK))
-            if (self.partial / RECIPE).is_file():
+            if (self.partial / RUN_KEY).is_file():
                 self._resume()
             else:
                 self._begin()
@@ -137,10 +138,10 @@ class CheckpointWriter:
 
     def commit(
         self,
-        entry: Mapping[str, Any],
+        entry: Entry,
         card: str,
         config: Mapping[str, Any] | None = None,
-        history: Sequence[Mapping[str, Any]] | None = None,
+        history: Sequence[Entry] | None = None,
     ) -> Checkpoint:
         """Copy what was not written, add provenance and card, and publish the folder.
 
@@ -162,14 +163,14 @@ class CheckpointWriter:
         made = Checkpoint.open(self.partial)
         fingerprint = made.scan()
         if history is None:
-            history = self.source.provenance()["history"]
-        told = {"fingerprint": fingerprint, "history": [*map(dict, history), dict(entry)]}
-        write_json(self.partial / PROVENANCE, told)
+            history = self.source.provenance().history
+        provenance = History(fingerprint=fingerprint, history=(*history, entry))
+        write_json(self.partial / PROVENANCE, provenance.to_json())
         write_atomic(self.partial / "README.md", card.encode())
         with storage_errors(self.out):
             fsync_path(self.partial)
             self._publish()
-            for name in (JOURNAL, RECIPE, LOCK):
+            for name in (JOURNAL, RUN_KEY, LOCK):
                 (self.out / name).unlink(missing_ok=True)
             if (self.out / REPLACED).is_dir():
                 shutil.rmtree(self.out / REPLACED)
@@ -188,13 +189,13 @@ class CheckpointWriter:
         except StorageError:
             self._discard()
             raise
-        write_json(self.partial / RECIPE, self._recipe)
+        write_json(self.partial / RUN_KEY, self._run_key)
 
     def _resume(self) -> None:
-        earlier = read_json(self.partial / RECIPE)
-        if earlier != self._recipe:
-            keys = sorted(earlier.keys() | self._recipe.keys())
-            pairs = ((key, earlier.get(key), self._recipe.get(key)) for key in keys)
+        earlier = read_json(self.partial / RUN_KEY)
+        if earlier != self._run_key:
+            keys = sorted(earlier.keys() | self._run_key.keys())
+            pairs = ((key, earlier.get(key), self._run_key.get(key)) for key in keys)
             told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
             raise UsageError(
                 f"{self.partial} holds an interrupted run with another {told}",
@@ -275,7 +276,7 @@ class CheckpointWriter:
 
 
 def _difference(key: str, earlier: Any, now: Any) -> str:
-    """A part of two recipes that differs, with both values where they are short words."""
+    """A part of two run keys that differs, with both values where they are short words."""
     short = all(isinstance(v, (str, int, float)) and len(str(v)) < 30 for v in (earlier, now))
     return f"{key} ({earlier}, now {now})" if short else key
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from sparsekit.cli.progress import progress_display
 from sparsekit.errors import SparsekitError
 from sparsekit.memory import is_out_of_memory
 from sparsekit.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from sparsekit.checkpoint.entry import SolvedWeight
 
 INTERRUPTED = 130
 # Version of the objects that --json writes.
@@ -180,25 +183,25 @@ def quiet_libraries() -> None:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
-def by_kind(weights: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_kind(weights: "Sequence[SolvedWeight]") -> "dict[str, list[SolvedWeight]]":
     """Weights by the last part of their names."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[SolvedWeight]] = {}
     for row in weights:
-        kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+        kinds.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], []).append(row)
     return kinds
 
 
-def kind_row(name: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+def kind_row(name: str, rows: "Sequence[SolvedWeight]") -> tuple[Any, ...]:
     """Count, sparsity, output errors and seconds of one kind of weight."""
-    errors = [row["error"] for row in rows if row["error"] is not None]
-    zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
+    errors = [row.error for row in rows if row.error is not None]
+    zeros = sum(row.zeros for row in rows) / sum(row.size for row in rows)
     return (
         name,
         len(rows),
         f"{zeros:.2%}",
         f"{sum(errors) / len(errors):.4f}" if errors else "-",
         f"{max(errors):.4f}" if errors else "-",
-        f"{sum(row['seconds'] for row in rows):.1f}",
+        f"{sum(row.seconds for row in rows):.1f}",
     )
 
 

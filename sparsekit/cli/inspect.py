@@ -86,12 +86,13 @@ def show_inspection(terminal: Terminal, report: "Inspection") -> None:
         terminal.table(title, columns, [_sparsity_row(row) for row in [*rows, report.total]])
     steps = [
         (
-            entry.get("stage"),
-            " ".join(filter(None, map(entry.get("recipe", {}).get, ("method", "pattern", "grid")))),
-            f"{entry.get('seconds', 0):.0f} s",
-            entry.get("source", {}).get("path"),
+            entry.stage,
+            " ".join(filter(None, (settings.method, settings.pattern, settings.grid))),
+            f"{entry.seconds:.0f} s",
+            entry.source.path,
         )
         for entry in report.history
+        for settings in (entry.settings,)
     ]
     if steps:
         terminal.table("history", ("stage", "settings", "time", "source"), steps)

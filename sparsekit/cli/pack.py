@@ -22,6 +22,7 @@ from sparsekit.cli.options import (
 from sparsekit.cli.plan import show_plan
 
 if TYPE_CHECKING:
+    from sparsekit.checkpoint.entry import PackedWeight
     from sparsekit.provenance.entry import Report
 
 
@@ -110,16 +111,16 @@ def _write(
 
 def show_packed(terminal: Terminal, report: "Report") -> None:
     """Show the outcome of `pack` by pattern."""
-    by_pattern: dict[str, list[dict[str, Any]]] = {}
-    for row in report.entry["weights"]:
-        kind = row["pattern"] if ":" in row["pattern"] else "bit mask"
-        kind = f"{kind} {row['grid']}" if "grid" in row else kind
+    by_pattern: dict[str, list[PackedWeight]] = {}
+    for row in report.entry.weights:
+        kind = row.pattern if ":" in row.pattern else "bit mask"
+        kind = f"{kind} {row.grid}" if row.grid else kind
         by_pattern.setdefault(kind, []).append(row)
     rows = []
     for pattern, group in by_pattern.items():
-        size = sum(row["size"] for row in group)
+        size = sum(row.size for row in group)
         names = ("value_bits", "place_bits", "bits", "share")
-        mean = {n: sum(row[n] * row["size"] for row in group) / size for n in names}
+        mean = {n: sum(getattr(row, n) * row.size for row in group) / size for n in names}
         with_places = mean["value_bits"] + mean["place_bits"]
         rest = max(0.0, mean["bits"] - with_places)
         smaller = (32 / bits for bits in (mean["value_bits"], with_places, mean["bits"]))
@@ -127,16 +128,16 @@ def show_packed(terminal: Terminal, report: "Report") -> None:
             (
                 pattern,
                 len(group),
-                f"{sum(row['zeros'] for row in group) / size:.2%}",
+                f"{sum(row.zeros for row in group) / size:.2%}",
                 f"{mean['value_bits']:.3f} + {mean['place_bits']:.3f} + {rest:.3f}",
                 f"{mean['bits']:.3f}",
                 f"{mean['share']:.4f}",
                 ", ".join(f"{times:.1f}x" for times in smaller),
             )
         )
-    summary = report.entry["totals"]
+    totals = report.entry.totals
     terminal.table(
-        f"{summary['bytes'] / 1e6:.1f} MB instead of {summary['bytes_before'] / 1e6:.1f} MB",
+        f"{totals.bytes / 1e6:.1f} MB instead of {totals.bytes_before / 1e6:.1f} MB",
         (
             "pattern",
             "weights",
@@ -159,10 +160,10 @@ def show_unpacked(terminal: Terminal, report: "Report") -> None:
 def show_converted(terminal: Terminal, report: "Report") -> None:
     """Show the outcome of `convert`."""
     entry = report.entry
-    summary = entry["totals"]
+    totals = entry.totals
     terminal.table(
-        f"{entry['recipe']['form']} in {entry['seconds']:.0f} s",
+        f"{entry.settings.form} in {entry.seconds:.0f} s",
         ("weights", "zeros"),
-        [(summary["weights"], f"{summary['zeros'] / summary['size']:.2%}")],
+        [(totals.weights, f"{totals.zeros / totals.size:.2%}")],
     )
     terminal.result(report.out, report.to_json())

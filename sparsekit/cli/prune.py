@@ -69,18 +69,19 @@ def _prune(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> 
 
 def show_pruned(terminal: Terminal, report: "Report") -> None:
     """Show the outcome of `prune` by kind of weight."""
-    kinds = by_kind(report.entry["weights"])
+    entry = report.entry
+    kinds = by_kind(entry.weights)
     rows = [kind_row(name, group) for name, group in kinds.items()]
-    rows.append(kind_row("all", report.entry["weights"]))
-    recipe = report.entry["recipe"]
-    if (bits := report.entry["totals"]["bits_per_weight"]) is not None:
+    rows.append(kind_row("all", entry.weights))
+    settings = entry.settings
+    if (bits := entry.totals.bits_per_weight) is not None:
         terminal.note(
             f"{bits:.2f} bits per weight as factors; zeros are those of the cores"
-            + ("" if recipe["format"] == "factored" else ": the products on disk are not sparse")
+            + ("" if settings.format == "factored" else ": the products on disk are not sparse")
         )
     terminal.table(
-        f"{recipe['method']} {recipe['pattern']} {recipe['then'] or ''}".rstrip()
-        + f" in {report.entry['seconds']:.0f} s",
+        f"{settings.method} {settings.pattern} {settings.then or ''}".rstrip()
+        + f" in {entry.seconds:.0f} s",
         ("weights", "count", "zeros", "output error", "max", "solve s"),
         rows,
     )

@@ -59,11 +59,11 @@ def quantize(
 def show_quantized(terminal: Terminal, report: "Report") -> None:
     """Show the outcome of `quantize` by kind of weight."""
     entry = report.entry
-    rows = [kind_row(name, group) for name, group in by_kind(entry["weights"]).items()]
-    rows.append(kind_row("all", entry["weights"]))
+    rows = [kind_row(name, group) for name, group in by_kind(entry.weights).items()]
+    rows.append(kind_row("all", entry.weights))
     terminal.table(
-        f"{entry['recipe']['method']} {entry['recipe']['grid']} in {entry['seconds']:.0f} s, "
-        f"{entry['totals']['bits_per_weight']:.2f} bits per weight",
+        f"{entry.settings.method} {entry.settings.grid} in {entry.seconds:.0f} s, "
+        f"{entry.totals.bits_per_weight:.2f} bits per weight",
         ("weights", "count", "zeros", "output error", "max", "solve s"),
         rows,
     )

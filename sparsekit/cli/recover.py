@@ -86,20 +86,20 @@ def _plan(terminal: Terminal, config: RecoverConfig, *where: Any, **how: Any) ->
 def show_recovered(terminal: Terminal, report: "Report") -> None:
     """Show the outcome of `recover`."""
     entry = report.entry
-    flipped = sum(row["flipped"] for row in entry["weights"]) / entry["totals"]["size"]
+    flipped = sum(row.flipped for row in entry.weights) / entry.totals.size
     terminal.table(
-        f"{entry['recipe']['method']} {entry['recipe']['pattern']} in {entry['seconds']:.0f} s",
+        f"{entry.settings.method} {entry.settings.pattern} in {entry.seconds:.0f} s",
         ("weights", "steps", "tokens", "zeros", "mask changes"),
         [
             (
-                entry["totals"]["weights"],
-                entry["plan"]["steps"],
-                entry["tokens"],
-                f"{entry['totals']['sparsity']:.2%}",
+                entry.totals.weights,
+                entry.plan.steps,
+                entry.tokens,
+                f"{entry.totals.sparsity:.2%}",
                 f"{flipped:.2%}",
             )
         ],
     )
-    if (kept := entry["kept_mass"]) is not None:
+    if (kept := entry.kept_mass) is not None:
         terminal.note(f"the loss covered {kept:.2%} of the teacher's probability")
     terminal.result(report.out, report.to_json())

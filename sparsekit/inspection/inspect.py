@@ -1,6 +1,6 @@
 """Sparsity, patterns, size and history of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import Entry
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
@@ -29,7 +30,7 @@ class Inspection:
     types: list[dict[str, Any]]
     """The same rows by kind of weight, over all blocks."""
     total: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: Sequence[Entry]
     fingerprint: str | None
 
     def to_json(self) -> dict[str, Any]:
@@ -42,7 +43,10 @@ class Inspection:
             "total": self.total,
             "blocks": self.blocks,
             "types": self.types,
-            "history": [{k: v for k, v in e.items() if k != "weights"} for e in self.history],
+            "history": [
+                {k: v for k, v in entry.to_json().items() if k != "weights"}
+                for entry in self.history
+            ],
         }
 
 
@@ -61,8 +65,8 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
         source.scan(progress)  # zeros of a damaged checkpoint mean nothing
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
     provenance = source.provenance()
-    rows = [row for entry in provenance["history"] for row in entry.get("weights", ())]
-    recorded = {row["pattern"] for row in rows if ":" in row.get("pattern", "")}
+    rows = [row for entry in provenance.history for row in entry.weights]
+    recorded = {row.pattern for row in rows if row.pattern and ":" in row.pattern}
     sought = sorted({*SOUGHT, *recorded}, key=strictness)
     progress.begin("inspect", len(stream))
     by_block: dict[str, list[dict[str, Any]]] = {}
@@ -81,8 +85,8 @@ def inspect(model: str, progress: Progress = SILENT) -> Inspection:
         blocks=[_sum(name, rows) for name, rows in by_block.items()],
         types=[_sum(name, rows) for name, rows in by_type.items()],
         total=_sum("total", [row for rows in by_block.values() for row in rows]),
-        history=provenance["history"],
-        fingerprint=provenance.get("fingerprint"),
+        history=provenance.history,
+        fingerprint=provenance.fingerprint,
     )
 
 

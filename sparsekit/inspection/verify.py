@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import Entry, Weight
 from sparsekit.checkpoint.folder import FACTORS, PROVENANCE
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import CheckFailedError, DataError, UsageError
@@ -49,7 +50,7 @@ def verify(model: str, pattern: str | None = None, progress: Progress = SILENT) 
     except DataError as error:
         raise CheckFailedError(error.message, error.hint, code=error.code) from error
     stream = BlockStream(source, device="cpu", dtype=torch.float32)
-    expected = {name: row["pattern"] for name, row in recorded.items()}
+    expected = {name: row.pattern for name, row in recorded.items()}
     progress.begin("verify", len(stream))
     checked = zeros = size = 0
     try:
@@ -106,18 +107,18 @@ def _checked(
         yield name, source.read([name])[name]
 
 
-def _latest(pruned: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _latest(pruned: Sequence[Entry]) -> dict[str, Weight]:
     """Latest record of each weight; a later run drops factors that it did not make."""
-    latest: dict[str, Mapping[str, Any]] = {}
+    latest: dict[str, Weight] = {}
     for entry in pruned:
-        latest = {n: row for n, row in latest.items() if row.get("bits") is None}
-        latest |= {row["name"]: row for row in entry["weights"]}
+        latest = {n: row for n, row in latest.items() if row.bits is None}
+        latest |= {row.name: row for row in entry.weights}
     return latest
 
 
-def _require_factors(source: Checkpoint, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+def _require_factors(source: Checkpoint, recorded: Mapping[str, Weight]) -> None:
     """Check that the weights recorded with factors have them."""
-    factored = {name for name, row in recorded.items() if row.get("bits") is not None}
+    factored = {name for name, row in recorded.items() if row.bits is not None}
     if missing := sorted(factored - source.packed.keys()):
         message = f"{missing[0]} has no factors in {FACTORS}"
         raise CheckFailedError(message, "copy the folder again", code="incomplete-checkpoint")

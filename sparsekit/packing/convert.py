@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import ConvertEntry, ConvertSettings, CountedTotals, Weight
 from sparsekit.checkpoint.foreign import BITMASKS, LEGACY_PARTS, MARLIN, compression, legacy_format
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout
-from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
 from sparsekit.files import read_json
 from sparsekit.packing.legacy_formats import (
@@ -23,14 +23,11 @@ from sparsekit.packing.legacy_formats import (
     marlin_shape,
 )
 from sparsekit.packing.pack import pack
-from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
+from sparsekit.pipeline.output import Output
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report, as_given
-from sparsekit.provenance.environment import versions
-from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import model_card
+from sparsekit.provenance.entry import Report
 from sparsekit.weights.patterns import SOUGHT, patterns_of
 
 
@@ -50,12 +47,11 @@ def convert(
         DataError: The model is in no such form, or its tensors do not fit together.
         StorageError: The output cannot be written.
     """
-    cost = Cost()
+    output = Output("convert", model, out, {}, overwrite=overwrite, progress=progress)
     job = prepare(model, out, overwrite=overwrite, progress=progress)
     source, config, form = job.source, job.config, job.form
-    fingerprint = source.scan(progress)
-    recipe = {"stage": "convert", "source": fingerprint, "form": form, "versions": versions()}
-    with CheckpointWriter(out, source, recipe, layout=job.layout, overwrite=overwrite) as writer:
+    settings = ConvertSettings(method="convert", form=form)
+    with output.writing(source, settings, layout=job.layout) as writer:
         rows = rewrite_weights(
             writer,
             f"convert {form}",
@@ -63,22 +59,20 @@ def convert(
             lambda prefix: _converted(prefix, _weight(source, prefix, form, config), form),
             progress,
         )
-        zeros, size = (sum(row[key] for row in rows) for key in ("zeros", "size"))
-        told = converted_config(config)
-        entry = {
-            "stage": "convert",
-            **as_given(model, {}),
-            "recipe": {"method": "convert", "form": form, **_shared(rows)},
-            "quantized": "quantization_config" in told,
-            "versions": recipe["versions"],
-            "source": {"path": model, "fingerprint": fingerprint},
-            "totals": {"weights": len(job.weights), "zeros": zeros, "size": size},
-            "weights": [_row(row) for row in rows],
-            **cost.told(),
-        }
-        origin, history = Origin.of(model, source.path), source.provenance()["history"]
-        writer.commit(entry, model_card(entry, origin, history), told)
-    return Report(out=out, entry=entry)
+        config_json = converted_config(config)
+        weights = [_row(row) for row in rows]
+        return output.publish(
+            ConvertEntry,
+            config_json=config_json,
+            settings=ConvertSettings(method="convert", form=form, **_shared(rows)),
+            quantized="quantization_config" in config_json,
+            totals=CountedTotals(
+                weights=len(job.weights),
+                zeros=sum(row.zeros for row in weights),
+                size=sum(row.size for row in weights),
+            ),
+            weights=weights,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +155,10 @@ def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"pattern": shared[0]} if shared else {}
 
 
-def _row(noted: Mapping[str, Any]) -> dict[str, Any]:
+def _row(noted: Mapping[str, Any]) -> Weight:
     """What the history tells of a weight: of its patterns the strictest, where it has one."""
     row = {key: value for key, value in noted.items() if key != "patterns"}
-    return row | ({"pattern": noted["patterns"][0]} if noted["patterns"] else {})
+    return Weight(**row, **({"pattern": noted["patterns"][0]} if noted["patterns"] else {}))
 
 
 def _prefixes(source: Checkpoint, form: str) -> list[str]:

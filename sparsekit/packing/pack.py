@@ -1,7 +1,7 @@
 """A checkpoint's sparse weights as values and places, which take fewer bytes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import PackedTotals, PackedWeight, PackEntry, Settings
 from sparsekit.checkpoint.folder import FACTORS, PACKED_METHOD, part_name
 from sparsekit.checkpoint.layout import Layout
-from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
 from sparsekit.files import read_json
 from sparsekit.packing.pack_plan import Plan, digest, prepare, weight_of
-from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import rewrite_weights
+from sparsekit.pipeline.output import Output
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report, as_given
-from sparsekit.provenance.environment import versions
-from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import model_card
+from sparsekit.provenance.entry import Report
 from sparsekit.weights.core import Values
 from sparsekit.weights.form import Form, first_off
 from sparsekit.weights.grids import Codes
@@ -53,27 +50,28 @@ def pack(
         DataError: The model cannot be read, or would not be smaller; then the size is told.
         StorageError: The output cannot be written.
     """
-    cost = Cost()
+    name = called or model
+    output = Output("pack", name, out, {}, overwrite=overwrite, progress=progress)
     job = prepare(model, out, overwrite=overwrite, progress=progress)
-    source, fingerprint, plans, layout = job.source, job.fingerprint, job.plans, job.layout
-    recipe = {"stage": "pack", "source": fingerprint, "patterns": job.told, "versions": versions()}
-    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
+    source, plans, layout = job.source, job.plans, job.layout
+    patterns = sorted({str(plan.pattern) for plan in plans.values()})
+    settings = Settings(method="pack", pattern=patterns[0] if len(patterns) == 1 else "mixed")
+    with output.writing(source, settings, layout=layout, key={"patterns": job.told}) as writer:
         rows = rewrite_weights(
             writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), progress
         )
-        if rough := [row["name"] for row in rows if row.get("exact") is False]:
+        weights = [PackedWeight(**row) for row in rows]
+        if rough := [row.name for row in weights if row.exact is False]:
             progress.note(
                 f"the factors of {len(rough)} weights, the first is {rough[0]}, multiply to other "
                 "last bits here than in the model: unpack gives those"
             )
-        entry = _entry(source, recipe, rows, layout) | {
-            **as_given(called or model, {}),
-            "source": {"path": called or model, "fingerprint": fingerprint},
-            **cost.told(),
-        }
-        origin, history = Origin.of(called or model, source.path), source.provenance()["history"]
-        writer.commit(entry, model_card(entry, origin, history), _config_json(source))
-    return Report(out=out, entry=entry)
+        return output.publish(
+            PackEntry,
+            config_json=_config_json(source),
+            totals=_totals(weights, source, layout),
+            weights=weights,
+        )
 
 
 def _config_json(source: Checkpoint) -> dict[str, Any]:
@@ -130,26 +128,14 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
     return {part_name(name, part): tensor for part, tensor in parts.items()}, row
 
 
-def _entry(
-    source: Checkpoint,
-    recipe: Mapping[str, Any],
-    weights: Sequence[dict[str, Any]],
-    layout: Layout,
-) -> dict[str, Any]:
-    """This run's entry of the history."""
-    size = sum(row["size"] for row in weights)
-    patterns = sorted({row["pattern"] for row in weights})
-    return {
-        "stage": "pack",
-        "recipe": {"method": "pack", "pattern": patterns[0] if len(patterns) == 1 else "mixed"},
-        "versions": recipe["versions"],
-        "totals": {
-            "weights": len(weights),
-            "size": size,
-            "zeros": sum(row["zeros"] for row in weights),
-            "bits_per_weight": sum(row["bits"] * row["size"] for row in weights) / size,
-            "bytes": layout.n_bytes,
-            "bytes_before": source.n_bytes,
-        },
-        "weights": list(weights),
-    }
+def _totals(weights: Sequence[PackedWeight], source: Checkpoint, layout: Layout) -> PackedTotals:
+    """Sums over the weights."""
+    size = sum(row.size for row in weights)
+    return PackedTotals(
+        weights=len(weights),
+        size=size,
+        zeros=sum(row.zeros for row in weights),
+        bits_per_weight=sum(row.bits * row.size for row in weights) / size,
+        bytes=layout.n_bytes,
+        bytes_before=source.n_bytes,
+    )

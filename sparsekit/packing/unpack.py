@@ -1,7 +1,7 @@
 """What a checkpoint was before it was packed; products from factors that were written alone."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,20 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import AGAIN, Checkpoint
+from sparsekit.checkpoint.entry import Entry, Settings, UnpackedTotals, UnpackEntry
 from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout
-from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, DamagedError, DataError, FactorsError
 from sparsekit.files import read_json
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.form_linear import FormLinear, form_layers
 from sparsekit.packing.pack_plan import digest
-from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import UNPACKING_BYTES, rewrite_weights
+from sparsekit.pipeline.output import Output
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report, as_given
-from sparsekit.provenance.environment import versions
-from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import model_card
+from sparsekit.provenance.entry import Report
 from sparsekit.weights.core import Values
 from sparsekit.weights.form import Form
 from sparsekit.weights.quantized import Shapes, quantized_shapes
@@ -52,17 +49,18 @@ def unpack(
         CheckFailedError: A tensor is not what was packed.
         StorageError: The output cannot be written.
     """
-    cost = Cost()
+    output = Output("unpack", model, out, {}, overwrite=overwrite, progress=progress)
     job = prepare(model, out, overwrite=overwrite, progress=progress)
     source, layers, layout, sums = job.source, job.layers, job.layout, job.sums
     try:
-        fingerprint = source.scan(progress)
+        source.scan(progress)
     except DamagedError:
         for name, layer in layers.items():  # to name the weight, if it is one of these
             _unpacked(source, layer, sums and sums[name])
         raise
-    recipe = {"stage": "unpack", "source": fingerprint, "versions": versions()}
-    with CheckpointWriter(out, source, recipe, layout=layout, overwrite=overwrite) as writer:
+    grids = [str(layer.stored.format.grid) for layer in layers.values() if _on_grid(layer)]
+    settings = Settings(method="unpack", **({"grid": grids[0]} if grids else {}))
+    with output.writing(source, settings, layout=layout) as writer:
         rewrite_weights(
             writer,
             "unpack",
@@ -70,26 +68,17 @@ def unpack(
             lambda name: (_unpacked(source, layers[name], sums and sums[name]), None),
             progress,
         )
-        grids = [str(layer.stored.format.grid) for layer in layers.values() if _on_grid(layer)]
-        entry = {
-            "stage": "unpack",
-            **as_given(model, {}),
-            "recipe": {"method": "unpack", **({"grid": grids[0]} if grids else {})},
-            "versions": recipe["versions"],
-            "source": {"path": model, "fingerprint": fingerprint},
-            "totals": {
-                "weights": len(layers),
-                "products": sum(layer.stored.composed for layer in layers.values()),
-                "bytes": layout.n_bytes,
-                "bytes_before": source.n_bytes,
-            },
-            **cost.told(),
-        }
-        writer.commit(
-            *(entry, model_card(entry, Origin.of(model, source.path), job.history), job.config),
+        return output.publish(
+            UnpackEntry,
             history=job.history,
+            config_json=job.config,
+            totals=UnpackedTotals(
+                weights=len(layers),
+                products=sum(layer.stored.composed for layer in layers.values()),
+                bytes=layout.n_bytes,
+                bytes_before=source.n_bytes,
+            ),
         )
-    return Report(out=out, entry=entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +88,7 @@ class Unpacking:
     source: Checkpoint
     config: dict[str, Any]
     """Without the packing, as is the history."""
-    history: list[dict[str, Any]]
+    history: Sequence[Entry]
     sums: Mapping[str, str] | None
     """The checksum of each packed weight; None of factors that `prune` wrote alone."""
     layers: Mapping[str, FormLinear]
@@ -139,7 +128,7 @@ def prepare(
 
 def _origin(
     source: Checkpoint,
-) -> tuple[dict[str, Any], list[dict[str, Any]], Mapping[str, str] | None]:
+) -> tuple[dict[str, Any], Sequence[Entry], Mapping[str, str] | None]:
     """The configuration and history without the packing, and the checksum of each packed weight.
 
     Of factors that `prune` wrote alone there are no checksums.
@@ -148,22 +137,18 @@ def _origin(
         DataError: Nothing tells how it was packed.
     """
     config = read_json(source.path / "config.json")
-    history = source.provenance()["history"]
+    history = source.provenance().history
     told = config.get("quantization_config")
     if source.kind is not Kind.PACKED:
         return config, history, None
-    if not history or history[-1].get("stage") != "pack":
+    if not history or history[-1].stage != "pack":
         raise DataError(
             f"{source.path} has no history of its packing, which holds the checksums", AGAIN
         )
     del config["quantization_config"]
     if told.get("packed"):
         config["quantization_config"] = told["packed"]
-    rows = history[-1].get("weights")
-    if not isinstance(rows, list):
-        raise CheckFailedError(f"{source.path}: the history of its packing is damaged", AGAIN)
-    rows = [row for row in rows if isinstance(row, dict)]
-    sums = {str(row.get("name")): row["sha256"] for row in rows if row.get("sha256")}
+    sums = {row.name: row.sha256 for row in history[-1].weights}
     return config, history[:-1], sums
 
 

@@ -21,7 +21,7 @@ class Cost:
         self.started = clock()
         watch_peak()
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Seconds and peak memory so far, for the entry of the run."""
         return {
             "seconds": round(self._clock() - self.started, 3),

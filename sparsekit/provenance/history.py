@@ -5,38 +5,45 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekit.checkpoint.entry import (
+    Calibration,
+    ConvertEntry,
+    Entry,
+    PackEntry,
+    PruneEntry,
+    QuantizeEntry,
+    RecoverEntry,
+    UnpackEntry,
+)
+
 CODED = ("quantized", "compressed-tensors")
 # In the order of a card.
 TAGS = ("pruned", *CODED, "packed")
-# What rows are called by.
-ROWS = ("samples", "length", "source", "fingerprint")
 
 
-def stages_before(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def stages_before(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """A row for each stage but the last: what it did, the pattern, and the text that it read."""
     return [
-        (f"earlier: {entry.get('stage')}", ", ".join(_told(entry)))
-        for entry in unfolded(entries)[:-1]
+        (f"earlier: {entry.stage}", ", ".join(_told(entry))) for entry in unfolded(entries)[:-1]
     ]
 
 
-def _told(entry: Mapping[str, Any]) -> Iterator[str]:
+def _told(entry: Entry) -> Iterator[str]:
     """What one stage did, as far as the history tells it."""
-    recipe, rows = entry.get("recipe", {}), entry.get("calibration")
     yield stage_words(entry)
-    if recipe.get("pattern"):
-        yield str(recipe["pattern"])
-    if isinstance(rows, Mapping) and all(key in rows for key in ROWS):
-        yield calibration_text(rows)
-    if entry.get("tokens") and entry.get("text") and recipe.get("data"):
+    if entry.settings.pattern:
+        yield entry.settings.pattern
+    if isinstance(entry, PruneEntry | QuantizeEntry) and entry.calibration:
+        yield calibration_text(entry.calibration)
+    if isinstance(entry, RecoverEntry):
         yield training_text(entry)
 
 
-def tags(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def tags(entries: Sequence[Entry]) -> list[str]:
     """What a checkpoint is found by on the hub, for all that was done to it."""
     made: set[str] = set()
     for entry in entries:
-        if entry.get("stage") in ("prune", "recover"):
+        if isinstance(entry, PruneEntry | RecoverEntry):
             made -= set(CODED)  # the numbers are no longer those of a grid
         made |= set(_own_tags(entry))
     if "packed" in made:
@@ -44,33 +51,35 @@ def tags(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return [tag for tag in TAGS if tag in made]
 
 
-def _own_tags(entry: Mapping[str, Any]) -> Sequence[str]:
+def _own_tags(entry: Entry) -> Sequence[str]:
     """What one stage adds to them."""
-    stage, recipe = entry.get("stage"), entry.get("recipe", {})
-    if stage in ("prune", "recover"):
-        return ("pruned", *(CODED if recipe.get("then") else ()))
-    if stage == "quantize":
-        return CODED[:1] if recipe.get("format") == "dense" else CODED
-    if stage == "pack":
-        coded = any("grid" in row for row in entry.get("weights", ()))
-        return ("packed", *(CODED if coded else ()))
-    is_coded = recipe.get("grid") if stage == "unpack" else entry.get("quantized")
-    return CODED if is_coded else ()
+    match entry:
+        case PruneEntry():
+            return ("pruned", *(CODED if entry.settings.then else ()))
+        case RecoverEntry():
+            return ("pruned",)
+        case QuantizeEntry():
+            return CODED[:1] if entry.settings.format == "dense" else CODED
+        case PackEntry():
+            return ("packed", *(CODED if any(row.grid for row in entry.weights) else ()))
+        case UnpackEntry():
+            return CODED if entry.settings.grid else ()
+        case ConvertEntry():
+            return CODED if entry.quantized else ()
 
 
-def calibration_text(told: Mapping[str, Any]) -> str:
+def calibration_text(rows: Calibration) -> str:
     """Calibration rows in words."""
     return (
-        f"{told['samples']} rows of {told['length']} tokens from "
-        f"`{base_name(told['source'])}` (sha256 `{told['fingerprint'][:16]}…`)"
+        f"{rows.samples} rows of {rows.length} tokens from "
+        f"`{base_name(rows.source)}` (sha256 `{rows.fingerprint[:16]}…`)"
     )
 
 
-def training_text(entry: Mapping[str, Any]) -> str:
+def training_text(entry: RecoverEntry) -> str:
     """What a stage trained on, in words."""
     return (
-        f"{entry['tokens']} tokens of `{base_name(entry['text'])}` "
-        f"(sha256 `{entry['recipe']['data'][:16]}…`)"
+        f"{entry.tokens} tokens of `{base_name(entry.text)}` (sha256 `{entry.settings.data[:16]}…`)"
     )
 
 
@@ -79,30 +88,31 @@ def base_name(path: str) -> str:
     return Path(path).name
 
 
-def unfolded(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def unfolded(history: Iterable[Entry]) -> list[Entry]:
     """The entries of a history, each after those that made the mask that it was given."""
-    entries: list[Mapping[str, Any]] = []
+    entries: list[Entry] = []
     for entry in history:
-        entries += unfolded((entry.get("mask") or {}).get("history", ()))
+        if isinstance(entry, PruneEntry) and entry.mask:
+            entries += unfolded(entry.mask.history)
         entries.append(entry)
     return entries
 
 
-def lineage(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def lineage(history: Iterable[Entry]) -> list[Entry]:
     """The stages that lead to a model, each from the output of the one before.
 
     A stage that was given a mask goes on from the model with that mask, and its words name the
     dense one.
     """
-    entries: list[Mapping[str, Any]] = []
+    entries: list[Entry] = []
     for entry in history:
-        if mask := entry.get("mask"):
-            entries = lineage(mask["history"])
+        if isinstance(entry, PruneEntry) and entry.mask:
+            entries = lineage(entry.mask.history)
         entries.append(entry)
     return entries
 
 
-def command(entry: Mapping[str, Any], model: str | None = None, out: str = "OUT") -> str:
+def command(entry: Entry, model: str | None = None, out: str = "OUT") -> str:
     """The command line of a stage, with its words as they were given.
 
     Args:
@@ -110,8 +120,8 @@ def command(entry: Mapping[str, Any], model: str | None = None, out: str = "OUT"
         model: The model to name; None: the one that was named.
         out: The output to name.
     """
-    words = [entry["stage"], model or entry["model"], "-o", out]
-    for name, value in entry["words"].items():
+    words = [entry.stage, model or entry.model, "-o", out]
+    for name, value in entry.words.items():
         words += _flags(f"--{name.replace('_', '-')}", value)
     return shlex.join(["sparsekit", *words])
 
@@ -126,16 +136,16 @@ def _flags(flag: str, value: Any) -> list[str]:
     return [word for one in values for word in (flag, str(one))]
 
 
-def stage_words(entry: Mapping[str, Any]) -> str:
+def stage_words(entry: Entry) -> str:
     """What one stage did, in words."""
-    recipe, stage = entry.get("recipe", {}), str(entry.get("stage", ""))
-    if stage == "quantize":
-        return f"{recipe.get('grid')} {recipe.get('method')}"
-    if stage == "convert":
-        return f"convert {recipe.get('form')}"
-    if stage != "prune":
-        return str(recipe.get("method") or stage)
-    told = [recipe.get(key) for key in ("method", "reconstruct", "allocate")]
-    told += ["lowrank"] if recipe.get("compensate") not in (None, "0") else []
-    words = " ".join(str(word) for word in told if word not in (None, "none"))
-    return f"{words} + {recipe['then']}" if recipe.get("then") else words
+    if isinstance(entry, QuantizeEntry):
+        return f"{entry.settings.grid} {entry.settings.method}"
+    if isinstance(entry, ConvertEntry):
+        return f"convert {entry.settings.form}"
+    if not isinstance(entry, PruneEntry):
+        return entry.settings.method
+    settings = entry.settings
+    told = [settings.method, settings.reconstruct, settings.allocate]
+    told += ["lowrank"] if settings.compensate != "0" else []
+    words = " ".join(word for word in told if word != "none")
+    return f"{words} + {settings.then}" if settings.then else words

@@ -1,10 +1,23 @@
 """The README of each checkpoint that a stage writes, from its entry of the history."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import assert_never
 
 from sparsekit import registry as methods
+from sparsekit.checkpoint.entry import (
+    ConvertEntry,
+    Entry,
+    PackedTotals,
+    PackEntry,
+    PruneEntry,
+    PruneSettings,
+    QuantizeEntry,
+    RecoverEntry,
+    RecoverSettings,
+    UnpackedTotals,
+    UnpackEntry,
+)
 from sparsekit.provenance.front_matter import Origin, front_matter
 from sparsekit.provenance.history import (
     base_name,
@@ -15,7 +28,6 @@ from sparsekit.provenance.history import (
     training_text,
 )
 
-Entry = Mapping[str, Any]
 Rows = Sequence[tuple[str, str | None]]
 # How each form is loaded, from its folder.
 STOCK = """\
@@ -71,8 +83,8 @@ def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
     entries = [*history, entry]
     rows = [
         *stages_before(entries),
-        *STAGES[entry["stage"]](entry),
-        ("made with", ", ".join(f"{name} {v}" for name, v in entry["versions"].items())),
+        *_rows(entry),
+        ("made with", ", ".join(f"{name} {v}" for name, v in entry.versions.items())),
     ]
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows if value)
     form = _form(entry)
@@ -102,169 +114,183 @@ Made by:
 
 def _form(entry: Entry) -> str:
     """The paragraph on what the checkpoint is."""
-    stage, recipe, totals = entry["stage"], entry["recipe"], entry["totals"]
-    if stage == "pack":
-        return PACKED
-    if stage == "convert":
-        return CODED if entry["quantized"] else PLAIN
-    if stage == "quantize":
-        return ROUNDED if recipe["format"] == "dense" else CODED
-    if recipe.get("then") or (stage == "unpack" and recipe.get("grid")):
-        return CODED
-    if stage == "unpack":
-        return PRODUCTS if totals["products"] else PLAIN
-    if totals["bits_per_weight"] is None:
-        return PLAIN
-    return FACTORED if recipe["format"] == "factored" else PRODUCTS
+    settings = entry.settings
+    match entry:
+        case PackEntry():
+            return PACKED
+        case ConvertEntry():
+            return CODED if entry.quantized else PLAIN
+        case QuantizeEntry():
+            return ROUNDED if settings.format == "dense" else CODED
+        case UnpackEntry():
+            product = PRODUCTS if entry.totals.products else PLAIN
+            return CODED if settings.grid else product
+        case PruneEntry() if entry.settings.then:
+            return CODED
+        case _ if entry.totals.bits_per_weight is None:
+            return PLAIN
+        case _:
+            return FACTORED if settings.format == "factored" else PRODUCTS
 
 
 def _done(entry: Entry) -> str:
     """What the stage did, for the heading."""
-    recipe = entry["recipe"]
-    return {
-        "prune": f"pruned to {recipe.get('pattern')}",
-        "recover": f"trained at {recipe.get('pattern')}",
-        "quantize": f"quantized to {recipe.get('grid')}",
-    }.get(entry["stage"]) or f"{entry['stage']}ed"
+    match entry:
+        case PruneEntry():
+            return f"pruned to {entry.settings.pattern}"
+        case RecoverEntry():
+            return f"trained at {entry.settings.pattern}"
+        case QuantizeEntry():
+            return f"quantized to {entry.settings.grid}"
+        case _:
+            return f"{entry.stage}ed"
 
 
 def _end(entry: Entry) -> str:
     """What stands last: where the rest is recorded, and which weights were left out."""
-    text = HISTORY + (LOG if entry["stage"] == "recover" else "")
-    if entry["stage"] in ("prune", "recover"):
+    text = HISTORY + (LOG if isinstance(entry, RecoverEntry) else "")
+    if isinstance(entry, PruneEntry | RecoverEntry):
         text += " Check the zeros with\n`sparsekit verify .`."
-    if "skipped" not in entry:
+    if entry.skipped is None:
         return text
-    skipped = "".join(f"\n- `{row['name']}`: {row['reason']}" for row in entry["skipped"])
+    skipped = "".join(f"\n- `{row.name}`: {row.reason}" for row in entry.skipped)
     return f"{text}\n\nMatrices left as they were:{skipped or ' none'}"
 
 
-def _prune_rows(entry: Entry) -> Rows:
-    recipe, totals, rows = entry["recipe"], entry["totals"], entry["calibration"]
-    bits = totals["bits_per_weight"]
-    zero = f"{totals['sparsity']:.2%} of {'them' if bits is None else 'their cores'} zero"
+def _prune_rows(entry: PruneEntry) -> Rows:
+    settings, totals, rows = entry.settings, entry.totals, entry.calibration
+    bits = totals.bits_per_weight
+    zero = f"{totals.sparsity:.2%} of {'them' if bits is None else 'their cores'} zero"
     return [
-        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
-        *_asked(recipe),
-        ("pattern", recipe["pattern"]),
-        ("pruned", f"{totals['weights']} linear weights, {zero}"),
+        ("method", f"{settings.method} {settings.options or ''}".strip()),
+        *_asked(settings),
+        ("pattern", settings.pattern),
+        ("pruned", f"{totals.weights} linear weights, {zero}"),
         ("calibration", calibration_text(rows) if rows else "none (the method needs no data)"),
         ("bits of a pruned weight as factors", None if bits is None else f"{bits:.2f}"),
-        ("mean relative output error", _error(totals)),
+        ("mean relative output error", _error(totals.mean_error)),
     ]
 
 
-def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _asked(settings: PruneSettings) -> list[tuple[str, str]]:
     """What a run was asked for besides its method, without what was left out."""
-    budget, rank = recipe["budget"], recipe["compensate"]
+    budget, rank = settings.budget, settings.compensate
     told = {
-        "begun with": recipe.get("initial_options"),
-        "reconstruction": recipe["reconstruct"],
-        "allocation of zeros": recipe["allocate"],
+        "begun with": settings.initial_options,
+        "reconstruction": settings.reconstruct,
+        "allocation of zeros": settings.allocate,
         "rank of the compensation": rank != "0" and f"{float(Fraction(rank)):.3g} of a side",
         "time limit": budget and f"{budget:g} s",
-        "kept weights are on the grid": recipe["then"],
+        "kept weights are on the grid": settings.then,
     }
     return [(name, str(value)) for name, value in told.items() if value and value != "none"]
 
 
-def _recover_rows(entry: Entry) -> Rows:
-    recipe, totals, plan = entry["recipe"], entry["totals"], entry["plan"]
-    kept, largest = entry["kept_mass"], f"{recipe['teacher_top']} largest probabilities"
-    flipped = sum(row["flipped"] for row in entry["weights"])
-    moved = entry["finished"].get("moved")
+def _recover_rows(entry: RecoverEntry) -> Rows:
+    settings, totals, plan = entry.settings, entry.totals, entry.plan
+    kept, largest = entry.kept_mass, f"{settings.teacher_top} largest probabilities"
+    flipped = sum(row.flipped for row in entry.weights)
+    moved = entry.finished.moved
     loss = "CE"
-    if plan["share"]:
-        loss = f"{plan['share']:.2f} KL from `{base_name(entry['teacher']['path'])}`, rest CE"
-    by_input = recipe["metric"] != "magnitude"
+    if plan.share and entry.teacher:
+        loss = f"{plan.share:.2f} KL from `{base_name(entry.teacher.path)}`, rest CE"
+    by_input = settings.metric != "magnitude"
     return [
-        ("method", f"{recipe['method']} {_own_options(recipe)}".strip()),
-        ("decay", f"{plan['decay']:.3g}" if plan.get("decay") else None),
-        ("pattern", recipe["pattern"]),
+        ("method", f"{settings.method} {_own_options(settings)}".strip()),
+        ("decay", f"{plan.decay:.3g}" if plan.decay else None),
+        ("pattern", settings.pattern),
         ("kept by", "|w| times the norm of its input" if by_input else None),
-        ("sparse", f"{totals['weights']} linear weights, {totals['sparsity']:.2%} of them zero"),
+        ("sparse", f"{totals.weights} linear weights, {totals.sparsity:.2%} of them zero"),
         ("trained on", training_text(entry)),
-        ("evaluated on the way on", entry["evaluated_on"]),
-        ("steps", f"{plan['steps']} of {entry['tokens'] // plan['steps']} tokens"),
-        ("learning rate", f"{plan['rate']:g}, {recipe['schedule']}"),
+        ("evaluated on the way on", entry.evaluated_on),
+        ("steps", f"{plan.steps} of {entry.tokens // plan.steps} tokens"),
+        ("learning rate", f"{plan.rate:g}, {settings.schedule}"),
         ("loss", loss),
-        ("multiplied in", "bfloat16" if recipe.get("mixed_precision") == "bf16" else None),
+        ("multiplied in", "bfloat16" if settings.mixed_precision == "bf16" else None),
         ("of the teacher", None if kept is None else f"{largest}, {kept:.2%} of its mass"),
-        ("entries that changed sides", f"{flipped / totals['size']:.4%}"),
+        ("entries that changed sides", f"{flipped / totals.size:.4%}"),
         (
             "last hidden states, moved by leaving out what is off the masks",
             None if moved is None else f"{moved:.2%}",
         ),
-        ("inputs of a span of the branches", recipe["slorb"] and str(recipe["slorb"])),
+        ("inputs of a span of the branches", settings.slorb and str(settings.slorb)),
     ]
 
 
-def _own_options(recipe: Mapping[str, Any]) -> str:
+def _own_options(settings: RecoverSettings) -> str:
     """The options that a recoverer has, but for the decay, which is told as it was chosen."""
-    names = [option.name for option in methods.describe("recoverers", recipe["method"]).options]
-    options = recipe["options"]
-    told = [f"{n}={methods.as_text(options[n])}" for n in names if n in options and n != "decay"]
+    described = methods.describe("recoverers", settings.method).options
+    names = [option.name for option in described if option.name != "decay"]
+    options = settings.options
+    told = [f"{n}={methods.as_text(options[n])}" for n in names if n in options]
     return f"({', '.join(told)})" if told else ""
 
 
-def _quantize_rows(entry: Entry) -> Rows:
-    recipe, totals, rows = entry["recipe"], entry["totals"], entry["calibration"]
+def _quantize_rows(entry: QuantizeEntry) -> Rows:
+    settings, totals, rows = entry.settings, entry.totals, entry.calibration
     return [
-        ("method", f"{recipe['method']} {recipe['options'] or ''}".strip()),
-        ("grid", recipe["grid"]),
-        ("quantized", f"{totals['weights']} linear weights"),
-        ("bits of such a weight on disk", f"{totals['bits_per_weight']:.2f}"),
+        ("method", f"{settings.method} {settings.options or ''}".strip()),
+        ("grid", settings.grid),
+        ("quantized", f"{totals.weights} linear weights"),
+        ("bits of such a weight on disk", f"{totals.bits_per_weight:.2f}"),
         (
             "zeros",
-            f"{totals['zeros'] / totals['size']:.2%}, "
-            f"{totals['zeros_before'] / totals['size']:.2%} before; none was given a value",
+            f"{totals.zeros / totals.size:.2%}, "
+            f"{totals.zeros_before / totals.size:.2%} before; none was given a value",
         ),
         ("calibration", calibration_text(rows) if rows else "none"),
-        ("mean relative output error", _error(totals)),
+        ("mean relative output error", _error(totals.mean_error)),
     ]
 
 
-def _pack_rows(entry: Entry) -> Rows:
-    totals = entry["totals"]
+def _pack_rows(entry: PackEntry) -> Rows:
+    totals = entry.totals
     return [
-        ("packed weights", str(totals["weights"])),
-        ("zeros in them", f"{totals['zeros'] / totals['size']:.2%}"),
-        ("bits of such a weight", f"{totals['bits_per_weight']:.3f}"),
+        ("packed weights", str(totals.weights)),
+        ("zeros in them", f"{totals.zeros / totals.size:.2%}"),
+        ("bits of such a weight", f"{totals.bits_per_weight:.3f}"),
         _bytes(totals),
     ]
 
 
-def _unpack_rows(entry: Entry) -> Rows:
-    return [("unpacked weights", str(entry["totals"]["weights"])), _bytes(entry["totals"])]
+def _unpack_rows(entry: UnpackEntry) -> Rows:
+    return [("unpacked weights", str(entry.totals.weights)), _bytes(entry.totals)]
 
 
-def _convert_rows(entry: Entry) -> Rows:
-    recipe, totals = entry["recipe"], entry["totals"]
+def _convert_rows(entry: ConvertEntry) -> Rows:
+    settings, totals = entry.settings, entry.totals
     return [
-        ("form before", recipe["form"]),
-        ("pattern", recipe.get("pattern", "none that all weights have")),
-        ("converted weights", str(totals["weights"])),
-        ("zeros in them", f"{totals['zeros'] / totals['size']:.2%}"),
+        ("form before", settings.form),
+        ("pattern", settings.pattern or "none that all weights have"),
+        ("converted weights", str(totals.weights)),
+        ("zeros in them", f"{totals.zeros / totals.size:.2%}"),
     ]
 
 
-# The rows of the card's table that are of one stage alone; those without a value are left out.
-STAGES: Mapping[str, Callable[[Entry], Rows]] = {
-    "prune": _prune_rows,
-    "recover": _recover_rows,
-    "quantize": _quantize_rows,
-    "pack": _pack_rows,
-    "unpack": _unpack_rows,
-    "convert": _convert_rows,
-}
+def _rows(entry: Entry) -> Rows:
+    """The rows of the card's table that are of one stage alone; None is left out."""
+    match entry:
+        case PruneEntry():
+            return _prune_rows(entry)
+        case RecoverEntry():
+            return _recover_rows(entry)
+        case QuantizeEntry():
+            return _quantize_rows(entry)
+        case PackEntry():
+            return _pack_rows(entry)
+        case UnpackEntry():
+            return _unpack_rows(entry)
+        case ConvertEntry():
+            return _convert_rows(entry)
+        case _:
+            assert_never(entry)
 
 
-def _bytes(totals: Mapping[str, Any]) -> tuple[str, str]:
-    return "bytes", f"{totals['bytes']:,} ({totals['bytes_before']:,} before)"
+def _bytes(totals: PackedTotals | UnpackedTotals) -> tuple[str, str]:
+    return "bytes", f"{totals.bytes:,} ({totals.bytes_before:,} before)"
 
 
-def _error(totals: Mapping[str, Any]) -> str:
-    error = totals["mean_error"]
+def _error(error: float | None) -> str:
     return "not measured" if error is None else f"{error:.4f}"
 
 

@@ -3,18 +3,17 @@
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekit.checkpoint.entry import PrunedWeight
 from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block
-from sparsekit.provenance.entry import WeightRow, row_json
 from sparsekit.pruning.prepare import PruneJob
 from sparsekit.pruning.refiners import no_limit
 from sparsekit.pruning.time_budget import TimeBudget
@@ -45,7 +44,7 @@ def prune_block(
         for name, tensor in block.tensors().items()
         if name in job.layout.places and name not in apart
     }
-    return [row_json(row) for row in rows], tensors | stored
+    return [row.to_json() for row in rows], tensors | stored
 
 
 def _prune_group(
@@ -54,7 +53,7 @@ def _prune_group(
     group: list[Target],
     sums: InputStats | None,
     budget: TimeBudget | None,
-) -> tuple[list[WeightRow], dict[str, Tensor]]:
+) -> tuple[list[PrunedWeight], dict[str, Tensor]]:
     """Prune weights with the same inputs as one stacked weight, and put them into the block."""
     started = time.perf_counter()
     weights = [block.weight(target) for target in group]
@@ -69,7 +68,7 @@ def _prune_group(
         raise NumericalError(f"{names}: {error.message}", error.hint, code=error.code) from error
     factors = None if pruned.factors is None else pruned.factors.rounded(dtype)
     new = pruned.weight if factors is None else factors.dense()
-    rows: list[WeightRow] = []
+    rows: list[PrunedWeight] = []
     sizes = [len(weight) for weight in weights]
     numbers = _numbers(pruned.numbers, sizes)
     parts = zip(group, weights, new.split(sizes), numbers, strict=True)
@@ -82,13 +81,14 @@ def _prune_group(
         except NumericalError as failure:
             message = f"{target.name}: {failure.message}"
             raise NumericalError(message, failure.hint, code=failure.code) from failure
-        row = WeightRow(
+        row = PrunedWeight(
             name=target.name,
             shape=target.shape,
             pattern=str(pattern),
             zeros=int((core == 0).sum()),
             size=on_disk.numel(),
             error=error,
+            bits=None,
             seconds=0.0,
             numbers=target_numbers,
         )
@@ -101,13 +101,15 @@ def _prune_group(
         }
         block.stream.skeleton.passed(FITTED * stacked.nbytes)
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
-        rows = [replace(rows[0], bits=bits)]
+        rows = [rows[0].model_copy(update={"bits": bits})]
     if pruned.codes is not None and job.chain.grid is not None:
         parts = (part.split(sizes) for part in (pruned.codes.codes, pruned.codes.scale))
         for target, codes, scale in zip(group, *parts, strict=True):
             stored |= coded_tensors(target, Codes(codes, scale, job.chain.grid))
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
-    return [replace(row, seconds=round(each * row.size, 4)) for row in rows], stored
+    seconds = [round(each * row.size, 4) for row in rows]
+    pairs = zip(rows, seconds, strict=True)
+    return [row.model_copy(update={"seconds": told}) for row, told in pairs], stored
 
 
 def _numbers(stacked: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:

@@ -78,7 +78,7 @@ class PruneJob:
     def _has_pattern(self) -> bool:
         """Whether the source's history records exactly the requested pattern for every weight."""
         history = self.source.pruned(converted=True)
-        recorded = {row["name"]: row["pattern"] for entry in history for row in entry["weights"]}
+        recorded = {row.name: row.pattern for entry in history for row in entry.weights}
         requested = {target.name: str(self.patterns.of(target)) for target in self.targets}
         return self.config.allocate == "none" and all(
             recorded.get(name) == pattern for name, pattern in requested.items()
@@ -145,9 +145,12 @@ def _patterns(config: PruneConfig, given: Checkpoint) -> WeightPatterns:
     if not history:
         message = f"the history of {given.path} does not record its pattern"
         raise UsageError(message, "pass --pattern", code="no-history")
-    base = Pattern.parse(history[-1]["recipe"]["pattern"])
+    base = Pattern.parse(history[-1].settings.pattern)
     by_name = {
-        row["name"]: Pattern.parse(row["pattern"]) for entry in history for row in entry["weights"]
+        row.name: Pattern.parse(row.pattern)
+        for entry in history
+        for row in entry.weights
+        if row.pattern
     }
     exceptions = {name: pattern for name, pattern in by_name.items() if pattern != base}
     return WeightPatterns(base=base, own=exceptions)

@@ -2,25 +2,21 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.folder import config_of
+from sparsekit.checkpoint.entry import Mask, PrunedWeight, PruneEntry, PruneSettings
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
-from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.loops import rewrite_blocks
+from sparsekit.pipeline.output import Output
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import NUMERICS, Report, as_given, damping_notes, totals
-from sparsekit.provenance.environment import versions
-from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import model_card
+from sparsekit.provenance.entry import NUMERICS, Report, damping_notes, sparse_totals
 from sparsekit.pruning.block import prune_block, restore
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import require_patterns
@@ -30,9 +26,6 @@ from sparsekit.pruning.time_budget import TimeBudget
 from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.quantization.storage import coded_config
 from sparsekit.text.rows import TokenRows
-
-# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
-UNTOLD = ("stage", "versions", "source", "config", "layout", "own_patterns")
 
 
 def prune(
@@ -59,47 +52,58 @@ def prune(
         PatternError: A pruned weight does not have the pattern after the cast to disk.
         StorageError: The output cannot be written.
     """
-    cost = Cost()
+    output = Output("prune", model, out, config.words, overwrite=overwrite, progress=progress)
     job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     rows = _rows(job, progress)
-    fingerprint = job.source.scan(progress)
     if job.chain.given:
-        _require_parent(job, job.chain.given, fingerprint, progress)
-    recipe = _recipe(job, fingerprint, rows)
-    with CheckpointWriter(
-        out, job.source, recipe, layout=job.layout, overwrite=overwrite
-    ) as writer:
-        resumed = len(writer.finished)
-        budget = _budget(job, writer, cost.started)
-        if resumed:
-            progress.note(f"going on after {resumed} finished blocks in {writer.partial}")
+        _require_parent(job, job.chain.given, job.source.scan(progress), progress)
+    own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
+    key, settings = {"own_patterns": sha256_json(own)}, _settings(job, rows)
+    with output.writing(job.source, settings, layout=job.layout, key=key, parts="blocks") as writer:
+        budget = _budget(job, writer, output.cost.started)
         if rows and config.allocate == "owl":
             job = replace(job, patterns=allocate(job, rows, progress))
-        grid = job.chain.grid
-        words = filter(None, (config.title, str(job.pattern), grid and str(grid)))
-        progress.begin(" ".join(words), len(job.stream))
-        if rows:
-            job.stream.feed(rows.tokens)
-        weights = rewrite_blocks(
-            job.stream,
-            writer,
-            job.targets,
-            lambda block, sums: prune_block(job, block, sums, budget),
-            lambda block: restore(job, writer, block),
-            want=job.want if rows else None,
-            propagate=job.propagate,
-            progress=progress,
-        )
-        progress.end()
+        weights = _pruned(job, rows, writer, budget, progress)
         _tell_trouble(job, weights, progress)
-        entry = _entry(job, recipe, rows, weights, model) | {
-            "resumed_blocks": resumed,
-            **cost.told(),
-        }
-        config_json = coded_config(job.stream, job.targets, grid) if grid else None
-        origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
-        writer.commit(entry, model_card(entry, origin, history), config_json)
-    return Report(out=out, entry=entry)
+        grid = job.chain.grid
+        return output.publish(
+            PruneEntry,
+            source_name=config.dense,
+            config_json=coded_config(job.stream, job.targets, grid) if grid else None,
+            mask=_mask_source(job, model),
+            calibration=rows.to_json(job.calibration.seed) if rows and job.calibration else None,
+            totals=sparse_totals(weights),
+            weights=weights,
+            skipped=job.skipped,
+            resumed_blocks=output.resumed,
+        )
+
+
+def _pruned(
+    job: PruneJob,
+    rows: TokenRows | None,
+    writer: CheckpointWriter,
+    budget: TimeBudget | None,
+    progress: Progress,
+) -> list[PrunedWeight]:
+    """Prune and write every block."""
+    grid = job.chain.grid
+    words = filter(None, (job.config.title, str(job.pattern), grid and str(grid)))
+    progress.begin(" ".join(words), len(job.stream))
+    if rows:
+        job.stream.feed(rows.tokens)
+    weights = rewrite_blocks(
+        job.stream,
+        writer,
+        job.targets,
+        lambda block, sums: prune_block(job, block, sums, budget),
+        lambda block: restore(job, writer, block),
+        want=job.want if rows else None,
+        propagate=job.propagate,
+        progress=progress,
+    )
+    progress.end()
+    return [PrunedWeight(**row) for row in weights]
 
 
 def _budget(job: PruneJob, writer: CheckpointWriter, started: float) -> TimeBudget | None:
@@ -120,13 +124,13 @@ def _require_parent(job: PruneJob, given: Checkpoint, dense: str, progress: Prog
     """Refuse a sparse model that was made from another dense one, or lacks the pattern."""
     given.scan(progress)
     require_patterns(given, job.targets, job.patterns)
-    parents = [entry["source"] for entry in given.pruned()]
+    parents = [entry.source for entry in given.pruned()]
     if not parents:
         progress.note(f"{given.path} does not say which model it was made from")
-    elif dense not in [parent.get("fingerprint") for parent in parents]:
+    elif dense not in [parent.fingerprint for parent in parents]:
         raise DataError(
             f"{given.path} was not made from the weights in {job.source.path}",
-            f"its history names {' and '.join(str(parent.get('path')) for parent in parents)}",
+            f"its history names {' and '.join(parent.path for parent in parents)}",
         )
 
 
@@ -140,69 +144,44 @@ def _rows(job: PruneJob, progress: Progress) -> TokenRows | None:
     return rows
 
 
-def _recipe(job: PruneJob, fingerprint: str, rows: TokenRows | None) -> dict[str, Any]:
-    """Everything that decides the output's bytes."""
-    return {
-        "stage": "prune",
-        "numerics": NUMERICS,
-        "source": fingerprint,
-        "config": sha256_json(config_of(job.source.config)),
-        "layout": job.source.layout,
-        "method": job.config.title,
-        "pattern": str(job.pattern),
-        "own_patterns": sha256_json({name: str(own) for name, own in job.patterns.own.items()}),
+def _settings(job: PruneJob, rows: TokenRows | None) -> PruneSettings:
+    """What decides the output's bytes besides the source."""
+    return PruneSettings(
+        numerics=NUMERICS,
+        method=job.config.title,
+        pattern=str(job.pattern),
         **job.chain.options(),
-        "mask": job.chain.given.fingerprint if job.chain.given else None,
-        "reconstruct": job.config.reconstruct,
-        "allocate": job.config.allocate,
-        "compensate": str(job.config.share),
-        "propagate": job.propagate if rows else None,
-        "skip": list(job.config.skip),
-        "format": job.config.format,
-        "budget": job.config.budget,
-        "then": str(job.chain.grid) if job.chain.grid else None,
-        "calibration": rows.fingerprint if rows else None,
-        "device": job.stream.device.type,
-        "dtype": str(job.stream.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+        mask=job.chain.given.fingerprint if job.chain.given else None,
+        reconstruct=job.config.reconstruct,
+        allocate=job.config.allocate,
+        compensate=str(job.config.share),
+        propagate=job.propagate if rows else None,
+        skip=list(job.config.skip),
+        format=job.config.format,
+        budget=job.config.budget,
+        then=str(job.chain.grid) if job.chain.grid else None,
+        calibration=rows.fingerprint if rows else None,
+        device=job.stream.device.type,
+        dtype=str(job.stream.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
 
 
-def _entry(
-    job: PruneJob,
-    recipe: Mapping[str, Any],
-    rows: TokenRows | None,
-    weights: list[dict[str, Any]],
-    model: str,
-) -> dict[str, Any]:
-    """This run's entry of the history."""
-    return {
-        "stage": "prune",
-        **as_given(model, job.config.words),
-        "source": {"path": job.config.dense or model, "fingerprint": recipe["source"]},
-        "mask": _mask_source(job, model),
-        "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
-        "versions": recipe["versions"],
-        "calibration": rows.to_json(job.calibration.seed) if rows and job.calibration else None,
-        "totals": totals(weights),
-        "weights": weights,
-        "skipped": job.skipped,
-    }
-
-
-def _mask_source(job: PruneJob, model: str) -> dict[str, Any] | None:
+def _mask_source(job: PruneJob, model: str) -> Mask | None:
     """Where the first mask came from, when it was given, and how it was made."""
     if job.chain.given is None:
         return None
-    history = job.chain.given.provenance()["history"]
-    made = [{k: v for k, v in entry.items() if k != "weights"} for entry in history]
-    return {"path": model, "fingerprint": job.chain.given.fingerprint, "history": made}
+    history = (entry.to_json() for entry in job.chain.given.provenance().history)
+    return Mask(
+        path=model,
+        fingerprint=job.chain.given.fingerprint,
+        history=[{k: v for k, v in entry.items() if k != "weights"} for entry in history],
+    )
 
 
-def _tell_trouble(job: PruneJob, weights: list[dict[str, Any]], progress: Progress) -> None:
+def _tell_trouble(job: PruneJob, weights: Sequence[PrunedWeight], progress: Progress) -> None:
     """Say where a Gram matrix needed more damping than was asked for, or the time was too short."""
-    unswept = sum(row["numbers"].get("sweeps") == 0 for row in weights)
+    unswept = sum(row.numbers.get("sweeps") == 0 for row in weights)
     if job.config.budget is not None and unswept:
         progress.note(
             f"{job.config.budget:g} s were not enough for one round on each weight: "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.checkpoint.entry import TrainedWeight
 from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, NumericalError
@@ -70,7 +71,7 @@ def finish(training: Training, progress: Progress = SILENT) -> dict[str, Any]:
 
 def write_tensors(
     job: RecoverJob, writer: CheckpointWriter | None, student: Student, optimizer: MaskedAdam
-) -> list[dict[str, Any]]:
+) -> list[TrainedWeight]:
     """Write all tensors; returns a report row for each sparse weight.
 
     Every process must call it, since sharded tensors are gathered from all.
@@ -108,7 +109,7 @@ def write_tensors(
         if len(batch) >= TOGETHER or number == len(names):
             writer.write(f"{on_disk} and before", batch, None)
             batch = {}
-    return rows
+    return [TrainedWeight(**row) for row in rows]
 
 
 def _as_on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,18 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from sparsekit.checkpoint.folder import config_of
+from sparsekit.checkpoint.entry import RecoverSettings
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
 from sparsekit.model.device import pick_device
 from sparsekit.pipeline.cost import Cost
 from sparsekit.progress import SILENT, Progress
 from sparsekit.provenance.entry import NUMERICS
-from sparsekit.provenance.environment import versions
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.distributed import Processes
 from sparsekit.recovery.prepare import RecoverJob, prepare_recover, require_parent
@@ -55,8 +54,10 @@ class TrainingInputs:
     """What perplexities are measured on during training; None: nothing."""
     top: TopTeacher | None
     """The teacher, where its largest probabilities are kept on disk."""
-    recipe: Mapping[str, Any]
-    """Everything that decides the output's bytes."""
+    settings: RecoverSettings
+    """What decides the output's bytes besides the models."""
+    key: Mapping[str, str | None]
+    """What else decides them, besides the source."""
     processes: Processes
     folder: Path
     """Where the output grows."""
@@ -66,10 +67,16 @@ class TrainingInputs:
 
     @classmethod
     def read(
-        cls, config: RecoverConfig, model: str, out: Path, *, overwrite: bool, progress: Progress
+        cls,
+        config: RecoverConfig,
+        model: str,
+        out: Path,
+        cost: Cost,
+        *,
+        overwrite: bool,
+        progress: Progress,
     ) -> TrainingInputs:
         """Check a configuration, and read what it names; arguments and errors as of `recover`."""
-        cost = Cost()
         processes = Processes.current(pick_device(config.device))
         processes.parts(config.accumulate)
         progress = progress if processes.main else SILENT
@@ -78,10 +85,10 @@ class TrainingInputs:
         )
         windows = _windows(job)  # before the text, which may be long
         rows = _rows(job, processes, progress)
-        prints = {"source": job.source.scan(progress), "teacher": None}
+        job.source.scan(progress)
         if job.teacher is not None:
-            prints["teacher"] = job.teacher.scan(progress)
-            require_parent(job, prints["teacher"])
+            require_parent(job, job.teacher.scan(progress))
+        own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
         top = top_teacher(job, rows, processes, progress)
         processes.wait()
         return cls(
@@ -89,7 +96,11 @@ class TrainingInputs:
             rows=rows,
             windows=windows,
             top=top,
-            recipe=_recipe(job, rows, processes) | prints,
+            settings=_settings(job, rows, processes),
+            key={
+                "teacher": job.teacher and job.teacher.fingerprint,
+                "own_patterns": sha256_json(own),
+            },
             processes=processes,
             folder=out.with_name(out.name + ".partial"),
             cost=cost,
@@ -131,29 +142,23 @@ def _windows(job: RecoverJob) -> TokenRows | None:
     return evaluation_rows(source, job.source, length=length, limit=EVAL_WINDOWS)
 
 
-def _recipe(job: RecoverJob, rows: TrainingRows, processes: Processes) -> dict[str, Any]:
-    """Everything that decides the output's bytes."""
-    config = job.config
-    told = {key: value for key, value in config if key not in UNRECORDED}
-    own = {name: str(pattern) for name, pattern in job.patterns.own.items()}
-    model = config_of(job.source.config)
-    return {
-        "stage": "recover",
-        "numerics": NUMERICS,
-        "processes": processes.size,
-        **told,
+def _settings(job: RecoverJob, rows: TrainingRows, processes: Processes) -> RecoverSettings:
+    """What decides the output's bytes besides the models."""
+    options = {key: value for key, value in job.config if key not in UNRECORDED}
+    decided = {
         "options": asdict(job.recoverer),
         "pattern": str(job.patterns.base),
-        "own_patterns": sha256_json(own),
         "data": rows.fingerprint,
         "length": rows.length,
-        "config": sha256_json(model),
-        "layout": job.source.layout,
-        "shards": processes.shards,
         "device": job.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
     }
+    return RecoverSettings(
+        numerics=NUMERICS,
+        processes=processes.size,
+        shards=processes.shards,
+        threads=torch.get_num_threads(),
+        **options | decided,
+    )
 
 
 def tokens_to_read(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import RecoverEntry, Source
 from sparsekit.checkpoint.layout import Layout, factor_types
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve
@@ -242,21 +243,22 @@ def _open_teacher(
 
 def _parent(source: Checkpoint) -> str | None:
     """Path of the dense model at the start of the history; None without a history."""
-    return _dense(source).get("path")
+    dense = _dense(source)
+    return dense and dense.path
 
 
-def _dense(source: Checkpoint) -> Mapping[str, str]:
-    """The history's record of the dense model.
+def _dense(source: Checkpoint) -> Source | None:
+    """The history's record of the dense model; None without a history.
 
     That is the model that was pruned; if the history starts with training, the first teacher, or
     the model that was trained without one.
     """
     history = source.pruned()
     if not history:
-        return {}
-    teachers = [entry["teacher"] for entry in history if entry.get("teacher")]
-    trained = history[0]["stage"] == "recover"
-    return teachers[0] if trained and teachers else history[0]["source"]
+        return None
+    first, trained = history[0], [e for e in history if isinstance(e, RecoverEntry)]
+    teachers = [entry.teacher for entry in trained if entry.teacher]
+    return teachers[0] if isinstance(first, RecoverEntry) and teachers else first.source
 
 
 def require_parent(job: RecoverJob, fingerprint: str) -> None:
@@ -265,8 +267,8 @@ def require_parent(job: RecoverJob, fingerprint: str) -> None:
     Raises:
         DataError: Its weights differ from those in the history.
     """
-    recorded = _dense(job.source).get("fingerprint")
-    if job.config.teacher is None and recorded not in (None, fingerprint):
+    recorded = _dense(job.source)
+    if job.config.teacher is None and recorded and recorded.fingerprint != fingerprint:
         raise DataError(
             f"the weights in {job.teacher_name} are not those that {job.source.path} was made from",
             "name the dense model with --teacher to use it anyway",

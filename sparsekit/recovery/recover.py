@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sparsekit.checkpoint.entry import RecoverEntry
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import (
     CheckFailedError,
@@ -18,10 +18,9 @@ from sparsekit.errors import (
     StorageError,
 )
 from sparsekit.files import KEPT, read_json, write_json
+from sparsekit.pipeline.output import Output
 from sparsekit.progress import SILENT, Progress
-from sparsekit.provenance.entry import Report, as_given, totals
-from sparsekit.provenance.front_matter import Origin
-from sparsekit.provenance.model_card import model_card
+from sparsekit.provenance.entry import Report, sparse_totals
 from sparsekit.recovery.config import RecoverConfig
 from sparsekit.recovery.deadline import Deadline, saving_seconds
 from sparsekit.recovery.export import finish, write_tensors
@@ -43,8 +42,6 @@ from sparsekit.text.rows import TokenRows
 PLAN = ".sparsekit-plan.json"
 # What to do where weights, moments or a selection need more memory than there is.
 BESIDE = "train it where there is more: a smaller --batch or --length changes little here"
-# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
-UNTOLD = ("stage", "versions", "source", "teacher", "config", "layout", "own_patterns")
 
 
 def recover(
@@ -74,12 +71,13 @@ def recover(
         CheckFailedError: The decay has not brought the entries off the mask to zero.
         StorageError: The output cannot be written.
     """
-    work = TrainingInputs.read(config, model, out, overwrite=overwrite, progress=progress)
-    job, processes, recipe = work.job, work.processes, work.recipe
-    writing = None
-    if processes.main:
-        writing = CheckpointWriter(out, job.source, recipe, layout=job.layout, overwrite=overwrite)
-    with writing or contextlib.nullcontext() as writer:
+    output = Output("recover", model, out, config.words, overwrite=overwrite, progress=progress)
+    work = TrainingInputs.read(
+        config, model, out, output.cost, overwrite=overwrite, progress=progress
+    )
+    job, processes = work.job, work.processes
+    writing = output.writing(job.source, work.settings, layout=job.layout, key=work.key)
+    with writing if processes.main else contextlib.nullcontext() as writer:
         processes.wait()
         try:
             with explain_out_of_memory("outside the training passes", BESIDE):
@@ -97,14 +95,17 @@ def recover(
             processes.leave()
             return None
         log.publish(writer.partial)
-        entry = _entry(work, model, training, finished, weights) | {"kept_mass": log.kept_mass}
-        told = work.cost.told()
-        entry |= told | {"seconds": round(told["seconds"] + log.earlier_seconds, 3)}
-        origin, history = Origin.of(model, job.source.path), job.source.provenance()["history"]
-        writer.commit(entry, model_card(entry, origin, history))
+        recorded = _recorded(work, training, log)
+        report = output.publish(
+            RecoverEntry,
+            finished=finished,
+            totals=sparse_totals(weights),
+            weights=weights,
+            **recorded,
+        )
         _forget(out)  # only now: until the output stands, all must be found again
     processes.leave()
-    return Report(out=out, entry=entry)
+    return report
 
 
 def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:
@@ -126,33 +127,22 @@ def _forget(out: Path) -> None:
         (out / file).unlink(missing_ok=True)
 
 
-def _entry(
-    work: TrainingInputs,
-    model: str,
-    training: Training,
-    finished: Mapping[str, Any],
-    weights: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """This run's entry of the history."""
-    job, recipe, windows = work.job, work.recipe, work.windows
+def _recorded(work: TrainingInputs, training: Training, log: TrainingLog) -> dict[str, Any]:
+    """What the entry has of the training itself."""
+    job, windows, cost = work.job, work.windows, work.cost.to_json()
     return {
-        "stage": "recover",
-        **as_given(model, job.config.words),
-        "recipe": {k: v for k, v in recipe.items() if k not in UNTOLD},
-        "versions": recipe["versions"],
-        "source": {"path": model, "fingerprint": recipe["source"]},
         "teacher": None
         if job.teacher is None
-        else {"path": job.teacher_name, "fingerprint": recipe["teacher"]},
+        else {"path": job.teacher_name, "fingerprint": job.teacher.fingerprint},
         "text": job.config.data,
         "evaluated_on": windows and windows.title,
         "plan": asdict(training.plan),
         "tokens": training.plan.steps * job.config.step_tokens,
         "processes": training.processes.size,
-        "finished": finished,
-        "totals": totals(weights),
-        "weights": weights,
+        "kept_mass": log.kept_mass,
         "skipped": job.skipped,
+        **cost,
+        "seconds": round(cost["seconds"] + log.earlier_seconds, 3),
     }
 
 

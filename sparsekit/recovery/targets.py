@@ -53,7 +53,7 @@ def patterns_of(
         return WeightPatterns(base=config.pattern)
     recorded = recorded_patterns(source)
     if recorded:
-        base = Pattern.parse(source.pruned()[-1]["recipe"]["pattern"])
+        base = Pattern.parse(source.pruned()[-1].settings.pattern)
         by_name = {name: Pattern.parse(text) for name, text in recorded.items()}
         exceptions = {name: pattern for name, pattern in by_name.items() if pattern != base}
         patterns = WeightPatterns(base=base, own=exceptions)
@@ -78,4 +78,4 @@ def patterns_of(
 
 def recorded_patterns(source: Checkpoint) -> dict[str, str]:
     """The pattern that each weight was last pruned to, by name."""
-    return {row["name"]: row["pattern"] for entry in source.pruned() for row in entry["weights"]}
+    return {row.name: row.pattern for entry in source.pruned() for row in entry.weights}

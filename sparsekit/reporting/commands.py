@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from sparsekit.checkpoint.entry import Entry
 from sparsekit.provenance.history import command, lineage
 from sparsekit.reporting.model_row import Row
 from sparsekit.scoring.config import EvalConfig
@@ -31,14 +32,14 @@ def commands(row: Row) -> list[str]:
     return lines
 
 
-def _packed_before(entry: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+def _packed_before(entry: Entry, last: Entry) -> bool:
     """Whether a stage unpacks what `pack` wrote: `unpack` takes that out of the history.
 
     Args:
         entry: Of the stage.
         last: Of the one before; what it wrote as factors alone was unpacked as it is.
     """
-    return entry["stage"] == "unpack" and last["recipe"].get("format") != "factored"
+    return entry.stage == "unpack" and last.settings.format != "factored"
 
 
 def _score(entry: Mapping[str, Any], model: str) -> list[str]:

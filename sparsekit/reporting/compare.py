@@ -199,7 +199,7 @@ def _notes_of(row: Row) -> list[str]:
         )
     if not row.quality and not row.scores:
         notes.append(f"{row.name} has no scores; measure with sparsekit eval --save")
-    parts = {str(entry.get("stage")) for entry in row.history if entry.get("resumed_blocks")}
+    parts = {entry.stage for entry in row.history if entry.resumed_blocks}
     if parts:
         notes.append(
             f"{row.name}: {' and '.join(sorted(parts))} resumed after an interruption; the seconds "

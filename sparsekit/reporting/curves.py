@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekit.checkpoint.entry import RecoverEntry, Weight
 from sparsekit.errors import DataError
 from sparsekit.recovery.log import LOG
 from sparsekit.reporting.model_row import Row
@@ -35,12 +36,12 @@ def errors_by_block(rows: Sequence[Row]) -> dict[str, list[Curve]]:
     """
     curves: dict[str, list[Curve]] = {}
     for index, row in enumerate(rows):
-        last = {str(entry.get("stage")): entry for entry in row.history}
+        last = {entry.stage: entry for entry in row.history}
         for stage, entry in last.items():
             blocks: dict[int, list[float]] = {}
-            for weight in entry.get("weights", ()):
-                if weight.get("error") is not None and (match := BLOCK.search(weight["name"])):
-                    blocks.setdefault(int(match[1]), []).append(weight["error"])
+            for weight in entry.weights:
+                if weight.error is not None and (match := BLOCK.search(weight.name)):
+                    blocks.setdefault(int(match[1]), []).append(weight.error)
             if blocks:
                 across = sorted(blocks)
                 up = [sum(blocks[block]) / len(blocks[block]) for block in across]
@@ -52,16 +53,16 @@ def sparsity_by_block(rows: Sequence[Row]) -> list[Curve]:
     """Sparsity of each block according to the last stage that counted its zeros."""
     curves = []
     for index, row in enumerate(rows):
-        counted: dict[str, Mapping[str, Any]] = {}
+        counted: dict[str, Weight] = {}
         for entry in row.history:
-            counted |= {w["name"]: w for w in entry.get("weights", ()) if "zeros" in w}
+            counted |= {weight.name: weight for weight in entry.weights}
         zeros: dict[int, int] = {}
         size: dict[int, int] = {}
         for name, weight in counted.items():
-            if weight.get("size") and (match := BLOCK.search(name)):
+            if match := BLOCK.search(name):
                 block = int(match[1])
-                zeros[block] = zeros.get(block, 0) + weight["zeros"]
-                size[block] = size.get(block, 0) + weight["size"]
+                zeros[block] = zeros.get(block, 0) + weight.zeros
+                size[block] = size.get(block, 0) + weight.size
         if size:
             across = sorted(size)
             up = [zeros[block] / size[block] for block in across]
@@ -123,7 +124,7 @@ def trainings(rows: Sequence[Row]) -> list[TrainingLog]:
         log = read_log(row.path)
         if not log:
             continue
-        texts = [str(e.get("text", "")) for e in row.history if e.get("stage") == "recover"]
+        texts = [entry.text for entry in row.history if isinstance(entry, RecoverEntry)]
         logs.append(
             TrainingLog(
                 model=index,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import ConvertEntry, Entry, RecoverEntry, UnpackEntry
 from sparsekit.checkpoint.folder import PROVENANCE
 from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.resolve import local_folder
@@ -39,7 +40,7 @@ class Row:
     """Trained on, likewise."""
     peak_bytes: int | None
     """Of the stage that took most memory."""
-    history: Sequence[Mapping[str, Any]]
+    history: Sequence[Entry]
     """With what made a mask that was given before what used it."""
     scores: Sequence[Mapping[str, Any]]
     quality: Mapping[Measured, Quality]
@@ -109,17 +110,15 @@ def _opened(folder: Path | None) -> Checkpoint | None:
 
 def _row(source: Checkpoint | None, *, stored: bool, **known: Any) -> Row:
     """A row with what the history and the files of its model tell, where that is at hand."""
-    history = unfolded([] if source is None else source.provenance()["history"])
-    seconds, tokens, peaks = (
-        [entry[key] for entry in history if entry.get(key) is not None]
-        for key in ("seconds", "tokens", "peak_memory_bytes")
-    )
+    history = unfolded(() if source is None else source.provenance().history)
+    tokens = [entry.tokens for entry in history if isinstance(entry, RecoverEntry)]
+    peaks = [e.peak_memory_bytes for e in history if e.peak_memory_bytes is not None]
     return Row(
         n_bytes=None if source is None else _size(source.path),
         method=" + ".join(map(stage_words, history)) or ("" if stored else DENSE),
         pattern=_pattern(history),
         bits=None if source is None else _bits(source, history),
-        seconds=math.fsum(seconds) if seconds else None,
+        seconds=math.fsum(entry.seconds for entry in history) if history else None,
         tokens=sum(tokens) if tokens else None,
         peak_bytes=max(peaks, default=None),
         history=history,
@@ -138,26 +137,29 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _pattern(history: Sequence[Mapping[str, Any]]) -> str | None:
+def _pattern(history: Sequence[Entry]) -> str | None:
     """The pattern that was asked for last; where none was, the one that was found."""
     for stages in (PATTERNING, ("convert",), ("pack",)):
-        told = [e.get("recipe", {}).get("pattern") for e in history if e.get("stage") in stages]
+        told = [entry.settings.pattern for entry in history if entry.stage in stages]
         if told and told[-1]:
             return told[-1]
     return None
 
 
-def _bits(source: Checkpoint, history: Sequence[Mapping[str, Any]]) -> float | None:
+def _bits(source: Checkpoint, history: Sequence[Entry]) -> float | None:
     """Bits of a prunable weight on disk, as the last stage that chose its form tells them.
 
     Where that tells none they are counted, and also where it tells those of factors which lie
     beside their products: both are there then.
     """
-    told = [entry["totals"] for entry in history if "bits_per_weight" in entry.get("totals", {})]
-    products = source.kind is Kind.PRODUCTS
-    if told and told[-1]["bits_per_weight"] is not None and not products:
-        return float(told[-1]["bits_per_weight"])
-    changed = {row["name"] for entry in history for row in entry.get("weights", ())}
+    told = [
+        entry.totals.bits_per_weight
+        for entry in history
+        if not isinstance(entry, UnpackEntry | ConvertEntry)
+    ]
+    if told and told[-1] is not None and source.kind is not Kind.PRODUCTS:
+        return told[-1]
+    changed = {row.name for entry in history for row in entry.weights}
     names = [name for name in changed if name in source.places]
     names = names or [name for name, place in source.places.items() if len(place.shape) == 2]
     size = sum(math.prod(source.places[name].shape) for name in names)

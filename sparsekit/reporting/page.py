@@ -155,7 +155,8 @@ def _made(row: Row) -> str:
         return ""  # a baseline that is known only from the scores of others
     lines = "\n".join(commands(row)) or "# unknown"
     history = [
-        {k: v for k, v in entry.items() if k not in ("weights", "mask")} for entry in row.history
+        {k: v for k, v in entry.to_json().items() if k not in ("weights", "mask")}
+        for entry in row.history
     ]
     details = json.dumps(
         _rounded({"history": history, "scores": list(row.scores)}), indent=1, ensure_ascii=False

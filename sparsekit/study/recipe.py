@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekit.checkpoint.entry import History
 from sparsekit.errors import DataError, UsageError, did_you_mean
 from sparsekit.files import read_json
 from sparsekit.provenance.history import command, lineage
@@ -61,8 +62,8 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         DataError: The file cannot be read.
         UsageError: Says everything that is wrong, each with its place.
     """
-    if file.suffix == ".json" and "history" in (found := read_json(file)):
-        told = _repeated(file, found["history"])
+    if file.suffix == ".json" and "history" in read_json(file):
+        told = _repeated(file)
         return checked(told, write_yaml(told), overrides)
     try:
         text = file.read_text(encoding="utf-8")
@@ -75,19 +76,19 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{file}: {error.message}", error.hint) from error
 
 
-def _repeated(file: Path, history: Any) -> dict[str, Any]:
+def _repeated(file: Path) -> dict[str, Any]:
     """The recipe that repeats the stages of a history.
 
     Raises:
         UsageError: A stage is one that recipes do not have.
-        DataError: There is no stage.
+        DataError: There is no stage, or no history that this version reads.
     """
-    entries = lineage(history)
+    entries = lineage(History.read(file).history)
     if not entries:
         raise DataError(f"{file} has no stage to repeat", code="no-history")
     stages = []
     for entry in entries:
-        verb, words = entry["stage"], dict(entry["words"])
+        verb, words = entry.stage, dict(entry.words)
         if verb not in VERBS:
             raise UsageError(
                 f"{file}: a recipe has no stage {verb!r}",
@@ -98,7 +99,7 @@ def _repeated(file: Path, history: Any) -> dict[str, Any]:
             if words.get(key) == MODEL:
                 words[key] = f"./{MODEL}"
         stages.append({verb: words})
-    return {"version": VERSION, "model": entries[0]["model"], "stages": stages}
+    return {"version": VERSION, "model": entries[0].model, "stages": stages}
 
 
 def parse(text: str, overrides: Sequence[str] = ()) -> Recipe:
