@@ -46,13 +46,40 @@ def score(perplexity=None, tasks=(), difference=None, baseline=None, model="m", 
     }
 
 
+def row(index: int, **more) -> dict:
+    """A half-sparse weight of a block."""
+    return {"name": UP.format(index), "shape": [4, 8], "zeros": 16, "size": 32, **more}
+
+
+def entry(stage: str, model: str, settings: dict, **more) -> dict:
+    """What every stage leaves in a history."""
+    return {
+        "stage": stage,
+        "model": model,
+        "words": {},
+        "source": {"path": model, "fingerprint": "c" * 64},
+        "settings": settings,
+        "versions": {"sparsekit": "0"},
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        **more,
+    }
+
+
+SPARSE = {
+    "weights": 2,
+    "zeros": 32,
+    "size": 64,
+    "sparsity": 0.5,
+    "mean_error": None,
+    "bits_per_weight": None,
+}
+
+
 def pruned_entry(method: str = "wanda", pattern: str = "2:4", **changes) -> dict:
     """What `prune` leaves in a history."""
-    weights = [
-        {"name": UP.format(i), "pattern": pattern, "zeros": 16, "size": 32, "error": 0.1 * (i + 1)}
-        for i in range(2)
-    ]
-    recipe = {
+    solved = {"pattern": pattern, "seconds": 1.0}
+    settings = {
         "method": method,
         "pattern": pattern,
         "options": {},
@@ -67,29 +94,26 @@ def pruned_entry(method: str = "wanda", pattern: str = "2:4", **changes) -> dict
         "device": "cpu",
         "dtype": "float32",
     }
-    rows = {"source": "builtin", "samples": 32, "length": 512, "seed": 0}
+    rows = {"source": "builtin", "samples": 32, "length": 512, "seed": 0, "fingerprint": "b" * 64}
     plain = {
-        "stage": "prune",
-        "model": "demo",
         "words": {"method": method, "pattern": pattern, "samples": 32, "length": 512},
-        "source": {"path": "demo", "fingerprint": "c" * 64},
         "mask": None,
-        "recipe": recipe,
         "calibration": rows,
-        "totals": {"weights": 2, "zeros": 32, "size": 64, "bits_per_weight": None},
-        "weights": weights,
+        "totals": SPARSE,
+        "weights": [row(i, error=0.1 * (i + 1), **solved) for i in range(2)],
         "seconds": 10.0,
         "peak_memory_bytes": 500_000_000,
     }
-    return {**plain, **changes}
+    return entry("prune", "demo", settings, **plain) | changes
 
 
 def recovered_entry(method: str = "ast", tokens: int = 4096) -> dict:
     """What `recover` leaves in a history."""
-    recipe = {
+    settings = {
         "method": method,
         "pattern": "2:4",
         "options": {},
+        "data": "e" * 64,
         "metric": "magnitude",
         "batch": 4,
         "length": 256,
@@ -98,42 +122,60 @@ def recovered_entry(method: str = "ast", tokens: int = 4096) -> dict:
         "temperature": 1.0,
         "teacher_top": None,
         "slorb": None,
+        "mixed_precision": "no",
         "format": "dense",
         "seed": 0,
         "device": "cpu",
         "skip": [],
     }
-    return {
-        "stage": "recover",
-        "model": "pruned",
-        "words": {"method": method, "teacher": "demo", "tokens": tokens},
-        "source": {"path": "pruned", "fingerprint": "d" * 64},
-        "teacher": {"path": "demo", "fingerprint": "c" * 64},
-        "recipe": recipe,
-        "text": "builtin",
-        "tokens": tokens,
-        "plan": {"rate": 1e-4, "share": 0.5, "steps": 4},
-        "totals": {"weights": 2, "zeros": 32, "size": 64, "bits_per_weight": None},
-        "weights": [{"name": UP.format(i), "zeros": 16, "size": 32} for i in range(2)],
-        "seconds": 100.0,
-        "peak_memory_bytes": 900_000_000,
-    }
+    return entry(
+        "recover",
+        "pruned",
+        settings,
+        words={"method": method, "teacher": "demo", "tokens": tokens},
+        teacher={"path": "demo", "fingerprint": "c" * 64},
+        text="builtin",
+        evaluated_on=None,
+        tokens=tokens,
+        processes=1,
+        finished={"sparsity_measure": 0.5},
+        kept_mass=None,
+        plan={"rate": 1e-4, "share": 0.5, "steps": 4, "decay": 0.0},
+        totals=SPARSE,
+        weights=[row(i, pattern="2:4", flipped=0) for i in range(2)],
+        seconds=100.0,
+        peak_memory_bytes=900_000_000,
+    )
 
 
 def quantized_entry(grid: str = "int4-g64", method: str = "gptq") -> dict:
     """What `quantize` leaves in a history."""
     where = {"device": "cpu", "dtype": "float32", "skip": [], "format": "compressed-tensors"}
-    return {
-        "stage": "quantize",
-        "model": "trained",
-        "words": {"grid": grid, "method": method},
-        "recipe": {"method": method, "grid": grid, "options": {}, **where},
-        "calibration": None,
-        "totals": {"weights": 2, "zeros": 32, "size": 64, "bits_per_weight": 4.25},
-        "weights": [{"name": UP.format(i), "zeros": 16, "size": 32, "error": 0.02} for i in (0, 1)],
-        "seconds": 5.0,
-        "peak_memory_bytes": 400_000_000,
-    }
+    counted = {"weights": 2, "zeros": 32, "zeros_before": 32, "size": 64, "mean_error": 0.02}
+    solved = {"grid": grid, "zeros_before": 16, "error": 0.02, "seconds": 1.0, "bits": 4.25}
+    return entry(
+        "quantize",
+        "trained",
+        {"method": method, "grid": grid, "options": {}, **where},
+        words={"grid": grid, "method": method},
+        calibration=None,
+        totals={**counted, "bits_per_weight": 4.25},
+        weights=[row(i, **solved) for i in range(2)],
+        seconds=5.0,
+        peak_memory_bytes=400_000_000,
+    )
+
+
+def packed_entry() -> dict:
+    """What `pack` leaves in a history."""
+    sizes = {"bits_per_weight": 3.25, "bytes": 1, "bytes_before": 2}
+    totals = {"weights": 2, "zeros": 32, "size": 64, **sizes}
+    return entry("pack", "m", {"method": "pack", "pattern": "mixed"}, totals=totals)
+
+
+def history_json(*entries: dict) -> str:
+    """The contents of `sparsekit.json`."""
+    return json.dumps({"format": 1, "history": list(entries)})
 
 
 def checkpoint(folder: Path, *history: dict, dtype=torch.float32, rows: int = 4) -> Path:
@@ -143,7 +185,7 @@ def checkpoint(folder: Path, *history: dict, dtype=torch.float32, rows: int = 4)
     weights = {UP.format(i): torch.ones(rows, 8, dtype=dtype) for i in range(2)}
     save_file(weights, folder / "model.safetensors")
     if history:
-        (folder / "sparsekit.json").write_text(json.dumps({"history": list(history)}))
+        (folder / "sparsekit.json").write_text(history_json(*history))
     return folder
 
 

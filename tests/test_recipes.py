@@ -213,10 +213,10 @@ def test_it_runs_on_a_tiny_model(family, row_file, tmp_path, name):
     assert [one.state for one in done] == ["made"] * len(recipe.steps)
     made = [one for one in done if one.step.verb != "eval"]
     for one in made:
-        assert Checkpoint.open(one.folder).provenance()["history"][-1]["stage"] == one.step.verb
+        assert Checkpoint.open(one.folder).provenance().history[-1].stage == one.step.verb
         verify(str(one.folder))
         if one.step.verb == "recover":
-            used = Checkpoint.open(one.folder).provenance()["history"][-1]["recipe"]["options"]
+            used = Checkpoint.open(one.folder).provenance().history[-1].settings.options
             asked = dict(one.step.words["option"])
             assert used.items() >= asked.items()
             assert set(asked) >= OPTIONS.get(name, set())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from scorings import entry, pruned_entry
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import INDEX
@@ -39,8 +40,8 @@ def independent_fingerprint(folder: Path) -> str:
     for file in folder.glob("*.safetensors"):
         header, begin = header_of(file)
         header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
+        for name, place in header.items():
+            start, stop = place["data_offsets"]
             places[name] = file.read_bytes()[begin + start : begin + stop]
     return hashlib.sha256(b"".join(n.encode() + places[n] for n in sorted(places))).hexdigest()
 
@@ -136,7 +137,7 @@ def test_file_longer_than_the_read_buffer_is_scanned_whole(tmp_path, monkeypatch
 
 
 def test_untouched_source_has_no_history(family):
-    assert Checkpoint.open(family("llama")).provenance() == {"history": []}
+    assert Checkpoint.open(family("llama")).provenance().history == ()
 
 
 # An incomplete folder
@@ -236,7 +237,13 @@ def test_flipped_bit_in_the_data_of_an_output_is_seen_by_its_fingerprint(copy_of
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("[]", "invalid-history"), ('{"history": 3}', "invalid-history"), ("{", "invalid-json")],
+    [
+        ("[]", "invalid-history"),
+        ('{"history": []}', "invalid-history"),
+        ('{"format": 2, "history": []}', "invalid-history"),
+        ('{"format": 1, "history": 3}', "invalid-history"),
+        ("{", "invalid-json"),
+    ],
 )
 def test_broken_provenance_is_refused(copy_of, text, code):
     folder = copy_of("llama")
@@ -394,10 +401,21 @@ def test_configuration_that_makes_no_sense_is_reported_with_the_reason(copy_of, 
         build_without_weights(Checkpoint.open(folder), torch.float32)
 
 
-@pytest.mark.parametrize("history", [[{"stage": "prune"}], ["prune"], {}])
+FOREIGN = {
+    "no parts": [{"stage": "prune"}],
+    "no entry": ["prune"],
+    "no list": {},
+    "another tool's stage": [entry("distil", "m", {"method": "distil"})],
+    "a part too many": [pruned_entry(colour="red")],
+    "a number that is a text": [pruned_entry(seconds="10")],
+    "no pattern": [pruned_entry(pattern=None)],
+}
+
+
+@pytest.mark.parametrize("history", FOREIGN.values(), ids=FOREIGN)
 def test_foreign_history_is_refused(copy_of, history):
     folder = copy_of("llama")
-    (folder / "sparsekit.json").write_text(json.dumps({"history": history}))
+    (folder / "sparsekit.json").write_text(json.dumps({"format": 1, "history": history}))
     with refused("invalid-history", folder / "sparsekit.json", kind=DataError):
         Checkpoint.open(folder).provenance()
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparsekit.checkpoint import output_folder as output
 from sparsekit.checkpoint import writer as module
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import History, Settings, Source, UnpackedTotals, UnpackEntry
 from sparsekit.checkpoint.folder import INDEX
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError, StorageError, UsageError
@@ -26,7 +27,17 @@ from sparsekit.pruning.prune import prune
 RECIPE = {"method": "none", "seed": 3}
 UP, DOWN = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
 
-ENTRY = {"stage": "test", "model": "m", "words": {}}
+ENTRY = UnpackEntry(
+    stage="unpack",
+    model="m",
+    words={},
+    source=Source(path="m", fingerprint="a" * 64),
+    settings=Settings(method="unpack"),
+    versions={},
+    totals=UnpackedTotals(weights=0, products=0, bytes=0, bytes_before=0),
+    seconds=0.0,
+    peak_memory_bytes=None,
+)
 
 
 def writer(source: Path, out: Path, recipe=RECIPE, **options) -> CheckpointWriter:
@@ -91,8 +102,8 @@ def test_provenance_has_the_fingerprint_and_the_sources_history(copy_of, tmp_pat
     source = copy_of("llama")
     made = write_all(source, tmp_path / "one", {UP: zeros_like(source, UP)})
     again = write_all(made.path, tmp_path / "two", {})
-    assert made.provenance() == {"fingerprint": made.scan(), "history": [ENTRY]}
-    assert again.provenance()["history"] == [ENTRY, ENTRY]
+    assert made.provenance() == History(format=1, fingerprint=made.scan(), history=(ENTRY,))
+    assert again.provenance().history == (ENTRY, ENTRY)
     assert again.scan() == made.scan() != Checkpoint.open(source).scan()
 
 
@@ -409,7 +420,7 @@ def test_command_with_another_seed_does_not_go_on_with_an_interrupted_one(
     other = PruneConfig(calibration=str(row_file), samples=2, pattern="1:4")
     with pytest.raises(UsageError, match=r"another calibration, pattern \(2:4, now 1:4\);"):
         prune(other, source, tmp_path / "out")
-    assert prune(config, source, tmp_path / "out").entry["resumed_blocks"] == 1
+    assert prune(config, source, tmp_path / "out").entry.resumed_blocks == 1
 
 
 # A disk that is full
@@ -456,7 +467,7 @@ def test_failing_layout_leaves_nothing_and_the_source_untouched(copy_of, row_fil
         prune(config, str(source), out)
     assert snapshot(source) == before
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
-    assert prune(config, str(source), out).entry["resumed_blocks"] == 0
+    assert prune(config, str(source), out).entry.resumed_blocks == 0
 
 
 def test_write_error_at_the_end_keeps_all_blocks_for_the_same_command(copy_of, row_file, tmp_path):
@@ -468,7 +479,7 @@ def test_write_error_at_the_end_keeps_all_blocks_for_the_same_command(copy_of, r
         prune(config, str(source), out)
     assert not out.exists()
     assert snapshot(source) == before
-    assert prune(config, str(source), out).entry["resumed_blocks"] == 2
+    assert prune(config, str(source), out).entry.resumed_blocks == 2
     whole = prune(config, str(source), tmp_path / "whole").out
     for path in whole.glob("*.safetensors"):
         assert sha256_file(path) == sha256_file(out / path.name)
@@ -494,7 +505,7 @@ def test_disk_that_fills_up_on_the_way_costs_no_finished_block(
     assert not out.exists()
     (small_disk / "filler").unlink()
     resumed = prune(config, source, out)
-    assert resumed.entry["resumed_blocks"] >= 1
+    assert resumed.entry.resumed_blocks >= 1
     whole = prune(config, source, tmp_path / "whole").out
     for path in whole.glob("*.safetensors"):
         assert sha256_file(path) == sha256_file(out / path.name)

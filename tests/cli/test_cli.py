@@ -153,12 +153,12 @@ def test_prune_as_json_writes_the_report_and_nothing_else(cli, family, row_file,
     )  # fmt: skip
     report = strict_json(found.stdout)
     assert report["out"] == str(tmp_path / "out")
-    assert report["recipe"]["options"] == {"block": "64", "damping": "0.05"}
-    assert report["recipe"]["pattern"] == "4:8"
-    assert report["recipe"]["skip"] == ["o_proj"]
-    assert report["recipe"]["propagate"] is False
-    assert report["recipe"]["dtype"] == "bfloat16"
-    assert report["recipe"]["reconstruct"] == "cg"
+    assert report["settings"]["options"] == {"block": "64", "damping": "0.05"}
+    assert report["settings"]["pattern"] == "4:8"
+    assert report["settings"]["skip"] == ["o_proj"]
+    assert report["settings"]["propagate"] is False
+    assert report["settings"]["dtype"] == "bfloat16"
+    assert report["settings"]["reconstruct"] == "cg"
     assert (report["calibration"]["samples"], report["calibration"]["length"]) == (3, 20)
     assert report["totals"]["weights"] == 12
     history = json.loads((tmp_path / "out" / "sparsekit.json").read_text())["history"]
@@ -568,7 +568,7 @@ def test_inspect_shows_blocks_types_and_history(cli, pruned, family):
     assert value["total"]["sparsity"] == 0.5
     assert value["total"]["pattern"] == "2:4"
     assert [row["name"] for row in value["blocks"]] == ["model.layers.0", "model.layers.1"]
-    assert value["history"][0]["recipe"]["method"] == "wanda"
+    assert value["history"][0]["settings"]["method"] == "wanda"
     dense = strict_json(cli("inspect", family("llama"), "--json").stdout)
     assert dense["total"] == {**value["total"], "zeros": 0, "sparsity": 0.0, "pattern": "dense"}
     assert dense["history"] == []

@@ -38,7 +38,7 @@ def test_an_object_has_the_version_and_the_documented_names(
     value = json.loads(found.stdout)
     assert value.pop("schema") == 1
     if verb == "prune":
-        assert {"out", "stage", "recipe", "source", "weights", "totals", "seconds"} <= set(value)
+        assert {"out", "stage", "settings", "source", "weights", "totals", "seconds"} <= set(value)
     else:
         assert set(value) <= names(verb)
         rows = value.get("models", [])

@@ -50,7 +50,7 @@ def test_every_tensor_comes_back(tmp_path, name):
         assert not (found[key].signbit() & (found[key] == 0)).any() or "weight" not in key
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert verify(str(out), "2:4")["weights"] == 7
-    assert inspect(str(out)).history[0]["recipe"]["form"] in name
+    assert inspect(str(out)).history[0].settings.form in name
     model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(told.values())
     assert torch.isfinite(model(torch.arange(4)[None]).logits).all()
@@ -61,7 +61,7 @@ def test_every_tensor_comes_back(tmp_path, name):
 def test_what_was_found_of_the_weights_is_in_the_history(tmp_path, name, form):
     out = {"plain": convert}.get(form, convert_packed)(str(LEGACY / name), tmp_path / "out").out
     out = unpack(str(out), tmp_path / "back").out if form == "unpacked" else out
-    entry = inspect(str(out)).history[0]
+    entry = inspect(str(out)).history[0].to_json()
     plain = {key: tensor for key, tensor in wanted(name).items() if "proj" in key}
     assert [row["name"] for row in entry["weights"]] == sorted(plain)
     for row in entry["weights"]:
@@ -87,8 +87,8 @@ def irregular(tensors: dict[str, torch.Tensor]) -> None:
 def test_weights_without_a_common_pattern_have_rows_and_no_pattern(tmp_path):
     source = broken(tmp_path, "sparse-bitmask", irregular)
     out = convert(str(source), tmp_path / "out").out
-    [entry] = inspect(str(out)).history
-    assert "pattern" not in entry["recipe"]
+    [entry] = (entry.to_json() for entry in inspect(str(out)).history)
+    assert "pattern" not in entry["settings"]
     told = {row["name"].split(".")[-2]: row.get("pattern") for row in entry["weights"]}
     assert told["q_proj"] is None
     assert set(told.values()) == {None, "2:4"}
@@ -102,7 +102,7 @@ def test_weights_without_a_common_pattern_have_rows_and_no_pattern(tmp_path):
 def test_what_was_converted_before_there_were_rows_opens(tmp_path):
     out = convert(str(LEGACY / FORMS[0]), tmp_path / "out").out
     told = json.loads((out / "sparsekit.json").read_text())
-    del told["history"][0]["weights"], told["history"][0]["recipe"]["pattern"]
+    del told["history"][0]["weights"], told["history"][0]["settings"]["pattern"]
     (out / "sparsekit.json").write_text(json.dumps(told))
     assert compare([out]).rows[0].pattern is None
     assert verify(str(out), "2:4")["weights"] == 7
@@ -147,7 +147,7 @@ def test_a_packed_one_unpacks_to_the_plain_one(tmp_path, name):
     plain = convert(str(LEGACY / name), tmp_path / "plain").out
     packed = convert_packed(str(LEGACY / name), tmp_path / "packed").out
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["packed", "plain"]
-    stages = [entry["stage"] for entry in inspect(str(packed)).history]
+    stages = [entry.stage for entry in inspect(str(packed)).history]
     assert stages == ["convert", "pack"]
     unpacked = unpack(str(packed), tmp_path / "unpacked").out
     before, after = (load_file(path / "model.safetensors") for path in (plain, unpacked))
@@ -158,7 +158,7 @@ def test_a_packed_one_unpacks_to_the_plain_one(tmp_path, name):
 def test_a_packed_one_is_called_as_the_model_it_was_made_from(tmp_path):
     """Not as the plain one in between, which is gone."""
     packed = convert_packed(str(LEGACY / FORMS[0]), tmp_path / "packed").out
-    paths = [entry["source"]["path"] for entry in inspect(str(packed)).history]
+    paths = [entry.source.path for entry in inspect(str(packed)).history]
     assert paths == [str(LEGACY / FORMS[0])] * 2
     assert f"# {FORMS[0]}, packed" in (packed / "README.md").read_text().splitlines()
 

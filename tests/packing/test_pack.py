@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -153,7 +154,7 @@ def test_importing_sparsekit_hf_is_what_lets_transformers_load_it(sparse, tmp_pa
 
 
 def test_the_history_tells_size_and_share_of_each_weight(sparse, tmp_path):
-    entry = pack(str(sparse()), tmp_path / "packed").entry
+    entry = pack(str(sparse()), tmp_path / "packed").entry.to_json()
     dtype = Checkpoint.open(tmp_path / "packed").tensors["model.layers.0.mlp.up_proj.values"].dtype
     size, share = 8 * dtype.itemsize, 0.5 + 1 / (8 * dtype.itemsize)
     for row in entry["weights"]:
@@ -234,7 +235,8 @@ def test_a_weight_that_the_history_has_no_checksum_of_is_not_unpacked(sparse, tm
     else:
         del rows[3][without]
     (packed / PROVENANCE).write_text(json.dumps(told))
-    with pytest.raises(CheckFailedError, match=f"the history has no checksum of {name}; copy"):
+    missing = pytest.raises(CheckFailedError, match=f"the history has no checksum of {name}; copy")
+    with missing if without == "row" else refused("invalid-history", packed / PROVENANCE):
         unpack(str(packed), tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 
@@ -321,7 +323,7 @@ def test_packed_codes_compute_what_the_codes_compute(coded, row_file, tmp_path, 
 def test_codes_take_the_bits_that_theory_says(coded, tmp_path, grid, bits):
     packed = pack(str(coded(grid)), tmp_path / "packed")
     checkpoint = Checkpoint.open(packed.out)
-    for row in packed.entry["weights"]:
+    for row in packed.entry.to_json()["weights"]:
         rows, columns = row["shape"]
         scales = checkpoint.tensors[row["name"].removesuffix("weight") + "scale"]
         own = 8 * (scales.stop - scales.start) / (rows * columns)
@@ -376,7 +378,9 @@ def test_codes_that_are_not_sparse_are_packed_with_the_others(family, tmp_path):
     (source / PROVENANCE).unlink()
     coded = quantize(QuantizeConfig(method="rtn", grid="int8"), str(source), tmp_path / "coded").out
     packed = pack(str(coded), tmp_path / "packed")
-    patterns = {row["name"].split(".")[-2]: row["pattern"] for row in packed.entry["weights"]}
+    patterns = {
+        row["name"].split(".")[-2]: row["pattern"] for row in packed.entry.to_json()["weights"]
+    }
     assert ":" not in patterns["down_proj"]
     assert patterns["o_proj"] == "1:4"  # of the last block: nothing but zeros
     assert same_bytes(coded, unpack(str(packed.out), tmp_path / "plain").out)
@@ -526,7 +530,7 @@ def test_an_interrupted_pack_of_other_forms_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         pack(str(source), tmp_path / "out", progress=StopsIn("pack", 5))
     again = pack(str(source), tmp_path / "out")
-    assert again.entry["weights"] == whole.entry["weights"]
+    assert again.entry.to_json()["weights"] == whole.entry.to_json()["weights"]
     for file in whole.out.glob("*.safetensors"):
         assert file.read_bytes() == (again.out / file.name).read_bytes()
 

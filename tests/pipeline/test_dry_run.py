@@ -45,7 +45,7 @@ def test_plan_of_quantize_tells_the_bytes_that_are_then_written(quantized, prune
     assert list(tmp_path.iterdir()) == []
     assert (found["method"], found["grid"], found["weights"]) == ("gptq", "int4-g16", 14)
     assert found["blocks"] == 2
-    entry = quantize(quantized, str(pruned), tmp_path / "out").entry
+    entry = quantize(quantized, str(pruned), tmp_path / "out").entry.to_json()
     assert found["size"] == entry["totals"]["size"]
     assert found["skipped"] == entry["skipped"]
     assert found["bytes_to_write"] == weights_of(tmp_path / "out")
@@ -58,10 +58,10 @@ def test_plan_of_recover_tells_the_steps_and_bytes_that_are_then_written(
     assert list(tmp_path.iterdir()) == []
     assert found["teacher"] == str(family("llama"))
     report = recover(trained, str(pruned), tmp_path / "out")
-    assert found["method"] == report.entry["recipe"]["method"] == "ast"
-    assert found["steps"] == report.entry["plan"]["steps"] == 3
-    assert found["steps"] * found["step_tokens"] == report.entry["tokens"]
-    assert found["zeros"] == report.entry["totals"]["zeros"]
+    assert found["method"] == report.entry.settings.method == "ast"
+    assert found["steps"] == report.entry.plan.steps == 3
+    assert found["steps"] * found["step_tokens"] == report.entry.tokens
+    assert found["zeros"] == report.entry.totals.zeros
     assert found["bytes_to_write"] == weights_of(tmp_path / "out")
     numbers = Checkpoint.open(pruned).n_bytes // 2  # bfloat16
     # Weights, gradients, two moments and what ast remembers; and the teacher.
@@ -81,7 +81,7 @@ def test_plan_of_pack_tells_the_bytes_that_are_then_written(pruned, tmp_path):
     found = plan_pack(str(pruned), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert found["patterns"] == {"2:4": 14}
-    totals = pack(str(pruned), tmp_path / "out").entry["totals"]
+    totals = pack(str(pruned), tmp_path / "out").entry.to_json()["totals"]
     assert found["bytes_to_write"] == totals["bytes"] == weights_of(tmp_path / "out")
     assert found["bytes_before"] == totals["bytes_before"]
     assert (found["weights"], found["size"]) == (totals["weights"], totals["size"])
@@ -94,13 +94,13 @@ def test_plans_of_unpack_and_convert_tell_the_bytes_that_are_then_written(pruned
     assert not out.exists()
     assert found["patterns"] == {"2:4": 14}
     assert found["bytes_before"] == weights_of(packed)
-    totals = unpack(str(packed), out).entry["totals"]
+    totals = unpack(str(packed), out).entry.to_json()["totals"]
     assert found["bytes_to_write"] == totals["bytes"] == weights_of(out)
     assert found["weights"] == totals["weights"]
     old, new = str(LEGACY / "sparse-24-bitmask"), tmp_path / "new"
     found = plan_convert(old, new)
     assert not new.exists()
-    totals = convert(old, new).entry["totals"]
+    totals = convert(old, new).entry.to_json()["totals"]
     assert found["bytes_to_write"] == weights_of(new)
     assert (found["weights"], found["size"]) == (totals["weights"], totals["size"])
     with pytest.raises(DataError, match=r"plain.*unpack"):

@@ -114,7 +114,7 @@ def test_training_keeps_the_seconds_that_it_took(family, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "measure", slowed(stage.measure, 5.0))
     monkeypatch.setattr(trainplan, "measure", slowed(trainplan.measure, 5.0))
     config = RecoverConfig(method="fixed", tokens=8 * 64, batch=2, length=32, eval_every=5)
-    entry = stage.recover(config, str(family("llama")), tmp_path / "out").entry
+    entry = stage.recover(config, str(family("llama")), tmp_path / "out").entry.to_json()
     assert entry["seconds"] == 8 * 10.0 + 3 * 5.0  # saving stands still here
 
 
@@ -145,11 +145,11 @@ def test_the_entries_of_other_forms_hold_time_and_memory_too(pruned, tmp_path):
     """Which `compare` shows: peak memory is that of all stages."""
     packed, plain, out = (tmp_path / name for name in ("packed", "plain", "out"))
     rooms = [plan_pack(str(pruned), packed)]
-    entries = [pack(str(pruned), packed).entry]
+    entries = [pack(str(pruned), packed).entry.to_json()]
     rooms.append(plan_unpack(str(packed), plain))
-    entries.append(unpack(str(packed), plain).entry)
+    entries.append(unpack(str(packed), plain).entry.to_json())
     rooms.append(plan_convert(LEGACY, out))
-    entries.append(convert(LEGACY, out).entry)
+    entries.append(convert(LEGACY, out).entry.to_json())
     for room, entry in zip(rooms, entries, strict=True):
         assert entry["seconds"] > 0
         assert 0 < room["peak_memory_estimate_bytes"] < 2 * entry["peak_memory_bytes"]

@@ -14,7 +14,6 @@ from sparsekit.packing.convert import convert, convert_packed
 from sparsekit.packing.pack import pack
 from sparsekit.packing.unpack import unpack
 from sparsekit.provenance.front_matter import Origin, front_matter, read_front_matter
-from sparsekit.provenance.history import stages_before, tags
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.prune import prune
 from sparsekit.quantization.config import QuantizeConfig
@@ -143,7 +142,7 @@ def test_card_tells_what_is_kept_where_it_is_not_the_largest(family, row_file, t
 
 def test_card_tells_each_stage_before_with_the_text_that_it_read(outputs, row_file):
     history = json.loads((outputs["pack"] / "sparsekit.json").read_text())["history"]
-    rows, text = history[0]["calibration"]["fingerprint"], history[1]["recipe"]["data"]
+    rows, text = history[0]["calibration"]["fingerprint"], history[1]["settings"]["data"]
     calibrated = f"5 rows of 24 tokens from `{row_file.name}` (sha256 `{rows[:16]}…`)"
     trained = f"48 tokens of `{row_file.name}` (sha256 `{text[:16]}…`)"
     told = [
@@ -169,16 +168,6 @@ def test_card_of_a_refined_mask_tells_what_made_it(family, pruned, row_file, tmp
 def test_numbers_that_are_pruned_or_trained_are_no_longer_those_of_a_grid(outputs, tmp_path):
     made = prune(PruneConfig(method="magnitude"), str(outputs["rounded"]), tmp_path / "again").out
     assert card_of(made).data.tags == ["sparsekit", "pruned"]
-
-
-def test_card_tells_as_much_of_an_older_history_as_there_is():
-    old = {"stage": "prune", "recipe": {"method": "wanda"}, "calibration": {"samples": 4}}
-    other = {"stage": "distil|x"}
-    assert stages_before([old, other, {}]) == [
-        ("earlier: prune", "wanda"),
-        ("earlier: distil|x", "distil|x"),
-    ]
-    assert tags([old, other, {"stage": "pack"}]) == ["pruned", "packed"]
 
 
 def test_code_of_a_card_loads_the_checkpoint(outputs, monkeypatch):

@@ -211,8 +211,8 @@ def test_dense_form_is_a_plain_checkpoint_of_the_products(family, made, name):
 
 @every_family
 def test_dense_form_is_nearer_to_the_source_than_its_start(run, family, made, name):
-    start = run(family(name), method="nowag", option={}).entry["weights"]
-    for before, after in zip(start, made(name).entry["weights"], strict=True):
+    start = run(family(name), method="nowag", option={}).entry.to_json()["weights"]
+    for before, after in zip(start, made(name).entry.to_json()["weights"], strict=True):
         assert before["name"] == after["name"]
         assert after["error"] < before["error"], after["name"]
         assert after["numbers"]["loss"] < after["numbers"]["first_loss"]
@@ -239,9 +239,7 @@ def test_both_forms_have_the_same_factors(made, name):
     dense, factored = (made(name, form).out for form in FORMS)
     assert sha256_file(dense / FACTORS) == sha256_file(factored / FACTORS)
     rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in made(name, form).entry[
-            "weights"
-        ]]
+        [row.model_copy(update={"seconds": 0.0}) for row in made(name, form).entry.weights]
         for form in FORMS
     ]  # fmt: skip
     assert rows[0] == rows[1]
@@ -389,9 +387,9 @@ def test_verify_passes_and_inspect_shows_the_pattern_of_the_cores(made, name, fo
     report = made(name, form)
     found = verify(str(report.out))
     assert found["pattern"] == ["2:4"]
-    assert found["weights"] == 2 * FAMILIES[name][0] == report.entry["totals"]["weights"]
-    assert 2 * found["zeros"] == found["size"] == report.entry["totals"]["size"]
-    assert report.entry["totals"]["sparsity"] == 0.5
+    assert found["weights"] == 2 * FAMILIES[name][0] == report.entry.totals.weights
+    assert 2 * found["zeros"] == found["size"] == report.entry.totals.size
+    assert report.entry.totals.sparsity == 0.5
     seen = inspect(str(report.out))
     assert (seen.total["pattern"], seen.total["sparsity"]) == ("2:4", 0.5)
     assert [row["pattern"] for row in seen.blocks] == ["2:4"] * 2
@@ -546,12 +544,12 @@ def test_interrupted_run_goes_on_to_the_same_bytes(run, family, tmp_path, form, 
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / FACTORS).is_file()
     report = run(family(name), tmp_path / "out", **options)
-    assert report.entry["resumed_blocks"] == 1
+    assert report.entry.resumed_blocks == 1
     assert hashes(report.out) == hashes(whole.out)
     assert verify(str(report.out))["fingerprint"] == verify(str(whole.out))["fingerprint"]
     rows = [
         [{k: v for k, v in row.items() if k != "seconds"} for row in entry["weights"]]
-        for entry in (report.entry, whole.entry)
+        for entry in (report.entry.to_json(), whole.entry.to_json())
     ]
     assert rows[0] == rows[1]
 
@@ -630,7 +628,8 @@ def test_weights_of_other_sides_get_other_blocks(run, family):
     """32 and 66 have only 2 in common."""
     report = run(family("llama_odd"), pattern="1:2", option={"block": "8", "sweeps": "2"})
     blocks = {
-        row["name"].split(".")[-2]: row["numbers"]["block"] for row in report.entry["weights"]
+        row["name"].split(".")[-2]: row["numbers"]["block"]
+        for row in report.entry.to_json()["weights"]
     }
     assert blocks["q_proj"] == 8
     assert blocks["up_proj"] == blocks["down_proj"] == 2
@@ -654,7 +653,7 @@ def test_bits_per_weight_are_those_of_the_factors(made, name, form):
     report = made(name, form)
     factors = factors_in(report.out)
     n_bytes = size = 0
-    for row in report.entry["weights"]:
+    for row in report.entry.to_json()["weights"]:
         stored = sum(part.nbytes for part in factors[row["name"]].parts.values())
         assert row["bits"] == 8 * stored / row["size"]
         n_bytes, size = n_bytes + stored, size + row["size"]
@@ -673,7 +672,7 @@ def test_plan_tells_the_bytes_that_are_then_written(family, made, row_file, tmp_
         assert found["method"] == "armor from nowag"
         assert found["notes"] == ["block size of the factors: 8 in 14 weights"]
         for key in ("zeros", "size", "weights", "bits_per_weight"):
-            assert found[key] == report.entry["totals"][key]
+            assert found[key] == getattr(report.entry.totals, key)
 
 
 def test_layer_refuses_a_core_whose_places_do_not_rise(made):
@@ -727,8 +726,8 @@ def test_model_card_says_what_it_is(run, family, made):
 def test_history_tells_options_and_form(made):
     for form in FORMS:
         report = made("llama", form)
-        (entry,) = Checkpoint.open(report.out).pruned()
-        recipe = entry["recipe"]
+        (entry,) = (entry.to_json() for entry in Checkpoint.open(report.out).pruned())
+        recipe = entry["settings"]
         assert (recipe["method"], recipe["format"]) == ("armor from nowag", form)
         assert (recipe["options"]["block"], recipe["options"]["sweeps"]) == ("8", "4")
         assert recipe["propagate"] is False

@@ -75,7 +75,9 @@ def test_every_method_loses_less_with_it_and_both_forms_agree(family, run, row_f
     plain = run(family(name), "plain", **{**options, "compensate": "none"})
     dense = run(family(name), "dense", **options)
     factored = run(family(name), "factored", format="factored", **options)
-    for before, after in zip(plain.entry["weights"], dense.entry["weights"], strict=True):
+    for before, after in zip(
+        plain.entry.to_json()["weights"], dense.entry.to_json()["weights"], strict=True
+    ):
         assert after["error"] < before["error"], after["name"]
         assert after["zeros"] == before["zeros"], after["name"]
         assert after["numbers"]["rank"] == -(-min(after["shape"]) // 10)
@@ -88,8 +90,8 @@ def test_every_method_loses_less_with_it_and_both_forms_agree(family, run, row_f
         ours = sparsekit.load(factored.out)(tokens).logits
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
     for report in (dense, factored):
-        assert verify(str(report.out))["weights"] == len(report.entry["weights"])
-        assert inspect(str(report.out)).total["zeros"] == report.entry["totals"]["zeros"]
+        assert verify(str(report.out))["weights"] == len(report.entry.to_json()["weights"])
+        assert inspect(str(report.out)).total["zeros"] == report.entry.totals.zeros
 
 
 @pytest.mark.parametrize(

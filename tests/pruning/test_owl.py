@@ -87,7 +87,7 @@ def test_block_with_outliers_keeps_more_and_the_whole_keeps_its_share(
     save_file(tensors, file, {"format": "pt"})
     notes = Notes()
     report = run(source, pattern=pattern, progress=notes)
-    rows = report.entry["weights"]
+    rows = report.entry.to_json()["weights"]
     shares = [
         sum(r["zeros"] for r in rows if f".{block}." in r["name"])
         / sum(r["size"] for r in rows if f".{block}." in r["name"])
@@ -97,7 +97,7 @@ def test_block_with_outliers_keeps_more_and_the_whole_keeps_its_share(
     # Each row of 32 inputs rounds its zeros down; groups of 8 differ by one step of a block.
     step = 1 / 32 if pattern == "60%" else 1 / 16
     asked = float(Pattern.parse(pattern).sparsity)
-    assert report.entry["totals"]["sparsity"] == pytest.approx(asked, abs=step)
+    assert report.entry.totals.sparsity == pytest.approx(asked, abs=step)
     assert len({row["pattern"] for row in rows}) == 2
     (note,) = [note for note in notes.told if note.startswith("blocks get from")]
     told = [float(number) / 100 for number in re.findall(r"([\d.]+)%", note)]
@@ -113,7 +113,7 @@ def test_block_with_outliers_keeps_more_and_the_whole_keeps_its_share(
 def test_first_block_is_pruned_as_alone_with_its_own_pattern(family, run):
     """The pass that counts outliers leaves nothing behind: block 0 sees the same inputs."""
     report = run(family("llama_tied"), method="sparsegpt")
-    own = report.entry["weights"][0]["pattern"]
+    own = report.entry.to_json()["weights"][0]["pattern"]
     plain = run(family("llama_tied"), "plain", method="sparsegpt", allocate="none", pattern=own)
     ours, alone = (load_file(one.out / "model.safetensors") for one in (report, plain))
     first = [name for name in ours if name.startswith("model.layers.0.")]

@@ -126,8 +126,8 @@ def test_refining_a_method_is_the_refiner_that_begins_with_it(run, family, initi
     two = run(family("llama"), "two", method=initial, refine="dsnot")
     alone = run(family("llama"), "alone", method=initial)
     assert weight_hashes(one.out) == weight_hashes(two.out) != weight_hashes(alone.out)
-    assert one.entry["recipe"] == two.entry["recipe"]
-    assert one.entry["recipe"]["method"] == f"dsnot from {initial}"
+    assert one.entry.settings == two.entry.settings
+    assert one.entry.settings.method == f"dsnot from {initial}"
 
 
 def test_refiner_begins_with_its_own_choice_when_none_is_named(run, family):
@@ -148,7 +148,7 @@ def test_refinement_reads_calibration_rows_whatever_the_mask_comes_from():
 
 def test_refinement_without_a_method_goes_over_wanda(run, family):
     report = run(family("llama"), refine="dsnot")
-    assert report.entry["recipe"]["method"] == "dsnot from wanda"
+    assert report.entry.settings.method == "dsnot from wanda"
 
 
 @pytest.mark.parametrize("name", ["llama_sharded", "gpt2", "opt", "phi3"])
@@ -156,17 +156,17 @@ def test_refinement_without_a_method_goes_over_wanda(run, family):
 def test_every_family_is_refined_to_exactly_the_pattern(run, family, name, text):
     report = run(family(name), method="dsnot", pattern=text)
     share = 0.375 if "tensor" in text else 0.5
-    assert report.entry["totals"]["zeros"] == share * report.entry["totals"]["size"] > 0
+    assert report.entry.totals.zeros == share * report.entry.totals.size > 0
     assert verify(str(report.out))["pattern"] == [text]
-    assert sum(row["numbers"]["swaps"] for row in report.entry["weights"]) > 0
+    assert sum(row["numbers"]["swaps"] for row in report.entry.to_json()["weights"]) > 0
 
 
 def test_history_tells_both_methods_and_their_options(run, family):
     options = {"damping": "0.5", "cycles": "7", "units": "token"}
     report = run(family("llama"), method="sparsegpt", refine="dsnot", option=options)
     (entry,) = history(report.out)
-    assert entry == json.loads(json.dumps(dict(report.entry)))
-    recipe = entry["recipe"]
+    assert entry == report.entry.to_json()
+    recipe = entry["settings"]
     assert recipe["method"] == "dsnot from sparsegpt"
     assert recipe["options"] == {**DSNOT, "cycles": "7", "units": "token"}
     assert recipe["initial_options"] == {"damping": "0.5", "block": "128"}
@@ -178,7 +178,7 @@ def test_history_tells_both_methods_and_their_options(run, family):
 def test_preset_and_options_are_recorded_as_values(run, family):
     options = {"modules": "all"}
     report = run(family("llama"), method="dsnot", preset="published", option=options)
-    assert report.entry["recipe"]["options"] == {**PUBLISHED, "modules": "all"}
+    assert report.entry.settings.options == {**PUBLISHED, "modules": "all"}
 
 
 def test_attention_only_leaves_the_other_weights_to_the_initial_method(run, family):
@@ -199,7 +199,7 @@ def test_attention_only_leaves_the_other_weights_to_the_initial_method(run, fami
             assert not torch.equal(after[name], before[name])
         else:
             assert torch.equal(after[name], before[name]), name
-    numbers = {row["name"]: row["numbers"] for row in refined.entry["weights"]}
+    numbers = {row["name"]: row["numbers"] for row in refined.entry.to_json()["weights"]}
     assert all(("swaps" in numbers[name]) == ("self_attn" in name) for name in numbers)
 
 
@@ -210,7 +210,9 @@ def test_reconstruction_comes_after_the_refinement_and_keeps_its_mask(run, famil
     before, after = tensors_in(plain.out), tensors_in(solved.out)
     for name in filter(linears, before):
         assert torch.equal(before[name] != 0, after[name] != 0), name
-    for old, new in zip(plain.entry["weights"], solved.entry["weights"], strict=True):
+    for old, new in zip(
+        plain.entry.to_json()["weights"], solved.entry.to_json()["weights"], strict=True
+    ):
         assert new["error"] < 0.9 * old["error"], new["name"]
 
 
@@ -251,7 +253,7 @@ def test_swaps_are_those_of_each_weight(run, family, sparse):
     given = sparse(pattern="50%")
     report = run(given, refine="dsnot", dense=str(family("llama")))
     before, after = map(tensors_in, (given, report.out))
-    for row in report.entry["weights"]:
+    for row in report.entry.to_json()["weights"]:
         found = swapped(before[row["name"]], after[row["name"]])
         assert row["numbers"]["swaps"] == found, row["name"]
 
@@ -292,7 +294,7 @@ def test_method_may_name_the_refiner_of_a_sparse_model(run, family, sparse):
     one = run(given, "one", refine="dsnot", dense=dense)
     two = run(given, "two", method="dsnot", dense=dense)
     assert weight_hashes(one.out) == weight_hashes(two.out)
-    assert one.entry["recipe"] == two.entry["recipe"]
+    assert one.entry.settings == two.entry.settings
 
 
 def test_what_is_not_refined_stays_as_the_sparse_model_has_it(run, family, sparse):
@@ -317,18 +319,18 @@ def test_pattern_is_the_last_one_of_the_history_unless_another_is_named(run, fam
     twice = run(sparse(pattern="50%"), "twice", pattern="1:4").out
     dense = str(family("llama"))
     report = run(twice, "own", refine="dsnot", dense=dense)
-    assert report.entry["recipe"]["pattern"] == "1:4"
+    assert report.entry.settings.pattern == "1:4"
     assert verify(str(report.out), "1:4")["pattern"] == "1:4"
     report = run(twice, "named", refine="dsnot", dense=dense, pattern="2:8")
-    assert report.entry["recipe"]["pattern"] == "2:8"
+    assert report.entry.settings.pattern == "2:8"
 
 
 def test_history_names_the_given_mask_by_its_fingerprint(run, family, sparse):
     given, dense = sparse(), family("llama")
     report = run(given, refine="dsnot", dense=str(dense), option={"power": "0.5"})
     entry = history(report.out)[-1]
-    assert entry == json.loads(json.dumps(dict(report.entry)))
-    recipe = entry["recipe"]
+    assert entry == report.entry.to_json()
+    recipe = entry["settings"]
     assert recipe["method"] == "dsnot from the given mask"
     assert recipe["mask"] == Checkpoint.open(given).scan() != Checkpoint.open(dense).scan()
     assert recipe["options"] == {**DSNOT, "power": "0.5"}
@@ -346,11 +348,11 @@ def test_report_tells_how_the_given_mask_was_made(run, family, sparse):
     (made,) = mask["history"]
     (known,) = history(given)
     assert made == {key: value for key, value in known.items() if key != "weights"}
-    assert made["recipe"]["method"] == "ria"
+    assert made["settings"]["method"] == "ria"
 
 
 def test_no_mask_is_told_where_none_was_given(run, family):
-    assert run(family("llama"), method="dsnot").entry["mask"] is None
+    assert run(family("llama"), method="dsnot").entry.mask is None
 
 
 def test_every_ancestor_of_a_sparse_model_is_its_dense_one(run, family, sparse):
@@ -393,7 +395,7 @@ def test_output_of_a_refinement_can_be_refined_again(run, family, sparse):
     again = run(once, "again", refine="dsnot", option={"cycles": "1"}, dense=dense)
     before, after = tensors_in(once), tensors_in(again.out)
     assert sum(swapped(before[name], after[name]) for name in filter(linears, before)) > 0
-    assert again.entry["recipe"]["mask"] == Checkpoint.open(once).scan()
+    assert again.entry.settings.mask == Checkpoint.open(once).scan()
 
 
 def test_sparse_model_without_a_history_needs_a_pattern_and_is_taken_with_a_note(
@@ -412,7 +414,7 @@ def test_sparse_model_without_a_history_needs_a_pattern_and_is_taken_with_a_note
 def test_weights_that_the_sparse_model_has_dense_are_skipped_again(run, family, sparse):
     given, dense = sparse(skip=["o_proj"]), family("llama")
     report = run(given, refine="dsnot", dense=str(dense), skip=["o_proj"])
-    assert report.entry["totals"]["weights"] == 12
+    assert report.entry.totals.weights == 12
     whole, after = tensors_in(dense), tensors_in(report.out)
     same = [name for name in filter(linears, whole) if torch.equal(whole[name], after[name])]
     assert same == [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]
@@ -450,11 +452,11 @@ def test_interrupted_refinement_goes_on_to_the_same_bytes(run, family, sparse, w
         run(source, progress=Recorder(stop_after=1), **options)
     seen = Recorder()
     report = run(source, progress=seen, **options)
-    assert report.entry["resumed_blocks"] == 1
+    assert report.entry.resumed_blocks == 1
     assert any("going on after 1 finished blocks" in note for note in seen.notes)
     assert weight_hashes(report.out) == weight_hashes(whole.out)
     ours, theirs = (
-        [{k: v for k, v in row.items() if k != "seconds"} for row in r.entry["weights"]]
+        [{k: v for k, v in row.items() if k != "seconds"} for row in r.entry.to_json()["weights"]]
         for r in (report, whole)
     )
     assert ours == theirs
@@ -673,8 +675,8 @@ def test_plan_of_a_refinement_makes_the_counts_that_are_then_written(run, family
     assert not (tmp_path / "planned").exists()
     report = run(given, refine="dsnot", dense=str(dense))
     assert (found["method"], found["pattern"]) == ("dsnot from the given mask", "1:4")
-    assert found["zeros"] == report.entry["totals"]["zeros"]
-    assert found["size"] == report.entry["totals"]["size"]
+    assert found["zeros"] == report.entry.totals.zeros
+    assert found["size"] == report.entry.totals.size
 
 
 def test_command_line_refines_a_sparse_model(cli, run, family, sparse, row_file, tmp_path):
@@ -686,7 +688,7 @@ def test_command_line_refines_a_sparse_model(cli, run, family, sparse, row_file,
     options = {"preset": "published", "option": {"cycles": "9"}}
     report = run(given, refine="dsnot", dense=str(dense), **options)
     assert weight_hashes(tmp_path / "typed") == weight_hashes(report.out)
-    assert history(tmp_path / "typed")[-1]["recipe"]["options"] == {**PUBLISHED, "cycles": "9"}
+    assert history(tmp_path / "typed")[-1]["settings"]["options"] == {**PUBLISHED, "cycles": "9"}
 
 
 def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row_file, tmp_path):
@@ -695,7 +697,7 @@ def test_command_line_begins_a_refiner_with_another_method(cli, run, family, row
         "prune", family("llama"), "-o", tmp_path / "typed", "--calibration", row_file, *flags
     )
     assert found.code == 0
-    recipe = history(tmp_path / "typed")[0]["recipe"]
+    recipe = history(tmp_path / "typed")[0]["settings"]
     assert recipe["method"] == "dsnot from ria"
     assert recipe["options"] == {**DSNOT, "power": "0.0"}
 
@@ -733,7 +735,9 @@ def test_option_given_twice_or_without_a_method_is_refused(key):
 
 def test_option_of_one_method_alone_reaches_it(run, family):
     options = {"option": {"sparsegpt.damping": "0.05", "cycles": "7"}}
-    recipe = run(family("llama"), method="dsnot", initial="sparsegpt", **options).entry["recipe"]
+    recipe = run(
+        family("llama"), method="dsnot", initial="sparsegpt", **options
+    ).entry.settings.to_json()
     assert recipe["initial_options"]["damping"] == "0.05"
     assert recipe["options"]["cycles"] == "7"
 
@@ -748,8 +752,8 @@ def test_mask_made_with_owl_is_refined_block_by_block(run, family, sparse, tmp_p
     options = {"refine": "dsnot", "dense": str(family("llama"))}
     planned = plan(PruneConfig(**options), str(given), tmp_path / "planned")
     report = run(given, **options)
-    assert planned["zeros"] == report.entry["totals"]["zeros"] == sum(r["zeros"] for r in rows)
-    found = {row["name"]: row for row in report.entry["weights"]}
+    assert planned["zeros"] == report.entry.totals.zeros == sum(r["zeros"] for r in rows)
+    found = {row["name"]: row for row in report.entry.to_json()["weights"]}
     assert {row["name"]: (row["pattern"], row["zeros"]) for row in rows} == {
         name: (row["pattern"], row["zeros"]) for name, row in found.items()
     }

@@ -351,9 +351,9 @@ def test_prune_can_quantize_in_the_same_pass(family, row_file, tmp_path, method,
     done = prune(config, str(family("llama")), tmp_path / "out")
     assert verify(str(done.out))["pattern"] == [pattern]
     assert str(Checkpoint.open(done.out).grid) == grid
-    assert done.entry["recipe"]["then"] == grid
-    told = sum(row["zeros"] for row in done.entry["weights"])
-    after = {"grid_damping" in row["numbers"] for row in done.entry["weights"]}
+    assert done.entry.settings.then == grid
+    told = sum(row["zeros"] for row in done.entry.to_json()["weights"])
+    after = {"grid_damping" in row["numbers"] for row in done.entry.to_json()["weights"]}
     assert after == {method != "sparsegpt"}  # which rounds in its own sweep
     model, zeros = stock(done.out), 0
     model(torch.arange(4)[None])

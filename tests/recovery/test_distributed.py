@@ -119,11 +119,11 @@ def assert_alike(one, two):
         first, second = (checkpoint.read([name])[name].float() for checkpoint in both)
         assert ((first == 0) == (second == 0)).all(), name
         assert (first - second).abs().max() < 1e-2, name
-    entries = [checkpoint.provenance()["history"][-1] for checkpoint in both]
-    assert [entry["processes"] for entry in entries] == [1, 2]
-    moved = [entry["finished"].get("moved", 0.0) for entry in entries]
+    entries = [checkpoint.provenance().history[-1] for checkpoint in both]
+    assert [entry.processes for entry in entries] == [1, 2]
+    moved = [entry.finished.moved or 0.0 for entry in entries]
     assert moved[1] == pytest.approx(moved[0], rel=0.01)
-    flipped = [[row["flipped"] for row in entry["weights"]] for entry in entries]
+    flipped = [[row.flipped for row in entry.weights] for entry in entries]
     assert flipped[0] == flipped[1]
     assert not [file.name for file in two.iterdir() if file.name.startswith(".")]
 

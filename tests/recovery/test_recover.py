@@ -94,8 +94,8 @@ def test_output_has_exactly_the_pattern_and_every_tensor_was_trained(
         assert not torch.equal(old[name], new[name]), name
         zeros = new[name].numel() // 2 if name in linear(after) else int((old[name] == 0).sum())
         assert int((new[name] == 0).sum()) == zeros, name
-    assert found.entry["totals"]["sparsity"] == 0.5
-    assert after.pruned()[-1]["stage"] == "recover"
+    assert found.entry.totals.sparsity == 0.5
+    assert after.pruned()[-1].stage == "recover"
 
 
 def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_path):
@@ -103,7 +103,7 @@ def test_mask_of_a_sparse_model_stays_in_fixed_and_may_move_in_ast(pruned, tmp_p
     for method in ("fixed", "ast"):
         config = replace(SHORT, method=method, lr=1e-2)
         found = recover(config, str(pruned), tmp_path / method)
-        flips = sum(row["flipped"] for row in found.entry["weights"])
+        flips = sum(row["flipped"] for row in found.entry.to_json()["weights"])
         out = Checkpoint.open(found.out)
         name = "model.layers.0.mlp.up_proj.weight"
         masks.append(out.read([name])[name] != 0)
@@ -126,7 +126,7 @@ def test_a_one_shot_mask_is_not_thrown_away(pruned, tmp_path, monkeypatch, chose
     """Selections happen, but with a rate of next to nothing the zeros stay the smallest."""
     monkeypatch.setattr(MaskedAdam, "masked_mean", lambda _: 1e-2)
     found = recover(replace(SHORT, **chosen, lr=1e-12), str(pruned), tmp_path / "out")
-    assert sum(row["flipped"] for row in found.entry["weights"]) == 0
+    assert sum(row["flipped"] for row in found.entry.to_json()["weights"]) == 0
     source, out = Checkpoint.open(pruned), Checkpoint.open(found.out)
     for name in linear(source):
         assert torch.equal(out.read([name])[name] != 0, source.read([name])[name] != 0)
@@ -199,11 +199,11 @@ def test_flips_are_the_difference_of_the_masks(pruned, tmp_path):
     """Of two sparse models on disk, entry by entry, against what the history tells."""
     found = recover(replace(SHORT, lr=1e-2), str(pruned), tmp_path / "out")
     source, out = Checkpoint.open(pruned), Checkpoint.open(found.out)
-    for row in found.entry["weights"]:
+    for row in found.entry.to_json()["weights"]:
         before, after = (c.read([row["name"]])[row["name"]] != 0 for c in (source, out))
         assert row["flipped"] == int((before ^ after).sum())
     last = json.loads((found.out / LOG).read_text().splitlines()[-1])
-    assert last["flipped"] == sum(row["flipped"] for row in found.entry["weights"]) > 0
+    assert last["flipped"] == sum(row["flipped"] for row in found.entry.to_json()["weights"]) > 0
 
 
 def test_masks_are_compared_at_each_saved_state_and_before_the_output(
@@ -234,7 +234,7 @@ def test_masks_that_differ_between_whole_models_stop_the_run(monkeypatch):
 
 def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
     found = recover(replace(SHORT, data="self", tokens=64), str(pruned), tmp_path / "out")
-    assert found.entry["text"] == "self"
+    assert found.entry.text == "self"
     assert verify(str(found.out))["zeros"] == 9216
 
 
@@ -259,7 +259,7 @@ def test_what_pruning_gave_each_weight_stays_as_it_was(family, row_file, tmp_pat
     for name in linear(before):
         counts = [int((c.read([name])[name] == 0).sum()) for c in (before, after)]
         assert counts[0] == counts[1], name
-    left = {row["name"] for row in found.entry["skipped"]}
+    left = {row["name"] for row in found.entry.to_json()["skipped"]}
     assert left == {n for n in linear(before) if not (before.read([n])[n] == 0).any()}
 
 
@@ -271,7 +271,7 @@ def test_what_is_dense_in_a_sparse_model_without_history_is_skipped(family, row_
     with refused("not-this-pattern", "2:4", "down_proj", "--skip", kind=UsageError):
         recover(told, str(sparse), tmp_path / "out")
     found = recover(replace(told, skip=["down_proj"]), str(sparse), tmp_path / "out")
-    assert {row["reason"] for row in found.entry["skipped"]} == {"--skip down_proj"}
+    assert {row["reason"] for row in found.entry.to_json()["skipped"]} == {"--skip down_proj"}
     out = Checkpoint.open(found.out)
     for name in linear(out):
         zeros = (out.read([name])[name] == 0).float().mean()
@@ -308,7 +308,7 @@ def test_recomputing_activations_changes_nothing(family, tmp_path, monkeypatch):
         monkeypatch.setattr(training.Training, "gradients", counted(bool(number)))
         found = recover(config, str(family("llama")), tmp_path / str(number))
         prints.append(Checkpoint.open(found.out).fingerprint)
-        assert any(row["flipped"] for row in found.entry["weights"])
+        assert any(row["flipped"] for row in found.entry.to_json()["weights"])
     assert passes == [1] * (len(passes) // 2) + [2] * (len(passes) // 2)
     assert prints[0] == prints[1]
 
@@ -320,9 +320,9 @@ def test_the_card_names_the_log_and_what_was_left_out(family, pruned, tmp_path):
     for found, card in zip((cast, fixed), cards, strict=True):
         assert f"`{LOG}`" in card
         assert (found.out / LOG).is_file()
-    moved = cast.entry["finished"]["moved"]
+    moved = cast.entry.finished.moved
     assert f"by leaving out what is off the masks | {moved:.2%} |" in cards[0]
-    assert f"| decay | {cast.entry['plan']['decay']:.3g} |" in cards[0]
+    assert f"| decay | {cast.entry.plan.decay:.3g} |" in cards[0]
     assert "spans=" in cards[0]
     # What a method does not do has no row.
     assert "off the masks" not in cards[1]
@@ -336,7 +336,7 @@ def test_by_activation_a_dense_model_begins_with_the_mask_of_wanda(family, tmp_p
     config = replace(SHORT, method=method, metric="activation", lr=1e-12, tokens=256, save_every=3)
     model = str(family("llama"))
     found = recover(config, model, tmp_path / "out")
-    assert sum(row["flipped"] for row in found.entry["weights"]) == 0
+    assert sum(row["flipped"] for row in found.entry.to_json()["weights"]) == 0
     source, out = Checkpoint.open(family("llama")), Checkpoint.open(found.out)
     rows = config.corpus(256).rows(source, source).take(0, 16)
     loaded = sparsekit.load(family("llama"), "float32")
@@ -357,7 +357,7 @@ def test_cast_makes_a_dense_model_sparse_without_a_jump(family, tmp_path):
     config = replace(CAST, eval_every=50)
     found = recover(config, str(family("llama")), tmp_path / "out")
     assert verify(str(found.out))["pattern"] == ["2:4"]
-    assert found.entry["finished"]["moved"] < 5e-3
+    assert found.entry.finished.moved < 5e-3
     log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
     shares = [row["sparsity"] for row in log if "perplexity" in row and row["step"]]
     assert shares[-1] > 0.99
@@ -444,7 +444,7 @@ def test_cast_is_measured_without_what_is_off_its_mask(family, row_file, tmp_pat
             SHORT, method=method, option=options, lr=4e-2, eval_every=12, eval_text=str(row_file)
         )
         found = recover(config, str(family("llama")), tmp_path / method)
-        told.append(found.entry["plan"]["perplexity"])
+        told.append(found.entry.plan.perplexity)
     (dense,) = evaluate(EvalConfig(text=str(row_file)), [str(family("llama"))])
     assert told[1] == pytest.approx(told[0], rel=1e-6)
     assert abs(told[1] - dense.perplexity.value) > 1e-3 * told[1]
@@ -598,14 +598,14 @@ def test_a_second_training_has_the_teacher_of_the_first(family, pruned, tmp_path
     """Also where the history begins with a training whose teacher was named."""
     first = recover(SHORT, str(family("llama")), tmp_path / "first").out
     second = recover(SHORT, str(first), tmp_path / "second")
-    assert second.entry["teacher"]["path"] == str(family("llama"))
+    assert second.entry.teacher.path == str(family("llama"))
 
 
 def test_a_length_beyond_the_models_maximum_counts_as_what_is_trained_on(pruned, tmp_path):
     config = replace(SHORT, length=512, tokens=1024, batch=1)  # the maximum is 256
     found = recover(config, str(pruned), tmp_path / "out")
-    assert found.entry["plan"]["steps"] == 4
-    assert found.entry["tokens"] == 1024
+    assert found.entry.plan.steps == 4
+    assert found.entry.tokens == 1024
 
 
 def test_less_text_than_a_step_is_refused(pruned, row_file, tmp_path):
@@ -714,7 +714,7 @@ def test_a_full_disk_during_a_save_is_told_and_keeps_the_state_before(
         with pytest.raises(StorageError, match="No space left"):
             recover(config, str(pruned), tmp_path / "out")
     began = time.perf_counter()
-    entry = recover(config, str(pruned), tmp_path / "out", progress=notes).entry
+    entry = recover(config, str(pruned), tmp_path / "out", progress=notes).entry.to_json()
     lasted = time.perf_counter() - began
     assert any("going on after 4 steps" in note for note in notes.told)
     rows = (tmp_path / "out" / LOG).read_text().splitlines()[:4]
@@ -865,7 +865,7 @@ def test_teacher_is_the_dense_parent_and_is_not_touched(pruned, family, tmp_path
 
     monkeypatch.setattr(training, "model_losses", spy)
     found = recover(SHORT, str(pruned), tmp_path / "out")
-    assert found.entry["teacher"]["path"] == str(family("llama"))
+    assert found.entry.teacher.path == str(family("llama"))
     (teacher,) = set(seen)
     assert not teacher.training
     dense = Checkpoint.open(family("llama"))
@@ -879,8 +879,8 @@ def test_without_divergence_no_teacher_is_needed(copy_of, row_file, tmp_path):
     sparse = prune(config, str(dense), tmp_path / "sparse").out
     dense.rename(tmp_path / "elsewhere")
     found = recover(replace(SHORT, kl_weight=0.0), str(sparse), tmp_path / "out")
-    assert found.entry["plan"]["share"] == 0
-    assert found.entry["teacher"] is None
+    assert found.entry.plan.share == 0
+    assert found.entry.teacher is None
 
 
 def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_file, tmp_path):
@@ -899,15 +899,13 @@ def test_a_sparse_teacher_is_refused_unless_it_is_named(pruned, copy_of, row_fil
     with refused("no-dense-model", "bare", "second", kind=DataError):
         recover(SHORT, str(second), tmp_path / "out")
     named = replace(SHORT, teacher=str(pruned_copy))
-    assert recover(named, str(second), tmp_path / "out").entry["teacher"]["path"] == str(
-        pruned_copy
-    )
+    assert recover(named, str(second), tmp_path / "out").entry.teacher.path == str(pruned_copy)
 
 
 def test_the_dense_model_that_was_trained_without_a_teacher_may_teach_later(family, tmp_path):
     first = recover(replace(SHORT, kl_weight=0.0), str(family("llama")), tmp_path / "first").out
     second = recover(SHORT, str(first), tmp_path / "second")
-    assert second.entry["teacher"]["path"] == str(family("llama"))
+    assert second.entry.teacher.path == str(family("llama"))
 
 
 def test_a_failure_after_the_last_step_says_where_the_state_is(pruned, tmp_path, monkeypatch):
@@ -972,8 +970,8 @@ def test_a_loss_that_is_not_finite_before_training_is_not_put_down_to_the_rate(
 def test_max_time_plans_the_steps_from_the_measured_speed(pruned, tmp_path):
     config = replace(SHORT, tokens=None, max_time="20s")
     found = recover(config, str(pruned), tmp_path / "out")
-    assert found.entry["plan"]["steps"] > 50
-    assert found.entry["seconds"] < 20
+    assert found.entry.plan.steps > 50
+    assert found.entry.seconds < 20
 
 
 def test_a_time_that_is_too_short_for_a_step_is_refused(pruned, tmp_path, monkeypatch):
@@ -1166,7 +1164,7 @@ def test_a_budget_below_what_is_safe_is_told(family, tmp_path, monkeypatch):
 def test_cast_without_scales_settles_too(family, tmp_path):
     config = replace(CAST, option={"decay": "1e-2", "spans": "0"})
     found = recover(config, str(family("llama")), tmp_path / "out")
-    assert found.entry["finished"]["moved"] < 5e-3
+    assert found.entry.finished.moved < 5e-3
     assert verify(str(found.out))["pattern"] == ["2:4"]
 
 
@@ -1187,13 +1185,13 @@ def test_cast_that_has_not_quite_settled_is_noted(pruned, tmp_path, monkeypatch)
     notes = Notes()
     config = replace(CAST, tokens=384, lr=1e-3)
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
-    assert found.entry["finished"]["moved"] > trainwrite.SETTLED
+    assert found.entry.finished.moved > trainwrite.SETTLED
     assert any("the decay has not quite finished" in note for note in notes.told)
     assert verify(str(found.out))["zeros"] == 9216
 
 
 def test_strength_of_ast_pulls_a_mean_entry_as_much_as_the_gradient(pruned, tmp_path):
-    plan = recover(SHORT, str(pruned), tmp_path / "out").entry["plan"]
+    plan = recover(SHORT, str(pruned), tmp_path / "out").entry.to_json()["plan"]
     source = Checkpoint.open(pruned)
     values = torch.cat([source.read([n])[n].float().flatten() for n in linear(source)])
     mean = values[values != 0].abs().mean().item()
@@ -1203,7 +1201,7 @@ def test_strength_of_ast_pulls_a_mean_entry_as_much_as_the_gradient(pruned, tmp_
 def test_strength_of_cast_is_the_size_of_the_gradients(family, tmp_path, monkeypatch):
     unsettled(monkeypatch)
     config = replace(CAST, option={}, tokens=3200, lr=1e-2)
-    plan = recover(config, str(family("llama")), tmp_path / "out").entry["plan"]
+    plan = recover(config, str(family("llama")), tmp_path / "out").entry.to_json()["plan"]
     assert plan["decay"] == plan["masked_gradient"] > 0
 
 
@@ -1337,9 +1335,9 @@ def test_branches_are_kept_as_factors(family, row_file, tmp_path, name, form):
     notes = Notes()
     found = recover(config, str(family(name)), tmp_path / "out", progress=notes)
     assert any("cannot be folded" in note for note in notes.told)
-    assert verify(str(found.out))["zeros"] == found.entry["totals"]["zeros"]
-    assert found.entry["totals"]["sparsity"] == 0.5
-    assert found.entry["totals"]["bits_per_weight"] > 0
+    assert verify(str(found.out))["zeros"] == found.entry.totals.zeros
+    assert found.entry.totals.sparsity == 0.5
+    assert found.entry.totals.bits_per_weight > 0
     made = Checkpoint.open(found.out)
     assert made.kind is (Kind.FACTORED if form == "factored" else Kind.PRODUCTS)
     last = json.loads((found.out / LOG).read_text().splitlines()[-1])

@@ -199,8 +199,8 @@ def test_kept_mass_is_told_in_log_history_and_card(config, pruned, family, rows,
     found = recover(config, str(pruned), tmp_path / "out")
     kept = [row["kept_mass"] for row in logged(found.out)]
     assert len(kept) == 12
-    assert found.entry["kept_mass"] == fmean(kept)
-    assert found.entry["recipe"]["teacher_top"] == TOP
+    assert found.entry.kept_mass == fmean(kept)
+    assert found.entry.settings.teacher_top == TOP
     card = (found.out / "README.md").read_text()
     assert (
         f"| of the teacher | {TOP} largest probabilities, {fmean(kept):.2%} of its mass |" in card
@@ -216,7 +216,7 @@ def test_kept_mass_is_told_in_log_history_and_card(config, pruned, family, rows,
 
 def test_without_the_option_nothing_is_kept(config, pruned, tmp_path):
     found = recover(replace(config, teacher_top=None), str(pruned), tmp_path / "out")
-    assert found.entry["kept_mass"] is None
+    assert found.entry.kept_mass is None
     assert "kept_mass" not in logged(found.out)[0]
     assert not files(tmp_path / "cache")
 
@@ -299,8 +299,8 @@ def test_a_run_with_a_time_limit_keeps_the_rows_too(config, pruned, tmp_path, pa
     config = replace(config, tokens=None, max_time="20s")
     notes = Notes()
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
-    assert found.entry["plan"]["steps"] > 12
-    assert math.isfinite(found.entry["kept_mass"])
+    assert found.entry.plan.steps > 12
+    assert math.isfinite(found.entry.kept_mass)
     assert len(files(tmp_path / "cache")) == 5
     assert any("all 5 rows are in" in note for note in notes.told)
 

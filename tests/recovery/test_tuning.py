@@ -55,7 +55,7 @@ def test_perplexity_before_training_begins_the_log(pruned, tmp_path):
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
     assert log[0]["step"] == 0
-    assert log[0]["perplexity"] == found.entry["plan"]["perplexity"]
+    assert log[0]["perplexity"] == found.entry.plan.perplexity
     assert any(f"{log[0]['perplexity']:.2f}" in note for note in notes.told)
     measured = [row["evaluated_on"] for row in log if "perplexity" in row]
     assert measured == ["8 x 16 tokens of builtin"] * 3
@@ -99,7 +99,7 @@ def test_auto_is_told_and_recorded_as_the_method_that_ran(pruned, tmp_path):
     notes = Notes()
     found = recover(replace(SHORT, method="auto"), str(pruned), tmp_path / "a", progress=notes)
     assert any("--method auto is ast" in note for note in notes.told)
-    assert found.entry["recipe"]["method"] == "ast"
+    assert found.entry.settings.method == "ast"
     named = recover(replace(SHORT, method="ast"), str(pruned), tmp_path / "b")
     tensors = [Checkpoint.open(o.out).read(Checkpoint.open(o.out).places) for o in (found, named)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
@@ -144,7 +144,7 @@ def test_auto_with_a_time_goes_on_where_it_was_interrupted(pruned, tmp_path):
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert any("going on after" in note for note in notes.told)
     log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
-    assert [row["step"] for row in log] == list(range(found.entry["plan"]["steps"] + 1))
+    assert [row["step"] for row in log] == list(range(found.entry.plan.steps + 1))
 
 
 def test_bench_needs_no_room_for_states(pruned, tmp_path, monkeypatch):
@@ -259,10 +259,10 @@ def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_pat
     assert time.perf_counter() - begun < 20
     (planned,) = (note for note in notes.told if "fit into the remaining time" in note)
     first = int(planned.split()[0])
-    steps = found.entry["plan"]["steps"]
+    steps = found.entry.plan.steps
     assert 11 < steps < first
     assert any(f": {steps} in the place of" in note for note in notes.told)
-    assert found.entry["tokens"] == 32 * steps
+    assert found.entry.tokens == 32 * steps
     log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
     assert len(log) == steps
     assert log[-1]["rate"] < 0.1 * SHORT.lr  # the schedule ran to its end
@@ -286,7 +286,7 @@ def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp
     notes = Slows()
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert verify(str(found.out))["pattern"] == ["2:4"]
-    steps = found.entry["plan"]["steps"]
+    steps = found.entry.plan.steps
     assert any(f": {steps} in the place of" in note for note in notes.told)
     assert any(re.match(r"decay budget: \S+ in the place of", note) for note in notes.told)
     assert shares[-1] == (steps - 1) / steps
@@ -307,7 +307,7 @@ def test_measuring_leaves_time_for_steps(pruned, tmp_path, monkeypatch):
     begun = time.perf_counter()
     found = recover(config, str(pruned), tmp_path / "out")
     assert time.perf_counter() - begun < 20
-    assert found.entry["plan"]["steps"] >= 3
+    assert found.entry.plan.steps >= 3
 
 
 @pytest.mark.slow
@@ -325,7 +325,7 @@ def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
     steps = int(re.search(r": (\d+) in the place of", notes.told[-1])[1])
     again = Notes()
     found = recover(config, str(pruned), tmp_path / "out", progress=again)
-    assert found.entry["plan"]["steps"] == steps
+    assert found.entry.plan.steps == steps
     assert any("going on after 10 steps" in note for note in again.told)
 
 

@@ -14,6 +14,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from scorings import (
     checkpoint,
+    packed_entry,
     pruned_entry,
     quantized_entry,
     recovered_entry,
@@ -62,14 +63,15 @@ def test_row_tells_how_a_model_was_made_and_what_that_took(tmp_path):
 
 def test_words_of_a_pruning_name_all_that_it_did(tmp_path):
     entry = pruned_entry()
-    entry["recipe"] |= {"reconstruct": "cg", "allocate": "owl", "compensate": "1/20"}
-    entry["recipe"] |= {"then": "int8"}
+    entry["settings"] |= {"reconstruct": "cg", "allocate": "owl", "compensate": "1/20"}
+    entry["settings"] |= {"then": "int8"}
     [row] = compare([checkpoint(tmp_path / "m", entry)]).rows
     assert row.method == "wanda cg owl lowrank + int8"
 
 
 def test_what_made_a_given_mask_counts_too(tmp_path):
-    mask = {"path": "m", "history": [{**pruned_entry("ria"), "seconds": 7.0}]}
+    mask = {"path": "m", "fingerprint": "e" * 64}
+    mask["history"] = [{**pruned_entry("ria"), "seconds": 7.0}]
     entry = pruned_entry("dsnot from the given mask", mask=mask)
     [row] = compare([checkpoint(tmp_path / "m", entry)]).rows
     assert (row.method, row.seconds) == ("ria + dsnot from the given mask", 17)
@@ -82,10 +84,8 @@ def test_bits_are_those_of_the_type_where_the_history_tells_none(tmp_path, dtype
 
 
 def test_last_stage_that_chose_the_form_tells_the_bits(tmp_path):
-    packed = {"stage": "pack", "model": "m", "words": {}, "source": {}, "weights": []}
-    packed["recipe"] = {"pattern": "mixed"}
-    packed["totals"] = {"bits_per_weight": 3.25, "bytes": 1}
-    [row] = compare([checkpoint(tmp_path / "m", pruned_entry(), quantized_entry(), packed)]).rows
+    stages = pruned_entry(), quantized_entry(), packed_entry()
+    [row] = compare([checkpoint(tmp_path / "m", *stages)]).rows
     assert (row.bits, row.pattern) == (3.25, "2:4")
 
 

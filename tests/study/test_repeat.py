@@ -86,6 +86,6 @@ def test_a_stage_that_recipes_do_not_have_is_named(made):
 
 
 def test_a_history_without_stages_is_refused(tmp_path):
-    (tmp_path / "sparsekit.json").write_text('{"history": []}')
+    (tmp_path / "sparsekit.json").write_text('{"format": 1, "history": []}')
     with refused("no-history"):
         read_recipe(tmp_path / "sparsekit.json")
