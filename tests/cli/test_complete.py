@@ -8,6 +8,7 @@ import pytest
 from verbs import commands
 
 from sparsekit import registry as methods
+from sparsekit.cli.complete import names
 from sparsekit.errors import SparsekitError
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.quantization.config import QuantizeConfig
@@ -102,6 +103,9 @@ def flags() -> list[tuple[str, str, str]]:
     return found
 
 
+KINDS = ("pruners", "refiners", "recoverers", "quantizers")
+
+
 def refused(command: str, flag: str, word: str) -> bool:
     """Whether a command does not take a word that completion offers for an option."""
     checks = {
@@ -115,6 +119,7 @@ def refused(command: str, flag: str, word: str) -> bool:
         "initial": lambda: PruneConfig(method="dsnot", initial=word),
         "refine": lambda: PruneConfig(refine=word),
         "calibration": lambda: None if word in ("builtin", "self", "c4", "wikitext2") else 1 / 0,
+        "name": lambda: None if word in dict(names(*KINDS)()) else 1 / 0,
         "resident": lambda: None if word in ("packed", "expand") else 1 / 0,
     }
     config = {"quantize": QuantizeConfig, "recover": RecoverConfig, "eval": EvalConfig}
