@@ -44,7 +44,7 @@ from sparsekit.files import (
 
 # Dot files, so that no file of a checkpoint has such a name and none is ever carried over.
 JOURNAL = ".sparsekit-journal.jsonl"
-RECIPE = ".sparsekit-recipe.json"
+RUN_KEY = ".sparsekit-run-key.json"
 REPLACED = ".sparsekit-replaced"
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
@@ -61,13 +61,13 @@ class CheckpointWriter:
         out: The folder to make. An interrupted run's parts are found beside it.
         source: The checkpoint whose layout and other files the output takes.
         layout: The weight files to make; None: those of the source.
-        recipe: Everything that decides the output's bytes. A run with the same recipe goes on
+        key: Everything that decides the output's bytes. A run with the same key goes on
             where an interrupted one stopped.
         overwrite: Replace an existing output of sparsekit when the new one is complete.
 
     Raises:
         UsageError: The output exists, is being written by another process, or an interrupted
-            run with another recipe is in the way.
+            run with another key is in the way.
         StorageError: The disk has no room.
     """
 
@@ -75,7 +75,7 @@ class CheckpointWriter:
         self,
         out: Path,
         source: Checkpoint,
-        recipe: Mapping[str, Any],
+        key: Mapping[str, Any],
         *,
         layout: Layout | None = None,
         overwrite: bool = False,
@@ -91,7 +91,7 @@ class CheckpointWriter:
         refuse_source(out, source.path)
         refuse_output(out, overwrite=overwrite)
         self.partial = out.with_name(out.name + ".partial")
-        self._recipe = json.loads(json.dumps(recipe))
+        self._key = json.loads(json.dumps(key))
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ class CheckpointWriter:
             with storage_errors(self.partial):
                 self.partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(self.partial / LOCK))
-            if (self.partial / RECIPE).is_file():
+            if (self.partial / RUN_KEY).is_file():
                 self._resume()
             else:
                 self._begin()
@@ -169,7 +169,7 @@ class CheckpointWriter:
         with storage_errors(self.out):
             fsync_path(self.partial)
             self._publish()
-            for name in (JOURNAL, RECIPE, LOCK):
+            for name in (JOURNAL, RUN_KEY, LOCK):
                 (self.out / name).unlink(missing_ok=True)
             if (self.out / REPLACED).is_dir():
                 shutil.rmtree(self.out / REPLACED)
@@ -188,13 +188,13 @@ class CheckpointWriter:
         except StorageError:
             self._discard()
             raise
-        write_json(self.partial / RECIPE, self._recipe)
+        write_json(self.partial / RUN_KEY, self._key)
 
     def _resume(self) -> None:
-        earlier = read_json(self.partial / RECIPE)
-        if earlier != self._recipe:
-            keys = sorted(earlier.keys() | self._recipe.keys())
-            pairs = ((key, earlier.get(key), self._recipe.get(key)) for key in keys)
+        earlier = read_json(self.partial / RUN_KEY)
+        if earlier != self._key:
+            keys = sorted(earlier.keys() | self._key.keys())
+            pairs = ((key, earlier.get(key), self._key.get(key)) for key in keys)
             told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
             raise UsageError(
                 f"{self.partial} holds an interrupted run with another {told}",
@@ -275,7 +275,7 @@ class CheckpointWriter:
 
 
 def _difference(key: str, earlier: Any, now: Any) -> str:
-    """A part of two recipes that differs, with both values where they are short words."""
+    """A part of two run keys that differs, with both values where they are short words."""
     short = all(isinstance(v, (str, int, float)) and len(str(v)) < 30 for v in (earlier, now))
     return f"{key} ({earlier}, now {now})" if short else key
 
