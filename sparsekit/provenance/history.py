@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 CODED = ("quantized", "compressed-tensors")
@@ -102,17 +102,23 @@ def lineage(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return entries
 
 
-def command(entry: Mapping[str, Any], model: str | None = None, out: str = "OUT") -> str:
+def command(
+    entry: Mapping[str, Any], model: str | None = None, out: str = "OUT", *, public: bool = False
+) -> str:
     """The command line of a stage, with its words as they were given.
 
     Args:
         entry: Of the stage.
         model: The model to name; None: the one that was named.
         out: The output to name.
+        public: Whether others will read it, who do not have the folders of this machine: absolute
+            paths are cut to names.
     """
     words = [entry["stage"], model or entry["model"], "-o", out]
     for name, value in entry["words"].items():
         words += _flags(f"--{name.replace('_', '-')}", value)
+    if public:
+        words = [PurePath(word).name if word.startswith(("/", "~")) else word for word in words]
     return shlex.join(["sparsekit", *words])
 
 

@@ -93,7 +93,7 @@ def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 Made by:
 
 ```sh
-{command(entry)}
+{command(entry, public=True)}
 ```
 
 {_end(entry)}
