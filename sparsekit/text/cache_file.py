@@ -69,7 +69,9 @@ def opened(path: Path) -> tuple[Any, dict[str, str]]:
 
 def damaged(path: Path, reason: object) -> DataError:
     """What to raise of a file that is not as it was written."""
-    return DataError(f"{path} is damaged: {reason}", "delete it, and it is made again")
+    return DataError(
+        f"{path} is damaged: {reason}", "delete it, and it is made again", code="damaged-file"
+    )
 
 
 def header(n_bytes: int, name: str, shape: list[int], metadata: Mapping[str, str]) -> bytes:

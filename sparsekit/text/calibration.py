@@ -151,6 +151,7 @@ class Calibration:
             raise DataError(
                 f"{self.source} holds {len(tokens)} rows, {samples} are asked for",
                 f"use --samples {len(tokens)} or fewer",
+                code="too-few-rows",
             )
         return token_rows(tokens[:samples].clone(), self.source, config, notes)
 
@@ -207,6 +208,7 @@ def evaluation_rows(
         raise UsageError(
             "perplexity cannot be measured on text of the model itself",
             "use builtin, c4, wikitext2 or a file",
+            code="source-not-taken",
         )
     if is_kind(source, ROW_FILE):
         tokens, notes = cut_row_file(source, length, checkpoint.config)
@@ -229,7 +231,7 @@ def check_number(name: str, value: int | None, least: int) -> None:
         UsageError: It is below.
     """
     if value is not None and value < least:
-        raise UsageError(f"{name} is {value}, it must be at least {least}")
+        raise UsageError(f"{name} is {value}, it must be at least {least}", code="out-of-range")
 
 
 def encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
@@ -296,4 +298,6 @@ def running_windows(
 def too_short(what: str, tokens: int, length: int) -> DataError:
     """The error for a text that no window of `length` tokens can be cut from."""
     hint = f"use --length {tokens - 1} or a longer text" if tokens > 2 else "use a longer text"
-    return DataError(f"{what} has {tokens} tokens, rows of {length} need more", hint)
+    return DataError(
+        f"{what} has {tokens} tokens, rows of {length} need more", hint, code="too-few-tokens"
+    )

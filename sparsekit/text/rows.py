@@ -83,6 +83,7 @@ def row_length(
         raise DataError(
             f"the rows of {source} have {columns} tokens, {length} are asked for",
             f"use --length {columns} or less",
+            code="rows-too-short",
         )
     return cap_length(length or columns, config)
 
@@ -110,15 +111,21 @@ def open_row_file(source: str) -> Any:
         file = safe_open(source, "pt")
         names = list(file.keys())
         if len(names) != 1:
-            raise DataError(f"{source} holds {len(names)} tensors, a row file holds exactly one")
+            raise DataError(
+                f"{source} holds {len(names)} tensors, a row file holds exactly one",
+                code="invalid-rows",
+            )
         rows = file.get_slice(names[0])
         shape, kind = rows.get_shape(), rows.get_dtype()
     except SafetensorError as error:
-        raise DataError(f"{source} is not a valid safetensors file: {error}") from error
+        raise DataError(
+            f"{source} is not a valid safetensors file: {error}", code="damaged-file"
+        ) from error
     if kind not in INTEGERS or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise DataError(
             f"{source} holds {kind} of shape {shape}",
             "a row file holds integers [samples, length], at least one row of two tokens",
+            code="invalid-rows",
         )
     return rows
 
@@ -153,6 +160,7 @@ def require_vocabulary(
             f"{source}: row {first + row}, column {column} is token {tokens[row, column]}, "
             f"the model's vocabulary has {size}",
             "were the rows or the tokenizer made for another model?",
+            code="outside-vocabulary",
         )
 
 

@@ -44,17 +44,27 @@ def check_source(source: str) -> None:
         return
     path = Path(source)
     if not path.exists() and "/" not in source and "." not in source:
-        raise UsageError(f"unknown source of text '{source}'", did_you_mean(source, SOURCES))
+        raise UsageError(
+            f"unknown source of text '{source}'",
+            did_you_mean(source, SOURCES),
+            code="no-such-source",
+        )
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{source} {problem}", f"name a file, or one of {', '.join(SOURCES)}")
+        raise DataError(
+            f"{source} {problem}", f"name a file, or one of {', '.join(SOURCES)}", code="not-a-file"
+        )
     kinds = (*TEXT_FILES, *DOCUMENT_FILES, ROW_FILE)
     if not is_kind(source, *kinds):
-        raise UsageError(f"{source} is of an unknown kind of file", f"known: {', '.join(kinds)}")
+        raise UsageError(
+            f"{source} is of an unknown kind of file",
+            f"known: {', '.join(kinds)}",
+            code="unknown-kind-of-file",
+        )
     if path.stat().st_size == 0:
-        raise DataError(f"{source} is empty")
+        raise DataError(f"{source} is empty", code="empty-file")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{source} may not be read", "check its permissions")
+        raise DataError(f"{source} may not be read", "check its permissions", code="cannot-read")
 
 
 def is_kind(source: str, *endings: str) -> bool:
@@ -159,11 +169,15 @@ def hub_texts(repo: str, files: str) -> Sequence[str]:
         return load_dataset(repo, data_files={"train": files}, split="train")["text"]
     except ConnectionError as error:
         raise DataError(
-            f"the Hugging Face hub cannot be reached to load {repo}: {error}", ELSEWHERE
+            f"the Hugging Face hub cannot be reached to load {repo}: {error}",
+            ELSEWHERE,
+            code="hub-unavailable",
         ) from error
     except (OSError, HTTPError, DatasetsError) as error:
         reason = str(error)[:200]
-        raise DataError(f"{files} of {repo} cannot be loaded: {reason}", ELSEWHERE) from error
+        raise DataError(
+            f"{files} of {repo} cannot be loaded: {reason}", ELSEWHERE, code="cannot-load"
+        ) from error
 
 
 def file_texts(path: Path) -> list[str]:
@@ -176,7 +190,7 @@ def file_texts(path: Path) -> list[str]:
         return [decode(path.read_bytes(), path, 0)]
     texts = list(READERS[_ending(path.name)](path))
     if not texts:
-        raise DataError(f"{path} holds no documents")
+        raise DataError(f"{path} holds no documents", code="no-documents")
     return texts
 
 
@@ -196,7 +210,9 @@ def json_texts(path: Path) -> Iterator[str]:
                     yield record_text(decode(line, path, offset), place)
                 offset += len(line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a complete gzip file: {error}") from error
+        raise DataError(
+            f"{path} is not a complete gzip file: {error}", code="damaged-file"
+        ) from error
 
 
 def record_text(line: str, place: str) -> str:
@@ -208,9 +224,9 @@ def record_text(line: str, place: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from error
+        raise DataError(f"{place}: not valid JSON: {error}", code="invalid-json") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError(f"{place}: no field 'text' that is a string")
+        raise DataError(f"{place}: no field 'text' that is a string", code="no-text")
     return record["text"]
 
 
@@ -227,14 +243,22 @@ def parquet_texts(path: Path) -> Iterator[str]:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             if "text" not in names:
-                raise DataError(f"{path} has no column 'text'", f"its columns: {', '.join(names)}")
+                raise DataError(
+                    f"{path} has no column 'text'",
+                    f"its columns: {', '.join(names)}",
+                    code="no-text",
+                )
             batches = (batch["text"].to_pylist() for batch in file.iter_batches(columns=["text"]))
             for row, text in enumerate(chain.from_iterable(batches)):
                 if not isinstance(text, str):
-                    raise DataError(f"{path}, row {row}: no field 'text' that is a string")
+                    raise DataError(
+                        f"{path}, row {row}: no field 'text' that is a string", code="no-text"
+                    )
                 yield text
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a valid parquet file: {error}") from error
+        raise DataError(
+            f"{path} is not a valid parquet file: {error}", code="damaged-file"
+        ) from error
 
 
 def decode(data: bytes, path: Path, offset: int) -> str:
@@ -247,7 +271,9 @@ def decode(data: bytes, path: Path, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 at byte {offset + error.start}", "convert it with iconv"
+            f"{path}: not UTF-8 at byte {offset + error.start}",
+            "convert it with iconv",
+            code="not-utf-8",
         ) from error
 
 

@@ -98,6 +98,7 @@ class TokenFile:
             raise DataError(
                 f"the tokenizer gives token {largest}, the model's vocabulary has {vocabulary}",
                 "is it the tokenizer of another model?",
+                code="outside-vocabulary",
             )
         return wanted
 

@@ -129,6 +129,7 @@ class Corpus:
             raise DataError(
                 f"{self.source} has {count} tokens, a row needs {length}",
                 f"use --length {count} or less, or a longer text" if count > 1 else "name a text",
+                code="too-few-tokens",
             )
         return TrainingRows(
             stream=stored.stream,
