@@ -30,9 +30,17 @@ def refuse_source(out: Path, source: Path) -> None:
         UsageError: It is such a folder.
     """
     if out.resolve() == source.resolve():
-        raise UsageError(f"the output {out} is the model itself", "choose another output folder")
+        raise UsageError(
+            f"the output {out} is the model itself",
+            "choose another output folder",
+            code="output-is-source",
+        )
     if out.resolve() in source.resolve().parents:
-        raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
+        raise UsageError(
+            f"the output {out} contains the model {source}",
+            "choose another folder",
+            code="output-is-source",
+        )
 
 
 def refuse_output(out: Path, *, overwrite: bool) -> None:
@@ -42,26 +50,41 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
         UsageError: The folder exists and is not to be, or must not be, overwritten.
     """
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"the output {out} is the current folder or contains it")
+        raise UsageError(
+            f"the output {out} is the current folder or contains it",
+            code="output-is-current-folder",
+        )
     if out.is_symlink():
-        raise UsageError(f"the output {out} is a link", "name the folder itself")
+        raise UsageError(
+            f"the output {out} is a link", "name the folder itself", code="output-is-link"
+        )
     if not out.exists():
         nearest = next(path for path in out.absolute().parents if path.exists())
         if not nearest.is_dir():
-            raise UsageError(f"the output {out} cannot be made: {nearest} is no folder")
+            raise UsageError(
+                f"the output {out} cannot be made: {nearest} is no folder", code="not-a-folder"
+            )
         if not os.access(nearest, os.W_OK):
-            raise UsageError(f"the output {out} cannot be made: {nearest} may not be written")
+            raise UsageError(
+                f"the output {out} cannot be made: {nearest} may not be written",
+                code="cannot-write",
+            )
         return
     if not out.is_dir():
-        raise UsageError(f"the output {out} is a file", "choose another name")
+        raise UsageError(f"the output {out} is a file", "choose another name", code="not-a-folder")
     if (out / PROVENANCE).is_file():
         _tidy(out)
     if not overwrite:
-        raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
+        raise UsageError(
+            f"the output {out} exists",
+            "choose another folder or pass --overwrite",
+            code="output-exists",
+        )
     if any(out.iterdir()) and not (out / PROVENANCE).is_file():
         raise UsageError(
             f"{out} was not written by sparsekit and is not overwritten",
             "delete it yourself or choose another folder",
+            code="not-by-sparsekit",
         )
 
 
@@ -88,6 +111,7 @@ def refuse_foreign(partial: Path) -> None:
         raise UsageError(
             f"{partial} is in the way and was not made by sparsekit",
             "move it or choose another output",
+            code="not-by-sparsekit",
         )
 
 
@@ -111,4 +135,5 @@ def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
             f"the output {'and saved states need' if beside else 'needs'} {needed / 1e9:.2f} GB, "
             f"{folder} has {free / 1e9:.2f} GB free",
             "make room or choose another disk",
+            code="not-enough-disk",
         )

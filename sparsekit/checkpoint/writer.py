@@ -199,6 +199,7 @@ class CheckpointWriter:
             raise UsageError(
                 f"{self.partial} holds an interrupted run with another {told}",
                 "repeat that run, delete the folder, or choose another output",
+                code="other-recipe",
             )
         journal = self.partial / JOURNAL
         lines = journal.read_bytes().split(b"\n") if journal.is_file() else []
@@ -214,7 +215,8 @@ class CheckpointWriter:
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise DataError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place in the file is "
-                f"{place.dtype} {place.shape}"
+                f"{place.dtype} {place.shape}",
+                code="shape-mismatch",
             )
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         handle = os.open(self.partial / place.file, os.O_WRONLY)
@@ -300,7 +302,11 @@ def _copy_range(source: Path, start: int, stop: int, target: Path, goal: int) ->
             while start < stop:
                 data = stream.read(min(CHUNK, stop - start))
                 if not data:
-                    raise DataError(f"{source} ends at byte {start}", "copy or download it again")
+                    raise DataError(
+                        f"{source} ends at byte {start}",
+                        "copy or download it again",
+                        code="damaged-file",
+                    )
                 _write_at(handle, memoryview(data), goal)
                 start, goal = start + len(data), goal + len(data)
     finally:

@@ -178,9 +178,15 @@ def _prefixes(source: Checkpoint, form: str) -> list[str]:
     for prefix in found:
         for part in LEGACY_PARTS[form]:
             if f"{prefix}.{part}" not in source.places:
-                raise DataError(f"{source.path} lacks {prefix}.{part}", "copy the folder again")
+                raise DataError(
+                    f"{source.path} lacks {prefix}.{part}",
+                    "copy the folder again",
+                    code="incomplete-checkpoint",
+                )
     if not found:
-        raise DataError(f"{source.path} names the form {form}, but has no weight in it")
+        raise DataError(
+            f"{source.path} names the form {form}, but has no weight in it", code="no-weights"
+        )
     return found
 
 
@@ -226,6 +232,10 @@ def _weight(
         grouped = scheme.get("strategy", "group") == "group"
         return from_marlin(parts, scheme["num_bits"], scheme.get("group_size") if grouped else None)
     except DataError as error:
-        raise DataError(f"{source.path}: {prefix}: {error.message}", error.hint) from error
+        raise DataError(
+            f"{source.path}: {prefix}: {error.message}", error.hint, code=error.code
+        ) from error
     except (KeyError, StopIteration, TypeError, AttributeError) as error:
-        raise DataError(f"{source.path}: config.json does not say how {form} was made") from error
+        raise DataError(
+            f"{source.path}: config.json does not say how {form} was made", code="incomplete-config"
+        ) from error

@@ -96,6 +96,7 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
                 f"{source.path}: the factors of {name} do not multiply to it at {list(off)}: the "
                 "weight was changed after pruning, and would be lost",
                 f"delete {FACTORS} in a copy of the folder to keep the weights",
+                code="factors-differ",
             )
         zeros = int((form.core.dense() == 0).sum())
         more = {"exact": torch.equal(product, whole), "sha256": digest(parts)}

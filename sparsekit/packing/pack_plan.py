@@ -123,6 +123,7 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
             f"{source.path}: {outside[0]} is quantized and no linear weight of a decoder block; "
             "pack takes those only",
             "keep it as it is, or quantize the model anew with sparsekit",
+            code="not-in-a-block",
         )
     found: dict[str, Plan] = {}
     progress.begin("look for patterns", len(targets))
@@ -138,7 +139,8 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     if len(odd) == len(targets):
         raise DataError(
             f"{source.path}: {odd[0]} is {source.places[odd[0]].dtype}; numbers of 16 and 32 bits "
-            "are packed only"
+            "are packed only",
+            code="unsupported-dtype",
         )
     size = sum(_bytes(source, target.name) for target in targets)
     masks = sum(math.prod(target.shape) for target in targets) // 8
@@ -147,6 +149,7 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
         f"about {(size - saved if found else size + masks) / 1e6:.1f} MB in the place of "
         f"{size / 1e6:.1f}",
         "prune it first",
+        code="not-sparse",
     )
 
 
@@ -171,6 +174,7 @@ def _plan(source: Checkpoint, target: Target) -> Plan | None:
             raise DataError(
                 f"{source.path}: {name} has bits set where its format has none",
                 "quantize it again with sparsekit",
+                code="damaged-file",
             )
         pattern = packing(codes.codes.view(torch.int8), TRIED, codes.grid.bits)
         if pattern is None:  # it has to be packed with the others

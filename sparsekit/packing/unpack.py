@@ -127,9 +127,11 @@ def prepare(
     try:
         layers = {layer.target.name: layer for layer in _layers(source)}
     except FactorsError as error:
-        raise CheckFailedError(error.message, AGAIN) from error
+        raise CheckFailedError(error.message, AGAIN, code=error.code) from error
     if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
-        raise CheckFailedError(f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN)
+        raise CheckFailedError(
+            f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN, code="no-checksum"
+        )
     layout = _layout(source, layers)
     require_disk(out, layout)
     return Unpacking(
@@ -154,14 +156,18 @@ def _origin(
         return config, history, None
     if not history or history[-1].get("stage") != "pack":
         raise DataError(
-            f"{source.path} has no history of its packing, which holds the checksums", AGAIN
+            f"{source.path} has no history of its packing, which holds the checksums",
+            AGAIN,
+            code="no-history",
         )
     del config["quantization_config"]
     if told.get("packed"):
         config["quantization_config"] = told["packed"]
     rows = history[-1].get("weights")
     if not isinstance(rows, list):
-        raise CheckFailedError(f"{source.path}: the history of its packing is damaged", AGAIN)
+        raise CheckFailedError(
+            f"{source.path}: the history of its packing is damaged", AGAIN, code="invalid-history"
+        )
     rows = [row for row in rows if isinstance(row, dict)]
     sums = {str(row.get("name")): row["sha256"] for row in rows if row.get("sha256")}
     return config, history[:-1], sums
@@ -210,10 +216,12 @@ def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict
         else:
             whole, beside = form.unpacked(), {}
     except DataError as error:
-        raise CheckFailedError(error.message, AGAIN) from error
+        raise CheckFailedError(error.message, AGAIN, code=error.code) from error
     stored = {part: target.to_disk(t).contiguous() for part, t in whole.stored().items()}
     if sha256 is not None and digest(beside or stored) != sha256:
-        raise CheckFailedError(f"{source.path}: {name} is not what was packed", AGAIN)
+        raise CheckFailedError(
+            f"{source.path}: {name} is not what was packed", AGAIN, code="wrong-checksum"
+        )
     return {part_name(name, part): tensor for part, tensor in (stored | beside).items()}
 
 

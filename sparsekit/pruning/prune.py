@@ -127,6 +127,7 @@ def _require_parent(job: PruneJob, given: Checkpoint, dense: str, progress: Prog
         raise DataError(
             f"{given.path} was not made from the weights in {job.source.path}",
             f"its history names {' and '.join(str(parent.get('path')) for parent in parents)}",
+            code="other-dense-model",
         )
 
 

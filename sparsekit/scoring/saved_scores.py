@@ -40,13 +40,19 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
         return []
     found = read_json(file)
     if isinstance(found, dict) and found.get("format") not in (None, FORMAT):
-        raise DataError(f"{file} has format {found['format']!r}", "a newer sparsekit reads it")
+        raise DataError(
+            f"{file} has format {found['format']!r}",
+            "a newer sparsekit reads it",
+            code="newer-version",
+        )
     entries = found.get("scores") if isinstance(found, dict) else None
     if not isinstance(entries, list):
-        raise DataError(f"{file} has no scores that sparsekit wrote", AGAIN)
+        raise DataError(f"{file} has no scores that sparsekit wrote", AGAIN, code="invalid-scores")
     for index, entry in enumerate(entries):
         if wrong := _wrong(entry):
-            raise DataError(f"{file}: score {index} has no usable {wrong}", AGAIN)
+            raise DataError(
+                f"{file}: score {index} has no usable {wrong}", AGAIN, code="invalid-scores"
+            )
     return entries
 
 
@@ -104,7 +110,9 @@ def require_own(models: Sequence[str]) -> None:
     for model in models:
         if not (Path(model) / PROVENANCE).is_file():
             raise UsageError(
-                f"--save: {model} was not written by sparsekit", "leave it out, or pass --json"
+                f"--save: {model} was not written by sparsekit",
+                "leave it out, or pass --json",
+                code="not-by-sparsekit",
             )
 
 

@@ -46,7 +46,9 @@ class Recipe:
         known = sorted({s.verb for s in self.steps} | {s.name for s in makers} | set(self.names))
         reason = "names several stages" if stages else "names no stage"
         hint = f"stages are counted from 0 to {self.stages - 1}; " + did_you_mean(name, known)
-        raise UsageError(f"--from {name} {reason}", hint)
+        raise UsageError(
+            f"--from {name} {reason}", hint, code="ambiguous-stage" if stages else "no-stage"
+        )
 
 
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,11 +70,13 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise DataError(f"the recipe {file} cannot be read: {reason}") from error
+        raise DataError(
+            f"the recipe {file} cannot be read: {reason}", code="cannot-read"
+        ) from error
     try:
         return parse(text, overrides)
     except UsageError as error:
-        raise UsageError(f"{file}: {error.message}", error.hint) from error
+        raise UsageError(f"{file}: {error.message}", error.hint, code=error.code) from error
 
 
 def _repeated(file: Path, history: Any) -> dict[str, Any]:
@@ -113,12 +117,15 @@ def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: Says everything that is wrong, each with its place.
     """
     if not isinstance(told, dict):
-        raise UsageError("a recipe is a mapping with the keys model and stages")
+        raise UsageError(
+            "a recipe is a mapping with the keys model and stages", code="invalid-recipe"
+        )
     version = told.get("version", VERSION)
     if type(version) is int and version > VERSION:
         raise UsageError(
             f"version {version} is of a newer sparsekit, this one reads up to {VERSION}",
             "update sparsekit",
+            code="newer-version",
         )
     draft, stages = Draft(), told.get("stages")
     stages = list(stages) if isinstance(stages, list) else []
@@ -131,7 +138,7 @@ def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
     refuse_one_place(draft)
     if draft.errors:
         many = f"{len(draft.errors)} errors:\n  " if len(draft.errors) > 1 else ""
-        raise UsageError(many + "\n  ".join(draft.errors))
+        raise UsageError(many + "\n  ".join(draft.errors), code="invalid-recipe")
     return Recipe(
         model=told["model"],
         steps=draft.steps,
@@ -199,7 +206,11 @@ def shipped() -> dict[str, Path]:
     """
     if found := {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}:
         return found
-    raise DataError(f"the recipes are not in {SHIPPED}", "install sparsekit again")
+    raise DataError(
+        f"the recipes are not in {SHIPPED}",
+        "install sparsekit again",
+        code="incomplete-installation",
+    )
 
 
 def recipe_file(word: str) -> Path:
@@ -215,8 +226,10 @@ def recipe_file(word: str) -> Path:
     if word in known:
         return known[word]
     if path.suffix in (".yaml", ".yml") or "/" in word:
-        raise UsageError(f"there is no recipe {word}", "see 'sparsekit recipe ls'")
-    raise UsageError(f"no recipe {word!r}", did_you_mean(word, known))
+        raise UsageError(
+            f"there is no recipe {word}", "see 'sparsekit recipe ls'", code="no-recipe"
+        )
+    raise UsageError(f"no recipe {word!r}", did_you_mean(word, known), code="no-recipe")
 
 
 def summary(file: Path) -> str:

@@ -138,6 +138,7 @@ def _states(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bo
             raise UsageError(
                 f"--from {start}: {parent}, which comes before, is not finished",
                 "run the recipe without --from first",
+                code="unfinished-step",
             )
     return states
 
@@ -178,6 +179,7 @@ def _require_room(work: Run, plans: Mapping[str, Mapping[str, Any]]) -> None:
             f"the {len(new)} steps whose model is there need {needed / 1e9:.2f} GB, {work.out} has "
             f"{free / 1e9:.2f} GB free",
             "make room or choose another disk; nothing was written",
+            code="not-enough-disk",
         )
 
 

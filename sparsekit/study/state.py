@@ -124,7 +124,9 @@ class Run:
             return False
         if not record.is_file():
             raise UsageError(
-                f"{folder} was not made by this run", "move it, or choose another --out"
+                f"{folder} was not made by this run",
+                "move it, or choose another --out",
+                code="not-by-this-run",
             )
         if again:
             return False
@@ -134,11 +136,12 @@ class Run:
             raise UsageError(
                 f"{folder} was made by another recipe: {_difference(told['depends'], now)}",
                 f"choose another --out, or {way_out}",
+                code="other-recipe",
             )
         try:
             found = self._fingerprint(step.name)
         except DataError as error:
-            raise type(error)(error.message, way_out) from error
+            raise type(error)(error.message, way_out, code=error.code) from error
         if told["fingerprint"] is None:  # killed before the record was complete
             return found != told["before"]
         if found != told["fingerprint"]:
@@ -146,6 +149,7 @@ class Run:
                 f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
                 f"{told['fingerprint'][:12]}…)",
                 f"put its weights, config.json and tokenizer back, or {way_out}",
+                code="fingerprint-mismatch",
             )
         return self._fingerprint(step.parent) in (None, told["parent"])
 
@@ -207,7 +211,9 @@ class Run:
         try:
             refuse_grid(grid, coded, [], flag="grid:", coded=False)
         except UsageError as error:
-            raise UsageError(f"{step.path}: {error.message}", error.hint) from error
+            raise UsageError(
+                f"{step.path}: {error.message}", error.hint, code=error.code
+            ) from error
 
     def _before(self, name: str) -> str | None:
         """The fingerprint of what is to be replaced; None also where that is too damaged for one.
@@ -265,7 +271,9 @@ def _record(file: Path) -> dict[str, Any]:
     told = read_json(file)
     keys = ("depends", "fingerprint", "before", "parent")
     if not isinstance(told, dict) or any(key not in told for key in keys):
-        raise DataError(f"{file} is damaged", "delete it and the folder that it stands for")
+        raise DataError(
+            f"{file} is damaged", "delete it and the folder that it stands for", code="damaged-file"
+        )
     return told
 
 
@@ -289,6 +297,8 @@ def refuse_place(out: Path) -> None:
         UsageError: It does, or is no folder.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"the output {out} is a file", "choose another name")
+        raise UsageError(f"the output {out} is a file", "choose another name", code="not-a-folder")
     if out.exists() and any(out.iterdir()) and not (out / RECORDS).is_dir():
-        raise UsageError(f"{out} is not the folder of a run", "choose another --out")
+        raise UsageError(
+            f"{out} is not the folder of a run", "choose another --out", code="not-a-run"
+        )
