@@ -64,7 +64,11 @@ def check_source(source: str) -> None:
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty", code="empty-file")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{source} may not be read", "check its permissions", code="cannot-read")
+        raise DataError(
+            f"{source} cannot be read: permission denied",
+            "check its permissions",
+            code="cannot-read",
+        )
 
 
 def is_kind(source: str, *endings: str) -> bool:

@@ -269,7 +269,7 @@ def broken(tmp_path: Path, name: str, change) -> Path:
     [
         ("sparse-24-bitmask", "bitmask", r"compressed is .* of \(2048,\), not"),
         ("sparse-bitmask", "bitmask", r"compressed is .* of \(2048,\), not"),
-        ("sparse-24-bitmask", "shape", "is none of a weight"),
+        ("sparse-24-bitmask", "shape", "is not the shape of a weight"),
         ("marlin-24-int4", "weight_packed", "weight_packed is .* not"),
         ("marlin-24-int4", "scale_packed", r"scale_packed is .* not .* of \(1, 64\)"),
     ],

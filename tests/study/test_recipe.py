@@ -185,7 +185,7 @@ def test_products_of_factors_are_packed_measured_and_pruned_anew(first):
 
 
 def test_a_recipe_of_a_newer_version_is_refused_for_that_alone():
-    assert "version 2 is of a newer sparsekit" in errors("version: 2\nnew: things\n")[0]
+    assert "version 2 was written for a newer sparsekit" in errors("version: 2\nnew: things\n")[0]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "prune", "a: [", "a: 1\na: 2"])

@@ -227,7 +227,7 @@ def test_another_configuration_of_the_model_is_another_recipe(copy_of, row_file,
     run(recipe, tmp_path / "run")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    with pytest.raises(UsageError, match="the model that it begins with is another"):
+    with refused("other-recipe", "another model", kind=UsageError):
         run(recipe, tmp_path / "run")
 
 
