@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Held while a run writes; its presence in a folder beside an output shows whose that folder is.
 LOCK = ".sparsekit-lock"
-# So begin the names of all files that only an unfinished run needs.
+# Prefix of the names of all files that only an unfinished run needs.
 OWN = ".sparsekit-"
 # Room for everything that is not a weight: tokenizer, configuration, provenance.
 SPARE_BYTES = 64 << 20
@@ -62,11 +62,11 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
         nearest = next(path for path in out.absolute().parents if path.exists())
         if not nearest.is_dir():
             raise UsageError(
-                f"the output {out} cannot be made: {nearest} is no folder", code="not-a-folder"
+                f"the output {out} cannot be made: {nearest} is not a folder", code="not-a-folder"
             )
         if not os.access(nearest, os.W_OK):
             raise UsageError(
-                f"the output {out} cannot be made: {nearest} may not be written",
+                f"the output {out} cannot be made: permission denied in {nearest}",
                 code="cannot-write",
             )
         return
@@ -91,7 +91,7 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
 def _tidy(out: Path) -> None:
     """Remove what a run that was killed after its last rename left in a complete output.
 
-    The files of a run that is not complete lie beside the output, never in it.
+    The files of a run that is not complete are next to the output, never in it.
     """
     for left in out.glob(f"{OWN}*"):
         if left.is_dir():
@@ -102,7 +102,7 @@ def _tidy(out: Path) -> None:
 
 
 def refuse_foreign(partial: Path) -> None:
-    """Refuse to work in a folder beside the output that no run of sparsekit made.
+    """Refuse to work in a folder next to the output that no run of sparsekit made.
 
     Raises:
         UsageError: The folder holds something and has no lock file.
@@ -116,13 +116,13 @@ def refuse_foreign(partial: Path) -> None:
 
 
 def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
-    """Refuse an output that the disk has no room for.
+    """Refuse an output that does not fit on the disk.
 
     Args:
         folder: An existing folder on the output's disk; weight files that an interrupted run has
             laid out there count as room.
         layout: The weight files of the output.
-        beside: Bytes of what else is kept there until it is complete.
+        beside: Bytes of other files that are kept there until it is complete.
 
     Raises:
         StorageError: Says how much is missing.

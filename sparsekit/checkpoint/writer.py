@@ -48,7 +48,7 @@ RUN_KEY = ".sparsekit-run-key.json"
 REPLACED = ".sparsekit-replaced"
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
-# So begin files that tell of one run only.
+# Prefixes of files that belong to one run only.
 OWN = (".", "sparsekit-training", "sparsekit-scores")
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
@@ -58,7 +58,7 @@ class CheckpointWriter:
     """Writes one checkpoint, part by part; use it as a context manager.
 
     Args:
-        out: The folder to make. An interrupted run's parts are found beside it.
+        out: The folder to make. The parts of an interrupted run are next to it.
         source: The checkpoint whose layout and other files the output takes.
         layout: The weight files to make; None: those of the source.
         key: Everything that decides the output's bytes. A run with the same key goes on
@@ -176,7 +176,7 @@ class CheckpointWriter:
         return Checkpoint.open(self.out)
 
     def abandon(self) -> None:
-        """Remove the folder beside the output: nothing in it is worth going on with."""
+        """Remove the folder next to the output: nothing in it is worth resuming."""
         self._discard()
 
     def _begin(self) -> None:

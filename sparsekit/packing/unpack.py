@@ -1,4 +1,4 @@
-"""What a checkpoint was before it was packed; products from factors that were written alone."""
+"""Unpacking of checkpoints, and products of factors that were written alone."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -35,16 +35,16 @@ from sparsekit.weights.quantized import Shapes, quantized_shapes
 def unpack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Report:
-    """Write what was packed: the same bytes of every plain weight and of all codes.
+    """Write the tensors that were packed: every plain weight and all codes, byte for byte.
 
-    Factors are multiplied out, and lie beside their products; those may have other last bits on
+    Factors are multiplied out and stored with their products, whose last bits may differ on
     another machine.
 
     Args:
         model: The folder of a packed checkpoint, or of one with `--format factored`.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each weight.
+        progress: Receives each weight.
 
     Raises:
         UsageError: `out` is in use.
@@ -94,7 +94,7 @@ def unpack(
 
 @dataclass(frozen=True, kw_only=True)
 class Unpacking:
-    """What is to be unpacked, checked."""
+    """A checked unpacking."""
 
     source: Checkpoint
     config: dict[str, Any]
@@ -147,7 +147,7 @@ def _origin(
     Of factors that `prune` wrote alone there are no checksums.
 
     Raises:
-        DataError: Nothing tells how it was packed.
+        DataError: There is no record of how it was packed.
     """
     config = read_json(source.path / "config.json")
     history = source.provenance()["history"]
@@ -205,7 +205,7 @@ def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict
     """The tensors that a packed weight was, or that its factors give.
 
     Raises:
-        CheckFailedError: They are not those that the history tells of.
+        CheckFailedError: They differ from those that the history records.
     """
     name, target = layer.target.name, layer.target
     try:

@@ -1,4 +1,4 @@
-"""What a stage did: rows for people and scripts, and the entry in `sparsekit.json`."""
+"""The outcome of a stage: rows for people and scripts, and the entry in `sparsekit.json`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ NUMERICS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class WeightRow:
-    """What became of one weight."""
+    """The result for one weight."""
 
     name: str
     shape: tuple[int, int]
@@ -42,7 +42,7 @@ class Report:
 
 
 def as_given(model: str, words: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was asked for, verbatim, for its entry.
+    """The words of a run, verbatim, for its entry.
 
     Args:
         model: The name of the model.
@@ -71,7 +71,7 @@ def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
 def damping_notes(
     rows: Iterable[Mapping[str, Any]], asked: float, key: str = "damping"
 ) -> list[str]:
-    """What to say where Gram matrices needed more damping, told under a key, than was asked for."""
+    """A note if Gram matrices needed more damping than was asked for, recorded under a key."""
     used = [row["numbers"][key] for row in rows if key in row["numbers"]]
     raised = sum(damping > asked for damping in used)
     if not raised:

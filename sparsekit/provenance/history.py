@@ -1,4 +1,4 @@
-"""What a checkpoint's history gives to its card: the stages before the last, and the hub's tags."""
+"""The parts of a model card that come from the history: earlier stages and the hub's tags."""
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ def stages_before(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]
 
 
 def _told(entry: Mapping[str, Any]) -> Iterator[str]:
-    """What one stage did, as far as the history tells it."""
+    """A summary of one stage, as far as the history records it."""
     recipe, rows = entry.get("recipe", {}), entry.get("calibration")
     yield stage_words(entry)
     if recipe.get("pattern"):
@@ -33,19 +33,19 @@ def _told(entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def tags(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a checkpoint is found by on the hub, for all that was done to it."""
+    """The hub's tags for everything that was done to a checkpoint."""
     made: set[str] = set()
     for entry in entries:
         if entry.get("stage") in ("prune", "recover"):
             made -= set(CODED)  # the numbers are no longer those of a grid
         made |= set(_own_tags(entry))
     if "packed" in made:
-        made.discard("compressed-tensors")  # the codes lie in another form
+        made.discard("compressed-tensors")  # the codes are stored in another form
     return [tag for tag in TAGS if tag in made]
 
 
 def _own_tags(entry: Mapping[str, Any]) -> Sequence[str]:
-    """What one stage adds to them."""
+    """The tags that one stage adds."""
     stage, recipe = entry.get("stage"), entry.get("recipe", {})
     if stage in ("prune", "recover"):
         return ("pruned", *(CODED if recipe.get("then") else ()))
@@ -67,7 +67,7 @@ def calibration_text(told: Mapping[str, Any]) -> str:
 
 
 def training_text(entry: Mapping[str, Any]) -> str:
-    """What a stage trained on, in words."""
+    """The training text of a stage, in words."""
     return (
         f"{entry['tokens']} tokens of `{base_name(entry['text'])}` "
         f"(sha256 `{entry['recipe']['data'][:16]}…`)"
@@ -133,7 +133,7 @@ def _flags(flag: str, value: Any) -> list[str]:
 
 
 def stage_words(entry: Mapping[str, Any]) -> str:
-    """What one stage did, in words."""
+    """A stage in words."""
     recipe, stage = entry.get("recipe", {}), str(entry.get("stage", ""))
     if stage == "quantize":
         return f"{recipe.get('grid')} {recipe.get('method')}"

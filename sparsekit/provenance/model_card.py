@@ -29,8 +29,9 @@ import sparsekit
 model = sparsekit.load(".")"""
 PLAIN = """\
 A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its zeros
-stand in dense weights and take their space and time. No common server runs faster because of
-zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit deploy` shows where)."""
+are stored in dense weights, which take as much space and time as before. No common server runs
+faster because of zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit deploy`
+shows where)."""
 ROUNDED = """\
 A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
 numbers of the grid: for scoring, or for a converter that takes it from there. It is neither
@@ -65,7 +66,7 @@ def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 
     Args:
         entry: Of the stage that made it.
-        origin: What the stage began with.
+        origin: The model that the stage began with.
         history: The entries before.
     """
     entries = [*history, entry]
@@ -119,7 +120,7 @@ def _form(entry: Entry) -> str:
 
 
 def _done(entry: Entry) -> str:
-    """What the stage did, for the heading."""
+    """The stage, for the heading."""
     recipe = entry["recipe"]
     return {
         "prune": f"pruned to {recipe.get('pattern')}",
@@ -129,7 +130,7 @@ def _done(entry: Entry) -> str:
 
 
 def _end(entry: Entry) -> str:
-    """What stands last: where the rest is recorded, and which weights were left out."""
+    """The end of the card: where the rest is recorded, and which weights were left out."""
     text = HISTORY + (LOG if entry["stage"] == "recover" else "")
     if entry["stage"] in ("prune", "recover"):
         text += " Check the zeros with\n`sparsekit verify .`."
@@ -155,7 +156,7 @@ def _prune_rows(entry: Entry) -> Rows:
 
 
 def _asked(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a run was asked for besides its method, without what was left out."""
+    """The options of a run besides its method, without those left out."""
     budget, rank = recipe["budget"], recipe["compensate"]
     told = {
         "begun with": recipe.get("initial_options"),
@@ -200,7 +201,7 @@ def _recover_rows(entry: Entry) -> Rows:
 
 
 def _own_options(recipe: Mapping[str, Any]) -> str:
-    """The options that a recoverer has, but for the decay, which is told as it was chosen."""
+    """The options that a recoverer has, except the decay, which is shown as it was chosen."""
     names = [option.name for option in methods.describe("recoverers", recipe["method"]).options]
     options = recipe["options"]
     told = [f"{n}={methods.as_text(options[n])}" for n in names if n in options and n != "decay"]

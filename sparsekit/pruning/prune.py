@@ -31,7 +31,7 @@ from sparsekit.quantization.methods.gptq import Gptq
 from sparsekit.quantization.storage import coded_config
 from sparsekit.text.rows import TokenRows
 
-# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
+# Of the recipe that a resumed run must share, what the history records elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "config", "layout", "own_patterns")
 
 
@@ -132,7 +132,7 @@ def _require_parent(job: PruneJob, given: Checkpoint, dense: str, progress: Prog
 
 
 def _rows(job: PruneJob, progress: Progress) -> TokenRows | None:
-    """The calibration rows; tells first what the user should know before the run."""
+    """The calibration rows; first shows the notes that the user should see before the run."""
     for note in job.notes():
         progress.note(note)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None

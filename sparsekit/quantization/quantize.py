@@ -23,7 +23,7 @@ from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize
 from sparsekit.quantization.storage import coded_config
 from sparsekit.text.rows import TokenRows
 
-# Of the recipe that a resumed run must share, what the history tells elsewhere or not at all.
+# Of the recipe that a resumed run must share, what the history records elsewhere or not at all.
 UNTOLD = ("stage", "versions", "source", "config", "layout")
 
 

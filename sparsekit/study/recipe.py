@@ -31,7 +31,7 @@ class Recipe:
     """What was written."""
 
     def steps_of(self, name: str) -> list[Step]:
-        """What a word names: a step, or all steps of a stage by its place, verb or name.
+        """The steps that a word names: a step, or all steps of a stage by its place, verb or name.
 
         Raises:
             UsageError: There is none, or there are several stages.
@@ -123,7 +123,7 @@ def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
     version = told.get("version", VERSION)
     if type(version) is int and version > VERSION:
         raise UsageError(
-            f"version {version} is of a newer sparsekit, this one reads up to {VERSION}",
+            f"version {version} was written for a newer sparsekit; this one reads up to {VERSION}",
             "update sparsekit",
             code="newer-version",
         )
@@ -177,14 +177,14 @@ def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft:
     # Where some have the word, others may have no use for it.
     having = [one for one in written if word in one or f"{word}s" in one]
     for one in having or written:
-        one.pop(f"{word}s", None)  # which it stands in the place of
+        one.pop(f"{word}s", None)  # which it replaces
         if word.endswith("s"):
             one.pop(word.removesuffix("s"), None)
         one[word] = value
 
 
 def _check_top(told: Mapping[str, Any], draft: Draft) -> None:
-    """What is wrong beside the stages."""
+    """Refuse mistakes outside the stages."""
     for key in told:
         if key not in TOP:
             draft.errors.append(f"{key}: unknown; {did_you_mean(str(key), TOP)}")
@@ -226,13 +226,11 @@ def recipe_file(word: str) -> Path:
     if word in known:
         return known[word]
     if path.suffix in (".yaml", ".yml") or "/" in word:
-        raise UsageError(
-            f"there is no recipe {word}", "see 'sparsekit recipe ls'", code="no-recipe"
-        )
+        raise UsageError(f"no such recipe: {word}", "see 'sparsekit recipe ls'", code="no-recipe")
     raise UsageError(f"no recipe {word!r}", did_you_mean(word, known), code="no-recipe")
 
 
 def summary(file: Path) -> str:
-    """What a recipe says of itself in its first line."""
+    """The summary of a recipe in its first line."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()

@@ -1,4 +1,4 @@
-"""What the outputs of a recipe's steps depend on, and whether they are there.
+"""The dependencies of the outputs of a recipe's steps, and whether the outputs are there.
 
 Beside the folders of a run's steps stands, in `.sparsekit-run`, what each output depends on and the
 fingerprint that it had.
@@ -96,7 +96,7 @@ class Run:
         return found
 
     def folder(self, name: str | None) -> Path:
-        """Where a step's output lies; of none, the recipe's model."""
+        """The folder of a step's output; of none, the recipe's model."""
         return self.out / name if name is not None else self.source.path
 
     def model(self, name: str | None) -> str:
@@ -104,7 +104,7 @@ class Run:
         return str(self.folder(name)) if name is not None else self.recipe.model
 
     def record(self, step: Step) -> Path:
-        """Where it stands what a step's output depends on."""
+        """The file that records what a step's output depends on."""
         return self.out / RECORDS / f"{step.name}.json"
 
     def finished(self, step: Step, *, again: bool = False) -> bool:
@@ -170,7 +170,7 @@ class Run:
         write_json(record, told)
 
     def settle(self, step: Step) -> None:
-        """Complete the record of a step whose output stands."""
+        """Complete the record of a step whose output is complete."""
         told = _record(self.record(step))
         if told["fingerprint"] is None:
             write_json(self.record(step), told | {"fingerprint": self._fingerprint(step.name)})
@@ -263,7 +263,7 @@ def _print_of_all(source: Checkpoint, progress: Progress) -> str:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """What is recorded of a step.
+    """The record of a step.
 
     Raises:
         DataError: The file is damaged.
@@ -272,13 +272,13 @@ def _record(file: Path) -> dict[str, Any]:
     keys = ("depends", "fingerprint", "before", "parent")
     if not isinstance(told, dict) or any(key not in told for key in keys):
         raise DataError(
-            f"{file} is damaged", "delete it and the folder that it stands for", code="damaged-file"
+            f"{file} is damaged", "delete it and the folder that it describes", code="damaged-file"
         )
     return told
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two records differ in, in words."""
+    """The difference of two records, in words."""
     old, new = earlier.get("words", {}), now["words"]
     changed = [key for key in new.keys() | old.keys() if old.get(key) != new.get(key)]
     if changed:
@@ -286,15 +286,15 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         short = all(len(str(words.get(key))) < 40 for words in (old, new))
         return f"{key} was {old.get(key)}, now {new.get(key)}" if short else f"{key} differs"
     if earlier.get("from") != now["from"]:
-        return "the model that it begins with is another"
-    return "it is of another version of sparsekit"
+        return "it begins with another model"
+    return "it was made by another version of sparsekit"
 
 
 def refuse_place(out: Path) -> None:
     """Refuse a folder for a run that holds something else.
 
     Raises:
-        UsageError: It does, or is no folder.
+        UsageError: It does, or is not a folder.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"the output {out} is a file", "choose another name", code="not-a-folder")
