@@ -82,7 +82,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(recipe, tmp_path, 
     ]
     assert len(scores[0]) == 5
     figures = [
-        {k: [e["perplexity"]["perplexity"] for e in json.loads(v)["scores"]] for k, v in s.items()}
+        {k: [e["perplexity"]["value"] for e in json.loads(v)["scores"]] for k, v in s.items()}
         for s in scores
     ]
     assert figures[0] == figures[1]
