@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Held while a run writes; its presence in a folder beside an output shows whose that folder is.
 LOCK = ".sparsekit-lock"
-# So begin the names of all files that only an unfinished run needs.
+# Prefix of the names of all files that only an unfinished run needs.
 OWN = ".sparsekit-"
 # Room for everything that is not a weight: tokenizer, configuration, provenance.
 SPARE_BYTES = 64 << 20
@@ -30,9 +30,17 @@ def refuse_source(out: Path, source: Path) -> None:
         UsageError: It is such a folder.
     """
     if out.resolve() == source.resolve():
-        raise UsageError(f"the output {out} is the model itself", "choose another output folder")
+        raise UsageError(
+            f"the output {out} is the model itself",
+            "choose another output folder",
+            code="output-is-source",
+        )
     if out.resolve() in source.resolve().parents:
-        raise UsageError(f"the output {out} contains the model {source}", "choose another folder")
+        raise UsageError(
+            f"the output {out} contains the model {source}",
+            "choose another folder",
+            code="output-is-source",
+        )
 
 
 def refuse_output(out: Path, *, overwrite: bool) -> None:
@@ -42,33 +50,48 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
         UsageError: The folder exists and is not to be, or must not be, overwritten.
     """
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"the output {out} is the current folder or contains it")
+        raise UsageError(
+            f"the output {out} is the current folder or contains it",
+            code="output-is-current-folder",
+        )
     if out.is_symlink():
-        raise UsageError(f"the output {out} is a link", "name the folder itself")
+        raise UsageError(
+            f"the output {out} is a link", "name the folder itself", code="output-is-link"
+        )
     if not out.exists():
         nearest = next(path for path in out.absolute().parents if path.exists())
         if not nearest.is_dir():
-            raise UsageError(f"the output {out} cannot be made: {nearest} is no folder")
+            raise UsageError(
+                f"the output {out} cannot be made: {nearest} is not a folder", code="not-a-folder"
+            )
         if not os.access(nearest, os.W_OK):
-            raise UsageError(f"the output {out} cannot be made: {nearest} may not be written")
+            raise UsageError(
+                f"the output {out} cannot be made: permission denied in {nearest}",
+                code="cannot-write",
+            )
         return
     if not out.is_dir():
-        raise UsageError(f"the output {out} is a file", "choose another name")
+        raise UsageError(f"the output {out} is a file", "choose another name", code="not-a-folder")
     if (out / PROVENANCE).is_file():
         _tidy(out)
     if not overwrite:
-        raise UsageError(f"the output {out} exists", "choose another folder or pass --overwrite")
+        raise UsageError(
+            f"the output {out} exists",
+            "choose another folder or pass --overwrite",
+            code="output-exists",
+        )
     if any(out.iterdir()) and not (out / PROVENANCE).is_file():
         raise UsageError(
             f"{out} was not written by sparsekit and is not overwritten",
             "delete it yourself or choose another folder",
+            code="not-by-sparsekit",
         )
 
 
 def _tidy(out: Path) -> None:
     """Remove what a run that was killed after its last rename left in a complete output.
 
-    The files of a run that is not complete lie beside the output, never in it.
+    The files of a run that is not complete are next to the output, never in it.
     """
     for left in out.glob(f"{OWN}*"):
         if left.is_dir():
@@ -79,7 +102,7 @@ def _tidy(out: Path) -> None:
 
 
 def refuse_foreign(partial: Path) -> None:
-    """Refuse to work in a folder beside the output that no run of sparsekit made.
+    """Refuse to work in a folder next to the output that no run of sparsekit made.
 
     Raises:
         UsageError: The folder holds something and has no lock file.
@@ -88,17 +111,18 @@ def refuse_foreign(partial: Path) -> None:
         raise UsageError(
             f"{partial} is in the way and was not made by sparsekit",
             "move it or choose another output",
+            code="not-by-sparsekit",
         )
 
 
 def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
-    """Refuse an output that the disk has no room for.
+    """Refuse an output that does not fit on the disk.
 
     Args:
         folder: An existing folder on the output's disk; weight files that an interrupted run has
             laid out there count as room.
         layout: The weight files of the output.
-        beside: Bytes of what else is kept there until it is complete.
+        beside: Bytes of other files that are kept there until it is complete.
 
     Raises:
         StorageError: Says how much is missing.
@@ -111,4 +135,5 @@ def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
             f"the output {'and saved states need' if beside else 'needs'} {needed / 1e9:.2f} GB, "
             f"{folder} has {free / 1e9:.2f} GB free",
             "make room or choose another disk",
+            code="not-enough-disk",
         )

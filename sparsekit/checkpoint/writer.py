@@ -49,7 +49,7 @@ RUN_KEY = ".sparsekit-run-key.json"
 REPLACED = ".sparsekit-replaced"
 # The one folder of a checkpoint; others (`original`, `onnx`) hold other forms of the model.
 CHAT_TEMPLATES = "additional_chat_templates"
-# So begin files that tell of one run only.
+# Prefixes of files that belong to one run only.
 OWN = (".", "sparsekit-training", "sparsekit-scores")
 # What is not carried over from the source: weights in any format, and what sparsekit writes.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
@@ -59,11 +59,11 @@ class CheckpointWriter:
     """Writes one checkpoint, part by part; use it as a context manager.
 
     Args:
-        out: The folder to make. An interrupted run's parts are found beside it.
+        out: The folder to make. The parts of an interrupted run are next to it.
         source: The checkpoint whose layout and other files the output takes.
         layout: The weight files to make; None: those of the source.
-        run_key: Everything that decides the output's bytes. A run with the same key resumes where
-            an interrupted one stopped.
+        key: Everything that decides the output's bytes. A run with the same key goes on
+            where an interrupted one stopped.
         overwrite: Replace an existing output of sparsekit when the new one is complete.
 
     Raises:
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self,
         out: Path,
         source: Checkpoint,
-        run_key: Mapping[str, Any],
+        key: Mapping[str, Any],
         *,
         layout: Layout | None = None,
         overwrite: bool = False,
@@ -92,7 +92,7 @@ class CheckpointWriter:
         refuse_source(out, source.path)
         refuse_output(out, overwrite=overwrite)
         self.partial = out.with_name(out.name + ".partial")
-        self._run_key = json.loads(json.dumps(run_key))
+        self._key = json.loads(json.dumps(key))
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
@@ -177,7 +177,7 @@ class CheckpointWriter:
         return Checkpoint.open(self.out)
 
     def abandon(self) -> None:
-        """Remove the folder beside the output: nothing in it is worth going on with."""
+        """Remove the folder next to the output: nothing in it is worth resuming."""
         self._discard()
 
     def _begin(self) -> None:
@@ -189,17 +189,18 @@ class CheckpointWriter:
         except StorageError:
             self._discard()
             raise
-        write_json(self.partial / RUN_KEY, self._run_key)
+        write_json(self.partial / RUN_KEY, self._key)
 
     def _resume(self) -> None:
         earlier = read_json(self.partial / RUN_KEY)
-        if earlier != self._run_key:
-            keys = sorted(earlier.keys() | self._run_key.keys())
-            pairs = ((key, earlier.get(key), self._run_key.get(key)) for key in keys)
+        if earlier != self._key:
+            keys = sorted(earlier.keys() | self._key.keys())
+            pairs = ((key, earlier.get(key), self._key.get(key)) for key in keys)
             told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
             raise UsageError(
                 f"{self.partial} holds an interrupted run with another {told}",
                 "repeat that run, delete the folder, or choose another output",
+                code="other-recipe",
             )
         journal = self.partial / JOURNAL
         lines = journal.read_bytes().split(b"\n") if journal.is_file() else []
@@ -215,7 +216,8 @@ class CheckpointWriter:
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise DataError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place in the file is "
-                f"{place.dtype} {place.shape}"
+                f"{place.dtype} {place.shape}",
+                code="shape-mismatch",
             )
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         handle = os.open(self.partial / place.file, os.O_WRONLY)
@@ -301,7 +303,11 @@ def _copy_range(source: Path, start: int, stop: int, target: Path, goal: int) ->
             while start < stop:
                 data = stream.read(min(CHUNK, stop - start))
                 if not data:
-                    raise DataError(f"{source} ends at byte {start}", "copy or download it again")
+                    raise DataError(
+                        f"{source} ends at byte {start}",
+                        "copy or download it again",
+                        code="damaged-file",
+                    )
                 _write_at(handle, memoryview(data), goal)
                 start, goal = start + len(data), goal + len(data)
     finally:

@@ -1,4 +1,4 @@
-"""A checkpoint in a form that every library has dropped, as one of today."""
+"""Conversion of a checkpoint from a form that libraries no longer read to a current one."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def convert(
         model: Its folder.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each weight.
+        progress: Receives each weight.
 
     Raises:
         UsageError: `out` is in use.
@@ -77,7 +77,7 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What is to be converted, checked."""
+    """A checked conversion."""
 
     source: Checkpoint
     config: Mapping[str, Any]
@@ -93,7 +93,7 @@ class Conversion:
 
     @property
     def room(self) -> int:
-        """The memory that the run is expected to take above the libraries, in bytes."""
+        """The memory that the run is expected to need on top of the libraries, in bytes."""
         return UNPACKING_BYTES * max(self.sizes.values())
 
 
@@ -118,10 +118,10 @@ def convert_packed(
 ) -> Report:
     """Write a packed checkpoint from one in a dropped form; arguments and errors as of `convert`.
 
-    The plain one stands in a hidden folder beside `out` while it is packed, and takes room there.
+    The plain one is kept in a hidden folder next to `out` while it is packed, and takes room there.
 
     Returns:
-        What `pack` did; the history of the output has both.
+        The report of `pack`; the history of the output has both.
     """
     open_source(model, out, overwrite=overwrite, progress=progress)  # before anything is written
     plain = out.with_name(f".{out.name}.plain")
@@ -136,7 +136,7 @@ def convert_packed(
 
 
 def _converted(prefix: str, weight: Tensor, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A weight under its name, and what is noted of it."""
+    """A weight under its name, and the notes on it."""
     numbers = weight.float()  # 8-bit ones do not compare
     told = {
         "name": f"{prefix}.weight",
@@ -156,7 +156,7 @@ def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _row(noted: Mapping[str, Any]) -> Weight:
-    """What the history tells of a weight: of its patterns the strictest, where it has one."""
+    """A row of the history: a weight with the strictest of its patterns, if it has one."""
     row = {key: value for key, value in noted.items() if key != "patterns"}
     return Weight(**row, **({"pattern": noted["patterns"][0]} if noted["patterns"] else {}))
 
@@ -172,9 +172,16 @@ def _prefixes(source: Checkpoint, form: str) -> list[str]:
     for prefix in found:
         for part in LEGACY_PARTS[form]:
             if f"{prefix}.{part}" not in source.places:
-                raise DataError(f"{source.path} lacks {prefix}.{part}", "copy the folder again")
+                raise DataError(
+                    f"{source.path} lacks {prefix}.{part}",
+                    "copy the folder again",
+                    code="incomplete-checkpoint",
+                )
     if not found:
-        raise DataError(f"{source.path} names the form {form}, but has no weight in it")
+        raise DataError(
+            f"{source.path} names the form {form}, but none of its weights has it",
+            code="no-weights",
+        )
     return found
 
 
@@ -220,6 +227,10 @@ def _weight(
         grouped = scheme.get("strategy", "group") == "group"
         return from_marlin(parts, scheme["num_bits"], scheme.get("group_size") if grouped else None)
     except DataError as error:
-        raise DataError(f"{source.path}: {prefix}: {error.message}", error.hint) from error
+        raise DataError(
+            f"{source.path}: {prefix}: {error.message}", error.hint, code=error.code
+        ) from error
     except (KeyError, StopIteration, TypeError, AttributeError) as error:
-        raise DataError(f"{source.path}: config.json does not say how {form} was made") from error
+        raise DataError(
+            f"{source.path}: config.json does not say how {form} was made", code="incomplete-config"
+        ) from error

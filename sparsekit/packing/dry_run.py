@@ -13,7 +13,7 @@ from sparsekit.progress import SILENT, Progress
 def plan_pack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """What `pack` would do, after the same checks; which look at every weight.
+    """The plan of `pack`, after the same checks, which look at every weight.
 
     Arguments and errors as of `pack`.
     """
@@ -25,7 +25,7 @@ def plan_pack(
 def plan_unpack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """What `unpack` would do, after the same checks; arguments and errors as of `unpack`."""
+    """The plan of `unpack`, after the same checks; arguments and errors as of `unpack`."""
     job = unpack.prepare(model, out, overwrite=overwrite, progress=progress)
     patterns = dict(Counter(str(layer.stored.format.pattern) for layer in job.layers.values()))
     return begun(job.source, out, "unpack", job.layout) | _weights(job) | {"patterns": patterns}
@@ -39,7 +39,7 @@ def plan_convert(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """What `convert` would do, after the same checks; arguments and errors as of `convert`.
+    """The plan of `convert`, after the same checks; arguments and errors as of `convert`.
 
     Where it also `packs`, what that saves shows in the plain form only: the plan is of this one.
     """
@@ -50,7 +50,7 @@ def plan_convert(
 
 
 def _weights(job: packplan.PackJob | unpack.Unpacking | convert.Conversion) -> dict[str, Any]:
-    """What the plans of other forms tell: one weight is in memory at a time."""
+    """The common part of these plans: one weight is in memory at a time."""
     return {
         "weights": len(job.sizes),
         "size": sum(job.sizes.values()),

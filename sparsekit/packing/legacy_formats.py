@@ -17,7 +17,7 @@ TILE = 16
 
 
 def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json without the dropped form; with what still is said of quantization."""
+    """The config.json without the dropped form, with the rest of its quantization config."""
     kept, told = dict(config), dict(compression(config))
     for name in ("quantization_config", "compression_config"):
         kept.pop(name, None)
@@ -39,9 +39,12 @@ def bitmask_shape(part: Tensor, mask: tuple[int, ...]) -> tuple[int, int]:
     """
     shape = part.flatten().tolist()
     if part.dtype not in (torch.int64, torch.int32) or len(shape) != 2 or min(shape) < 1:
-        raise DataError(f"a shape {shape} is none of a weight")
+        raise DataError(f"{shape} is not the shape of a weight", code="invalid-shape")
     if mask != (shape[0], -(-shape[1] // 8)):
-        raise DataError(f"a bit mask {mask} is none of a weight {shape}")
+        raise DataError(
+            f"a bit mask of the shape {mask} does not fit a weight of {shape}",
+            code="shape-mismatch",
+        )
     return shape[0], shape[1]
 
 
@@ -52,7 +55,7 @@ def marlin_shape(meta: tuple[int, ...]) -> tuple[int, int]:
         DataError: No `meta` has it.
     """
     if len(meta) != 2 or meta[1] % (2 * TILE) or not all(meta):
-        raise DataError(f"meta of the shape {meta} is none of a weight")
+        raise DataError(f"no weight has a meta of the shape {meta}", code="invalid-shape")
     return meta[1] // 2, meta[0] * 2 * TILE
 
 
@@ -60,11 +63,12 @@ def _require(name: str, part: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
     """Refuse a part of another type or shape.
 
     Raises:
-        DataError: It has another.
+        DataError: Its type or shape differs.
     """
     if part.dtype != dtype or part.shape != shape:
         raise DataError(
-            f"{name} is {part.dtype} of {tuple(part.shape)}, not {dtype} of {tuple(shape)}"
+            f"{name} is {part.dtype} of {tuple(part.shape)}, not {dtype} of {tuple(shape)}",
+            code="shape-mismatch",
         )
 
 
@@ -84,7 +88,10 @@ def from_bitmask(parts: Mapping[str, Tensor], *, halves: bool) -> Tensor:
     mask = unpack_bits(parts["bitmask"], columns).bool()
     _require("compressed", values, values.dtype, (int(mask.sum()),))
     if halves and (columns % 4 or (mask.unflatten(1, (-1, 4)).sum(-1) != 2).any()):
-        raise DataError("a bit mask of 2:4 has not two bits set in each four")
+        raise DataError(
+            "a 2:4 bit mask does not have two bits set in each group of four",
+            code="pattern-violated",
+        )
     # By bits: 8-bit floats cannot be scattered.
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
     weight = torch.zeros(rows, columns, dtype=size)
@@ -110,7 +117,7 @@ def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Te
 
     packed, meta, scale = parts["weight_packed"], parts["meta"], parts["scale_packed"]
     if bits not in (4, 8):
-        raise DataError(f"codes of {bits} bits: this form has 4 or 8")
+        raise DataError(f"codes of {bits} bits: this form has 4 or 8", code="unsupported-bits")
     rows, columns = marlin_shape(tuple(meta.shape))
     half = columns // 2
     several = bool(group) and group < half  # in the order of the scales, of what is kept
@@ -121,7 +128,10 @@ def from_marlin(parts: Mapping[str, Tensor], bits: int, group: int | None) -> Te
     order, grouped, single = get_permutations_24(bits)
     places = torch.tensor(grouped if several else single)
     if half * rows % len(order) or groups * rows % len(places):
-        raise DataError(f"a weight {rows} x {columns} does not divide into tiles of the kernel")
+        raise DataError(
+            f"a weight {rows} x {columns} does not divide into tiles of the kernel",
+            code="tiles-do-not-divide",
+        )
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (packed[..., None] >> shifts & (1 << bits) - 1).flatten(1).reshape(-1, len(order))
     codes = torch.empty_like(codes).index_copy_(1, order, codes)

@@ -1,4 +1,4 @@
-"""A checkpoint's sparse weights as values and places, which take fewer bytes."""
+"""Packing of a checkpoint's sparse weights as values and places, which take fewer bytes."""
 
 import math
 from collections.abc import Sequence
@@ -35,19 +35,19 @@ def pack(
 ) -> Report:
     """Write a copy of a model whose sparse weights are values and places.
 
-    Of weights on a grid the codes are packed; of weights with factors beside them the factors are
-    kept alone, whose core is packed already.
+    Of weights on a grid the codes are packed; of weights that are stored with factors only
+    the factors are kept, whose core is packed already.
 
     Args:
         model: A folder, hub id or `demo`.
         out: The folder to make; it appears when it is complete.
-        called: What card and history call the model; None: its name.
+        called: The name of the model in card and history; None: as given in `model`.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each weight.
+        progress: Receives each weight.
 
     Raises:
         UsageError: `out` is in use.
-        DataError: The model cannot be read, or would not be smaller; then the size is told.
+        DataError: The model cannot be read, or would not be smaller; the error gives its size.
         StorageError: The output cannot be written.
     """
     name = called or model
@@ -75,7 +75,7 @@ def pack(
 
 
 def _config_json(source: Checkpoint) -> dict[str, Any]:
-    """What config.json is to say: that the weights are packed, and what it said of a grid."""
+    """The config.json of the output: the weights are packed; its entry on a grid is kept."""
     config = read_json(source.path / "config.json")
     inner = config.get("quantization_config")
     told = {"quant_method": PACKED_METHOD} | ({"packed": inner} if inner else {})
@@ -83,7 +83,7 @@ def _config_json(source: Checkpoint) -> dict[str, Any]:
 
 
 def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a packed weight, and what the history tells of it."""
+    """The tensors of a packed weight, and its row of the history."""
     name, more = plan.target.name, {}
     if plan.factored:
         form, whole = source.form(name, plan.target.shape), source.read([name])[name]
@@ -94,6 +94,7 @@ def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str
                 f"{source.path}: the factors of {name} do not multiply to it at {list(off)}: the "
                 "weight was changed after pruning, and would be lost",
                 f"delete {FACTORS} in a copy of the folder to keep the weights",
+                code="factors-differ",
             )
         zeros = int((form.core.dense() == 0).sum())
         more = {"exact": torch.equal(product, whole), "sha256": digest(parts)}

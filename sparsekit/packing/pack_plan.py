@@ -39,19 +39,19 @@ class Plan:
     types: Shapes
     """Type and shape of each tensor that it becomes, by the last part of its name."""
     dense_bytes: int
-    """What it takes unpacked: as numbers, or as codes with their scales."""
+    """Its size when unpacked: as numbers, or as codes with their scales."""
     factored: bool = False
-    """Whether it has factors beside it, which then stand for it."""
+    """Whether it is stored with factors, which then replace it."""
 
     @property
     def pattern(self) -> Pattern:
-        """By which its core is packed."""
+        """The pattern by which its core is packed."""
         assert self.format.pattern is not None
         return self.format.pattern
 
     @property
     def n_bytes(self) -> int:
-        """What it takes packed."""
+        """Its size when packed."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.types.values())
 
 
@@ -77,7 +77,7 @@ class PackJob:
 
     @property
     def told(self) -> dict[str, str]:
-        """What the file of the tensors says of each packed weight."""
+        """The metadata of the tensor file: the format of each packed weight."""
         return {name: str(plan.format) for name, plan in self.plans.items()}
 
 
@@ -88,7 +88,7 @@ def prepare(
 
     Raises:
         UsageError: `out` is in use.
-        DataError: The model cannot be read, or would not be smaller; then the size is told.
+        DataError: The model cannot be read, or would not be smaller; the error gives its size.
         StorageError: The disk has no room for the output.
     """
     source = open_source(model, out, overwrite=overwrite, progress=progress)
@@ -120,9 +120,10 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     targets = stream.targets()
     if outside := sorted(source.quantized.keys() - {target.name for target in targets}):
         raise DataError(
-            f"{source.path}: {outside[0]} is quantized and no linear weight of a decoder block; "
-            "pack takes those only",
-            "keep it as it is, or quantize the model anew with sparsekit",
+            f"{source.path}: {outside[0]} is quantized and is not a linear weight of a decoder "
+            "block; pack takes only those",
+            "keep it as it is, or quantize the model again with sparsekit",
+            code="not-in-a-block",
         )
     found: dict[str, Plan] = {}
     progress.begin("look for patterns", len(targets))
@@ -137,16 +138,18 @@ def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:
     odd = [t.name for t in targets if t.name not in source.quantized and not _packable(source, t)]
     if len(odd) == len(targets):
         raise DataError(
-            f"{source.path}: {odd[0]} is {source.places[odd[0]].dtype}; numbers of 16 and 32 bits "
-            "are packed only"
+            f"{source.path}: {odd[0]} is {source.places[odd[0]].dtype}; only numbers of 16 and "
+            "32 bits are packed",
+            code="unsupported-dtype",
         )
     size = sum(_bytes(source, target.name) for target in targets)
     masks = sum(math.prod(target.shape) for target in targets) // 8
     raise DataError(
         f"{source.path} is not sparse: packed, its {len(targets)} linear weights would take "
-        f"about {(size - saved if found else size + masks) / 1e6:.1f} MB in the place of "
+        f"about {(size - saved if found else size + masks) / 1e6:.1f} MB instead of "
         f"{size / 1e6:.1f}",
         "prune it first",
+        code="not-sparse",
     )
 
 
@@ -169,8 +172,9 @@ def _plan(source: Checkpoint, target: Target) -> Plan | None:
         codes = form.core
         if digest(form.stored()) != digest(source.quantized[name].read(source.path)):
             raise DataError(
-                f"{source.path}: {name} has bits set where its format has none",
+                f"{source.path}: {name} has bits set that its format does not use",
                 "quantize it again with sparsekit",
+                code="damaged-file",
             )
         pattern = packing(codes.codes.view(torch.int8), TRIED, codes.grid.bits)
         if pattern is None:  # it has to be packed with the others
@@ -201,7 +205,7 @@ def weight_of(source: Checkpoint, target: Target) -> Tensor:
 
 
 def _bytes(source: Checkpoint, name: str) -> int:
-    """What a weight takes in its files, without factors beside it."""
+    """The size of a weight in its files, without its factors."""
     if name in source.quantized:
         return source.quantized[name].n_bytes
     return source.places[name].stop - source.places[name].start

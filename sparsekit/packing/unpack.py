@@ -1,4 +1,4 @@
-"""What a checkpoint was before it was packed; products from factors that were written alone."""
+"""Unpacking of checkpoints, and products of factors that were written alone."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,16 +32,16 @@ from sparsekit.weights.quantized import Shapes, quantized_shapes
 def unpack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Report:
-    """Write what was packed: the same bytes of every plain weight and of all codes.
+    """Write the tensors that were packed: every plain weight and all codes, byte for byte.
 
-    Factors are multiplied out, and lie beside their products; those may have other last bits on
+    Factors are multiplied out and stored with their products, whose last bits may differ on
     another machine.
 
     Args:
         model: The folder of a packed checkpoint, or of one with `--format factored`.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each weight.
+        progress: Receives each weight.
 
     Raises:
         UsageError: `out` is in use.
@@ -83,7 +83,7 @@ def unpack(
 
 @dataclass(frozen=True, kw_only=True)
 class Unpacking:
-    """What is to be unpacked, checked."""
+    """A checked unpacking."""
 
     source: Checkpoint
     config: dict[str, Any]
@@ -116,9 +116,11 @@ def prepare(
     try:
         layers = {layer.target.name: layer for layer in _layers(source)}
     except FactorsError as error:
-        raise CheckFailedError(error.message, AGAIN) from error
+        raise CheckFailedError(error.message, AGAIN, code=error.code) from error
     if sums is not None and (unknown := sorted(layers.keys() - sums.keys())):
-        raise CheckFailedError(f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN)
+        raise CheckFailedError(
+            f"{source.path}: the history has no checksum of {unknown[0]}", AGAIN, code="no-checksum"
+        )
     layout = _layout(source, layers)
     require_disk(out, layout)
     return Unpacking(
@@ -134,7 +136,7 @@ def _origin(
     Of factors that `prune` wrote alone there are no checksums.
 
     Raises:
-        DataError: Nothing tells how it was packed.
+        DataError: There is no record of how it was packed.
     """
     config = read_json(source.path / "config.json")
     history = source.provenance().history
@@ -143,7 +145,9 @@ def _origin(
         return config, history, None
     if not history or history[-1].stage != "pack":
         raise DataError(
-            f"{source.path} has no history of its packing, which holds the checksums", AGAIN
+            f"{source.path} has no history of its packing, which holds the checksums",
+            AGAIN,
+            code="no-history",
         )
     del config["quantization_config"]
     if told.get("packed"):
@@ -184,7 +188,7 @@ def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict
     """The tensors that a packed weight was, or that its factors give.
 
     Raises:
-        CheckFailedError: They are not those that the history tells of.
+        CheckFailedError: They differ from those that the history records.
     """
     name, target = layer.target.name, layer.target
     try:
@@ -195,10 +199,12 @@ def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict
         else:
             whole, beside = form.unpacked(), {}
     except DataError as error:
-        raise CheckFailedError(error.message, AGAIN) from error
+        raise CheckFailedError(error.message, AGAIN, code=error.code) from error
     stored = {part: target.to_disk(t).contiguous() for part, t in whole.stored().items()}
     if sha256 is not None and digest(beside or stored) != sha256:
-        raise CheckFailedError(f"{source.path}: {name} is not what was packed", AGAIN)
+        raise CheckFailedError(
+            f"{source.path}: {name} is not what was packed", AGAIN, code="wrong-checksum"
+        )
     return {part_name(name, part): tensor for part, tensor in (stored | beside).items()}
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint says of itself."""
+"""Origin and history of a checkpoint, and its model card."""

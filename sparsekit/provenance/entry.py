@@ -1,7 +1,6 @@
-"""What a stage did: rows for people and scripts, and the entry in `sparsekit.json`."""
+"""The outcome of a stage: rows for people and scripts, and the entry in `sparsekit.json`."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
         return {"out": str(self.out), **self.entry.to_json()}
-
-
-def as_given(model: str, words: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was asked for, verbatim, for its entry.
-
-    Args:
-        model: The name of the model.
-        words: The options that were given, as they were written.
-    """
-    return {"model": model, "words": json.loads(json.dumps(dict(words), default=str))}
 
 
 def sparse_totals(weights: Sequence[Weight]) -> SparseTotals:
@@ -57,7 +46,7 @@ def mean_error(weights: Iterable[Weight]) -> float | None:
 
 
 def damping_notes(weights: Iterable[SolvedWeight], asked: float, key: str = "damping") -> list[str]:
-    """What to say where Gram matrices needed more damping, told under a key, than was asked for."""
+    """A note if Gram matrices needed more damping than was asked for, recorded under a key."""
     used = [row.numbers[key] for row in weights if key in row.numbers]
     raised = sum(damping > asked for damping in used)
     if not raised:

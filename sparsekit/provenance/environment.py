@@ -1,4 +1,4 @@
-"""What a bug report needs: versions and machine, and nothing of the user."""
+"""The environment for a bug report: versions and machine, and nothing about the user."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ from sparsekit.memory import available_memory
 
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate")
 SHOWN = (*PACKAGES, "lm-eval", "compressed-tensors")
-# Of all variables only these are told: others may hold tokens and names.
+# Only these variables are shown: others may hold tokens and names.
 VARIABLES = ("SPARSEKIT_CACHE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
 
 
 def without_home(text: str) -> str:
-    """A text with `~` in the place of the home directory, whose name is mostly the user's."""
+    """A text with `~` instead of the home directory, whose name is mostly the user's."""
     home = os.path.expanduser("~").rstrip("/")
     homes = {home, str(Path(home).resolve())} - {"", "~", "/"}
     for place in sorted(homes, key=len, reverse=True):
@@ -65,7 +65,7 @@ def without_home(text: str) -> str:
 
 
 def _torch() -> dict[str, Any]:
-    """What torch computes with, or why it cannot be asked."""
+    """The devices of torch, or why it cannot be asked."""
     try:
         import torch
 

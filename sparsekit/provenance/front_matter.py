@@ -1,4 +1,4 @@
-"""What a model card begins with: where a checkpoint comes from, in YAML that the hub reads."""
+"""The front matter of a model card: the origin of a checkpoint, in YAML that the hub reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Origin:
 
     @classmethod
     def of(cls, model: str, folder: Path) -> "Origin":
-        """What a model's name and the card in its folder tell."""
+        """The origin of a model by its name and the card in its folder."""
         card = read_front_matter(folder / "README.md")
         known = {key: value for key, value in card.items() if _is_words(value)}
         base = hub_id(model)
@@ -41,8 +41,8 @@ def front_matter(origin: Origin, tags: Sequence[str], library: str | None) -> st
     """The YAML block that a card begins with.
 
     Args:
-        origin: What the checkpoint is made from.
-        tags: What it is found by on the hub.
+        origin: The model that the checkpoint is made from.
+        tags: The hub's tags.
         library: Which library loads it as it is; None: the tag alone says what does.
     """
     from huggingface_hub import ModelCardData
@@ -57,7 +57,7 @@ def front_matter(origin: Origin, tags: Sequence[str], library: str | None) -> st
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
-    """What the YAML block of a card says; nothing where there is none, or none that can be read."""
+    """The YAML block of a card; empty if there is none, or it cannot be read."""
     from huggingface_hub import RepoCard
     from yaml import YAMLError
 

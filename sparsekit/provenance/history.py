@@ -1,8 +1,8 @@
-"""What a checkpoint's history gives to its card: the stages before the last, and the hub's tags."""
+"""The parts of a model card that come from the history: earlier stages and the hub's tags."""
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sparsekit.checkpoint.entry import (
@@ -29,7 +29,7 @@ def stages_before(entries: Sequence[Entry]) -> list[tuple[str, str]]:
 
 
 def _told(entry: Entry) -> Iterator[str]:
-    """What one stage did, as far as the history tells it."""
+    """A summary of one stage, as far as the history records it."""
     yield stage_words(entry)
     if entry.settings.pattern:
         yield entry.settings.pattern
@@ -40,19 +40,19 @@ def _told(entry: Entry) -> Iterator[str]:
 
 
 def tags(entries: Sequence[Entry]) -> list[str]:
-    """What a checkpoint is found by on the hub, for all that was done to it."""
+    """The hub's tags for everything that was done to a checkpoint."""
     made: set[str] = set()
     for entry in entries:
         if isinstance(entry, PruneEntry | RecoverEntry):
             made -= set(CODED)  # the numbers are no longer those of a grid
         made |= set(_own_tags(entry))
     if "packed" in made:
-        made.discard("compressed-tensors")  # the codes lie in another form
+        made.discard("compressed-tensors")  # the codes are stored in another form
     return [tag for tag in TAGS if tag in made]
 
 
 def _own_tags(entry: Entry) -> Sequence[str]:
-    """What one stage adds to them."""
+    """The tags that one stage adds."""
     match entry:
         case PruneEntry():
             return ("pruned", *(CODED if entry.settings.then else ()))
@@ -77,7 +77,7 @@ def calibration_text(rows: Calibration) -> str:
 
 
 def training_text(entry: RecoverEntry) -> str:
-    """What a stage trained on, in words."""
+    """The training text of a stage, in words."""
     return (
         f"{entry.tokens} tokens of `{base_name(entry.text)}` (sha256 `{entry.settings.data[:16]}…`)"
     )
@@ -112,17 +112,23 @@ def lineage(history: Iterable[Entry]) -> list[Entry]:
     return entries
 
 
-def command(entry: Entry, model: str | None = None, out: str = "OUT") -> str:
+def command(
+    entry: Entry, model: str | None = None, out: str = "OUT", *, public: bool = False
+) -> str:
     """The command line of a stage, with its words as they were given.
 
     Args:
         entry: Of the stage.
         model: The model to name; None: the one that was named.
         out: The output to name.
+        public: Whether others will read it, who do not have the folders of this machine: absolute
+            paths are cut to names.
     """
     words = [entry.stage, model or entry.model, "-o", out]
     for name, value in entry.words.items():
         words += _flags(f"--{name.replace('_', '-')}", value)
+    if public:
+        words = [PurePath(word).name if word.startswith(("/", "~")) else word for word in words]
     return shlex.join(["sparsekit", *words])
 
 
@@ -137,7 +143,7 @@ def _flags(flag: str, value: Any) -> list[str]:
 
 
 def stage_words(entry: Entry) -> str:
-    """What one stage did, in words."""
+    """A stage in words."""
     if isinstance(entry, QuantizeEntry):
         return f"{entry.settings.grid} {entry.settings.method}"
     if isinstance(entry, ConvertEntry):

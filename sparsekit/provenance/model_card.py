@@ -41,8 +41,9 @@ import sparsekit
 model = sparsekit.load(".")"""
 PLAIN = """\
 A plain Hugging Face checkpoint that loads with `AutoModelForCausalLM.from_pretrained`. Its zeros
-stand in dense weights and take their space and time. No common server runs faster because of
-zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit deploy` shows where)."""
+are stored in dense weights, which take as much space and time as before. No common server runs
+faster because of zeros; torch's 2:4 kernels may, on GPUs with large batches (`sparsekit deploy`
+shows where)."""
 ROUNDED = """\
 A plain Hugging Face checkpoint of the same size as its source, whose weights are rounded to the
 numbers of the grid: for scoring, or for a converter that takes it from there. It is neither
@@ -77,7 +78,7 @@ def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 
     Args:
         entry: Of the stage that made it.
-        origin: What the stage began with.
+        origin: The model that the stage began with.
         history: The entries before.
     """
     entries = [*history, entry]
@@ -105,7 +106,7 @@ def model_card(entry: Entry, origin: Origin, history: Sequence[Entry]) -> str:
 Made by:
 
 ```sh
-{command(entry)}
+{command(entry, public=True)}
 ```
 
 {_end(entry)}
@@ -134,7 +135,7 @@ def _form(entry: Entry) -> str:
 
 
 def _done(entry: Entry) -> str:
-    """What the stage did, for the heading."""
+    """The stage, for the heading."""
     match entry:
         case PruneEntry():
             return f"pruned to {entry.settings.pattern}"
@@ -147,7 +148,7 @@ def _done(entry: Entry) -> str:
 
 
 def _end(entry: Entry) -> str:
-    """What stands last: where the rest is recorded, and which weights were left out."""
+    """The end of the card: where the rest is recorded, and which weights were left out."""
     text = HISTORY + (LOG if isinstance(entry, RecoverEntry) else "")
     if isinstance(entry, PruneEntry | RecoverEntry):
         text += " Check the zeros with\n`sparsekit verify .`."
@@ -173,7 +174,7 @@ def _prune_rows(entry: PruneEntry) -> Rows:
 
 
 def _asked(settings: PruneSettings) -> list[tuple[str, str]]:
-    """What a run was asked for besides its method, without what was left out."""
+    """The options of a run besides its method, without those left out."""
     budget, rank = settings.budget, settings.compensate
     told = {
         "begun with": settings.initial_options,
@@ -218,7 +219,7 @@ def _recover_rows(entry: RecoverEntry) -> Rows:
 
 
 def _own_options(settings: RecoverSettings) -> str:
-    """The options that a recoverer has, but for the decay, which is told as it was chosen."""
+    """The options that a recoverer has, except the decay, which is shown as it was chosen."""
     described = methods.describe("recoverers", settings.method).options
     names = [option.name for option in described if option.name != "decay"]
     options = settings.options

@@ -131,11 +131,12 @@ def _require_parent(job: PruneJob, given: Checkpoint, dense: str, progress: Prog
         raise DataError(
             f"{given.path} was not made from the weights in {job.source.path}",
             f"its history names {' and '.join(parent.path for parent in parents)}",
+            code="other-dense-model",
         )
 
 
 def _rows(job: PruneJob, progress: Progress) -> TokenRows | None:
-    """The calibration rows; tells first what the user should know before the run."""
+    """The calibration rows; first shows the notes that the user should see before the run."""
     for note in job.notes():
         progress.note(note)
     rows = job.calibration.rows(job.source, progress) if job.calibration else None

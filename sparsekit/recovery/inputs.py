@@ -126,6 +126,7 @@ def _rows(job: RecoverJob, processes: Processes, progress: Progress) -> Training
             f"{job.config.data} has {len(rows)} rows of {rows.length} tokens, a step takes "
             f"{wanted}",
             "give it more text, or a smaller --batch, --length or --accumulate",
+            code="too-few-rows",
         )
     passes = (job.config.tokens or 0) / (len(rows) * rows.length)
     if passes > 1:

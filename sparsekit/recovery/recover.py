@@ -109,7 +109,7 @@ def recover(
 
 
 def _leave(writer: CheckpointWriter, error: SparsekitError) -> None:
-    """Leave of a failed run only what the same command can go on from, and tell so."""
+    """Keep of a failed run only what the same command can resume from, and say so."""
     if not (writer.partial / POINTER).is_file():
         writer.abandon()  # another try may differ
         if isinstance(error, StorageError) and error.hint == KEPT:
@@ -158,7 +158,7 @@ def _training(work: TrainingInputs, student: Student) -> Training:
         plan = make_plan(job, student, teacher, rows, work.windows, processes, begun, progress)
         if processes.main:
             write_json(folder / PLAN, asdict(plan))
-    if top is not None and config.tokens is None:  # else it was told before
+    if top is not None and config.tokens is None:  # else it was shown before
         top.announce(plan.steps * config.batch * config.accumulate, progress)
     optimizer = student.optimizer(job.recoverer.rule(plan.decay))
     training = Training(
@@ -225,7 +225,7 @@ def _train(work: TrainingInputs, training: Training) -> TrainingLog:
 
 
 def _evaluated(training: Training, windows: TokenRows, deadline: Deadline) -> dict[str, Any]:
-    """What the sparse model is worth now, for the log; the training is not disturbed."""
+    """The quality of the sparse model now, for the log; the training is not disturbed."""
     optimizer, begun = training.optimizer, time.perf_counter()
     found = measure(training.student, optimizer.sparse, optimizer.rule, windows.tokens)
     deadline.evaluated(time.perf_counter() - begun)
@@ -251,12 +251,12 @@ def _shorten(work: TrainingInputs, training: Training, steps: int, *, saves: boo
     if work.processes.main:
         write_json(work.folder / PLAN, asdict(training.plan))
     progress.note(
-        f"steps take longer than was measured: {steps} in the place of {plan.steps}, so that "
+        f"steps take longer than was measured: {steps} instead of {plan.steps}, so that "
         "--max-time is kept"
     )
     if work.job.recoverer.dense_until_end:
         before, now = (decay_budget(work.job.config.schedule, p) for p in (plan, training.plan))
-        progress.note(f"decay budget: {now:.4g} in the place of {before:.4g}")
+        progress.note(f"decay budget: {now:.4g} instead of {before:.4g}")
     progress.begin(_title(work), steps, optimizer.steps)
 
 

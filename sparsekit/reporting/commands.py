@@ -27,7 +27,7 @@ def commands(row: Row) -> list[str]:
         model = out
     for entry in row.scores:
         words = _score(entry, model or str(entry.get("model") or name))
-        # Only beside a model that sparsekit wrote does `eval` keep scores.
+        # `eval` keeps scores only with a model that sparsekit wrote.
         lines.append(shlex.join([*words, *(["--save"] if row.history else [])]))
     return lines
 

@@ -1,4 +1,4 @@
-"""One model of a comparison: what its folder tells of how it was made, its size and its worth."""
+"""One model of a comparison: how it was made, its size and its quality, from its folder."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from sparsekit.provenance.history import stage_words, unfolded
 from sparsekit.scoring.quality import Measured, Quality, qualities
 from sparsekit.scoring.saved_scores import DENSE, is_of, read_scores
 
-# Stages whose pattern is the one that was asked for; the others tell what they found.
+# Stages whose pattern is the one that was asked for; the others record the pattern that they found.
 PATTERNING = ("prune", "recover")
 
 
@@ -70,7 +70,7 @@ def read_row(folder: Path) -> Row:
     source = _opened(folder if stored else _scored_model(there))
     weights = None
     if source is not None and stored and there:
-        weights = source.scan()  # of what lies there, whatever the history says
+        weights = source.scan()  # of the weights that are there, whatever the history says
     scores = [entry for entry in there if not stored or is_of(entry, weights)]
     return _row(
         source,
@@ -109,7 +109,7 @@ def _opened(folder: Path | None) -> Checkpoint | None:
 
 
 def _row(source: Checkpoint | None, *, stored: bool, **known: Any) -> Row:
-    """A row with what the history and the files of its model tell, where that is at hand."""
+    """A row with the facts from history and files of its model, if available."""
     history = unfolded(() if source is None else source.provenance().history)
     tokens = [entry.tokens for entry in history if isinstance(entry, RecoverEntry)]
     peaks = [e.peak_memory_bytes for e in history if e.peak_memory_bytes is not None]
@@ -128,7 +128,7 @@ def _row(source: Checkpoint | None, *, stored: bool, **known: Any) -> Row:
 
 
 def _scored_model(scores: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Where the model of scores lies."""
+    """The folder of the model that was scored."""
     names = [entry["model"] for entry in scores if isinstance(entry.get("model"), str)]
     return local_folder(names[-1]) if names and names[-1] else None
 
@@ -147,10 +147,10 @@ def _pattern(history: Sequence[Entry]) -> str | None:
 
 
 def _bits(source: Checkpoint, history: Sequence[Entry]) -> float | None:
-    """Bits of a prunable weight on disk, as the last stage that chose its form tells them.
+    """Bits of a prunable weight on disk, as recorded by the last stage that chose its form.
 
-    Where that tells none they are counted, and also where it tells those of factors which lie
-    beside their products: both are there then.
+    They are counted if it records none, and also if it records those of factors that are stored
+    with their products, since both take space then.
     """
     told = [
         entry.totals.bits_per_weight
@@ -170,7 +170,7 @@ def _bits(source: Checkpoint, history: Sequence[Entry]) -> float | None:
 
 
 def _places(source: Checkpoint, name: str) -> Iterator[TensorPlace]:
-    """Where a weight lies, or what it is stored as, and the factors that lie beside it."""
+    """The places of a weight, or of the parts it is stored as, and of its factors."""
     quantized = source.quantized.get(name)
     yield from quantized.places.values() if quantized else [source.places[name]]
     if name in source.packed:

@@ -1,4 +1,4 @@
-"""What was measured of a checkpoint, kept beside it in `sparsekit-scores.json`."""
+"""The scores of a checkpoint, stored with it in `sparsekit-scores.json`."""
 
 from __future__ import annotations
 
@@ -40,20 +40,26 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
         return []
     found = read_json(file)
     if isinstance(found, dict) and found.get("format") not in (None, FORMAT):
-        raise DataError(f"{file} has format {found['format']!r}", "a newer sparsekit reads it")
+        raise DataError(
+            f"{file} has format {found['format']!r}",
+            "a newer sparsekit wrote it: update sparsekit",
+            code="newer-version",
+        )
     entries = found.get("scores") if isinstance(found, dict) else None
     if not isinstance(entries, list):
-        raise DataError(f"{file} has no scores that sparsekit wrote", AGAIN)
+        raise DataError(f"{file} has no scores that sparsekit wrote", AGAIN, code="invalid-scores")
     for index, entry in enumerate(entries):
         if wrong := _wrong(entry):
-            raise DataError(f"{file}: score {index} has no usable {wrong}", AGAIN)
+            raise DataError(
+                f"{file}: score {index} has no usable {wrong}", AGAIN, code="invalid-scores"
+            )
     return entries
 
 
 def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Keep a score, and tell it in the model card, if the folder has one of ours.
+    """Keep a score, and show it in the model card, if sparsekit wrote the folder.
 
-    It takes the place of one with the same options and the same baseline.
+    It replaces one with the same options and the same baseline.
 
     Args:
         folder: Of the checkpoint, or any other; it is made when it is not there.
@@ -71,7 +77,7 @@ def add_score(folder: Path, entry: Mapping[str, Any]) -> None:
 
 
 def is_of(entry: Mapping[str, Any], weights: str | None) -> bool:
-    """Whether a score is of weights with this fingerprint, as far as it tells."""
+    """Whether a score is of weights with this fingerprint, as far as it says."""
     return entry.get("weights") in (None, weights)
 
 
@@ -96,7 +102,7 @@ def save_scores(
 
 
 def require_own(models: Sequence[str]) -> None:
-    """Refuse to keep scores with models that are not ours to write to.
+    """Refuse to keep scores in folders that sparsekit did not write.
 
     Raises:
         UsageError: A model is not a folder that sparsekit wrote.
@@ -104,7 +110,9 @@ def require_own(models: Sequence[str]) -> None:
     for model in models:
         if not (Path(model) / PROVENANCE).is_file():
             raise UsageError(
-                f"--save: {model} was not written by sparsekit", "leave it out, or pass --json"
+                f"--save: {model} was not written by sparsekit",
+                "leave it out, or pass --json",
+                code="not-by-sparsekit",
             )
 
 
@@ -118,7 +126,7 @@ def measurement(config: EvalConfig, baseline: str | None) -> dict[str, Any]:
 
 
 def _run(entry: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What makes two scores those of the same measurement."""
+    """The identity of a measurement, shared by the scores that repeat it."""
     return entry.get("config"), entry.get("baseline")
 
 
@@ -170,7 +178,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _is_difference(value: Any) -> bool:
-    """Whether a value is a figure, beside which that of the baseline may be told."""
+    """Whether a value is a figure, optionally with that of the baseline."""
     return _is_figure(value) and (value.get("baseline") is None or _is_figure(value["baseline"]))
 
 

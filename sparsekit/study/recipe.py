@@ -32,7 +32,7 @@ class Recipe:
     """What was written."""
 
     def steps_of(self, name: str) -> list[Step]:
-        """What a word names: a step, or all steps of a stage by its place, verb or name.
+        """The steps that a word names: a step, or all steps of a stage by its place, verb or name.
 
         Raises:
             UsageError: There is none, or there are several stages.
@@ -47,7 +47,9 @@ class Recipe:
         known = sorted({s.verb for s in self.steps} | {s.name for s in makers} | set(self.names))
         reason = "names several stages" if stages else "names no stage"
         hint = f"stages are counted from 0 to {self.stages - 1}; " + did_you_mean(name, known)
-        raise UsageError(f"--from {name} {reason}", hint)
+        raise UsageError(
+            f"--from {name} {reason}", hint, code="ambiguous-stage" if stages else "no-stage"
+        )
 
 
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -69,11 +71,13 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise DataError(f"the recipe {file} cannot be read: {reason}") from error
+        raise DataError(
+            f"the recipe {file} cannot be read: {reason}", code="cannot-read"
+        ) from error
     try:
         return parse(text, overrides)
     except UsageError as error:
-        raise UsageError(f"{file}: {error.message}", error.hint) from error
+        raise UsageError(f"{file}: {error.message}", error.hint, code=error.code) from error
 
 
 def _repeated(file: Path) -> dict[str, Any]:
@@ -114,12 +118,15 @@ def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: Says everything that is wrong, each with its place.
     """
     if not isinstance(told, dict):
-        raise UsageError("a recipe is a mapping with the keys model and stages")
+        raise UsageError(
+            "a recipe is a mapping with the keys model and stages", code="invalid-recipe"
+        )
     version = told.get("version", VERSION)
     if type(version) is int and version > VERSION:
         raise UsageError(
-            f"version {version} is of a newer sparsekit, this one reads up to {VERSION}",
+            f"version {version} was written for a newer sparsekit; this one reads up to {VERSION}",
             "update sparsekit",
+            code="newer-version",
         )
     draft, stages = Draft(), told.get("stages")
     stages = list(stages) if isinstance(stages, list) else []
@@ -132,7 +139,7 @@ def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
     refuse_one_place(draft)
     if draft.errors:
         many = f"{len(draft.errors)} errors:\n  " if len(draft.errors) > 1 else ""
-        raise UsageError(many + "\n  ".join(draft.errors))
+        raise UsageError(many + "\n  ".join(draft.errors), code="invalid-recipe")
     return Recipe(
         model=told["model"],
         steps=draft.steps,
@@ -171,14 +178,14 @@ def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft:
     # Where some have the word, others may have no use for it.
     having = [one for one in written if word in one or f"{word}s" in one]
     for one in having or written:
-        one.pop(f"{word}s", None)  # which it stands in the place of
+        one.pop(f"{word}s", None)  # which it replaces
         if word.endswith("s"):
             one.pop(word.removesuffix("s"), None)
         one[word] = value
 
 
 def _check_top(told: Mapping[str, Any], draft: Draft) -> None:
-    """What is wrong beside the stages."""
+    """Refuse mistakes outside the stages."""
     for key in told:
         if key not in TOP:
             draft.errors.append(f"{key}: unknown; {did_you_mean(str(key), TOP)}")
@@ -200,7 +207,11 @@ def shipped() -> dict[str, Path]:
     """
     if found := {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}:
         return found
-    raise DataError(f"the recipes are not in {SHIPPED}", "install sparsekit again")
+    raise DataError(
+        f"the recipes are not in {SHIPPED}",
+        "install sparsekit again",
+        code="incomplete-installation",
+    )
 
 
 def recipe_file(word: str) -> Path:
@@ -216,11 +227,11 @@ def recipe_file(word: str) -> Path:
     if word in known:
         return known[word]
     if path.suffix in (".yaml", ".yml") or "/" in word:
-        raise UsageError(f"there is no recipe {word}", "see 'sparsekit recipe ls'")
-    raise UsageError(f"no recipe {word!r}", did_you_mean(word, known))
+        raise UsageError(f"no such recipe: {word}", "see 'sparsekit recipe ls'", code="no-recipe")
+    raise UsageError(f"no recipe {word!r}", did_you_mean(word, known), code="no-recipe")
 
 
 def summary(file: Path) -> str:
-    """What a recipe says of itself in its first line."""
+    """The summary of a recipe in its first line."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()

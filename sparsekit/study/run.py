@@ -35,7 +35,7 @@ WRITERS = {"prune": prune, "recover": recover, "quantize": quantize, "pack": pac
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What became of a step."""
+    """The outcome of a step."""
 
     step: Step
     folder: Path
@@ -76,11 +76,11 @@ def run(
         start: The stage to begin with, by its place, verb or name; it and what follows is made
             again. None: all that is not finished.
         dry: Whether to look only.
-        timed: Of a dry run: tell how long steps would take, from their first blocks; not of `pack`.
+        timed: In a dry run, estimate the time of steps from their first blocks; not of `pack`.
         progress: Told of each step.
 
     Returns:
-        What became of each step, in order.
+        The outcome of each step, in order.
 
     Raises:
         UsageError: A folder is in the way, or `start` names no stage.
@@ -112,7 +112,7 @@ def _looked_at(
     plans: Mapping[str, Mapping[str, Any]],
     first: Sequence[Step],
 ) -> Done:
-    """What a dry run tells of a step; the measurements among the `first` are made again."""
+    """The outcome of a step in a dry run; the measurements among the `first` are made again."""
     if step.verb == "eval":
         folder, plan = _scores_of(work, step.parent), None
         there = step not in first and (step.parent is None or states[step.parent])
@@ -136,8 +136,9 @@ def _states(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bo
         parent = step.parent
         if parent is not None and not states[parent] and parent not in again:
             raise UsageError(
-                f"--from {start}: {parent}, which comes before, is not finished",
+                f"--from {start}: the step {parent} before it is not finished",
                 "run the recipe without --from first",
+                code="unfinished-step",
             )
     return states
 
@@ -178,6 +179,7 @@ def _require_room(work: Run, plans: Mapping[str, Mapping[str, Any]]) -> None:
             f"the {len(new)} steps whose model is there need {needed / 1e9:.2f} GB, {work.out} has "
             f"{free / 1e9:.2f} GB free",
             "make room or choose another disk; nothing was written",
+            code="not-enough-disk",
         )
 
 

@@ -1,4 +1,4 @@
-"""What the outputs of a recipe's steps depend on, and whether they are there.
+"""The dependencies of the outputs of a recipe's steps, and whether the outputs are there.
 
 Beside the folders of a run's steps stands, in `.sparsekit-run`, what each output depends on and the
 fingerprint that it had.
@@ -96,7 +96,7 @@ class Run:
         return found
 
     def folder(self, name: str | None) -> Path:
-        """Where a step's output lies; of none, the recipe's model."""
+        """The folder of a step's output; of none, the recipe's model."""
         return self.out / name if name is not None else self.source.path
 
     def model(self, name: str | None) -> str:
@@ -104,7 +104,7 @@ class Run:
         return str(self.folder(name)) if name is not None else self.recipe.model
 
     def record(self, step: Step) -> Path:
-        """Where it stands what a step's output depends on."""
+        """The file that records what a step's output depends on."""
         return self.out / RECORDS / f"{step.name}.json"
 
     def finished(self, step: Step, *, again: bool = False) -> bool:
@@ -124,7 +124,9 @@ class Run:
             return False
         if not record.is_file():
             raise UsageError(
-                f"{folder} was not made by this run", "move it, or choose another --out"
+                f"{folder} was not made by this run",
+                "move it, or choose another --out",
+                code="not-by-this-run",
             )
         if again:
             return False
@@ -134,11 +136,12 @@ class Run:
             raise UsageError(
                 f"{folder} was made by another recipe: {_difference(told['depends'], now)}",
                 f"choose another --out, or {way_out}",
+                code="other-recipe",
             )
         try:
             found = self._fingerprint(step.name)
         except DataError as error:
-            raise type(error)(error.message, way_out) from error
+            raise type(error)(error.message, way_out, code=error.code) from error
         if told["fingerprint"] is None:  # killed before the record was complete
             return found != told["before"]
         if found != told["fingerprint"]:
@@ -146,6 +149,7 @@ class Run:
                 f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
                 f"{told['fingerprint'][:12]}…)",
                 f"put its weights, config.json and tokenizer back, or {way_out}",
+                code="fingerprint-mismatch",
             )
         return self._fingerprint(step.parent) in (None, told["parent"])
 
@@ -166,7 +170,7 @@ class Run:
         write_json(record, told)
 
     def settle(self, step: Step) -> None:
-        """Complete the record of a step whose output stands."""
+        """Complete the record of a step whose output is complete."""
         told = _record(self.record(step))
         if told["fingerprint"] is None:
             write_json(self.record(step), told | {"fingerprint": self._fingerprint(step.name)})
@@ -207,7 +211,9 @@ class Run:
         try:
             refuse_grid(grid, coded, [], flag="grid:", coded=False)
         except UsageError as error:
-            raise UsageError(f"{step.path}: {error.message}", error.hint) from error
+            raise UsageError(
+                f"{step.path}: {error.message}", error.hint, code=error.code
+            ) from error
 
     def _before(self, name: str) -> str | None:
         """The fingerprint of what is to be replaced; None also where that is too damaged for one.
@@ -257,7 +263,7 @@ def _print_of_all(source: Checkpoint, progress: Progress) -> str:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """What is recorded of a step.
+    """The record of a step.
 
     Raises:
         DataError: The file is damaged.
@@ -265,12 +271,14 @@ def _record(file: Path) -> dict[str, Any]:
     told = read_json(file)
     keys = ("depends", "fingerprint", "before", "parent")
     if not isinstance(told, dict) or any(key not in told for key in keys):
-        raise DataError(f"{file} is damaged", "delete it and the folder that it stands for")
+        raise DataError(
+            f"{file} is damaged", "delete it and the folder that it describes", code="damaged-file"
+        )
     return told
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two records differ in, in words."""
+    """The difference of two records, in words."""
     old, new = earlier.get("words", {}), now["words"]
     changed = [key for key in new.keys() | old.keys() if old.get(key) != new.get(key)]
     if changed:
@@ -278,17 +286,19 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         short = all(len(str(words.get(key))) < 40 for words in (old, new))
         return f"{key} was {old.get(key)}, now {new.get(key)}" if short else f"{key} differs"
     if earlier.get("from") != now["from"]:
-        return "the model that it begins with is another"
-    return "it is of another version of sparsekit"
+        return "it begins with another model"
+    return "it was made by another version of sparsekit"
 
 
 def refuse_place(out: Path) -> None:
     """Refuse a folder for a run that holds something else.
 
     Raises:
-        UsageError: It does, or is no folder.
+        UsageError: It does, or is not a folder.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"the output {out} is a file", "choose another name")
+        raise UsageError(f"the output {out} is a file", "choose another name", code="not-a-folder")
     if out.exists() and any(out.iterdir()) and not (out / RECORDS).is_dir():
-        raise UsageError(f"{out} is not the folder of a run", "choose another --out")
+        raise UsageError(
+            f"{out} is not the folder of a run", "choose another --out", code="not-a-run"
+        )

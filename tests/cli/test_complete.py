@@ -102,6 +102,9 @@ def flags() -> list[tuple[str, str, str]]:
     return found
 
 
+KINDS = ("pruners", "refiners", "recoverers", "quantizers")
+
+
 def refused(command: str, flag: str, word: str) -> bool:
     """Whether a command does not take a word that completion offers for an option."""
     checks = {

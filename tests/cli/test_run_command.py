@@ -119,7 +119,7 @@ def test_all_errors_of_a_recipe_are_shown(cli, recipe):
 
 @pytest.mark.parametrize(
     ("word", "told"),
-    [("quickstrt", "did you mean 'quickstart'"), ("none.yaml", "there is no recipe none.yaml")],
+    [("quickstrt", "did you mean 'quickstart'"), ("none.yaml", "no such recipe: none.yaml")],
 )
 def test_a_recipe_that_is_not_there_is_one_line(cli, word, told):
     found = cli("run", word)

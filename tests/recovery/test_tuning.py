@@ -261,7 +261,7 @@ def test_a_run_that_becomes_slower_ends_in_time_with_fewer_steps(pruned, tmp_pat
     first = int(planned.split()[0])
     steps = found.entry.plan.steps
     assert 11 < steps < first
-    assert any(f": {steps} in the place of" in note for note in notes.told)
+    assert any(f": {steps} instead of" in note for note in notes.told)
     assert found.entry.tokens == 32 * steps
     log = [json.loads(line) for line in (found.out / LOG).read_text().splitlines()]
     assert len(log) == steps
@@ -287,8 +287,8 @@ def test_the_ramp_of_cast_ends_with_the_steps_that_there_is_time_for(pruned, tmp
     found = recover(config, str(pruned), tmp_path / "out", progress=notes)
     assert verify(str(found.out))["pattern"] == ["2:4"]
     steps = found.entry.plan.steps
-    assert any(f": {steps} in the place of" in note for note in notes.told)
-    assert any(re.match(r"decay budget: \S+ in the place of", note) for note in notes.told)
+    assert any(f": {steps} instead of" in note for note in notes.told)
+    assert any(re.match(r"decay budget: \S+ instead of", note) for note in notes.told)
     assert shares[-1] == (steps - 1) / steps
 
 
@@ -315,14 +315,14 @@ def test_fewer_steps_survive_an_interruption(pruned, tmp_path):
     class Stops(Slows):
         def note(self, text):
             super().note(text)
-            if "in the place of" in text:
+            if "instead of" in text:
                 raise KeyboardInterrupt
 
     config = replace(SHORT, tokens=None, max_time="20s")
     notes = Stops()
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "out", progress=notes)
-    steps = int(re.search(r": (\d+) in the place of", notes.told[-1])[1])
+    steps = int(re.search(r": (\d+) instead of", notes.told[-1])[1])
     again = Notes()
     found = recover(config, str(pruned), tmp_path / "out", progress=again)
     assert found.entry.plan.steps == steps
