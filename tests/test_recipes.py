@@ -224,10 +224,10 @@ def test_it_runs_on_a_tiny_model(family, row_file, tmp_path, name):
     assert measured
     for one in measured:
         entries = read_scores(one.folder)
-        assert all(entry["perplexity"]["windows"] == 2 for entry in entries)
-        assert all("log_perplexity" in entry["difference"] for entry in entries)
+        assert all(entry.perplexity.windows == 2 for entry in entries)
+        assert all("log_perplexity" in entry.difference for entry in entries)
     (dense,) = read_scores(tmp_path / "run" / "dense")
-    assert dense["difference"] == {}
+    assert dense.difference == {}
 
 
 def test_a_recipe_says_each_trap_of_yaml_as_it_is_meant():

@@ -356,23 +356,27 @@ class History(Part):
         found = read_json(file)
         version = found.get("format") if isinstance(found, Mapping) else None
         if version != FORMAT:
-            reason = "it has no format" if version is None else f"it has format {version!r}"
-            raise _refused(file, f"{reason}, this version reads {FORMAT}")
+            other = "it has no format" if version is None else f"it has format {version!r}"
+            raise _refused(file, f"{other}, this version reads {FORMAT}")
         try:
             return cls.model_validate_json(file.read_bytes(), strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise _refused(file, f"{place}: {first['msg'].lower()}") from error
+            raise _refused(file, reason(error)) from error
 
     def to_json(self) -> dict[str, Any]:
         """The contents of the file."""
         return {"format": FORMAT} | super().to_json()
 
 
-def _refused(file: Path, reason: str) -> DataError:
+def reason(error: ValidationError) -> str:
+    """The place and the message of the first part of a file that is not as sparsekit writes it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+
+
+def _refused(file: Path, why: str) -> DataError:
     return DataError(
-        f"{file} is not a history that this version of sparsekit reads: {reason}",
+        f"{file} is not a history that this version of sparsekit reads: {why}",
         "make the checkpoint again, or delete the file if its history is not needed",
         code="invalid-history",
     )

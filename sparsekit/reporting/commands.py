@@ -1,13 +1,12 @@
 """The commands that make and score a model again, with the words that its history recorded."""
 
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 from sparsekit.checkpoint.entry import Entry
 from sparsekit.provenance.history import command, lineage
 from sparsekit.reporting.model_row import Row
 from sparsekit.scoring.config import EvalConfig
+from sparsekit.scoring.score_entry import ScoreEntry
 
 
 def commands(row: Row) -> list[str]:
@@ -26,7 +25,7 @@ def commands(row: Row) -> list[str]:
         lines.append(command(entry, model, out))
         model = out
     for entry in row.scores:
-        words = _score(entry, model or str(entry.get("model") or name))
+        words = _score(entry, model or entry.model or name)
         # `eval` keeps scores only with a model that sparsekit wrote.
         lines.append(shlex.join([*words, *(["--save"] if row.history else [])]))
     return lines
@@ -42,12 +41,12 @@ def _packed_before(entry: Entry, last: Entry) -> bool:
     return entry.stage == "unpack" and last.settings.format != "factored"
 
 
-def _score(entry: Mapping[str, Any], model: str) -> list[str]:
+def _score(entry: ScoreEntry, model: str) -> list[str]:
     """The words that score a model."""
-    told = entry.get("config") or {}
+    told = entry.config or {}
     words = ["sparsekit", "eval", model]
-    if entry.get("baseline"):
-        words += ["--baseline", entry["baseline"]]
+    if entry.baseline:
+        words += ["--baseline", entry.baseline]
     for name, default in EvalConfig.defaults().items():
         value = told.get(name)
         if value is None or value == default or value == []:

@@ -160,7 +160,7 @@ def _with_baselines(rows: Sequence[Row]) -> list[Row]:
 def _is_model(row: Row, name: str) -> bool:
     """Whether a row is the model that `eval` was given under a name."""
     if not row.stored:
-        return any(entry.get("model") == name for entry in row.scores)
+        return any(entry.model == name for entry in row.scores)
     folder = local_folder(name)
     return folder is not None and folder.resolve() == row.path.resolve()
 
@@ -207,8 +207,8 @@ def _notes_of(row: Row) -> list[str]:
         )
     if row.stored and not row.history:
         notes.append(f"{row.name} has no history, so its method is unknown")
-    tasks = [task for entry in row.scores for task in entry["tasks"]]
-    without = sorted({task["task"] for task in tasks if metric_of(task) is None})
+    tasks = [task for entry in row.scores for task in entry.tasks]
+    without = sorted({task.task for task in tasks if metric_of(task) is None})
     if without:
         notes.append(f"{row.name}: {', '.join(without)} has no accuracy for the mean")
     return notes

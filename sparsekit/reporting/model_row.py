@@ -15,6 +15,7 @@ from sparsekit.checkpoint.safetensors_file import TensorPlace
 from sparsekit.provenance.history import stage_words, unfolded
 from sparsekit.scoring.quality import Measured, Quality, qualities
 from sparsekit.scoring.saved_scores import DENSE, is_of, read_scores
+from sparsekit.scoring.score_entry import ScoreEntry
 
 # Stages whose pattern is the one that was asked for; the others record the pattern that they found.
 PATTERNING = ("prune", "recover")
@@ -42,7 +43,7 @@ class Row:
     """Of the stage that took most memory."""
     history: Sequence[Entry]
     """With what made a mask that was given before what used it."""
-    scores: Sequence[Mapping[str, Any]]
+    scores: Sequence[ScoreEntry]
     quality: Mapping[Measured, Quality]
     stored: bool
     """Whether the folder holds the model, not only its scores."""
@@ -127,10 +128,10 @@ def _row(source: Checkpoint | None, *, stored: bool, **known: Any) -> Row:
     )
 
 
-def _scored_model(scores: Sequence[Mapping[str, Any]]) -> Path | None:
+def _scored_model(scores: Sequence[ScoreEntry]) -> Path | None:
     """The folder of the model that was scored."""
-    names = [entry["model"] for entry in scores if isinstance(entry.get("model"), str)]
-    return local_folder(names[-1]) if names and names[-1] else None
+    names = [entry.model for entry in scores if entry.model]
+    return local_folder(names[-1]) if names else None
 
 
 def _size(folder: Path) -> int:

@@ -158,8 +158,9 @@ def _made(row: Row) -> str:
         {k: v for k, v in entry.to_json().items() if k not in ("weights", "mask")}
         for entry in row.history
     ]
+    scores = [score.to_json() for score in row.scores]
     details = json.dumps(
-        _rounded({"history": history, "scores": list(row.scores)}), indent=1, ensure_ascii=False
+        _rounded({"history": history, "scores": scores}), indent=1, ensure_ascii=False
     )
     return (
         f"<h3>{escape(row.name)}</h3>\n<pre>{escape(lines)}</pre>\n<details>"

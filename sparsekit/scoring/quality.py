@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from sparsekit.scoring.score_entry import SavedFigure, SavedTask, ScoreEntry
 from sparsekit.scoring.standard_error import Figure, mean
 
 # The first of these that a task has goes into the mean.
@@ -89,7 +89,7 @@ class Quality:
 Measured = Windows | TaskSet
 
 
-def qualities(entries: Iterable[Mapping[str, Any]]) -> dict[Measured, Quality]:
+def qualities(entries: Iterable[ScoreEntry]) -> dict[Measured, Quality]:
     """Latest measurement of each key; differences to several models are merged."""
     measured: dict[Measured, Quality] = {}
     for entry in entries:
@@ -105,15 +105,19 @@ def qualities(entries: Iterable[Mapping[str, Any]]) -> dict[Measured, Quality]:
     return measured
 
 
-def _of_entry(entry: Mapping[str, Any]) -> Iterable[tuple[Measured, Quality]]:
+def _of_entry(entry: ScoreEntry) -> Iterable[tuple[Measured, Quality]]:
     """Perplexity and mean accuracy of one score."""
-    baseline = entry.get("baseline") or "the baseline"
-    difference = {key: _figure(value) for key, value in entry["difference"].items()}
-    saved = {key: value.get("baseline") for key, value in entry["difference"].items()}
-    before = {key: _figure(value) for key, value in saved.items() if value is not None}
-    if found := entry["perplexity"]:
-        windows = Windows(**{k: found[k] for k in ("text", "windows", "length", "fingerprint")})
-        log = Figure(value=found["log_perplexity"], stderr=found.get("log_stderr"))
+    baseline = entry.baseline or "the baseline"
+    difference = {key: _figure(value) for key, value in entry.difference.items()}
+    before = {k: _figure(v.baseline) for k, v in entry.difference.items() if v.baseline}
+    if found := entry.perplexity:
+        windows = Windows(
+            text=found.text,
+            windows=found.windows,
+            length=found.length,
+            fingerprint=found.fingerprint,
+        )
+        log = Figure(value=found.log_perplexity, stderr=found.log_stderr)
         change, of_baseline = difference.get("log_perplexity"), before.get("log_perplexity")
         yield (
             windows,
@@ -121,14 +125,14 @@ def _of_entry(entry: Mapping[str, Any]) -> Iterable[tuple[Measured, Quality]]:
                 figure=log,
                 differences={} if change is None else {baseline: change},
                 baselines={} if of_baseline is None else {baseline: of_baseline},
-                dtype=found["dtype"],
+                dtype=found.dtype,
             ),
         )
-    tasks = {_samples(task): task for task in entry["tasks"] if metric_of(task) is not None}
+    tasks = {_samples(task): task for task in entry.tasks if metric_of(task) is not None}
     ordered = sorted(tasks, key=lambda samples: samples.task)
     if not ordered:
         return
-    figures = {s.task: _figure(tasks[s]["metrics"][s.metric]) for s in ordered}
+    figures = {s.task: _figure(tasks[s].metrics[s.metric]) for s in ordered}
     names = [f"{s.task}.{s.metric}" for s in ordered]
     yield (
         TaskSet(tasks=tuple(ordered)),
@@ -146,9 +150,9 @@ def _mean_of(name: str, keys: Sequence[str], values: Mapping[str, Figure]) -> di
     return {name: mean([values[key] for key in keys])} if set(keys) <= set(values) else {}
 
 
-def metric_of(task: Mapping[str, Any]) -> str | None:
+def metric_of(task: SavedTask) -> str | None:
     """Name of the accuracy of a task that goes into the mean; None if it has none."""
-    return next((name for name in ACCURACIES if name in task["metrics"]), None)
+    return next((name for name in ACCURACIES if name in task.metrics), None)
 
 
 def headings(keys: Sequence[Measured]) -> list[str]:
@@ -162,16 +166,16 @@ def perplexity_of(log: float) -> float:
     return math.exp(log) if log < LARGEST_LOG else math.inf
 
 
-def _samples(task: Mapping[str, Any]) -> Samples:
+def _samples(task: SavedTask) -> Samples:
     return Samples(
-        task=task["task"],
-        version=task["version"],
-        n_shot=task["n_shot"],
-        n=task["n"],
-        digest=str(task.get("samples_sha256", "")),
+        task=task.task,
+        version=task.version,
+        n_shot=task.n_shot,
+        n=task.n,
+        digest=task.samples_sha256,
         metric=str(metric_of(task)),
     )
 
 
-def _figure(value: Mapping[str, Any]) -> Figure:
-    return Figure(value=value["value"], stderr=value.get("stderr"))
+def _figure(value: SavedFigure) -> Figure:
+    return Figure(value=value.value, stderr=value.stderr)

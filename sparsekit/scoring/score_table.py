@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from sparsekit.checkpoint.folder import PROVENANCE
 from sparsekit.files import write_atomic
 from sparsekit.scoring.quality import Quality, TaskSet, headings, perplexity_of, qualities
+from sparsekit.scoring.score_entry import ScoreEntry
 from sparsekit.scoring.standard_error import Figure
 
 # Delimiters of the section that this module writes.
@@ -21,7 +21,7 @@ HEAD = """\
 |---|---|---|---|"""
 
 
-def write_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+def write_scores(folder: Path, entries: Iterable[ScoreEntry]) -> None:
     """Write a table of scores at the end of a folder's card, replacing an older one.
 
     The rest of the card stays. A folder that sparsekit did not write, or that has no card, is left
@@ -42,7 +42,7 @@ def write_scores(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(card, f"{text}\n\n{BEGIN}\n{table}\n{END}\n".encode())
 
 
-def scores_table(entries: Iterable[Mapping[str, Any]]) -> str:
+def scores_table(entries: Iterable[ScoreEntry]) -> str:
     """Markdown section with one row per text or set of tasks, and baseline.
 
     Values and paired differences have standard errors. A baseline's own value that was not saved is

@@ -284,10 +284,9 @@ def _measurement(work: Run, step: Step) -> dict[str, Any]:
 
 def _is_measured(work: Run, step: Step, told: Mapping[str, Any]) -> bool:
     """Whether scores of the same model, measured in the same way, are there."""
-    return any(
-        entry.get("of") == work.keys[step.parent] and all(entry.get(k) == told[k] for k in told)
-        for entry in read_scores(_scores_of(work, step.parent))
-    )
+    saved = (entry.to_json() for entry in read_scores(_scores_of(work, step.parent)))
+    wanted = {**told, "of": work.keys[step.parent]}
+    return any(all(entry.get(key) == wanted[key] for key in wanted) for entry in saved)
 
 
 def _scores_of(work: Run, name: str | None) -> Path:

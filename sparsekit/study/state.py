@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.entry import reason
 from sparsekit.checkpoint.folder import config_of
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve
@@ -130,11 +132,11 @@ class Run:
             )
         if again:
             return False
-        told, now = _record(record), self.depends(step)
+        told, now = Record.read(record), self.depends(step)
         way_out = f"make it again with --from {step.name}"
-        if told["depends"] != now:
+        if told.depends != now:
             raise UsageError(
-                f"{folder} was made by another recipe: {_difference(told['depends'], now)}",
+                f"{folder} was made by another recipe: {_difference(told.depends, now)}",
                 f"choose another --out, or {way_out}",
                 code="other-recipe",
             )
@@ -142,16 +144,16 @@ class Run:
             found = self._fingerprint(step.name)
         except DataError as error:
             raise type(error)(error.message, way_out, code=error.code) from error
-        if told["fingerprint"] is None:  # killed before the record was complete
-            return found != told["before"]
-        if found != told["fingerprint"]:
+        if told.fingerprint is None:  # killed before the record was complete
+            return found != told.before
+        if found != told.fingerprint:
             raise DataError(
                 f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
-                f"{told['fingerprint'][:12]}…)",
+                f"{told.fingerprint[:12]}…)",
                 f"put its weights, config.json and tokenizer back, or {way_out}",
                 code="fingerprint-mismatch",
             )
-        return self._fingerprint(step.parent) in (None, told["parent"])
+        return self._fingerprint(step.parent) in (None, told.parent)
 
     def replaces(self, step: Step) -> bool:
         """Whether a step's folder holds an earlier output of this run."""
@@ -160,20 +162,21 @@ class Run:
     def intend(self, step: Step) -> None:
         """Record that a step is to be made, of what, and what it replaces."""
         record = self.record(step)
-        told = {
-            "depends": self.depends(step),
-            "fingerprint": None,
-            "before": self._before(step.name),
-            "parent": self._fingerprint(step.parent),
-        }
+        told = Record(
+            depends=self.depends(step),
+            fingerprint=None,
+            before=self._before(step.name),
+            parent=self._fingerprint(step.parent),
+        )
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, told)
+        write_json(record, told.model_dump(mode="json"))
 
     def settle(self, step: Step) -> None:
         """Complete the record of a step whose output is complete."""
-        told = _record(self.record(step))
-        if told["fingerprint"] is None:
-            write_json(self.record(step), told | {"fingerprint": self._fingerprint(step.name)})
+        told = Record.read(self.record(step))
+        if told.fingerprint is None:
+            complete = told.model_copy(update={"fingerprint": self._fingerprint(step.name)})
+            write_json(self.record(step), complete.model_dump(mode="json"))
 
     def locked(self) -> AbstractContextManager[None]:
         """Keeps other runs out of the folder, which is made.
@@ -262,19 +265,35 @@ def _print_of_all(source: Checkpoint, progress: Progress) -> str:
     return sha256_json([source.scan(progress), told, tokenizer_key(source)])
 
 
-def _record(file: Path) -> dict[str, Any]:
-    """The record of a step.
+class Record(BaseModel):
+    """What the output of a step depends on, and what it was."""
 
-    Raises:
-        DataError: The file is damaged.
-    """
-    told = read_json(file)
-    keys = ("depends", "fingerprint", "before", "parent")
-    if not isinstance(told, dict) or any(key not in told for key in keys):
-        raise DataError(
-            f"{file} is damaged", "delete it and the folder that it describes", code="damaged-file"
-        )
-    return told
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depends: dict[str, JsonValue]
+    fingerprint: str | None
+    """Of the output; None until it stands."""
+    before: str | None
+    """The fingerprint of the output that it replaces."""
+    parent: str | None
+    """The fingerprint of the output that it was made from."""
+
+    @classmethod
+    def read(cls, file: Path) -> Record:
+        """The record in a file.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        read_json(file)  # names what is no JSON
+        try:
+            return cls.model_validate_json(file.read_bytes(), strict=True)
+        except ValidationError as error:
+            raise DataError(
+                f"{file} is damaged: {reason(error)}",
+                "delete it and the folder that it describes",
+                code="damaged-file",
+            ) from error
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -441,7 +441,7 @@ def test_eval_keeps_its_scores_when_asked_to(cli, family, pruned, row_file, copy
     shutil.copytree(pruned, sparse)
     told = ("--text", row_file, "--baseline", family("llama"), "--save")
     found = cli("eval", sparse, *told, "--json")
-    (entry,) = read_scores(sparse)
+    entry = read_scores(sparse)[0].to_json()
     (_, score) = json.loads(found.stdout)["models"]
     assert {key: entry[key] for key in score} == score
     assert entry["config"]["text"] == str(row_file)

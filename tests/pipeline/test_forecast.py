@@ -16,12 +16,11 @@ from sparsekit.packing.convert import convert
 from sparsekit.packing.dry_run import plan_convert, plan_pack, plan_unpack
 from sparsekit.packing.pack import pack
 from sparsekit.packing.unpack import unpack
-from sparsekit.pipeline import forecast, loops
+from sparsekit.pipeline import forecast, loops, output
 from sparsekit.pipeline.cost import Cost
 from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import MethodChain
-from sparsekit.recovery import inputs as trainwork
 from sparsekit.recovery import recover as stage
 from sparsekit.recovery import tuning as trainplan
 from sparsekit.recovery.config import RecoverConfig
@@ -98,7 +97,7 @@ def test_a_timed_plan_tells_what_the_run_then_takes(cli, family, row_file, tmp_p
 def test_training_keeps_the_seconds_that_it_took(family, tmp_path, monkeypatch):
     """Of 8 steps that each take 10 s, with three evaluations of 5 s."""
     clock = Clock()
-    monkeypatch.setattr(trainwork, "Cost", partial(Cost, clock))
+    monkeypatch.setattr(output, "Cost", partial(Cost, clock))
     for module in ("recover", "loop", "tuning", "deadline"):
         fake = SimpleNamespace(perf_counter=clock)
         monkeypatch.setattr(f"sparsekit.recovery.{module}.time", fake)

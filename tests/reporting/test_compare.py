@@ -203,7 +203,7 @@ def test_score_takes_the_place_of_the_same_measurement_only(tmp_path):
     add_score(tmp_path / "m", score(windows(4.0), length=512))
     add_score(tmp_path / "m", score(windows(5.0), baseline="demo"))
     add_score(tmp_path / "m", score(windows(6.0)))
-    logs = [entry["perplexity"]["log_perplexity"] for entry in read_scores(tmp_path / "m")]
+    logs = [entry.perplexity.log_perplexity for entry in read_scores(tmp_path / "m")]
     assert logs == [4.0, 5.0, 6.0]
 
 

@@ -517,8 +517,8 @@ def test_commands_that_score_keep_the_scores_where_they_were(
     for line in commands(compare([made]).rows[-1]):  # the first is the baseline
         assert cli(*shlex.split(line)[1:]).code == 0
     [score], [again] = (read_scores(folder) for folder in (made, Path("made")))
-    assert again["perplexity"] == score["perplexity"]
-    assert again["difference"] == score["difference"]
+    assert again.perplexity == score.perplexity
+    assert again.difference == score.difference
 
 
 def test_command_that_scores_a_model_of_others_keeps_nothing_beside_it(run):

@@ -110,11 +110,11 @@ def test_the_scores_say_how_and_of_what_they_are(recipe, tmp_path, row_file):
     run(recipe, out)
     for name in ("wanda", "wanda.fixed"):
         (entry,) = read_scores(out / name)
-        assert entry["config"]["text"] == str(row_file)
-        assert entry["baseline"] == recipe.model
-        assert entry["difference"]["log_perplexity"]["n"] == 5
+        assert entry.config["text"] == str(row_file)
+        assert entry.baseline == recipe.model
+        assert entry.difference["log_perplexity"].n == 5
     (dense,) = read_scores(out / "dense")
-    assert dense["baseline"] is None
+    assert dense.baseline is None
 
 
 def test_scores_stay_with_their_model(recipe, tmp_path):
@@ -178,9 +178,9 @@ def test_each_variant_of_a_measurement_is_made(family, row_file, tmp_path):
     recipe = parse(text + f"- eval: {{text: {row_file}, baseline: model}}\n  from: model\n")
     assert states(run(recipe, tmp_path / "run")) == ["made"] * 4
     entries = read_scores(tmp_path / "run" / "wanda")
-    assert [entry["perplexity"]["length"] for entry in entries] == [8, 16]
+    assert [entry.perplexity.length for entry in entries] == [8, 16]
     dense = read_scores(tmp_path / "run" / "dense")
-    assert sorted(entry["perplexity"]["length"] for entry in dense) == [8, 16, 24]
+    assert sorted(entry.perplexity.length for entry in dense) == [8, 16, 24]
     assert states(run(recipe, tmp_path / "run")) == ["kept"] * 4
 
 
