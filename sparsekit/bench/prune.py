@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import PruneSettings
+from sparsekit.checkpoint.entry_parts import PruneSettings
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import UsageError
 from sparsekit.memory import MemoryUse, peak_memory

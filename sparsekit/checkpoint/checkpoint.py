@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.compressed_tensors import decoded_places, grid_of, quantization
+from sparsekit.checkpoint.digest import TensorDigest, fingerprint_of
 from sparsekit.checkpoint.entry import Entry, History
 from sparsekit.checkpoint.folder import (
     FACTORS,
@@ -30,7 +29,6 @@ from sparsekit.checkpoint.foreign import named_format
 from sparsekit.checkpoint.kind import Kind, kind_of, refusal
 from sparsekit.checkpoint.safetensors_file import (
     TensorPlace,
-    is_finite,
     read_header,
     read_into,
     read_tensor,
@@ -74,6 +72,8 @@ class Checkpoint:
     quantized: Mapping[str, StoredForm] = field(default_factory=dict)
     """Each weight on a grid in the format of compressed-tensors."""
     _fingerprint: str = field(default="", init=False, repr=False)
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _watched: bool = field(default=False, init=False, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -195,6 +195,8 @@ class Checkpoint:
                 tensors[name] = form.dense()
             else:
                 tensors[name] = read_tensor(self.path, self.tensors[name])
+                if self._watched:
+                    self._note(name, TensorDigest.of(tensors[name]))
         return tensors
 
     def form(self, name: str, shape: tuple[int, int]) -> Form:
@@ -210,11 +212,35 @@ class Checkpoint:
         """The stored form of such a weight."""
         return self.packed.get(name) or self.quantized[name]
 
+    def watch(self) -> None:
+        """Take the digest of each tensor that is read from now on, so that `scan` need not."""
+        self._watched = True
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """The sha256 of the bytes of each tensor that was read and checked."""
+        return self._digests
+
+    def know(self, digests: Mapping[str, str]) -> None:
+        """Take over digests of tensors that were taken when they were written."""
+        self._digests |= digests
+
+    def has(self, digests: Mapping[str, str], progress: Progress = SILENT) -> bool:
+        """Whether tensors have these digests; those of unknown ones are read.
+
+        Raises:
+            DataError: A tensor holds NaN or Inf.
+        """
+        if not digests.keys() <= self.tensors.keys():
+            return False
+        self._take(digests, progress)
+        return all(self._digests[name] == digest for name, digest in digests.items())
+
     def scan(self, progress: Progress = SILENT) -> str:
         """Check that all values are finite, and compute the fingerprint.
 
-        The fingerprint is the sha256 over name and raw bytes of all tensors in name order. Only the
-        first call reads the files.
+        The fingerprint is the sha256 over name, dtype, shape and sha256 of all tensors in name
+        order. Only tensors whose digests are not known yet are read.
 
         Raises:
             DataError: A tensor holds NaN or Inf, or the bytes are not those that
@@ -223,29 +249,53 @@ class Checkpoint:
         """
         if not self._fingerprint:
             with _damage(self.path):
-                self._fingerprint = self._scan(progress)
+                self._take(self.tensors, progress)
+                self._fingerprint = self._recorded(fingerprint_of(self.tensors, self._digests))
         return self._fingerprint
 
-    def _scan(self, progress: Progress) -> str:
-        if self.n_bytes < QUIET_BYTES:
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The bytes of a tensor, piece by piece in one buffer; its digest is taken on the way.
+
+        Raises:
+            DataError: It holds NaN or Inf, or changed since it was read before.
+        """
+        place, digest = self.tensors[name], TensorDigest(self.tensors[name].dtype)
+        buffer = torch.empty(min(CHUNK, place.stop - place.start), dtype=torch.uint8)
+        with (self.path / place.file).open("rb", buffering=0) as file:
+            for start in range(place.start, place.stop, CHUNK):
+                data = buffer[: min(CHUNK, place.stop - start)]
+                read_into(file.fileno(), data, start, self.path / place.file)
+                digest.add(data)
+                yield data
+        self._note(name, digest)
+
+    def _take(self, names: Iterable[str], progress: Progress) -> None:
+        """Read the tensors whose digests are not known."""
+        left = [name for name in self.tensors if name in names and name not in self._digests]
+        places = [self.tensors[name] for name in left]
+        if sum(place.stop - place.start for place in places) < QUIET_BYTES:
             progress = SILENT
-        progress.begin(f"read and check {self.path.name}", len(self.tensors))
-        digest = hashlib.sha256()
-        buffer = torch.empty(CHUNK, dtype=torch.uint8)
-        for name, place in self.tensors.items():
-            digest.update(name.encode())
-            with self._opened(place.file) as handle:
-                for start in range(place.start, place.stop, CHUNK):
-                    data = buffer[: min(CHUNK, place.stop - start)]
-                    read_into(handle, data, start, self.path / place.file)
-                    digest.update(data.numpy())
-                    if not is_finite(data.view(place.dtype)):
-                        raise DataError(f"{self.path}: {name} holds NaN or Inf", code="not-finite")
+        progress.begin(f"read and check {self.path.name}", len(left))
+        for name in left:
+            for _ in self.pieces(name):
+                pass
             progress.step(name)
         progress.end()
-        fingerprint = digest.hexdigest()
-        recorded = self.provenance().fingerprint
-        if recorded not in (None, fingerprint):
+
+    def _note(self, name: str, digest: TensorDigest) -> None:
+        """Keep the digest of a tensor that was read whole."""
+        if not digest.finite:
+            raise DataError(f"{self.path}: {name} holds NaN or Inf", code="not-finite")
+        if self._digests.setdefault(name, digest.hex) != digest.hex:
+            raise DataError(
+                f"{self.path}: {name} changed while it was in use",
+                "run the same command again when nothing writes there",
+                code="source-changed",
+            )
+
+    def _recorded(self, fingerprint: str) -> str:
+        """The fingerprint, which is the recorded one if there is any."""
+        if self.provenance().fingerprint not in (None, fingerprint):
             hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",
@@ -253,14 +303,6 @@ class Checkpoint:
                 code="fingerprint-mismatch",
             )
         return fingerprint
-
-    @contextlib.contextmanager
-    def _opened(self, file: str) -> Iterator[int]:
-        handle = os.open(self.path / file, os.O_RDONLY)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
 
 
 def _read_headers(path: Path) -> tuple[dict[str, TensorPlace], dict[str, int]]:

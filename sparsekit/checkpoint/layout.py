@@ -12,13 +12,12 @@ import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import FACTORS, OTHER_WEIGHTS, SINGLE, part_name
-from sparsekit.checkpoint.safetensors_file import DTYPES, TensorPlace
+from sparsekit.checkpoint.safetensors_file import TYPE_NAMES, TensorPlace
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.quantized import Shapes
 
 # Size of a weight file, unless the files are laid out as in the source.
 SHARD_BYTES = 5 << 30
-TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def factor_types(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Shapes:

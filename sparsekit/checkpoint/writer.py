@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.checkpoint.digest import TensorDigest, bytes_of
 from sparsekit.checkpoint.entry import Entry, History
 from sparsekit.checkpoint.folder import INDEX, OTHER_WEIGHTS, PACKED_INDEX, PROVENANCE, SINGLE
 from sparsekit.checkpoint.layout import Layout
@@ -33,7 +33,6 @@ from sparsekit.checkpoint.output_folder import (
 from sparsekit.checkpoint.safetensors_file import read_tensor
 from sparsekit.errors import DataError, StorageError, UsageError
 from sparsekit.files import (
-    CHUNK,
     exclusive,
     fsync_path,
     read_json,
@@ -42,6 +41,7 @@ from sparsekit.files import (
     write_atomic,
     write_json,
 )
+from sparsekit.progress import SILENT, Progress
 
 # Dot files, so that no file of a checkpoint has such a name and none is ever carried over.
 JOURNAL = ".sparsekit-journal.jsonl"
@@ -65,6 +65,7 @@ class CheckpointWriter:
         key: Everything that decides the output's bytes. A run with the same key goes on
             where an interrupted one stopped.
         overwrite: Replace an existing output of sparsekit when the new one is complete.
+        progress: Shows the reading of what an interrupted run has read of the source.
 
     Raises:
         UsageError: The output exists, is being written by another process, or an interrupted
@@ -80,13 +81,18 @@ class CheckpointWriter:
         *,
         layout: Layout | None = None,
         overwrite: bool = False,
+        progress: Progress = SILENT,
     ) -> None:
         self.out = out
         self.source = source
         self.layout = Layout.of(source) if layout is None else layout
         self.finished: dict[str, Any] = {}
         """Part name to the note it was written with; filled from the journal of an earlier run."""
-        self._written: set[str] = set()
+        self._digests: dict[str, str] = {}
+        """Of the tensors that were written."""
+        self._journaled: set[str] = set()
+        """The tensors of the source whose digests the journal has."""
+        self._progress = progress
         self._closing = contextlib.ExitStack()
         self._overwrite = overwrite
         refuse_source(out, source.path)
@@ -119,40 +125,33 @@ class CheckpointWriter:
             note: A JSON value kept with the part.
         """
         with storage_errors(self.partial):
-            for name, tensor in tensors.items():
-                self._put(name, tensor)
+            digests = {name: self._put(name, tensor) for name, tensor in tensors.items()}
             for file in {self.layout.places[name].file for name in tensors}:
                 fsync_path(self.partial / file)
-            line = json.dumps({"part": part, "tensors": sorted(tensors), "note": note})
+            read = {n: d for n, d in self.source.digests.items() if n not in self._journaled}
+            line = json.dumps({"part": part, "tensors": digests, "read": read, "note": note})
             with (self.partial / JOURNAL).open("a") as journal:
                 journal.write(line + "\n")
                 journal.flush()
                 os.fsync(journal.fileno())
         self.finished[part] = note
-        self._written.update(tensors)
+        self._digests |= digests
+        self._journaled |= read.keys()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of finished parts, as they were written."""
         places = self.layout.places
         return {name: read_tensor(self.partial, places[name]) for name in names}
 
-    def commit(
-        self,
-        entry: Entry,
-        card: str,
-        config: Mapping[str, Any] | None = None,
-        history: Sequence[Entry] | None = None,
-    ) -> Checkpoint:
-        """Copy what was not written, add provenance and card, and publish the folder.
+    def complete(self, config: Mapping[str, Any] | None = None) -> None:
+        """Copy what was not written, and the files besides the weights.
 
         Args:
-            entry: This stage's entry of the history.
-            card: The text of README.md.
-            config: What config.json is to say; None: what the source's says.
-            history: The entries before this one; None: those of the source.
+            config: The contents of config.json; None: those of the source's.
 
-        Returns:
-            The finished checkpoint.
+        Raises:
+            DataError: A tensor of the source is not finite, or was another when it was used.
+            StorageError: The disk is full.
         """
         with storage_errors(self.partial):
             self._carry_over()
@@ -160,7 +159,20 @@ class CheckpointWriter:
                 write_json(self.partial / "config.json", config)
             for file in self.layout.headers:
                 fsync_path(self.partial / file)
+
+    def commit(self, entry: Entry, card: str, history: Sequence[Entry] | None = None) -> Checkpoint:
+        """Add provenance and card to what is complete, and publish the folder.
+
+        Args:
+            entry: This stage's entry of the history.
+            card: The text of README.md.
+            history: The entries before this one; None: those of the source.
+
+        Returns:
+            The finished checkpoint.
+        """
         made = Checkpoint.open(self.partial)
+        made.know(self._digests)
         fingerprint = made.scan()
         if history is None:
             history = self.source.provenance().history
@@ -197,21 +209,30 @@ class CheckpointWriter:
             keys = sorted(earlier.keys() | self._key.keys())
             pairs = ((key, earlier.get(key), self._key.get(key)) for key in keys)
             told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
-            raise UsageError(
-                f"{self.partial} holds an interrupted run with another {told}",
-                "repeat that run, delete the folder, or choose another output",
-                code="other-recipe",
-            )
+            raise self._other_run(told)
         journal = self.partial / JOURNAL
         lines = journal.read_bytes().split(b"\n") if journal.is_file() else []
         whole = lines[:-1]  # a line without its end was cut off by the interruption
         write_atomic(journal, b"".join(line + b"\n" for line in whole))
+        read: dict[str, str] = {}
         for line in whole:
             row = json.loads(line)
             self.finished[row["part"]] = row["note"]
-            self._written.update(row["tensors"])
+            self._digests |= row["tensors"]
+            read |= row["read"]
+        if not self.source.has(read, self._progress):
+            raise self._other_run("source")
+        self._journaled |= read.keys()
 
-    def _put(self, name: str, tensor: Tensor) -> None:
+    def _other_run(self, differences: str) -> UsageError:
+        return UsageError(
+            f"{self.partial} holds an interrupted run with another {differences}",
+            "repeat that run, delete the folder, or choose another output",
+            code="other-recipe",
+        )
+
+    def _put(self, name: str, tensor: Tensor) -> str:
+        """Write a tensor to its place; returns the sha256 of its bytes."""
         place = self.layout.places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise DataError(
@@ -219,20 +240,19 @@ class CheckpointWriter:
                 f"{place.dtype} {place.shape}",
                 code="shape-mismatch",
             )
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        handle = os.open(self.partial / place.file, os.O_WRONLY)
-        try:
-            _write_at(handle, memoryview(data), place.start)
-        finally:
-            os.close(handle)
+        digest = TensorDigest.of(tensor)
+        if not digest.finite:
+            raise DataError(f"{self.partial}: {name} holds NaN or Inf", code="not-finite")
+        _write_pieces(self.partial / place.file, place.start, [bytes_of(tensor)])
+        return digest.hex
 
     def _carry_over(self) -> None:
         """Copy the tensors that no part wrote, and every file that is not a weight."""
-        for name, place in self.source.places.items():
+        for name in self.source.places:
             goal = self.layout.places.get(name)
-            if goal is not None and name not in self._written:
-                origin = self.source.path / place.file
-                _copy_range(origin, place.start, place.stop, self.partial / goal.file, goal.start)
+            if goal is not None and name not in self._digests:
+                _write_pieces(self.partial / goal.file, goal.start, self.source.pieces(name))
+                self._digests[name] = self.source.digests[name]
         templates = self.source.path / CHAT_TEMPLATES
         if templates.is_dir():
             (self.partial / CHAT_TEMPLATES).mkdir(exist_ok=True)
@@ -294,22 +314,13 @@ def _lay_out(target: Path, header: bytes, size: int) -> None:
         os.close(handle)
 
 
-def _copy_range(source: Path, start: int, stop: int, target: Path, goal: int) -> None:
-    """Copy the bytes from `start` to `stop` of one file to the place `goal` of another."""
+def _write_pieces(target: Path, start: int, pieces: Iterable[Tensor]) -> None:
+    """Write bytes into a file from an offset on."""
     handle = os.open(target, os.O_WRONLY)
     try:
-        with source.open("rb") as stream:
-            stream.seek(start)
-            while start < stop:
-                data = stream.read(min(CHUNK, stop - start))
-                if not data:
-                    raise DataError(
-                        f"{source} ends at byte {start}",
-                        "copy or download it again",
-                        code="damaged-file",
-                    )
-                _write_at(handle, memoryview(data), goal)
-                start, goal = start + len(data), goal + len(data)
+        for piece in pieces:
+            _write_at(handle, memoryview(piece.numpy()), start)
+            start += piece.numel()
     finally:
         os.close(handle)
 

@@ -21,7 +21,7 @@ from sparsekit.memory import is_out_of_memory
 from sparsekit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from sparsekit.checkpoint.entry import SolvedWeight
+    from sparsekit.checkpoint.entry_parts import SolvedWeight
 
 INTERRUPTED = 130
 # Version of the objects that --json writes.

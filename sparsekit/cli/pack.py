@@ -22,7 +22,7 @@ from sparsekit.cli.options import (
 from sparsekit.cli.plan import show_plan
 
 if TYPE_CHECKING:
-    from sparsekit.checkpoint.entry import PackedWeight
+    from sparsekit.checkpoint.entry_parts import PackedWeight
     from sparsekit.provenance.entry import Report
 
 

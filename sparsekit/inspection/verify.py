@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import Entry, Weight
+from sparsekit.checkpoint.entry import Entry
+from sparsekit.checkpoint.entry_parts import Weight
 from sparsekit.checkpoint.folder import FACTORS, PROVENANCE
 from sparsekit.checkpoint.resolve import resolve
 from sparsekit.errors import CheckFailedError, DataError, UsageError

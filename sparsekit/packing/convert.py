@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import ConvertEntry, ConvertSettings, CountedTotals, Weight
+from sparsekit.checkpoint.entry import ConvertEntry
+from sparsekit.checkpoint.entry_parts import ConvertSettings, CountedTotals, Weight
 from sparsekit.checkpoint.foreign import BITMASKS, LEGACY_PARTS, MARLIN, compression, legacy_format
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout
 from sparsekit.errors import DataError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import PackedTotals, PackedWeight, PackEntry, Settings
+from sparsekit.checkpoint.entry import PackEntry
+from sparsekit.checkpoint.entry_parts import PackedTotals, PackedWeight, Settings
 from sparsekit.checkpoint.folder import FACTORS, PACKED_METHOD, part_name
 from sparsekit.checkpoint.layout import Layout
 from sparsekit.errors import DataError

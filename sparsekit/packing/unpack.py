@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint.checkpoint import AGAIN, Checkpoint
-from sparsekit.checkpoint.entry import Entry, Settings, UnpackedTotals, UnpackEntry
+from sparsekit.checkpoint.entry import Entry, UnpackEntry
+from sparsekit.checkpoint.entry_parts import Settings, UnpackedTotals
 from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.kind import Kind
 from sparsekit.checkpoint.layout import SHARD_BYTES, Layout

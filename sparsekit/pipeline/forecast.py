@@ -38,7 +38,7 @@ def forecast(
 
     The text is read and the first block is observed, rewritten and advanced, as in the run; nothing
     is kept. The other blocks are assumed to take the same time per parameter. Writing the output
-    and reading it back is assumed to take as long as reading the model, which is measured.
+    and taking digests is assumed to take as long as reading the model, which is measured.
 
     Args:
         stream: The blocks.

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import Entry, Settings, Source, Stage
+from sparsekit.checkpoint.entry import Entry, Stage
+from sparsekit.checkpoint.entry_parts import Settings, Source
 from sparsekit.checkpoint.layout import Layout
 from sparsekit.checkpoint.writer import CheckpointWriter
+from sparsekit.errors import DataError
 from sparsekit.files import read_json, sha256_json
 from sparsekit.pipeline.cost import Cost
 from sparsekit.progress import Progress
@@ -63,6 +65,9 @@ class Output:
     ) -> Iterator[CheckpointWriter]:
         """Begin to write, or resume an interrupted run with the same settings and source.
 
+        The digests of the source are taken while it is read. A resumed run reads again what the
+        interrupted one had read, so that no output is made of two different sources.
+
         Args:
             source: The checkpoint whose layout and other files the output takes.
             settings: What decides the output's bytes, for the entry.
@@ -73,12 +78,11 @@ class Output:
 
         Raises:
             UsageError: The output is in use, or an interrupted run with others is in the way.
-            DataError: The source is not finite, or its bytes are not the recorded ones.
+            DataError: A tensor of the source is not finite, or changed since it was read before.
             StorageError: The disk has no room.
         """
         run_key = {
             "stage": self._stage,
-            "source": source.scan(self._progress),
             "config": sha256_json(read_json(source.path / "config.json")),
             "layout": source.layout,
             "versions": versions(),
@@ -86,14 +90,25 @@ class Output:
             **(key or {}),
         }
         self._settings = settings
+        source.watch()
         with CheckpointWriter(
-            self._out, source, run_key, layout=layout, overwrite=self._overwrite
+            self._out,
+            source,
+            run_key,
+            layout=layout,
+            overwrite=self._overwrite,
+            progress=self._progress,
         ) as writer:
             self._writer, self.resumed = writer, len(writer.finished)
             if self.resumed and parts:
                 note = f"going on after {self.resumed} finished {parts} in {writer.partial}"
                 self._progress.note(note)
-            yield writer
+            try:
+                yield writer
+            except DataError:
+                if parts and not writer.finished:
+                    writer.abandon()
+                raise
 
     def publish(
         self,
@@ -112,18 +127,29 @@ class Output:
             history: The entries before this one; None: those of the source.
             config_json: The contents of config.json; None: those of the source's.
             recorded: What the entry has besides what all have.
+
+        Raises:
+            DataError: The source is not finite, changed while it was read, or its bytes are not the
+                recorded ones.
+            StorageError: The output cannot be written.
         """
         writer = self._writer
         source = writer.source
+        try:
+            writer.complete(config_json)
+            fingerprint = source.scan(self._progress)
+        except DataError:  # what was made of it is worth nothing
+            writer.abandon()
+            raise
         entry = kind(
             stage=self._stage,
             model=self._model,
             words=self._words,
-            source=Source(path=source_name or self._model, fingerprint=source.fingerprint),
+            source=Source(path=source_name or self._model, fingerprint=fingerprint),
             versions=versions(),
             **{"settings": self._settings, **self.cost.to_json(), **recorded},
         )
         history = source.provenance().history if history is None else history
         card = model_card(entry, Origin.of(self._model, source.path), history)
-        writer.commit(entry, card, config_json, history)
+        writer.commit(entry, card, history)
         return Report(out=self._out, entry=entry)

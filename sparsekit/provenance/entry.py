@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.checkpoint.entry import Entry, SolvedWeight, SparseTotals, Weight
+from sparsekit.checkpoint.entry import Entry
+from sparsekit.checkpoint.entry_parts import SolvedWeight, SparseTotals, Weight
 
 # Raised with every change that alters the bytes a stage writes for the same inputs.
-NUMERICS = 6
+NUMERICS = 7
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sparsekit.checkpoint.entry import (
-    Calibration,
     ConvertEntry,
     Entry,
     PackEntry,
@@ -15,6 +14,7 @@ from sparsekit.checkpoint.entry import (
     RecoverEntry,
     UnpackEntry,
 )
+from sparsekit.checkpoint.entry_parts import Calibration
 
 CODED = ("quantized", "compressed-tensors")
 # In the order of a card.

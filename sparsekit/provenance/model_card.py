@@ -8,15 +8,17 @@ from sparsekit import registry as methods
 from sparsekit.checkpoint.entry import (
     ConvertEntry,
     Entry,
-    PackedTotals,
     PackEntry,
     PruneEntry,
-    PruneSettings,
     QuantizeEntry,
     RecoverEntry,
+    UnpackEntry,
+)
+from sparsekit.checkpoint.entry_parts import (
+    PackedTotals,
+    PruneSettings,
     RecoverSettings,
     UnpackedTotals,
-    UnpackEntry,
 )
 from sparsekit.provenance.front_matter import Origin, front_matter
 from sparsekit.provenance.history import (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.entry import PrunedWeight
+from sparsekit.checkpoint.entry_parts import PrunedWeight
 from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import NumericalError

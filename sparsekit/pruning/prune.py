@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import Mask, PrunedWeight, PruneEntry, PruneSettings
+from sparsekit.checkpoint.entry import Mask, PruneEntry
+from sparsekit.checkpoint.entry_parts import PrunedWeight, PruneSettings
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json

@@ -6,12 +6,8 @@ from pathlib import Path
 
 import torch
 
-from sparsekit.checkpoint.entry import (
-    QuantizedTotals,
-    QuantizedWeight,
-    QuantizeEntry,
-    QuantizeSettings,
-)
+from sparsekit.checkpoint.entry import QuantizeEntry
+from sparsekit.checkpoint.entry_parts import QuantizedTotals, QuantizedWeight, QuantizeSettings
 from sparsekit.pipeline.loops import rewrite_blocks
 from sparsekit.pipeline.output import Output
 from sparsekit.pipeline.selection import family_notes

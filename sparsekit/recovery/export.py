@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.entry import TrainedWeight
+from sparsekit.checkpoint.entry_parts import TrainedWeight
 from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import CheckFailedError, NumericalError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsekit.checkpoint.entry import RecoverSettings
+from sparsekit.checkpoint.entry_parts import RecoverSettings
 from sparsekit.errors import DataError
 from sparsekit.files import sha256_json
 from sparsekit.model.device import pick_device
@@ -57,7 +57,7 @@ class TrainingInputs:
     settings: RecoverSettings
     """What decides the output's bytes besides the models."""
     key: Mapping[str, str | None]
-    """What else decides them, besides the source."""
+    """What else decides them."""
     processes: Processes
     folder: Path
     """Where the output grows."""
@@ -98,6 +98,7 @@ class TrainingInputs:
             top=top,
             settings=_settings(job, rows, processes),
             key={
+                "source": job.source.fingerprint,
                 "teacher": job.teacher and job.teacher.fingerprint,
                 "own_patterns": sha256_json(own),
             },

@@ -10,7 +10,8 @@ import torch
 
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import RecoverEntry, Source
+from sparsekit.checkpoint.entry import RecoverEntry
+from sparsekit.checkpoint.entry_parts import Source
 from sparsekit.checkpoint.layout import Layout, factor_types
 from sparsekit.checkpoint.output_folder import refuse_source
 from sparsekit.checkpoint.resolve import resolve

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.checkpoint.entry import RecoverEntry, Weight
+from sparsekit.checkpoint.entry import RecoverEntry
+from sparsekit.checkpoint.entry_parts import Weight
 from sparsekit.errors import DataError
 from sparsekit.recovery.log import LOG
 from sparsekit.reporting.model_row import Row

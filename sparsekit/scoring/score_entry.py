@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from sparsekit.checkpoint.entry import Part
+from sparsekit.checkpoint.entry_parts import Part
 
 # Raised when another version would misread the file.
 FORMAT = 1

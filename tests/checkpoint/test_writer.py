@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from sparsekit.checkpoint import output_folder as output
 from sparsekit.checkpoint import writer as module
 from sparsekit.checkpoint.checkpoint import Checkpoint
-from sparsekit.checkpoint.entry import History, Settings, Source, UnpackedTotals, UnpackEntry
+from sparsekit.checkpoint.entry import History, UnpackEntry
+from sparsekit.checkpoint.entry_parts import Settings, Source, UnpackedTotals
 from sparsekit.checkpoint.folder import INDEX
 from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import DataError, StorageError, UsageError
@@ -50,6 +51,7 @@ def write_all(source: Path, out: Path, changes: dict, **options) -> Checkpoint:
     with writer(source, out, **options) as opened:
         for name, tensor in changes.items():
             opened.write(name, {name: tensor}, [name])
+        opened.complete()
         return opened.commit(ENTRY, "card\n")
 
 
@@ -314,6 +316,7 @@ def test_folder_that_appears_at_the_output_meanwhile_is_not_replaced(family, tmp
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
         with refused("output-exists", out, kind=UsageError):
+            opened.complete()
             opened.commit(ENTRY, "card\n")
     assert (out / "thesis.txt").read_text() == "mine"
 
@@ -348,6 +351,7 @@ def test_interrupted_run_goes_on_with_its_finished_parts(family, tmp_path):
         assert opened.finished == {"one": {"rows": [1, 2]}}
         assert not opened.read([UP])[UP].any()
         opened.write("two", {DOWN: zeros_like(source, DOWN)}, None)
+        opened.complete()
         opened.commit(ENTRY, "card\n")
     whole = write_all(
         source, tmp_path / "whole", {n: zeros_like(source, n) for n in (UP, DOWN)}
@@ -365,6 +369,7 @@ def test_journal_line_that_was_cut_off_does_not_count(family, tmp_path):
     journal.write_bytes(journal.read_bytes()[:-4])
     with writer(source, out) as opened:
         assert list(opened.finished) == ["one"]
+        opened.complete()
         made = opened.commit(ENTRY, "card\n")
     # The second part was not finished, so its tensor is the source's.
     assert torch.equal(made.read([DOWN])[DOWN], Checkpoint.open(source).read([DOWN])[DOWN])
