@@ -69,7 +69,7 @@ SMOLLM2 = DemoSource(
     model="SmolLM2-135M-Instruct",
     hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     license="apache-2.0",
-    fingerprint="08587497151051bb64ba4ae8288856623bb8c6cd5dc22bb3bda06ebda07a1bcd",
+    fingerprint="967fa650eaa83f83a481d8f6003123cc8576f9453eebe737c1fe66c6ab2756a4",
     n_bytes=470_000_000,
 )
 
@@ -89,7 +89,7 @@ def demo_model(progress: Progress = SILENT, source: DemoSource = SMOLLM2) -> Pat
     """
     folder = demo_folder(source)
     root = folder.parent
-    record = root / "fingerprint"
+    record = root / "digest"
     if not folder.is_dir():
         with storage_errors(root, CACHED):
             root.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,8 @@ class Output:
             settings: What decides the output's bytes, for the entry.
             layout: The weight files.
             key: What else decides them.
-            parts: What the parts are that are written one by one; they are counted when a run
-                resumes. Empty: a note of its own says where.
+            parts: What the parts are, of a verb that reads the source only while it writes them.
+                A note counts those of an interrupted run, and a refused source leaves no folder.
 
         Raises:
             UsageError: The output is in use, or an interrupted run with others is in the way.
@@ -89,7 +89,7 @@ class Output:
             **settings.to_json(),
             **(key or {}),
         }
-        self._settings = settings
+        self._settings, self._parts = settings, parts
         source.watch()
         with CheckpointWriter(
             self._out,
@@ -138,8 +138,9 @@ class Output:
         try:
             writer.complete(config_json)
             fingerprint = source.scan(self._progress)
-        except DataError:  # what was made of it is worth nothing
-            writer.abandon()
+        except DataError:
+            if self._parts:  # they were made of what is refused
+                writer.abandon()
             raise
         entry = kind(
             stage=self._stage,

@@ -148,11 +148,11 @@ def test_complete_folder_is_returned_without_torch(root: Path) -> None:
 def test_other_fingerprint_is_noted_at_every_call(root: Path) -> None:
     (root / SMOLLM2.model).mkdir()
     for recorded, n_notes in [(SMOLLM2.fingerprint, 0), ("f" * 64, 1)]:
-        (root / "fingerprint").write_text(recorded)
+        (root / "digest").write_text(recorded)
         progress = Recorder()
         demo_model(progress)
         assert len(progress.notes) == n_notes
-    assert "sha256 ffffffffffff…, recorded 085874971510…" in progress.notes[0]
+    assert "sha256 ffffffffffff…, recorded 967fa650eaa8…" in progress.notes[0]
 
 
 def write_tiny_gguf(path: Path) -> None:
@@ -235,7 +235,7 @@ def test_killed_run_starts_again_and_gives_an_ordinary_checkpoint(
     out, err = capfd.readouterr()
     assert out == ""
     assert "%|" not in err
-    assert names(root) == [source.model, "fingerprint", "lock"]
+    assert names(root) == [source.model, "digest", "lock"]
     assert "stray" not in names(folder)
     assert progress.steps == ["weights", "checkpoint"]
     assert len(progress.notes) == 1
