@@ -353,7 +353,7 @@ def test_card_of_a_model_that_was_measured_tells_the_baseline_with_its_error(
     found = cli(*words, "--json", "-q")
     assert found.code == 0, found.stderr
     base = json.loads(found.stdout)["models"][0]["perplexity"]
-    told = f"{base['perplexity']:.2f} ± {base['perplexity'] * base['log_stderr']:.2f} ("
+    told = f"{base['value']:.2f} ± {base['value'] * base['log_stderr']:.2f} ("
     assert told in (folder / "README.md").read_text()
 
 
