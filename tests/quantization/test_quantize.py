@@ -303,7 +303,7 @@ def test_a_format_that_is_not_ours_is_refused_and_never_run(
     ):
         with pytest.raises(DataError, match=r"\bout\b"):
             read()
-    with pytest.raises(DataError, match=r"sparsekit convert takes|has no weight in it"):
+    with pytest.raises(DataError, match=r"sparsekit convert takes|none of its weights has it"):
         convert(str(out), tmp_path / "plain")
     assert not mark.exists()
 
