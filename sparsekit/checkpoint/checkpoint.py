@@ -71,8 +71,11 @@ class Checkpoint:
     format."""
     quantized: Mapping[str, StoredForm] = field(default_factory=dict)
     """Each weight on a grid in the format of compressed-tensors."""
+    digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    """The sha256 of the bytes of each tensor that was read and checked, or written."""
+    damaged: bool = field(default=False, init=False, repr=False)
+    """Whether reading found NaN, Inf, or other bytes than the recorded ones."""
     _fingerprint: str = field(default="", init=False, repr=False)
-    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _watched: bool = field(default=False, init=False, repr=False)
 
     @classmethod
@@ -216,15 +219,6 @@ class Checkpoint:
         """Take the digest of each tensor that is read from now on, so that `scan` need not."""
         self._watched = True
 
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """The sha256 of the bytes of each tensor that was read and checked."""
-        return self._digests
-
-    def know(self, digests: Mapping[str, str]) -> None:
-        """Take over digests of tensors that were taken when they were written."""
-        self._digests |= digests
-
     def has(self, digests: Mapping[str, str], progress: Progress = SILENT) -> bool:
         """Whether tensors have these digests; those of unknown ones are read.
 
@@ -234,7 +228,7 @@ class Checkpoint:
         if not digests.keys() <= self.tensors.keys():
             return False
         self._take(digests, progress)
-        return all(self._digests[name] == digest for name, digest in digests.items())
+        return all(self.digests[name] == digest for name, digest in digests.items())
 
     def scan(self, progress: Progress = SILENT) -> str:
         """Check that all values are finite, and compute the fingerprint.
@@ -250,7 +244,7 @@ class Checkpoint:
         if not self._fingerprint:
             with _damage(self.path):
                 self._take(self.tensors, progress)
-                self._fingerprint = self._recorded(fingerprint_of(self.tensors, self._digests))
+                self._fingerprint = self._recorded(fingerprint_of(self.tensors, self.digests))
         return self._fingerprint
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -271,7 +265,9 @@ class Checkpoint:
 
     def _take(self, names: Iterable[str], progress: Progress) -> None:
         """Read the tensors whose digests are not known."""
-        left = [name for name in self.tensors if name in names and name not in self._digests]
+        left = [name for name in self.tensors if name in names and name not in self.digests]
+        if not left:
+            return
         places = [self.tensors[name] for name in left]
         if sum(place.stop - place.start for place in places) < QUIET_BYTES:
             progress = SILENT
@@ -285,8 +281,9 @@ class Checkpoint:
     def _note(self, name: str, digest: TensorDigest) -> None:
         """Keep the digest of a tensor that was read whole."""
         if not digest.finite:
+            self.damaged = True
             raise DataError(f"{self.path}: {name} holds NaN or Inf", code="not-finite")
-        if self._digests.setdefault(name, digest.hex) != digest.hex:
+        if self.digests.setdefault(name, digest.hex) != digest.hex:
             raise DataError(
                 f"{self.path}: {name} changed while it was in use",
                 "run the same command again when nothing writes there",
@@ -296,6 +293,7 @@ class Checkpoint:
     def _recorded(self, fingerprint: str) -> str:
         """The fingerprint, which is the recorded one if there is any."""
         if self.provenance().fingerprint not in (None, fingerprint):
+            self.damaged = True
             hint = f"the files are damaged; if they were changed on purpose, delete {PROVENANCE}"
             raise DataError(
                 f"the weights in {self.path} are not those that {PROVENANCE} recorded",

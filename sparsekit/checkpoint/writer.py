@@ -172,7 +172,7 @@ class CheckpointWriter:
             The finished checkpoint.
         """
         made = Checkpoint.open(self.partial)
-        made.know(self._digests)
+        made.digests |= self._digests
         fingerprint = made.scan()
         if history is None:
             history = self.source.provenance().history

@@ -52,7 +52,7 @@ def convert(
     job = prepare(model, out, overwrite=overwrite, progress=progress)
     source, config, form = job.source, job.config, job.form
     settings = ConvertSettings(method="convert", form=form)
-    with output.writing(source, settings, layout=job.layout) as writer:
+    with output.writing(source, settings, layout=job.layout, parts="weights") as writer:
         rows = rewrite_weights(
             writer,
             f"convert {form}",

@@ -89,7 +89,7 @@ class Output:
             **settings.to_json(),
             **(key or {}),
         }
-        self._settings, self._parts = settings, parts
+        self._settings = settings
         source.watch()
         with CheckpointWriter(
             self._out,
@@ -106,7 +106,7 @@ class Output:
             try:
                 yield writer
             except DataError:
-                if parts and not writer.finished:
+                if parts and source.damaged:  # the parts were made of it
                     writer.abandon()
                 raise
 
@@ -135,13 +135,8 @@ class Output:
         """
         writer = self._writer
         source = writer.source
-        try:
-            writer.complete(config_json)
-            fingerprint = source.scan(self._progress)
-        except DataError:
-            if self._parts:  # they were made of what is refused
-                writer.abandon()
-            raise
+        writer.complete(config_json)
+        fingerprint = source.scan(self._progress)
         entry = kind(
             stage=self._stage,
             model=self._model,

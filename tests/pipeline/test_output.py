@@ -95,8 +95,7 @@ def test_a_source_that_is_not_finite_leaves_no_output(copy_of, tmp_path, name, v
     with refused("not-finite", source, name, kind=DataError):
         prune(PruneConfig(method="magnitude"), str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    if name != LAST:  # else its first block is kept for a source that is mended
-        assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_source_that_is_not_what_was_recorded_leaves_no_output(copy_of, tmp_path):
