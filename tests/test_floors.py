@@ -49,6 +49,8 @@ METHODS = ("pruning/methods", "pruning/refiners", "quantization/methods", "recov
 # These answer a wrong flag, method or pattern, so that they load without torch.
 LIGHT = {
     "checkpoint/demo_model",
+    "checkpoint/entry",
+    "checkpoint/entry_parts",
     "checkpoint/folder",
     "checkpoint/hub",
     "checkpoint/kind",
