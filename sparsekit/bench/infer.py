@@ -3,6 +3,8 @@
 import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.resolve import resolve
-from sparsekit.errors import UsageError
+from sparsekit.errors import DataError, UsageError
 from sparsekit.memory import MemoryUse, peak_memory
 from sparsekit.model.device import pick_device
 from sparsekit.model.form_linear import expand
@@ -89,16 +91,14 @@ def bench_infer(
 
     Raises:
         UsageError: A number is too small.
-        DataError: A model cannot be read, or does not fit into memory.
+        DataError: A model cannot be read, does not fit into memory, or its process was killed.
     """
     config.check()
     paths = [(name, Checkpoint.open(resolve(name, progress)).path) for name in models]
     progress.begin("load and run", len(paths))
     rows = []
     for name, path in paths:
-        # A fresh interpreter, so that the memory is that of this model only.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(_measure, (config, name, str(path), torch.get_num_threads())))
+        rows.append(_in_a_process(config, name, str(path), torch.get_num_threads()))
         progress.step(name)
     progress.end()
     return {
@@ -111,6 +111,20 @@ def bench_infer(
         "models": [asdict(row) for row in rows],
         "same_tokens": len({tuple(row.tokens) for row in rows}) == 1,
     }
+
+
+def _in_a_process(config: InferConfig, name: str, path: str, threads: int) -> Inferred:
+    """Measure in a fresh interpreter, so that the memory is that of this model only."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure, config, name, path, threads).result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"{name}: the process that measures it ended without a result",
+                "it may have been killed for memory: try a smaller --batch or --prompt",
+                code="process-died",
+            ) from None
 
 
 @torch.no_grad()

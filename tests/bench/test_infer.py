@@ -1,5 +1,7 @@
 """`bench infer` on tiny models: what is counted, and that packed ones give the same tokens."""
 
+import os
+
 import pytest
 import torch
 from refusals import refused
@@ -7,7 +9,8 @@ from refusals import refused
 import sparsekit
 from sparsekit.bench import infer
 from sparsekit.bench.infer import InferConfig, bench_infer
-from sparsekit.errors import DataError, UsageError
+from sparsekit.checkpoint.folder import FACTORS
+from sparsekit.errors import CheckFailedError, DataError, UsageError
 from sparsekit.packing.pack import pack
 
 
@@ -70,14 +73,26 @@ def test_a_packed_model_that_is_expanded_takes_more_memory(pruned, tmp_path, mon
     assert size < dense == plain
 
 
-def test_what_fails_in_the_other_process_is_told_as_it_is(pruned, monkeypatch):
-    monkeypatch.setattr("sparsekit.bench.infer._measure", _fails)
-    with pytest.raises(DataError, match=r"^a reason; what to do$"):
+def test_what_fails_in_the_other_process_is_told_as_it_is(pruned, tmp_path):
+    packed = pack(str(pruned), tmp_path / "packed").out
+    file = packed / FACTORS
+    whole, middle = file.read_bytes(), file.stat().st_size // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with refused("fingerprint-mismatch", "packed", kind=CheckFailedError):
+        bench_infer(InferConfig(prompt=8, new=2), [str(packed)])
+
+
+def test_a_process_that_is_killed_is_an_error_and_no_endless_wait(pruned, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", _EndsTheReader)
+    with refused("process-died", str(pruned), kind=DataError):
         bench_infer(InferConfig(prompt=8, new=2), [str(pruned)])
 
 
-def _fails(*_: object) -> None:
-    raise DataError("a reason", "what to do")
+class _EndsTheReader:
+    """An argument that ends the process that reads it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (9,)
 
 
 def test_a_model_that_does_not_fit_when_expanded_is_refused(pruned, tmp_path, monkeypatch):
