@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from sparsekit.api import evaluate, prune, quantize, recover, run
+    from sparsekit.api.evaluate import evaluate
+    from sparsekit.api.prune import prune
+    from sparsekit.api.quantize import quantize
+    from sparsekit.api.recover import recover
+    from sparsekit.api.run import run
     from sparsekit.model.full_model import Resident
     from sparsekit.recovery.masked import Masked
 
@@ -22,9 +27,7 @@ __all__ = ["evaluate", "load", "masked", "prune", "quantize", "recover", "run"]
 def __getattr__(name: str) -> Any:
     """Public names, imported on first use."""
     if name in ("evaluate", "prune", "quantize", "recover", "run"):
-        from sparsekit import api
-
-        return getattr(api, name)
+        return getattr(importlib.import_module(f"sparsekit.api.{name}"), name)
     if name == "__version__":
         return importlib.metadata.version("sparsekit")
     raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")

@@ -41,7 +41,7 @@ ROOMS = [
     "cli",
     "doors",
 ]
-DOORS = {"__init__": "doors", "__main__": "doors", "api": "api", "hf": "model"}
+DOORS = {"__init__": "doors", "__main__": "doors", "hf": "model"}
 # A room has at most this share of all lines.
 LARGEST_SHARE = 0.2
 # Methods import mathematics, weights and the folder's own interface, and nothing else.

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsekit.checkpoint.compressed_tensors import decoded_places, grid_of, quantization
 from sparsekit.checkpoint.digest import TensorDigest, fingerprint_of
 from sparsekit.checkpoint.entry import Entry, History
 from sparsekit.checkpoint.folder import (
@@ -23,6 +22,7 @@ from sparsekit.checkpoint.folder import (
     SINGLE,
     load_config,
     load_tokenizer,
+    quantization,
     weight_files,
 )
 from sparsekit.checkpoint.foreign import named_format
@@ -33,15 +33,16 @@ from sparsekit.checkpoint.safetensors_file import (
     read_into,
     read_tensor,
 )
-from sparsekit.checkpoint.stored_form import StoredForm, packed_forms
 from sparsekit.errors import DamagedError, DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.progress import SILENT, Progress
-from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Grid
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from sparsekit.checkpoint.stored_form import StoredForm
+    from sparsekit.weights.form import Form
 
 
 # The hint for a damaged one.
@@ -96,10 +97,15 @@ class Checkpoint:
         if (path / FACTORS).is_file():
             factors, _ = read_header(path / FACTORS)
             tensors |= factors
+            from sparsekit.checkpoint.stored_form import packed_forms
+
             packed = packed_forms(path, factors)
-        grid = grid_of(quantization(path))
-        if grid is not None:
-            places, quantized = decoded_places(path, places, grid)
+        grid = None
+        if (settings := quantization(path)) is not None:
+            from sparsekit.checkpoint.compressed_tensors import decoded_places, grid_of
+
+            if (grid := grid_of(settings)) is not None:
+                places, quantized = decoded_places(path, places, grid)
         return cls(
             path=path,
             places=dict(sorted(places.items())),

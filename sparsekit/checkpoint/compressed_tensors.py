@@ -16,7 +16,6 @@ from sparsekit.checkpoint.folder import part_name
 from sparsekit.checkpoint.safetensors_file import TensorPlace, read_tensor
 from sparsekit.checkpoint.stored_form import StoredForm
 from sparsekit.errors import DataError, UsageError
-from sparsekit.files import read_json
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.grids import Grid
 from sparsekit.weights.quantized import (
@@ -116,12 +115,6 @@ def grid_of(config: Any) -> Grid | None:
         return grid if Grid.parse(str(grid)) == grid else None
     except UsageError:
         return None
-
-
-def quantization(path: Path) -> Any:
-    """The `quantization_config` in a folder's config.json; None if there is none."""
-    config = read_json(path / "config.json")
-    return config.get("quantization_config") if isinstance(config, dict) else None
 
 
 def decoded_places(

@@ -185,3 +185,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer: its vocabulary is empty", hint, code="no-tokenizer"
         )
     return tokenizer
+
+
+def quantization(path: Path) -> Any:
+    """The `quantization_config` in a folder's config.json; None if there is none."""
+    config = read_json(path / "config.json")
+    return config.get("quantization_config") if isinstance(config, dict) else None

@@ -7,14 +7,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.folder import FACTORS, OTHER_WEIGHTS, SINGLE, part_name
 from sparsekit.checkpoint.safetensors_file import TYPE_NAMES, TensorPlace
-from sparsekit.weights.core_format import CoreFormat
-from sparsekit.weights.quantized import Shapes
+
+if TYPE_CHECKING:
+    from sparsekit.weights.core_format import CoreFormat
+    from sparsekit.weights.quantized import Shapes
 
 # Size of a weight file, unless the files are laid out as in the source.
 SHARD_BYTES = 5 << 30

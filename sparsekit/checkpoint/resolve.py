@@ -4,9 +4,7 @@ import contextlib
 import os.path
 from pathlib import Path
 
-from sparsekit.checkpoint.demo_model import SMOLLM2, demo_folder, demo_model
 from sparsekit.checkpoint.folder import weight_files
-from sparsekit.checkpoint.hub import fetch
 from sparsekit.errors import DataError, UsageError, did_you_mean
 from sparsekit.progress import SILENT, Progress
 
@@ -43,13 +41,21 @@ def resolve(reference: str, progress: Progress = SILENT) -> Path:
     if not reference:
         check_reference(reference)
     if reference == DEMO:
+        from sparsekit.checkpoint.demo_model import demo_model
+
         return demo_model(progress)
-    return _folder(reference) if _is_local(reference) else fetch(reference, progress)
+    if _is_local(reference):
+        return _folder(reference)
+    from sparsekit.checkpoint.hub import fetch
+
+    return fetch(reference, progress)
 
 
 def local_folder(reference: str) -> Path | None:
     """The folder of a model that is on this machine, without network access; None: it is not."""
     if reference == DEMO:
+        from sparsekit.checkpoint.demo_model import demo_folder
+
         place = demo_folder()
     elif _is_local(reference):
         place = Path(os.path.expanduser(reference))
@@ -60,12 +66,18 @@ def local_folder(reference: str) -> Path | None:
 
 def display_name(reference: str) -> str:
     """The last part of a model's path or hub id."""
-    return SMOLLM2.model if reference == DEMO else Path(reference).resolve().name
+    if reference == DEMO:
+        from sparsekit.checkpoint.demo_model import SMOLLM2
+
+        return SMOLLM2.model
+    return Path(reference).resolve().name
 
 
 def hub_id(reference: str) -> str | None:
     """The hub id of a model or of `demo`; None for a folder."""
     if reference == DEMO:
+        from sparsekit.checkpoint.demo_model import SMOLLM2
+
         return SMOLLM2.hub_id
     return None if _is_local(reference) else reference
 

@@ -1,25 +1,70 @@
 """Verbs of the command line. A command parses, calls one stage, and shows its report."""
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from sparsekit.cli import streams
-from sparsekit.cli.about import env, list_methods, version_text
-from sparsekit.cli.bench import app as bench
-from sparsekit.cli.eval import evaluate
-from sparsekit.cli.inspect import deploy, inspect, verify
-from sparsekit.cli.pack import convert, pack, unpack
-from sparsekit.cli.prune import prune
-from sparsekit.cli.quantize import quantize
-from sparsekit.cli.recover import recover
-from sparsekit.cli.report import compare, report
-from sparsekit.cli.study import app as recipe
-from sparsekit.cli.study import demo, run
 from sparsekit.cli.verb import Command, Group
 
+# Verbs by panel of the help, each with its file and function or group in this folder.
+VERBS = {
+    "Make": {
+        "prune": "prune:prune",
+        "recover": "recover:recover",
+        "quantize": "quantize:quantize",
+        "pack": "pack:pack",
+        "unpack": "pack:unpack",
+        "convert": "pack:convert",
+    },
+    "Measure": {
+        "eval": "eval:evaluate",
+        "inspect": "inspect:inspect",
+        "verify": "inspect:verify",
+        "bench": "bench:app",
+    },
+    "Look": {
+        "compare": "report:compare",
+        "report": "report:report",
+        "deploy": "inspect:deploy",
+        "methods": "about:list_methods",
+        "env": "about:env",
+    },
+    "Run": {"run": "study:run", "recipe": "study:app", "demo": "study:demo"},
+}
+PLACES = {name: (panel, *at.split(":")) for panel, v in VERBS.items() for name, at in v.items()}
+
+
+class Verbs(Group):
+    """The group of all verbs, which imports a verb when it is asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = dict.fromkeys(PLACES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a verb; None: there is no such verb."""
+        if cmd_name in PLACES and self.commands[cmd_name] is None:
+            self.commands[cmd_name] = _command(cmd_name)
+        return self.commands.get(cmd_name)
+
+
+def _command(name: str) -> Any:
+    """Import a verb."""
+    panel, file, attribute = PLACES[name]
+    verb = getattr(import_module(f"sparsekit.cli.{file}"), attribute)
+    if isinstance(verb, typer.Typer):
+        group = typer.main.get_group(verb)
+        group.name, group.rich_help_panel = name, panel
+        return group
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(name, cls=Command, rich_help_panel=panel)(verb)
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
-    cls=Group,
+    cls=Verbs,
     help="Prune Hugging Face language-model checkpoints on disk, and know what it cost.",
     no_args_is_help=True,
     add_completion=True,
@@ -34,35 +79,10 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the versions.")] = False,
 ) -> None:
     if version:
+        from sparsekit.cli.about import version_text
+
         print(version_text())
         raise typer.Exit()
-
-
-VERBS = {
-    "Make": {
-        "prune": prune,
-        "recover": recover,
-        "quantize": quantize,
-        "pack": pack,
-        "unpack": unpack,
-        "convert": convert,
-    },
-    "Measure": {"eval": evaluate, "inspect": inspect, "verify": verify, "bench": bench},
-    "Look": {
-        "compare": compare,
-        "report": report,
-        "deploy": deploy,
-        "methods": list_methods,
-        "env": env,
-    },
-    "Run": {"run": run, "recipe": recipe, "demo": demo},
-}
-for _panel, _verbs in VERBS.items():
-    for _name, _verb in _verbs.items():
-        if isinstance(_verb, typer.Typer):
-            app.add_typer(_verb, name=_name, rich_help_panel=_panel)
-        else:
-            app.command(_name, cls=Command, rich_help_panel=_panel)(_verb)
 
 
 def main() -> None:

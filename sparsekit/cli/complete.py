@@ -4,9 +4,6 @@ from collections.abc import Callable
 
 from sparsekit import registry as methods
 from sparsekit.pipeline.options import DEVICES
-from sparsekit.study.recipe import shipped, summary
-from sparsekit.text.sources import EVALUATION_FILES, SOURCES
-from sparsekit.weights.grids import GRIDS
 
 Words = Callable[[], list[tuple[str, str]]]
 
@@ -38,11 +35,31 @@ def presets() -> list[tuple[str, str]]:
 
 def recipes() -> list[tuple[str, str]]:
     """Completion of shipped recipes, with summaries."""
+    from sparsekit.study.recipe import shipped, summary
+
     return [(name, summary(file)) for name, file in shipped().items()]
 
 
+def grids() -> list[tuple[str, str]]:
+    """Completion of grids."""
+    from sparsekit.weights.grids import GRIDS
+
+    return words(*GRIDS, "int4-g64", "int4-g32", "int4")()
+
+
+def sources() -> list[tuple[str, str]]:
+    """Completion of sources of calibration."""
+    from sparsekit.text.sources import SOURCES
+
+    return words(*SOURCES)()
+
+
+def windows() -> list[tuple[str, str]]:
+    """Completion of texts for perplexity."""
+    from sparsekit.text.sources import EVALUATION_FILES
+
+    return words("builtin", *EVALUATION_FILES)()
+
+
 patterns = words("2:4", "4:8", "1:4", "2:8", "8:16", "50%", "60%", "70%", "50%/tensor")
-grids = words(*GRIDS, "int4-g64", "int4-g32", "int4")
-sources = words(*SOURCES)
-windows = words("builtin", *EVALUATION_FILES)
 devices = words(*DEVICES)

@@ -16,7 +16,6 @@ from sparsekit.cli.options import (
     refuse_early,
     refuse_timed,
 )
-from sparsekit.cli.plan import show_plan
 from sparsekit.cli.verb import read, takes
 from sparsekit.pruning.config import PruneConfig
 
@@ -55,6 +54,7 @@ def prune(
 
 def _plan(terminal: Terminal, config: PruneConfig, *where: Any, **how: Any) -> None:
     """Show the plan of a run."""
+    from sparsekit.cli.plan import show_plan
     from sparsekit.pruning.dry_run import plan as stage
 
     show_plan(terminal, stage(config, *where, **how))

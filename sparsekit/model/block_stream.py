@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target, find_targets
-from sparsekit.model.recording import BlockCall, Comparisons, InputRecorder, equal_calls
 from sparsekit.model.skeleton import Skeleton
 from sparsekit.solvers.input_stats import InputStats, Stats
+
+if TYPE_CHECKING:
+    from sparsekit.model.recording import BlockCall, Comparisons
 
 # Families for which the test suite checks that the stream equals the forward pass bit for bit.
 TESTED_FAMILIES = frozenset(
@@ -134,6 +136,8 @@ class BlockStream:
         return self.model(inputs_embeds=dummy, use_cache=False, **keep).logits
 
     def _record(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        from sparsekit.model.recording import equal_calls
+
         if index == 0:
             self.hidden.append(hidden.to("cpu", copy=True))
             self._seen = {}
@@ -146,6 +150,7 @@ class BlockStream:
     @contextmanager
     def _stubs(self, answer: Callable[[int, Tensor, BlockCall], Tensor]) -> Iterator[None]:
         """Replace the forward of every block by a function."""
+        from sparsekit.model.recording import BlockCall
 
         def stub(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -262,6 +267,8 @@ class Block:
             want: The statistics to keep.
             advance: Also replace the hidden states by this block's output.
         """
+        from sparsekit.model.recording import InputRecorder
+
         rows = len(self.stream.hidden)
         recorder = InputRecorder(
             self.module,

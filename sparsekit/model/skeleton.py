@@ -12,7 +12,6 @@ from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.errors import DataError
 from sparsekit.memory import steady_heap, trim_heap
 from sparsekit.model.architecture import families, find_blocks, is_linear, match_names
-from sparsekit.model.form_linear import form_layers, use_forms
 
 # Free heap memory is returned to the system after this many bytes of weights.
 TRIM_BYTES = 24 << 20
@@ -179,6 +178,8 @@ def build_without_weights(source: Checkpoint, dtype: torch.dtype) -> nn.Module:
             code="unsupported-model",
         ) from error
     if source.kind.alone:
+        from sparsekit.model.form_linear import use_forms
+
         use_forms(model, source)
     return model.eval().requires_grad_(False)
 
@@ -194,8 +195,10 @@ def refuse_hidden_weights(
     hidden = []
     for index, block in enumerate(blocks):
         known = {id(m.weight) for m in block.modules() if is_linear(m)}
-        layers = form_layers(block)
-        known |= {id(parameter) for layer in layers for parameter in layer.parameters()}
+        if source.kind.alone:
+            from sparsekit.model.form_linear import form_layers
+
+            known |= {id(p) for layer in form_layers(block) for p in layer.parameters()}
         for name, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in known:
                 hidden.append(f"{prefix}.{index}.{name}")

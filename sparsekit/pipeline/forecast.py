@@ -11,8 +11,7 @@ import torch
 
 from sparsekit.memory import KEPT_BYTES
 from sparsekit.pipeline.loops import Rewrite, rewrite_block
-from sparsekit.solvers.hessian import FACTORING_BYTES
-from sparsekit.solvers.input_stats import SAMPLE_TOKENS, Stats
+from sparsekit.solvers.input_stats import FACTORING_BYTES, SAMPLE_TOKENS, Stats
 
 if TYPE_CHECKING:
     from sparsekit.checkpoint.checkpoint import Checkpoint

@@ -4,19 +4,23 @@ A field declares the value's type, how it is written (`Word`), its help, and its
 Flags, recipe keys, the JSON schema and Python keywords are generated from it.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 from sparsekit.errors import SparsekitError, UsageError, did_you_mean
 from sparsekit.registry import as_text
-from sparsekit.text.calibration import Calibration
+
+if TYPE_CHECKING:
+    from sparsekit.text.calibration import Calibration
 
 DEVICES = ("auto", "cpu", "cuda")
 WHAT, CALIBRATION, WHERE = "What", "Calibration", "Where"
@@ -168,6 +172,8 @@ class ReadsRows(Options):
         """Calibration of this run; None: none."""
         if self.calibration is None and not self.needs_rows:
             return None
+        from sparsekit.text.calibration import Calibration
+
         source = self.calibration or "builtin"
         return Calibration(source=source, samples=self.samples, length=self.length, seed=self.seed)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsekit.checkpoint.demo_model import SMOLLM2
 from sparsekit.checkpoint.resolve import DEMO, display_name, hub_id
 
 OWN_TAG = "sparsekit"
@@ -33,6 +32,8 @@ class Origin:
             base = known.get("base_model")
         named = {key: known[key] for key in LICENSE if key in known}
         if model == DEMO:
+            from sparsekit.checkpoint.demo_model import SMOLLM2
+
             named = {"license": SMOLLM2.license}
         return cls(title=display_name(model), base_model=base, license=named)
 

@@ -1,9 +1,11 @@
 """Pruning of one block, and restoring a block that was written before."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,14 +16,16 @@ from sparsekit.checkpoint.writer import CheckpointWriter
 from sparsekit.errors import NumericalError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import Block
+from sparsekit.pruning.methods import no_limit
 from sparsekit.pruning.prepare import PruneJob
-from sparsekit.pruning.refiners import no_limit
-from sparsekit.pruning.time_budget import TimeBudget
-from sparsekit.quantization.storage import coded_tensors, read_coded
 from sparsekit.solvers.input_stats import InputStats
-from sparsekit.weights.core_format import CoreFormat
-from sparsekit.weights.form import Form
 from sparsekit.weights.grids import Codes
+
+if TYPE_CHECKING:
+    from sparsekit.pruning.methods import Pruned
+    from sparsekit.pruning.time_budget import TimeBudget
+    from sparsekit.weights.form import Form
+    from sparsekit.weights.patterns import Pattern
 
 # Heap that fitting factors leaves fragmented, as a multiple of the weight's size.
 FITTED = 8
@@ -59,13 +63,10 @@ def _prune_group(
     weights = [block.weight(target) for target in group]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     dtype = job.source.places[group[0].name].dtype
-    try:
-        pattern = job.patterns.of(group[0])
-        with budget.weight(stacked.numel()) if budget else nullcontext(no_limit) as should_continue:
-            pruned = job.chain.run(group, stacked, sums, pattern, dtype, should_continue)
-    except NumericalError as error:
-        names = ", ".join(target.name for target in group)
-        raise NumericalError(f"{names}: {error.message}", error.hint, code=error.code) from error
+    pattern = job.patterns.of(group[0])
+    limit = budget.weight(stacked.numel()) if budget else nullcontext(no_limit)
+    with _naming(", ".join(target.name for target in group)), limit as should_continue:
+        pruned = job.chain.run(group, stacked, sums, pattern, dtype, should_continue)
     factors = None if pruned.factors is None else pruned.factors.rounded(dtype)
     new = pruned.weight if factors is None else factors.dense()
     rows: list[PrunedWeight] = []
@@ -76,11 +77,8 @@ def _prune_group(
         on_disk = block.replace(target, part)
         core = on_disk if factors is None else factors.core.dense()
         pattern.check(core, target.name)
-        try:
+        with _naming(target.name):
             error = sums.relative_error(weight, on_disk.to(weight.device)) if sums else None
-        except NumericalError as failure:
-            message = f"{target.name}: {failure.message}"
-            raise NumericalError(message, failure.hint, code=failure.code) from failure
         row = PrunedWeight(
             name=target.name,
             shape=target.shape,
@@ -93,23 +91,45 @@ def _prune_group(
             numbers=target_numbers,
         )
         rows.append(row)
-    stored: dict[str, Tensor] = {}
-    if factors is not None:  # the group has one weight: weights with factors are not stacked
-        stored = {
-            part_name(group[0].name, part): tensor
-            for part, tensor in factors.packed(pattern).to(dtype).stored().items()
-        }
+    stored = _stored(group, sizes, pruned, factors, pattern, dtype)
+    if factors is not None:
         block.stream.skeleton.passed(FITTED * stacked.nbytes)
         bits = 8 * sum(t.nbytes for t in stored.values()) / rows[0].size
         rows = [rows[0].model_copy(update={"bits": bits})]
-    if pruned.codes is not None and job.chain.grid is not None:
-        parts = (part.split(sizes) for part in (pruned.codes.codes, pruned.codes.scale))
-        for target, codes, scale in zip(group, *parts, strict=True):
-            stored |= coded_tensors(target, Codes(codes, scale, job.chain.grid))
     each = (time.perf_counter() - started) / sum(row.size for row in rows)
-    seconds = [round(each * row.size, 4) for row in rows]
-    pairs = zip(rows, seconds, strict=True)
-    return [row.model_copy(update={"seconds": told}) for row, told in pairs], stored
+    rows = [row.model_copy(update={"seconds": round(each * row.size, 4)}) for row in rows]
+    return rows, stored
+
+
+@contextmanager
+def _naming(names: str) -> Iterator[None]:
+    """Name weights in the numerical errors of this context."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{names}: {error.message}", error.hint, code=error.code) from error
+
+
+def _stored(
+    group: list[Target],
+    sizes: list[int],  # rows of each weight
+    pruned: Pruned,
+    factors: Form | None,
+    pattern: Pattern,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The tensors that are stored for a group next to or instead of its weights, by name."""
+    stored: dict[str, Tensor] = {}
+    if factors is not None:  # the group has one weight: weights with factors are not stacked
+        parts = factors.packed(pattern).to(dtype).stored()
+        stored = {part_name(group[0].name, part): tensor for part, tensor in parts.items()}
+    if pruned.codes is not None:
+        from sparsekit.quantization.storage import coded_tensors
+
+        codes, scales = (part.split(sizes) for part in (pruned.codes.codes, pruned.codes.scale))
+        for target, *parts in zip(group, codes, scales, strict=True):
+            stored |= coded_tensors(target, Codes(*parts, pruned.codes.grid))
+    return stored
 
 
 def _numbers(stacked: Mapping[str, float | Tensor], sizes: list[int]) -> list[dict[str, float]]:
@@ -131,15 +151,25 @@ def restore(job: PruneJob, writer: CheckpointWriter, block: Block) -> dict[str, 
     tensors = writer.read(here)
     for target in block.targets:
         if grid is not None and target.name in coded:
+            from sparsekit.quantization.storage import read_coded
+
             tensors[target.name] = read_coded(writer, target, grid)
         if target.name in tensors:
             continue
-        pattern = job.patterns.of(target)
-        parts = job.chain.factor_shapes(target, pattern)
-        read = writer.read(part_name(target.name, part) for part in parts)
-        stored = {part: read[part_name(target.name, part)] for part in parts}
-        form = Form.from_stored(stored, CoreFormat(pattern=pattern), target.shape)
-        form.check()
-        weight = form.dense().to(job.source.places[target.name].dtype)
-        tensors[target.name] = target.to_disk(weight).contiguous()
+        tensors[target.name] = _product(job, writer, target)
     return tensors
+
+
+def _product(job: PruneJob, writer: CheckpointWriter, target: Target) -> Tensor:
+    """A weight as it is stored on disk, from its factors that were written before."""
+    from sparsekit.weights.core_format import CoreFormat
+    from sparsekit.weights.form import Form
+
+    pattern = job.patterns.of(target)
+    parts = job.chain.factor_shapes(target, pattern)
+    read = writer.read(part_name(target.name, part) for part in parts)
+    stored = {part: read[part_name(target.name, part)] for part in parts}
+    form = Form.from_stored(stored, CoreFormat(pattern=pattern), target.shape)
+    form.check()
+    weight = form.dense().to(job.source.places[target.name].dtype)
+    return target.to_disk(weight).contiguous()

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparsekit.checkpoint.folder import FACTORS
 from sparsekit.pipeline.dry_run import begun
-from sparsekit.pipeline.forecast import forecast
+from sparsekit.pipeline.forecast import forecast, peak_estimate
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.block import prune_block
 from sparsekit.pruning.config import PruneConfig
@@ -40,6 +40,7 @@ def plan(
     job = prepare_prune(config, model, out, overwrite=overwrite, progress=progress)
     size = sum(rows * columns for rows, columns in (t.shape for t in job.targets))
     zeros = sum(job.patterns.of(t).zeros(*t.shape) for t in job.targets)
+    memory = peak_estimate(job.stream, job.want, job.calibration, job.chain.gram_bytes)
     return {
         **begun(job.source, out, config.title, job.layout),
         "pattern": str(job.pattern),
@@ -51,7 +52,7 @@ def plan(
         "skipped": job.skipped,
         "bits_per_weight": _bits(job),
         "notes": job.notes(),
-        "peak_memory_estimate_bytes": job.room,
+        "peak_memory_estimate_bytes": memory,
         "seconds_estimate": _seconds(job, progress) if timed else None,
         "device": str(job.stream.device),
         "dtype": str(job.stream.dtype).removeprefix("torch."),

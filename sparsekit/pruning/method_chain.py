@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,17 +18,13 @@ from sparsekit.errors import DataError, PatternError
 from sparsekit.model.architecture import Target
 from sparsekit.pipeline.selection import WeightPatterns
 from sparsekit.pruning.config import PruneConfig
-from sparsekit.pruning.methods import Pruned, Pruner
-from sparsekit.pruning.refiners import Refiner, ShouldContinue, no_limit
-from sparsekit.quantization.methods.gptq import Gptq
-from sparsekit.solvers.hessian import FACTORING_BYTES, require_finite, solve_on_support, unit_gram
-from sparsekit.solvers.input_stats import InputStats, Stats
-from sparsekit.solvers.low_rank import compensate
-from sparsekit.weights.core import Values
-from sparsekit.weights.form import Form
+from sparsekit.pruning.methods import Pruned, Pruner, ShouldContinue, no_limit
+from sparsekit.solvers.input_stats import FACTORING_BYTES, InputStats, Stats, require_finite
 from sparsekit.weights.grids import Grid
-from sparsekit.weights.packed import factor_shapes
 from sparsekit.weights.patterns import Pattern
+
+if TYPE_CHECKING:
+    from sparsekit.pruning.refiners import Refiner
 
 # Conjugate-gradient steps of --reconstruct cg, and damping of its Gram matrix.
 RECONSTRUCT_STEPS = 20
@@ -113,6 +109,8 @@ class MethodChain:
         rank = self._rank_of(rows, columns)
         if not block and not rank:
             return {}
+        from sparsekit.weights.packed import factor_shapes
+
         return factor_shapes(rows, columns, pattern, block=block, rank=rank)
 
     def groups(
@@ -225,6 +223,8 @@ def require_patterns(
 
 def _reconstruct(weight: Tensor, pruned: Pruned, sums: InputStats) -> Pruned:
     """Replace the kept weights by the least-squares solution on the mask."""
+    from sparsekit.solvers.hessian import solve_on_support, unit_gram
+
     solved = solve_on_support(
         weight,
         pruned.mask,
@@ -243,6 +243,8 @@ def _put_on_grid(
     If the method chose a mask and left the values unchanged, the feedback also compensates for the
     pruned weights.
     """
+    from sparsekit.quantization.methods.gptq import Gptq
+
     mask_only = torch.equal(pruned.weight, weight.masked_fill(~pruned.mask, 0.0))
     start = weight if mask_only else pruned.weight
     quantized = Gptq().quantize(start, sums, grid, dtype, pruned.mask)
@@ -253,6 +255,10 @@ def _put_on_grid(
 
 def _compensate(weight: Tensor, pruned: Pruned, sums: InputStats, rank: int) -> Pruned:
     """Add a low-rank matrix that compensates for most of the error."""
+    from sparsekit.solvers.low_rank import compensate
+    from sparsekit.weights.core import Values
+    from sparsekit.weights.form import Form
+
     up, down = compensate(weight - pruned.weight, sums.squares.sqrt(), rank)
     factors = pruned.factors or Form(core=Values(pruned.weight, pruned.mask))
     factors = replace(factors, up=up, down=down)

@@ -1,10 +1,13 @@
 """Preparation of a pruning run: all checks and choices that need no weights."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.checkpoint.layout import Layout, factor_types
@@ -14,17 +17,16 @@ from sparsekit.errors import UsageError
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
-from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import WeightPatterns, family_notes, select
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import MethodChain, require_shapes
-from sparsekit.quantization.storage import coded_layout, refuse_grid
 from sparsekit.solvers.input_stats import Stats
-from sparsekit.text.calibration import Calibration
-from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.patterns import Pattern
+
+if TYPE_CHECKING:
+    from sparsekit.text.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,6 @@ class PruneJob:
     def pattern(self) -> Pattern:
         """The requested pattern, or the one that the given mask was made with."""
         return self.patterns.base
-
-    @property
-    def room(self) -> int:
-        """Estimated memory of the run in bytes, without the libraries."""
-        return peak_estimate(self.stream, self.want, self.calibration, self.chain.gram_bytes)
 
     def notes(self) -> list[str]:
         """Notes for the user before the run."""
@@ -114,6 +111,8 @@ def prepare_prune(
     _refuse_patterns(targets, patterns)
     _refuse_conflicts(config, chain, targets, patterns)
     if chain.grid is not None:
+        from sparsekit.quantization.storage import refuse_grid
+
         refuse_grid(chain.grid, targets, skipped, flag="--then")
     if chain.given is not None:
         require_shapes(chain.given, targets)
@@ -203,8 +202,12 @@ def _layout(
             message = f"{config.title} makes no factors"
             raise UsageError(message, "leave out --format factored", code="no-effect")
         if chain.grid is not None:
+            from sparsekit.quantization.storage import coded_layout
+
             return coded_layout(source, targets, chain.grid)
         return Layout.of(source)
+    from sparsekit.weights.core_format import CoreFormat
+
     cores = {t.name: CoreFormat(pattern=patterns.of(t)) for t in targets if t.name in parts}
     return Layout.with_factors(source, parts, cores, alone=config.format == "factored")
 

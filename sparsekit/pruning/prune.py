@@ -1,10 +1,13 @@
 """Prune a checkpoint, block by block, from disk to disk."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +24,11 @@ from sparsekit.provenance.entry import NUMERICS, Report, damping_notes, sparse_t
 from sparsekit.pruning.block import prune_block, restore
 from sparsekit.pruning.config import PruneConfig
 from sparsekit.pruning.method_chain import require_patterns
-from sparsekit.pruning.owl import allocate
 from sparsekit.pruning.prepare import PruneJob, prepare_prune
-from sparsekit.pruning.time_budget import TimeBudget
-from sparsekit.quantization.methods.gptq import Gptq
-from sparsekit.quantization.storage import coded_config
-from sparsekit.text.rows import TokenRows
+
+if TYPE_CHECKING:
+    from sparsekit.pruning.time_budget import TimeBudget
+    from sparsekit.text.rows import TokenRows
 
 
 def prune(
@@ -63,14 +65,15 @@ def prune(
     with output.writing(job.source, settings, layout=job.layout, key=key, parts="blocks") as writer:
         budget = _budget(job, writer, output.cost.started)
         if rows and config.allocate == "owl":
+            from sparsekit.pruning.owl import allocate
+
             job = replace(job, patterns=allocate(job, rows, progress))
         weights = _pruned(job, rows, writer, budget, progress)
         _tell_trouble(job, weights, progress)
-        grid = job.chain.grid
         return output.publish(
             PruneEntry,
             source_name=config.dense,
-            config_json=coded_config(job.stream, job.targets, grid) if grid else None,
+            config_json=_config_json(job),
             mask=_mask_source(job, model),
             calibration=rows.to_json(job.calibration.seed) if rows and job.calibration else None,
             totals=sparse_totals(weights),
@@ -78,6 +81,15 @@ def prune(
             skipped=job.skipped,
             resumed_blocks=output.resumed,
         )
+
+
+def _config_json(job: PruneJob) -> dict[str, Any] | None:
+    """The output's config.json with the grid of its weights; None: that of the source."""
+    if job.chain.grid is None:
+        return None
+    from sparsekit.quantization.storage import coded_config
+
+    return coded_config(job.stream, job.targets, job.chain.grid)
 
 
 def _pruned(
@@ -111,6 +123,8 @@ def _budget(job: PruneJob, writer: CheckpointWriter, started: float) -> TimeBudg
     """The time limit of a run that began at `started`, for the blocks that are not done."""
     if job.config.budget is None:
         return None
+    from sparsekit.pruning.time_budget import TimeBudget
+
     names = {target.name: math.prod(target.shape) for target in job.targets}
     blocks = [job.stream.block(index) for index in range(len(job.stream))]
     sizes = [
@@ -192,5 +206,8 @@ def _tell_trouble(job: PruneJob, weights: Sequence[PrunedWeight], progress: Prog
     asked = asdict(job.chain.pruner).get("damping", 0.0) if job.chain.pruner else 0.0
     for note in damping_notes(weights, asked):
         progress.note(note)
-    for note in damping_notes(weights, Gptq().damping, "grid_damping"):
-        progress.note(note)
+    if job.chain.grid is not None:
+        from sparsekit.quantization.methods.gptq import Gptq
+
+        for note in damping_notes(weights, Gptq().damping, "grid_damping"):
+            progress.note(note)

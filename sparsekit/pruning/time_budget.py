@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from sparsekit.pruning.refiners import ShouldContinue
+from sparsekit.pruning.methods import ShouldContinue
 
 # Largest share of a weight, as a multiple of its even share of the time left.
 MOST_SHARE = 3.0

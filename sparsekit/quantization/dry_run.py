@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.pipeline.dry_run import begun, dtype_name
-from sparsekit.pipeline.forecast import forecast
+from sparsekit.pipeline.forecast import forecast, peak_estimate
 from sparsekit.pipeline.selection import family_notes
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.block import quantize_block
@@ -38,7 +38,7 @@ def plan_quantize(
         "size": size,
         "skipped": job.skipped,
         "notes": family_notes(job.stream),
-        "peak_memory_estimate_bytes": job.room,
+        "peak_memory_estimate_bytes": peak_estimate(job.stream, job.want, job.calibration),
         "seconds_estimate": _quantize_seconds(job, progress) if timed else None,
         "device": str(job.stream.device),
         "dtype": dtype_name(job.stream.dtype),

@@ -1,7 +1,10 @@
 """Preparation of a quantization run: all checks and choices that need no weights."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsekit import registry as methods
 from sparsekit.checkpoint.checkpoint import Checkpoint
@@ -9,7 +12,6 @@ from sparsekit.checkpoint.layout import Layout
 from sparsekit.model.architecture import Target
 from sparsekit.model.block_stream import BlockStream
 from sparsekit.model.device import compute_dtype, pick_device
-from sparsekit.pipeline.forecast import peak_estimate
 from sparsekit.pipeline.selection import select
 from sparsekit.pipeline.source import open_source, require_disk
 from sparsekit.progress import SILENT, Progress
@@ -17,8 +19,10 @@ from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.methods import Quantizer
 from sparsekit.quantization.storage import coded_layout, refuse_grid
 from sparsekit.solvers.input_stats import Stats
-from sparsekit.text.calibration import Calibration
 from sparsekit.weights.grids import Grid
+
+if TYPE_CHECKING:
+    from sparsekit.text.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +43,6 @@ class QuantizeJob:
     def want(self) -> Stats | None:
         """Sums over the inputs of weights; None: no forward pass."""
         return (self.quantizer.needs or Stats.NORMS) if self.calibration else None
-
-    @property
-    def room(self) -> int:
-        """Estimated memory of the run in bytes, without the libraries."""
-        return peak_estimate(self.stream, self.want, self.calibration)
 
     @property
     def coded(self) -> bool:

@@ -1,8 +1,11 @@
 """Put the weights of a checkpoint on a grid, block by block, from disk to disk; zeros stay."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +20,9 @@ from sparsekit.quantization.block import quantize_block, restore
 from sparsekit.quantization.config import QuantizeConfig
 from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize
 from sparsekit.quantization.storage import coded_config
-from sparsekit.text.rows import TokenRows
+
+if TYPE_CHECKING:
+    from sparsekit.text.rows import TokenRows
 
 
 def quantize(

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericalError
-from sparsekit.solvers.input_stats import InputStats
+from sparsekit.solvers.input_stats import InputStats, require_finite
 
 # A failed factorisation is tried again with ten times the damping, up to this share.
 MAX_DAMPING = 1.0
-# Memory to factorise a Gram matrix, in bytes for each of its entries.
-FACTORING_BYTES = 8 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +71,6 @@ def _factorise(sums: InputStats, damping: float) -> HessianFactor:
         "use more calibration rows",
         code="not-positive-definite",
     )
-
-
-def require_finite(sums: Tensor) -> None:
-    """Refuse sums over calibration inputs that are not finite.
-
-    Raises:
-        NumericalError: They hold NaN or Inf.
-    """
-    if not sums.isfinite().all():
-        raise NumericalError(
-            "the calibration inputs hold NaN or Inf",
-            "compute in a wider type: --dtype float32",
-            code="not-finite",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

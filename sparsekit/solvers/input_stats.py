@@ -14,6 +14,8 @@ from sparsekit.errors import NumericalError
 PANEL = 192
 # How many calibration tokens, evenly spaced over all rows, the output error is measured on.
 SAMPLE_TOKENS = 256
+# Memory to factorise a Gram matrix, in bytes for each of its entries.
+FACTORING_BYTES = 8 * 2
 
 
 class Stats(enum.Flag):
@@ -150,3 +152,17 @@ class InputStats:
         if not (total.isfinite() and error.isfinite()):
             raise NumericalError("the outputs on sampled inputs are not finite", code="not-finite")
         return float((error / total) ** 2) if total > 0 else 0.0
+
+
+def require_finite(sums: Tensor) -> None:
+    """Refuse sums over calibration inputs that are not finite.
+
+    Raises:
+        NumericalError: They hold NaN or Inf.
+    """
+    if not sums.isfinite().all():
+        raise NumericalError(
+            "the calibration inputs hold NaN or Inf",
+            "compute in a wider type: --dtype float32",
+            code="not-finite",
+        )

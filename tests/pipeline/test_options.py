@@ -13,7 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import sparsekit
-from sparsekit import api
+from sparsekit.api.keywords import writer
 from sparsekit.cli.verb import Command, read, takes
 from sparsekit.errors import UsageError
 from sparsekit.pipeline.options import Flag, as_keywords
@@ -21,7 +21,7 @@ from sparsekit.pruning.config import PruneConfig
 
 ROOT = Path(sparsekit.__file__).parent
 # What makes something of the options of every verb.
-FRONT = ("cli", "study", "pipeline", "api.py", "__init__.py")
+FRONT = ("cli", "study", "pipeline", "api", "__init__.py")
 
 
 class Fresh(PruneConfig):
@@ -46,7 +46,7 @@ def test_a_new_option_is_a_flag_a_keyword_and_a_key_of_the_schema():
     assert made[0].fresh == 4
     assert made[0].words == {"pattern": "50.0%", "fresh": 4}
     assert {parameter.name for parameter in get_command(app).params} >= set(Fresh.model_fields)
-    function = api._writer(Fresh)(lambda config, model, out: config)
+    function = writer(Fresh)(lambda config, model, out: config)
     assert inspect.signature(function).parameters["fresh"].default == 3
     assert function("m", "o", fresh=5).fresh == 5
     with refused("out-of-range", "fresh must", "1", "0", kind=UsageError):

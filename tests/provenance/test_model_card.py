@@ -203,7 +203,7 @@ def test_license_is_carried_over_with_its_file_through_every_stage(copy_of, row_
 def test_base_model_is_the_hub_id_and_stays_so_for_what_is_made_from_it(
     copy_of, row_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sparsekit.checkpoint.resolve.fetch", lambda *_: copy_of("llama"))
+    monkeypatch.setattr("sparsekit.checkpoint.hub.fetch", lambda *_: copy_of("llama"))
     monkeypatch.chdir(tmp_path)
     config = PruneConfig(calibration=str(row_file))
     first = prune(config, "org/name", tmp_path / "a").out
@@ -216,7 +216,7 @@ def test_base_model_is_the_hub_id_and_stays_so_for_what_is_made_from_it(
 def test_demo_is_named_by_its_id_and_license_in_all_that_is_made_from_it(
     copy_of, row_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sparsekit.checkpoint.resolve.demo_model", lambda *_: copy_of("llama"))
+    monkeypatch.setattr("sparsekit.checkpoint.demo_model.demo_model", lambda *_: copy_of("llama"))
     config = PruneConfig(calibration=str(row_file))
     first = prune(config, "demo", tmp_path / "a").out
     second = pack(str(first), tmp_path / "b").out

@@ -3,19 +3,32 @@
 To add a method, add a file with one `Pruner` subclass; nothing else needs an edit.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsekit.solvers.hessian import FACTORING_BYTES
-from sparsekit.solvers.input_stats import InputStats, Stats
-from sparsekit.weights.form import Form
+from sparsekit.solvers.input_stats import FACTORING_BYTES, InputStats, Stats
 from sparsekit.weights.grids import Codes, Grid
 from sparsekit.weights.patterns import Pattern
+
+if TYPE_CHECKING:
+    from sparsekit.weights.form import Form
+
+
+ShouldContinue = Callable[[float | None], bool]
+"""Decides whether another round is worth its time. Takes None before the first round, later the
+decrease of the loss in the last one."""
+
+
+def no_limit(loss_drop: float | None) -> bool:
+    """Never stop for lack of time."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

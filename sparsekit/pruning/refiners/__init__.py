@@ -5,24 +5,17 @@ The file name is the method's name, its fields are the options. To add a method,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sparsekit.pruning.methods import Pruned, Pruner
+from sparsekit.pruning.methods import Pruned, Pruner, ShouldContinue, no_limit
 from sparsekit.solvers.input_stats import InputStats, Stats
 from sparsekit.weights.patterns import Pattern
 
-ShouldContinue = Callable[[float | None], bool]
-"""Decides whether another round is worth its time. Takes None before the first round, later the
-decrease of the loss in the last one."""
-
-
-def no_limit(loss_drop: float | None) -> bool:
-    """Never stop for lack of time."""
-    return True
+__all__ = ["Pruned", "Pruner", "Refiner", "ShouldContinue", "no_limit"]
 
 
 @dataclass(frozen=True, kw_only=True)

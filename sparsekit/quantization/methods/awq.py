@@ -22,8 +22,7 @@ from torch import Tensor
 
 from sparsekit.errors import UsageError
 from sparsekit.quantization.methods import Quantized, Quantizer
-from sparsekit.solvers.hessian import require_finite
-from sparsekit.solvers.input_stats import InputStats, Stats
+from sparsekit.solvers.input_stats import InputStats, Stats, require_finite
 from sparsekit.weights.grids import Codes, Grid
 
 # Smallest scale, for inputs that are always 0, before normalisation.

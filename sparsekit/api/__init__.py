@@ -1,0 +1,1 @@
+"""Verbs as functions whose keywords are the options of the commands."""
