@@ -26,7 +26,9 @@ print(*sorted(n for n in sys.modules if n.split(".")[0] == "sparsekit"), file=sy
 """
 
 
-@pytest.mark.parametrize("code", [COMMAND, FUNCTION], ids=["command", "function"])
+@pytest.mark.parametrize(
+    "code", [COMMAND, pytest.param(FUNCTION, marks=pytest.mark.slow)], ids=["command", "function"]
+)
 def test_a_magnitude_prune_loads_at_most_sixty_modules(family, tmp_path, code):
     code = code.format(model=str(family("llama")), out=str(tmp_path / "out")) + COUNT
     ran = subprocess.run(

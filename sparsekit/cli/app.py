@@ -1,5 +1,7 @@
 """Verbs of the command line. A command parses, calls one stage, and shows its report."""
 
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -36,22 +38,34 @@ VERBS = {
 PLACES = {name: (panel, *at.split(":")) for panel, v in VERBS.items() for name, at in v.items()}
 
 
+class Commands(Mapping[str, Any]):
+    """The commands of all verbs by name, each of which is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES)
+
+    def __len__(self) -> int:
+        return len(PLACES)
+
+
 class Verbs(Group):
-    """The group of all verbs, which imports a verb when it is asked for."""
+    """The group of all verbs."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = dict.fromkeys(PLACES)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a verb; None: there is no such verb."""
-        if cmd_name in PLACES and self.commands[cmd_name] is None:
-            self.commands[cmd_name] = _command(cmd_name)
-        return self.commands.get(cmd_name)
+        self.commands = Commands()
 
 
+@cache
 def _command(name: str) -> Any:
-    """Import a verb."""
+    """Import a verb.
+
+    Raises:
+        KeyError: There is no such verb.
+    """
     panel, file, attribute = PLACES[name]
     verb = getattr(import_module(f"sparsekit.cli.{file}"), attribute)
     if isinstance(verb, typer.Typer):
