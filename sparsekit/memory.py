@@ -31,7 +31,7 @@ class MemoryUse:
 
     purpose: str
     hint: str
-    """What to do if the model does not fit."""
+    """Hint if the model does not fit."""
 
 
 def peak_memory() -> int:

@@ -197,8 +197,8 @@ def _parse(text: str, option: Option, method: str) -> Any:
 
 def _section(text: str, title: str) -> str:
     """A section of a docstring, such as `Source:`, on one line; empty without it."""
-    found = re.search(rf"^{title}:(.*?)(?=^(?:{'|'.join(SECTIONS)}):|\Z)", text, re.S | re.M)
-    return " ".join(found[1].split()) if found else ""
+    match = re.search(rf"^{title}:(.*?)(?=^(?:{'|'.join(SECTIONS)}):|\Z)", text, re.S | re.M)
+    return " ".join(match[1].split()) if match else ""
 
 
 def _folder(kind: str) -> Path:

@@ -28,10 +28,10 @@ class TensorDigest:
     @classmethod
     def of(cls, tensor: Tensor) -> TensorDigest:
         """The digest of a whole tensor."""
-        found = cls(tensor.dtype)
+        digest = cls(tensor.dtype)
         for piece in bytes_of(tensor).split(CHUNK):
-            found.add(piece)
-        return found
+            digest.add(piece)
+        return digest
 
     def add(self, piece: Tensor) -> None:
         """Take in further bytes, of whole values."""

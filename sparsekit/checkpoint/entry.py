@@ -40,7 +40,7 @@ FORMAT = 1
 
 
 class Stage(Part):
-    """What every stage records."""
+    """Fields that every stage records."""
 
     stage: str
     model: str
@@ -61,7 +61,7 @@ class Stage(Part):
 
 
 class PruneEntry(Stage):
-    """What `prune` did."""
+    """Entry of `prune`."""
 
     stage: Literal["prune"]
     settings: PruneSettings
@@ -72,7 +72,7 @@ class PruneEntry(Stage):
 
 
 class RecoverEntry(Stage):
-    """What `recover` did."""
+    """Entry of `recover`."""
 
     stage: Literal["recover"]
     settings: RecoverSettings
@@ -90,7 +90,7 @@ class RecoverEntry(Stage):
 
 
 class QuantizeEntry(Stage):
-    """What `quantize` did."""
+    """Entry of `quantize`."""
 
     stage: Literal["quantize"]
     settings: QuantizeSettings
@@ -100,7 +100,7 @@ class QuantizeEntry(Stage):
 
 
 class PackEntry(Stage):
-    """What `pack` did."""
+    """Entry of `pack`."""
 
     stage: Literal["pack"]
     totals: PackedTotals
@@ -108,14 +108,14 @@ class PackEntry(Stage):
 
 
 class UnpackEntry(Stage):
-    """What `unpack` did."""
+    """Entry of `unpack`."""
 
     stage: Literal["unpack"]
     totals: UnpackedTotals
 
 
 class ConvertEntry(Stage):
-    """What `convert` did."""
+    """Entry of `convert`."""
 
     stage: Literal["convert"]
     settings: ConvertSettings
@@ -154,8 +154,8 @@ class History(Part):
         Raises:
             DataError: The file is not JSON, has another format, or is not as sparsekit writes it.
         """
-        found = read_json(file)
-        version = found.get("format") if isinstance(found, Mapping) else None
+        content = read_json(file)
+        version = content.get("format") if isinstance(content, Mapping) else None
         if version != FORMAT:
             other = "it has no format" if version is None else f"it has format {version!r}"
             raise _refused(file, f"{other}, this version reads {FORMAT}")

@@ -1,4 +1,4 @@
-"""What entries of a history are made of: rows of weights, sums over them, settings."""
+"""Parts of history entries: rows of weights, sums over them, settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Skipped(Part):
 
 
 class Weight(Part):
-    """What became of one weight."""
+    """Result of a stage for one weight."""
 
     name: str
     shape: tuple[int, int]
@@ -57,7 +57,7 @@ class Weight(Part):
 
 
 class SolvedWeight(Weight):
-    """What became of a weight that a method solved for."""
+    """Result of a method for one weight."""
 
     seconds: float
     """Of weights that were solved as one, the share by size."""
@@ -212,7 +212,7 @@ class ConvertSettings(Settings):
 
 
 class Plan(Part):
-    """What `recover` chose before its first step."""
+    """The choices of `recover` before its first step."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -223,7 +223,7 @@ class Plan(Part):
 
 
 class Finished(Part):
-    """What `recover` measured after its last step."""
+    """The measurements of `recover` after its last step."""
 
     sparsity_measure: float
     moved: float | None = None

@@ -1,4 +1,4 @@
-"""Where an output may go: refusals that need neither torch nor the model."""
+"""The place of an output: checks that need neither torch nor the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparsekit.checkpoint.layout import Layout
 
 
-# Held while a run writes; its presence in a folder beside an output shows whose that folder is.
+# Held while a run writes. In a folder next to an output it shows that the folder is that output's.
 LOCK = ".sparsekit-lock"
 # Prefix of the names of all files that only an unfinished run needs.
 OWN = ".sparsekit-"
@@ -115,24 +115,24 @@ def refuse_foreign(partial: Path) -> None:
         )
 
 
-def require_space(folder: Path, layout: Layout, beside: int = 0) -> None:
+def require_space(folder: Path, layout: Layout, others: int = 0) -> None:
     """Refuse an output that does not fit on the disk.
 
     Args:
         folder: An existing folder on the output's disk; weight files that an interrupted run has
             laid out there count as room.
         layout: The weight files of the output.
-        beside: Bytes of other files that are kept there until it is complete.
+        others: Bytes of other files that are kept there until it is complete.
 
     Raises:
         StorageError: Says how much is missing.
     """
-    needed, free = layout.n_bytes + beside + SPARE_BYTES, shutil.disk_usage(folder).free
+    needed, free = layout.n_bytes + others + SPARE_BYTES, shutil.disk_usage(folder).free
     laid_out = [folder / file for file in layout.headers if (folder / file).is_file()]
     free += sum(file.stat().st_blocks * 512 for file in laid_out)
     if free < needed:
         raise StorageError(
-            f"the output {'and saved states need' if beside else 'needs'} {needed / 1e9:.2f} GB, "
+            f"the output {'and saved states need' if others else 'needs'} {needed / 1e9:.2f} GB, "
             f"{folder} has {free / 1e9:.2f} GB free",
             "make room or choose another disk",
             code="not-enough-disk",

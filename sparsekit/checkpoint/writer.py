@@ -62,8 +62,8 @@ class CheckpointWriter:
         out: The folder to make. The parts of an interrupted run are next to it.
         source: The checkpoint whose layout and other files the output takes.
         layout: The weight files to make; None: those of the source.
-        key: Everything that decides the output's bytes. A run with the same key goes on
-            where an interrupted one stopped.
+        key: Everything that decides the output's bytes. A run with the same key resumes
+            an interrupted one.
         overwrite: Replace an existing output of sparsekit when the new one is complete.
         progress: Shows the reading of what an interrupted run has read of the source.
 
@@ -171,9 +171,9 @@ class CheckpointWriter:
         Returns:
             The finished checkpoint.
         """
-        made = Checkpoint.open(self.partial)
-        made.digests |= self._digests
-        fingerprint = made.scan()
+        output = Checkpoint.open(self.partial)
+        output.digests |= self._digests
+        fingerprint = output.scan()
         if history is None:
             history = self.source.provenance().history
         provenance = History(fingerprint=fingerprint, history=(*history, entry))
@@ -208,8 +208,8 @@ class CheckpointWriter:
         if earlier != self._key:
             keys = sorted(earlier.keys() | self._key.keys())
             pairs = ((key, earlier.get(key), self._key.get(key)) for key in keys)
-            told = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
-            raise self._other_run(told)
+            differences = ", ".join(_difference(*pair) for pair in pairs if pair[1] != pair[2])
+            raise self._other_run(differences)
         journal = self.partial / JOURNAL
         lines = journal.read_bytes().split(b"\n") if journal.is_file() else []
         whole = lines[:-1]  # a line without its end was cut off by the interruption

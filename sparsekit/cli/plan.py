@@ -41,8 +41,8 @@ def plan_costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
     if plan is None:
         return None, None
     memory = plan.get("peak_memory_estimate_bytes")
-    told = _size(memory) if memory else f"{_size(plan['peak_memory_at_least_bytes'])} and more"
-    return _size(plan["bytes_to_write"]), told
+    shown = _size(memory) if memory else f"{_size(plan['peak_memory_at_least_bytes'])} and more"
+    return _size(plan["bytes_to_write"]), shown
 
 
 def plans_together(plans: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, str]:

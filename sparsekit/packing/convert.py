@@ -89,7 +89,7 @@ class Conversion:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many numbers each weight has, by the names of the layers."""
+        """Number of entries of each weight, by the name of its layer."""
         return {prefix: weight.numel() for prefix, weight in self.weights.items()}
 
     @property
@@ -101,7 +101,7 @@ class Conversion:
 def prepare(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Conversion:
-    """Check everything that needs no weights; arguments and errors as of `convert`."""
+    """Check everything that needs no weights, with the arguments and errors of `convert`."""
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("convert")
     config = read_json(source.path / "config.json")
@@ -117,7 +117,7 @@ def prepare(
 def convert_packed(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Report:
-    """Write a packed checkpoint from one in a dropped form; arguments and errors as of `convert`.
+    """Write a packed checkpoint from one in a dropped format; arguments as in `convert`.
 
     The plain one is kept in a hidden folder next to `out` while it is packed, and takes room there.
 
@@ -139,14 +139,14 @@ def convert_packed(
 def _converted(prefix: str, weight: Tensor, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A weight under its name, and the notes on it."""
     numbers = weight.float()  # 8-bit ones do not compare
-    told = {
+    row = {
         "name": f"{prefix}.weight",
         "shape": list(weight.shape),
         "patterns": patterns_of(numbers, SOUGHT if form == "sparse-bitmask" else ("2:4",)),
         "zeros": int((numbers == 0).sum()),
         "size": weight.numel(),
     }
-    return {told["name"]: weight}, told
+    return {row["name"]: weight}, row
 
 
 def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -169,8 +169,8 @@ def _prefixes(source: Checkpoint, form: str) -> list[str]:
         DataError: There are none, or one lacks a part.
     """
     mark = f".{LEGACY_PARTS[form][0]}"
-    found = [name.removesuffix(mark) for name in source.places if name.endswith(mark)]
-    for prefix in found:
+    prefixes = [name.removesuffix(mark) for name in source.places if name.endswith(mark)]
+    for prefix in prefixes:
         for part in LEGACY_PARTS[form]:
             if f"{prefix}.{part}" not in source.places:
                 raise DataError(
@@ -178,12 +178,12 @@ def _prefixes(source: Checkpoint, form: str) -> list[str]:
                     "copy the folder again",
                     code="incomplete-checkpoint",
                 )
-    if not found:
+    if not prefixes:
         raise DataError(
             f"{source.path} names the form {form}, but none of its weights has it",
             code="no-weights",
         )
-    return found
+    return prefixes
 
 
 def _tensors(
@@ -192,8 +192,8 @@ def _tensors(
     """Type and shape of everything in the output, in name order."""
     parts = {f"{prefix}.{part}" for prefix in weights for part in LEGACY_PARTS[form]}
     left = {n: (p.dtype, p.shape) for n, p in source.places.items() if n not in parts}
-    made = {f"{p}.weight": (w.dtype, tuple(w.shape)) for p, w in weights.items()}
-    return dict(sorted((left | made).items()))
+    converted = {f"{p}.weight": (w.dtype, tuple(w.shape)) for p, w in weights.items()}
+    return dict(sorted((left | converted).items()))
 
 
 def _weight(

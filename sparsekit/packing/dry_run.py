@@ -15,17 +15,17 @@ def plan_pack(
 ) -> dict[str, Any]:
     """The plan of `pack`, after the same checks, which look at every weight.
 
-    Arguments and errors as of `pack`.
+    Arguments and errors are those of `pack`.
     """
     job = packplan.prepare(model, out, overwrite=overwrite, progress=progress)
-    found = begun(job.source, out, "pack", job.layout) | _weights(job)
-    return found | {"patterns": dict(Counter(job.told.values()))}
+    pack_plan = begun(job.source, out, "pack", job.layout) | _weights(job)
+    return pack_plan | {"patterns": dict(Counter(job.metadata.values()))}
 
 
 def plan_unpack(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """The plan of `unpack`, after the same checks; arguments and errors as of `unpack`."""
+    """The plan of `unpack`, after the same checks, with its arguments and errors."""
     job = unpack.prepare(model, out, overwrite=overwrite, progress=progress)
     patterns = dict(Counter(str(layer.stored.format.pattern) for layer in job.layers.values()))
     return begun(job.source, out, "unpack", job.layout) | _weights(job) | {"patterns": patterns}
@@ -39,14 +39,14 @@ def plan_convert(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """The plan of `convert`, after the same checks; arguments and errors as of `convert`.
+    """The plan of `convert`, after the same checks, with its arguments and errors.
 
-    Where it also `packs`, what that saves shows in the plain form only: the plan is of this one.
+    With `packs`, the plan is that of the plain form, which is written first.
     """
     job = convert.prepare(model, out, overwrite=overwrite, progress=progress)
-    notes = ["the plan is of the plain form, which is packed when it is there"] * packs
-    found = _weights(job) | {"notes": notes}
-    return begun(job.source, out, f"convert {job.form}", job.layout) | found
+    notes = ["this is the plan of the plain form, which is packed afterwards"] * packs
+    weights = _weights(job) | {"notes": notes}
+    return begun(job.source, out, f"convert {job.form}", job.layout) | weights
 
 
 def _weights(job: packplan.PackJob | unpack.Unpacking | convert.Conversion) -> dict[str, Any]:

@@ -18,12 +18,12 @@ TILE = 16
 
 def converted_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json without the dropped form, with the rest of its quantization config."""
-    kept, told = dict(config), dict(compression(config))
+    kept, settings = dict(config), dict(compression(config))
     for name in ("quantization_config", "compression_config"):
         kept.pop(name, None)
-    told.pop("sparsity_config", None)
-    if told.get("config_groups") and told.get("format") not in (None, "dense", MARLIN):
-        kept["quantization_config"] = told
+    settings.pop("sparsity_config", None)
+    if settings.get("config_groups") and settings.get("format") not in (None, "dense", MARLIN):
+        kept["quantization_config"] = settings
     return kept
 
 
@@ -35,7 +35,7 @@ def bitmask_shape(part: Tensor, mask: tuple[int, ...]) -> tuple[int, int]:
         mask: The shape of its bit mask.
 
     Raises:
-        DataError: They are none, or not those of the mask.
+        DataError: They are not a shape, or not that of the mask.
     """
     shape = part.flatten().tolist()
     if part.dtype not in (torch.int64, torch.int32) or len(shape) != 2 or min(shape) < 1:

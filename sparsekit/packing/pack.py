@@ -57,7 +57,7 @@ def pack(
     source, plans, layout = job.source, job.plans, job.layout
     patterns = sorted({str(plan.pattern) for plan in plans.values()})
     settings = Settings(method="pack", pattern=patterns[0] if len(patterns) == 1 else "mixed")
-    with output.writing(source, settings, layout=layout, key={"patterns": job.told}) as writer:
+    with output.writing(source, settings, layout=layout, key={"patterns": job.metadata}) as writer:
         rows = rewrite_weights(
             writer, "pack", job.sizes, lambda name: _packed(source, plans[name]), progress
         )
@@ -79,8 +79,8 @@ def _config_json(source: Checkpoint) -> dict[str, Any]:
     """The config.json of the output: the weights are packed; its entry on a grid is kept."""
     config = read_json(source.path / "config.json")
     inner = config.get("quantization_config")
-    told = {"quant_method": PACKED_METHOD} | ({"packed": inner} if inner else {})
-    return config | {"quantization_config": told}
+    settings = {"quant_method": PACKED_METHOD} | ({"packed": inner} if inner else {})
+    return config | {"quantization_config": settings}
 
 
 def _packed(source: Checkpoint, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -62,12 +62,12 @@ class PackJob:
     source: Checkpoint
     fingerprint: str
     plans: Mapping[str, Plan]
-    """How each weight is packed, of those that it makes smaller."""
+    """How each weight that packing makes smaller is packed."""
     layout: Layout
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many numbers each packed weight has."""
+        """Number of entries of each packed weight."""
         return {name: math.prod(plan.target.shape) for name, plan in self.plans.items()}
 
     @property
@@ -76,7 +76,7 @@ class PackJob:
         return PACKING_BYTES * max(self.sizes.values())
 
     @property
-    def told(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The metadata of the tensor file: the format of each packed weight."""
         return {name: str(plan.format) for name, plan in self.plans.items()}
 
@@ -84,7 +84,7 @@ class PackJob:
 def prepare(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> PackJob:
-    """Look at every weight of a model, and check the output folder; arguments as of `pack`.
+    """Look at every weight of a model, and check the output folder, with the arguments of `pack`.
 
     Raises:
         UsageError: `out` is in use.
@@ -104,10 +104,10 @@ def prepare(
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 over the bytes of tensors in the order of their names."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
-        found.update(tensor.contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha256.update(tensor.contiguous().view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def _plans(source: Checkpoint, progress: Progress) -> dict[str, Plan]:

@@ -98,7 +98,7 @@ class Unpacking:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many numbers each weight has."""
+        """Number of entries of each weight."""
         return {name: math.prod(layer.target.shape) for name, layer in self.layers.items()}
 
     @property
@@ -110,7 +110,7 @@ class Unpacking:
 def prepare(
     model: str, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> Unpacking:
-    """Check everything that needs no weights; arguments and errors as of `unpack`."""
+    """Check everything that needs no weights, with the arguments and errors of `unpack`."""
     source = open_source(model, out, overwrite=overwrite, progress=progress)
     source.require("unpack")
     config, history, sums = _origin(source)
@@ -134,14 +134,13 @@ def _origin(
 ) -> tuple[dict[str, Any], Sequence[Entry], Mapping[str, str] | None]:
     """The configuration and history without the packing, and the checksum of each packed weight.
 
-    Of factors that `prune` wrote alone there are no checksums.
+    Factors that `prune` wrote alone have no checksums.
 
     Raises:
         DataError: There is no record of how it was packed.
     """
     config = read_json(source.path / "config.json")
     history = source.provenance().history
-    told = config.get("quantization_config")
     if source.kind is not Kind.PACKED:
         return config, history, None
     if not history or history[-1].stage != "pack":
@@ -150,9 +149,9 @@ def _origin(
             AGAIN,
             code="no-history",
         )
-    del config["quantization_config"]
-    if told.get("packed"):
-        config["quantization_config"] = told["packed"]
+    packing = config.pop("quantization_config")
+    if packing.get("packed"):
+        config["quantization_config"] = packing["packed"]
     sums = {row.name: row.sha256 for row in history[-1].weights}
     return config, history[:-1], sums
 
@@ -196,17 +195,17 @@ def _unpacked(source: Checkpoint, layer: FormLinear, sha256: str | None) -> dict
         form = source.form(name, target.shape)
         if form.composed:
             whole = Form(core=Values(form.dense().to(layer.stored.places["values"].dtype)))
-            beside = form.stored()
+            factors = form.stored()
         else:
-            whole, beside = form.unpacked(), {}
+            whole, factors = form.unpacked(), {}
     except DataError as error:
         raise CheckFailedError(error.message, AGAIN, code=error.code) from error
     stored = {part: target.to_disk(t).contiguous() for part, t in whole.stored().items()}
-    if sha256 is not None and digest(beside or stored) != sha256:
+    if sha256 is not None and digest(factors or stored) != sha256:
         raise CheckFailedError(
             f"{source.path}: {name} is not what was packed", AGAIN, code="wrong-checksum"
         )
-    return {part_name(name, part): tensor for part, tensor in (stored | beside).items()}
+    return {part_name(name, part): tensor for part, tensor in (stored | factors).items()}
 
 
 def _on_grid(layer: FormLinear) -> bool:

@@ -32,7 +32,7 @@ class Output:
         out: The folder.
         words: The options that were given, as they were written.
         overwrite: Whether it may replace an earlier output of sparsekit.
-        progress: Is told where an interrupted run resumes.
+        progress: Reports where an interrupted run resumes.
     """
 
     def __init__(

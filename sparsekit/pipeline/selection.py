@@ -27,7 +27,7 @@ class WeightPatterns:
 
 
 def family_notes(stream: BlockStream) -> list[str]:
-    """A note for model families that the test suite does not cover."""
+    """A note for untested model families."""
     if stream.tested:
         return []
     return [

@@ -29,16 +29,16 @@ def open_source(model: str, out: Path, *, overwrite: bool, progress: Progress) -
     return source
 
 
-def require_disk(out: Path, layout: Layout, beside: int = 0) -> None:
+def require_disk(out: Path, layout: Layout, others: int = 0) -> None:
     """Refuse an output that does not fit on the disk, unless an earlier run has reserved the space.
 
     Args:
         out: The folder to make.
         layout: Its weight files.
-        beside: Bytes of other files that are kept there until it is complete.
+        others: Bytes of other files that are kept there until it is complete.
 
     Raises:
         StorageError: Says how much is missing.
     """
     if not out.with_name(out.name + ".partial").exists():
-        require_space(existing_parent(out), layout, beside)
+        require_space(existing_parent(out), layout, others)

@@ -19,16 +19,16 @@ VARIABLES = ("SPARSEKIT_CACHE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_
 
 def package_versions() -> dict[str, str]:
     """The versions of sparsekit, Python and the libraries that decide what it does."""
-    found = {
+    shown = {
         "sparsekit": importlib.metadata.version("sparsekit"),
         "python": platform.python_version(),
     }
     for name in SHOWN:
         try:
-            found[name] = importlib.metadata.version(name)
+            shown[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            shown[name] = "not installed"
+    return shown
 
 
 def environment() -> dict[str, Any]:
@@ -83,15 +83,15 @@ def _torch() -> dict[str, Any]:
             "torch_error": None,
         }
     except (ImportError, OSError, RuntimeError) as error:
-        told = without_home(str(error).split("\n")[0])
-        return {"threads": None, "cuda": None, "cuda_devices": [], "torch_error": told}
+        reason = without_home(str(error).split("\n")[0])
+        return {"threads": None, "cuda": None, "cuda_devices": [], "torch_error": reason}
 
 
 def versions() -> dict[str, str]:
     """The versions that decide the numbers."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "sparsekit": importlib.metadata.version("sparsekit"),
         "python": platform.python_version(),
-        **found,
+        **packages,
     }

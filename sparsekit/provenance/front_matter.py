@@ -19,8 +19,8 @@ class Origin:
     base_model: str | list[str] | None = None
     """Its id on the hub, or that of the model which sparsekit made it from."""
     license: Mapping[str, str | list[str]] = field(default_factory=dict)
-    """What its own card says of its license, by the hub's keys; of `demo`, which has no card, what
-    its file says."""
+    """The license in its own card, by the hub's keys; that of `demo`, which has no card, is in its
+    file."""
 
     @classmethod
     def of(cls, model: str, folder: Path) -> "Origin":

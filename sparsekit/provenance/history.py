@@ -101,8 +101,8 @@ def unfolded(history: Iterable[Entry]) -> list[Entry]:
 def lineage(history: Iterable[Entry]) -> list[Entry]:
     """The stages that lead to a model, each from the output of the one before.
 
-    A stage that was given a mask goes on from the model with that mask, and its words name the
-    dense one.
+    A stage that was given a mask continues from the model with that mask, although its words name
+    the dense model.
     """
     entries: list[Entry] = []
     for entry in history:
@@ -151,7 +151,7 @@ def stage_words(entry: Entry) -> str:
     if not isinstance(entry, PruneEntry):
         return entry.settings.method
     settings = entry.settings
-    told = [settings.method, settings.reconstruct, settings.allocate]
-    told += ["lowrank"] if settings.compensate != "0" else []
-    words = " ".join(word for word in told if word != "none")
+    steps = [settings.method, settings.reconstruct, settings.allocate]
+    steps += ["lowrank"] if settings.compensate != "0" else []
+    words = " ".join(word for word in steps if word != "none")
     return f"{words} + {settings.then}" if settings.then else words

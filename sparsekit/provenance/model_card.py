@@ -178,7 +178,7 @@ def _prune_rows(entry: PruneEntry) -> Rows:
 def _asked(settings: PruneSettings) -> list[tuple[str, str]]:
     """The options of a run besides its method, without those left out."""
     budget, rank = settings.budget, settings.compensate
-    told = {
+    options = {
         "begun with": settings.initial_options,
         "reconstruction": settings.reconstruct,
         "allocation of zeros": settings.allocate,
@@ -186,7 +186,7 @@ def _asked(settings: PruneSettings) -> list[tuple[str, str]]:
         "time limit": budget and f"{budget:g} s",
         "kept weights are on the grid": settings.then,
     }
-    return [(name, str(value)) for name, value in told.items() if value and value != "none"]
+    return [(name, str(value)) for name, value in options.items() if value and value != "none"]
 
 
 def _recover_rows(entry: RecoverEntry) -> Rows:
@@ -225,8 +225,8 @@ def _own_options(settings: RecoverSettings) -> str:
     described = methods.describe("recoverers", settings.method).options
     names = [option.name for option in described if option.name != "decay"]
     options = settings.options
-    told = [f"{n}={methods.as_text(options[n])}" for n in names if n in options]
-    return f"({', '.join(told)})" if told else ""
+    words = [f"{n}={methods.as_text(options[n])}" for n in names if n in options]
+    return f"({', '.join(words)})" if words else ""
 
 
 def _quantize_rows(entry: QuantizeEntry) -> Rows:

@@ -46,7 +46,7 @@ def prune(
         model: A folder, hub id or `demo`.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each block.
+        progress: Reports each block.
 
     Raises:
         UsageError: The configuration does not fit the model, or `out` is in use.
@@ -161,7 +161,7 @@ def _rows(job: PruneJob, progress: Progress) -> TokenRows | None:
 
 
 def _settings(job: PruneJob, rows: TokenRows | None) -> PruneSettings:
-    """What decides the output's bytes besides the source."""
+    """The settings that decide the output's bytes, besides the source."""
     return PruneSettings(
         numerics=NUMERICS,
         method=job.config.title,
@@ -184,7 +184,7 @@ def _settings(job: PruneJob, rows: TokenRows | None) -> PruneSettings:
 
 
 def _mask_source(job: PruneJob, model: str) -> Mask | None:
-    """Where the first mask came from, when it was given, and how it was made."""
+    """The origin of the first mask, if it was given."""
     if job.chain.given is None:
         return None
     history = (entry.to_json() for entry in job.chain.given.provenance().history)

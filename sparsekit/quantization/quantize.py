@@ -40,7 +40,7 @@ def quantize(
         model: A folder, hub id or `demo`.
         out: The folder to make; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each block.
+        progress: Reports each block.
 
     Raises:
         UsageError: The configuration does not fit the model, or `out` is in use.
@@ -58,7 +58,7 @@ def quantize(
         progress.begin(f"{config.method} {job.grid}", len(job.stream))
         if rows:
             job.stream.feed(rows.tokens)
-        found = rewrite_blocks(
+        rows_of_weights = rewrite_blocks(
             job.stream,
             writer,
             job.targets,
@@ -69,7 +69,7 @@ def quantize(
             progress=progress,
         )
         progress.end()
-        weights = [QuantizedWeight(**row) for row in found]
+        weights = [QuantizedWeight(**row) for row in rows_of_weights]
         for note in damping_notes(weights, asdict(job.quantizer).get("damping", 0.0)):
             progress.note(note)
         return output.publish(
@@ -84,7 +84,7 @@ def quantize(
 
 
 def _settings(job: QuantizeJob, rows: TokenRows | None) -> QuantizeSettings:
-    """What decides the output's bytes besides the source."""
+    """The settings that decide the output's bytes, besides the source."""
     return QuantizeSettings(
         numerics=NUMERICS,
         method=job.config.method,

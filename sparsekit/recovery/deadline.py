@@ -36,18 +36,18 @@ class Deadline:
         self._seconds: list[float] = []
         self._saving = saving
         self._evaluation = evaluation
-        self._beside = 0.0  # since the last step
+        self._other = 0.0  # since the last step
         self._last = time.perf_counter()
 
     def evaluated(self, seconds: float) -> None:
         """Record the seconds of an evaluation after the last step."""
         self._evaluation = seconds
-        self._beside += seconds
+        self._other += seconds
 
     def saved(self, seconds: float) -> None:
         """Record the seconds of saving a state after the last step."""
         self._saving = seconds
-        self._beside += seconds
+        self._other += seconds
 
     def steps(self, done: int, planned: int) -> int:
         """The new number of planned steps.
@@ -60,17 +60,17 @@ class Deadline:
             planned: Steps planned so far.
         """
         now = time.perf_counter()
-        self._seconds = [*self._seconds, now - self._last - self._beside][-WATCHED:]
-        self._last, self._beside = now, 0.0
+        self._seconds = [*self._seconds, now - self._last - self._other][-WATCHED:]
+        self._last, self._other = now, 0.0
         if self._limit is None or len(self._seconds) < WATCHED:
             return planned
         pace, left = median(self._seconds), self._limit - now
-        beside = self._evaluation, self._saving
-        if planned - done <= max(1, steps_within(self._config, left, pace, *beside, planned=1.0)):
+        others = self._evaluation, self._saving
+        if planned - done <= max(1, steps_within(self._config, left, pace, *others, planned=1.0)):
             return planned
         self._seconds = []
         # With the usual reserve, and time to save a state of the new plan.
-        return done + max(1, steps_within(self._config, left - self._saving, pace, *beside))
+        return done + max(1, steps_within(self._config, left - self._saving, pace, *others))
 
 
 def saving_seconds(optimizer: MaskedAdam) -> float:

@@ -1,4 +1,4 @@
-"""What training reads, once it is checked: rows, windows and the recipe of the output's bytes."""
+"""The inputs of training: a checked job, rows, windows and settings."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from sparsekit.checkpoint.checkpoint import Checkpoint
 
 
-# Floating-point operations a second of a CPU core and of a GPU when the time is given: nominal, so
-# that all processes and an interrupted run come to the same tokens.
+# Nominal floating-point operations per second of a CPU core and of a GPU, for --max-time: all
+# processes and an interrupted run must arrive at the same number of tokens.
 CORE, GPU = 5e10, 2e13
-# So many times that is what a machine may train on at most, and the same in mixed precision.
+# The fastest machine, as a multiple of the nominal speed, in float32 and in mixed precision.
 FASTEST, MIXED = 4.0, 8.0
-# Options that do not decide the output's bytes, or that are recorded as what they came to.
+# Options that do not decide the output's bytes, or are recorded in another form.
 UNRECORDED = (
     *("data", "teacher", "pattern", "option"),
     *("save_every", "eval_every", "eval_text", "dtype"),
@@ -46,23 +46,23 @@ EVAL_WINDOWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
-    """A checked job with all that its training reads."""
+    """A checked job with everything that training reads."""
 
     job: RecoverJob
     rows: TrainingRows
     windows: TokenRows | None
-    """What perplexities are measured on during training; None: nothing."""
+    """Text for perplexities during training; None: no evaluation."""
     top: TopTeacher | None
-    """The teacher, where its largest probabilities are kept on disk."""
+    """The teacher, if its largest probabilities are cached on disk."""
     settings: RecoverSettings
-    """What decides the output's bytes besides the models."""
+    """The settings that decide the output's bytes, besides the models."""
     key: Mapping[str, str | None]
-    """What else decides them."""
+    """The other inputs that decide them."""
     processes: Processes
     folder: Path
-    """Where the output grows."""
+    """Folder of the unfinished output."""
     cost: Cost
-    """Since the run began."""
+    """Cost since the run began."""
     progress: Progress
 
     @classmethod
@@ -76,7 +76,7 @@ class TrainingInputs:
         overwrite: bool,
         progress: Progress,
     ) -> TrainingInputs:
-        """Check a configuration, and read what it names; arguments and errors as of `recover`."""
+        """Check a configuration and read its inputs, with the errors of `recover`."""
         processes = Processes.current(pick_device(config.device))
         processes.parts(config.accumulate)
         progress = progress if processes.main else SILENT
@@ -136,7 +136,7 @@ def _rows(job: RecoverJob, processes: Processes, progress: Progress) -> Training
 
 
 def _windows(job: RecoverJob) -> TokenRows | None:
-    """What perplexities are measured on during training; None: nothing."""
+    """Text for perplexities during training; None: no evaluation."""
     config = job.config
     if config.eval_every is None:
         return None
@@ -145,7 +145,7 @@ def _windows(job: RecoverJob) -> TokenRows | None:
 
 
 def _settings(job: RecoverJob, rows: TrainingRows, processes: Processes) -> RecoverSettings:
-    """What decides the output's bytes besides the models."""
+    """The settings that decide the output's bytes, besides the models."""
     options = {key: value for key, value in job.config if key not in UNRECORDED}
     decided = {
         "options": asdict(job.recoverer),
@@ -166,7 +166,7 @@ def _settings(job: RecoverJob, rows: TrainingRows, processes: Processes) -> Reco
 def tokens_to_read(
     config: RecoverConfig, source: Checkpoint, device: torch.device, processes: Processes
 ) -> int:
-    """How many tokens of the text are needed: those of whole steps, or of a very fast machine."""
+    """Number of tokens to read: those of the steps or, for --max-time, of the fastest machine."""
     if config.tokens is not None:
         return config.steps() * config.step_tokens
     fastest = FASTEST if config.mixed_precision == "no" else MIXED
@@ -181,7 +181,7 @@ def _parameters(source: Checkpoint) -> int:
 def _tokens(
     config: RecoverConfig, parameters: int, device: torch.device, processes: Processes
 ) -> float:
-    """What is trained on, where a time is given at the nominal speed."""
+    """Number of tokens to train on; for --max-time at the nominal speed."""
     if config.max_time is None:
         return float(config.tokens or 0)
     speed = CORE * torch.get_num_threads() if device.type == "cpu" else GPU

@@ -55,11 +55,11 @@ def recover(
     """Write a trained copy of a model, with exactly its pattern, to the folder `out`.
 
     Args:
-        config: What to do.
+        config: The options.
         model: A folder, hub id or `demo`; sparse from any pruner, or dense.
-        out: The folder to make; it appears when it is complete.
+        out: The output folder; it appears when it is complete.
         overwrite: Replace an earlier output of sparsekit.
-        progress: Told of each step.
+        progress: Reports each step.
 
     Returns:
         What was done; None in a process that trains along with the main one.
@@ -128,7 +128,7 @@ def _forget(out: Path) -> None:
 
 
 def _recorded(work: TrainingInputs, training: Training, log: TrainingLog) -> dict[str, Any]:
-    """What the entry has of the training itself."""
+    """The fields of the entry that describe the training."""
     job, windows, cost = work.job, work.windows, work.cost.to_json()
     return {
         "teacher": None
@@ -227,14 +227,14 @@ def _train(work: TrainingInputs, training: Training) -> TrainingLog:
 def _evaluated(training: Training, windows: TokenRows, deadline: Deadline) -> dict[str, Any]:
     """The quality of the sparse model now, for the log; the training is not disturbed."""
     optimizer, begun = training.optimizer, time.perf_counter()
-    found = measure(training.student, optimizer.sparse, optimizer.rule, windows.tokens)
+    perplexity = measure(training.student, optimizer.sparse, optimizer.rule, windows.tokens)
     deadline.evaluated(time.perf_counter() - begun)
-    told = {"perplexity": found, "evaluated_on": windows.title}
-    return told | {"sparsity": sparsity_measure(optimizer)}
+    quality = {"perplexity": perplexity, "evaluated_on": windows.title}
+    return quality | {"sparsity": sparsity_measure(optimizer)}
 
 
 def _title(work: TrainingInputs) -> str:
-    """What is done, for people."""
+    """The title of the run, for people."""
     return f"recover {work.job.config.method} {work.job.patterns.base}"
 
 

@@ -109,11 +109,11 @@ def _held(
     state = optimizer.state()
     parameters = [w.parameter for w in optimizer.sparse.values()] + [*optimizer.others.values()]
     weights = sum(parameter.nbytes for parameter in parameters)
-    beside = [w for w in optimizer.sparse.values() if w.weight.data_ptr() != w.view.data_ptr()]
+    copies = [w for w in optimizer.sparse.values() if w.weight.data_ptr() != w.view.data_ptr()]
     parts = {
         "libraries": before,
         "weights": weights,
-        "weights beside the model's": sum(w.weight.nbytes for w in beside),
+        "weights beside the model's": sum(w.weight.nbytes for w in copies),
         "gradients": weights,
         "moments": sum(t.nbytes for n, t in state.items() if n.endswith((".mean", ".square"))),
         "masks": sum(weight.mask.nbytes for weight in optimizer.sparse.values()),

@@ -43,12 +43,12 @@ def _packed_before(entry: Entry, last: Entry) -> bool:
 
 def _score(entry: ScoreEntry, model: str) -> list[str]:
     """The words that score a model."""
-    told = entry.config or {}
+    options = entry.config or {}
     words = ["sparsekit", "eval", model]
     if entry.baseline:
         words += ["--baseline", entry.baseline]
     for name, default in EvalConfig.defaults().items():
-        value = told.get(name)
+        value = options.get(name)
         if value is None or value == default or value == []:
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

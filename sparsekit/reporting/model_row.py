@@ -48,7 +48,7 @@ class Row:
     stored: bool
     """Whether the folder holds the model, not only its scores."""
     stale: int
-    """How many of the folder's scores are of other weights; they are left out."""
+    """Number of the folder's scores that are of other weights; they are left out."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -64,7 +64,7 @@ def read_row(folder: Path) -> Row:
 
     Raises:
         DataError: A file in the folder is damaged, or it has scores and its weights are not those
-            that its history tells of.
+            in its history.
     """
     there = read_scores(folder)
     stored = is_checkpoint(folder)
@@ -139,11 +139,11 @@ def _size(folder: Path) -> int:
 
 
 def _pattern(history: Sequence[Entry]) -> str | None:
-    """The pattern that was asked for last; where none was, the one that was found."""
+    """The pattern that was last requested, else the one that was found."""
     for stages in (PATTERNING, ("convert",), ("pack",)):
-        told = [entry.settings.pattern for entry in history if entry.stage in stages]
-        if told and told[-1]:
-            return told[-1]
+        patterns = [entry.settings.pattern for entry in history if entry.stage in stages]
+        if patterns and patterns[-1]:
+            return patterns[-1]
     return None
 
 
@@ -153,13 +153,13 @@ def _bits(source: Checkpoint, history: Sequence[Entry]) -> float | None:
     They are counted if it records none, and also if it records those of factors that are stored
     with their products, since both take space then.
     """
-    told = [
+    bits = [
         entry.totals.bits_per_weight
         for entry in history
         if not isinstance(entry, UnpackEntry | ConvertEntry)
     ]
-    if told and told[-1] is not None and source.kind is not Kind.PRODUCTS:
-        return told[-1]
+    if bits and bits[-1] is not None and source.kind is not Kind.PRODUCTS:
+        return bits[-1]
     changed = {row.name for entry in history for row in entry.weights}
     names = [name for name in changed if name in source.places]
     names = names or [name for name, place in source.places.items() if len(place.shape) == 2]

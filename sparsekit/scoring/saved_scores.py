@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 SCORES = "sparsekit-scores.json"
-# Where in the folder of a run the scores of its own model lie, and what that is called.
+# Subfolder of a run with the scores of its own model.
 DENSE = "dense"
 AGAIN = "delete the file and score the model again"
 
@@ -36,10 +36,10 @@ def read_scores(folder: Path) -> list[ScoreEntry]:
     file = folder / SCORES
     if not file.is_file():
         return []
-    found = read_json(file)
-    if isinstance(found, dict) and found.get("format") not in (None, FORMAT):
+    content = read_json(file)
+    if isinstance(content, dict) and content.get("format") not in (None, FORMAT):
         raise DataError(
-            f"{file} has format {found['format']!r}",
+            f"{file} has format {content['format']!r}",
             "a newer sparsekit wrote it: update sparsekit",
             code="newer-version",
         )
@@ -81,8 +81,8 @@ def is_of(entry: ScoreEntry, weights: str | None) -> bool:
 def _scored(folder: Path) -> dict[str, str]:
     """The fingerprint of the weights in a folder, where it has one."""
     file = folder / PROVENANCE
-    found = History.read(file).fingerprint if file.is_file() else None
-    return {} if found is None else {"weights": found}
+    fingerprint = History.read(file).fingerprint if file.is_file() else None
+    return {} if fingerprint is None else {"weights": fingerprint}
 
 
 def save_scores(
@@ -93,9 +93,9 @@ def save_scores(
     Raises:
         StorageError: The disk is full.
     """
-    told = measurement(config, baseline)
+    measured = measurement(config, baseline)
     for score, model in zip(scores, models, strict=True):
-        add_score(Path(model), told | score.to_json())
+        add_score(Path(model), measured | score.to_json())
 
 
 def require_own(models: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def require_own(models: Sequence[str]) -> None:
 
 
 def measurement(config: EvalConfig, baseline: str | None) -> dict[str, Any]:
-    """What an entry says of how it was measured: options that are set, and the baseline's name."""
+    """The part of an entry that says how it was measured: the options, and the baseline's name."""
     words = {k: v for k, v in config if v is not None and k != "baseline"}
     words["tasks"] = list(config.tasks)
     if config.include_path is not None:

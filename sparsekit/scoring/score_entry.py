@@ -69,7 +69,7 @@ class ScoreEntry(ScorePart):
     weights: str | None = None
     """The fingerprint of the weights that were scored, in a checkpoint that sparsekit wrote."""
     of: str | None = None
-    """What the scored step of a recipe depends on."""
+    """The dependencies of the scored step of a recipe."""
 
 
 class Scores(Part):

@@ -29,7 +29,7 @@ class Recipe:
     names: Mapping[str, int]
     """The stages that were given names."""
     text: str
-    """What was written."""
+    """The recipe as written."""
 
     def steps_of(self, name: str) -> list[Step]:
         """The steps that a word names: a step, or all steps of a stage by its place, verb or name.
@@ -62,11 +62,11 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         DataError: The file cannot be read.
-        UsageError: Says everything that is wrong, each with its place.
+        UsageError: Lists all errors, each with its place.
     """
     if file.suffix == ".json" and "history" in read_json(file):
-        told = _repeated(file)
-        return checked(told, write_yaml(told), overrides)
+        repeated = _repeated(file)
+        return checked(repeated, write_yaml(repeated), overrides)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -99,7 +99,7 @@ def _repeated(file: Path) -> dict[str, Any]:
                 f"repeat it with: {command(entry)}",
                 code="not-repeatable",
             )
-        for key in ("dense", "teacher"):  # there the word stands for the recipe's model
+        for key in ("dense", "teacher"):  # in a recipe this word means its model
             if words.get(key) == MODEL:
                 words[key] = f"./{MODEL}"
         stages.append({verb: words})
@@ -107,49 +107,49 @@ def _repeated(file: Path) -> dict[str, Any]:
 
 
 def parse(text: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a text; arguments and errors as of `read_recipe`."""
+    """The recipe in a text; arguments and errors are those of `read_recipe`."""
     return checked(read_yaml(text), text, overrides)
 
 
-def checked(told: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a value of YAML is; `text` is how it was written.
+def checked(mapping: Any, text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML value; `text` is how it was written.
 
     Raises:
-        UsageError: Says everything that is wrong, each with its place.
+        UsageError: Lists all errors, each with its place.
     """
-    if not isinstance(told, dict):
+    if not isinstance(mapping, dict):
         raise UsageError(
             "a recipe is a mapping with the keys model and stages", code="invalid-recipe"
         )
-    version = told.get("version", VERSION)
+    version = mapping.get("version", VERSION)
     if type(version) is int and version > VERSION:
         raise UsageError(
             f"version {version} was written for a newer sparsekit; this one reads up to {VERSION}",
             "update sparsekit",
             code="newer-version",
         )
-    draft, stages = Draft(), told.get("stages")
+    draft, stages = Draft(), mapping.get("stages")
     stages = list(stages) if isinstance(stages, list) else []
     stages = [{stage: {}} if isinstance(stage, str) else stage for stage in stages]
     for override in overrides:
-        _override(told, stages, override, draft)
-    _check_top(told, draft)
+        _override(mapping, stages, override, draft)
+    _check_top(mapping, draft)
     for number, stage in enumerate(stages):
-        read_stage(number, stage, {**told, "stages": stages}, draft)
+        read_stage(number, stage, {**mapping, "stages": stages}, draft)
     refuse_one_place(draft)
     if draft.errors:
         many = f"{len(draft.errors)} errors:\n  " if len(draft.errors) > 1 else ""
         raise UsageError(many + "\n  ".join(draft.errors), code="invalid-recipe")
     return Recipe(
-        model=told["model"],
+        model=mapping["model"],
         steps=draft.steps,
         stages=len(stages),
         names=draft.names,
-        text=write_yaml({**told, "stages": stages}) if overrides else text,
+        text=write_yaml({**mapping, "stages": stages}) if overrides else text,
     )
 
 
-def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft: Draft) -> None:
+def _override(mapping: dict[str, Any], stages: Sequence[Any], override: str, draft: Draft) -> None:
     """Replace a word, in the recipe that was read."""
     key, equals, text = override.partition("=")
     try:
@@ -159,7 +159,7 @@ def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft:
         return
     verb, dot, word = key.partition(".")
     if not dot and equals and key in ("model", "seed"):
-        told[key] = value
+        mapping[key] = value
         return
     if not dot or not equals or verb not in VERBS:
         hint = did_you_mean(verb, [*VERBS, "model", "seed"])
@@ -184,18 +184,18 @@ def _override(told: dict[str, Any], stages: Sequence[Any], override: str, draft:
         one[word] = value
 
 
-def _check_top(told: Mapping[str, Any], draft: Draft) -> None:
+def _check_top(mapping: Mapping[str, Any], draft: Draft) -> None:
     """Refuse mistakes outside the stages."""
-    for key in told:
+    for key in mapping:
         if key not in TOP:
             draft.errors.append(f"{key}: unknown; {did_you_mean(str(key), TOP)}")
-    if type(told.get("version", VERSION)) is not int or told.get("version", VERSION) < 1:
-        draft.errors.append(f"version: a number is wanted, not {told['version']!r}")
-    if not isinstance(told.get("model"), str):
+    if type(mapping.get("version", VERSION)) is not int or mapping.get("version", VERSION) < 1:
+        draft.errors.append(f"version: must be a number, not {mapping['version']!r}")
+    if not isinstance(mapping.get("model"), str):
         draft.errors.append("model: the name of a model is wanted: a folder, a hub id or demo")
-    if "seed" in told and not is_seed(told["seed"]):
-        draft.errors.append(f"seed: a number that is not negative is wanted, not {told['seed']!r}")
-    if not isinstance(told.get("stages"), list) or not told["stages"]:
+    if "seed" in mapping and not is_seed(mapping["seed"]):
+        draft.errors.append(f"seed: must be a number that is not negative, not {mapping['seed']!r}")
+    if not isinstance(mapping.get("stages"), list) or not mapping["stages"]:
         draft.errors.append("stages: a list of stages is wanted, as - prune: {method: wanda}")
 
 

@@ -1,6 +1,6 @@
-"""A recipe carried out: each step once, its output kept.
+"""Run a recipe: each step once, keeping its output.
 
-A step whose record is the same is not done again; one that was interrupted goes on as verbs do.
+A step whose record is the same is not done again; one that was interrupted resumes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Done:
     state: str
     """`made`, `kept` (it was finished before) or, of a dry run, `to do`."""
     seconds: float = 0.0
-    """That this run spent on it."""
+    """Time of this run."""
     plan: Mapping[str, Any] | None = None
-    """Of a dry run what the step would do and cost, where its model is there already."""
+    """The step's plan, in a dry run, if its model exists already."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that there is, as JSON."""
@@ -77,7 +77,7 @@ def run(
             again. None: all that is not finished.
         dry: Whether to look only.
         timed: In a dry run, estimate the time of steps from their first blocks; not of `pack`.
-        progress: Told of each step.
+        progress: Reports each step.
 
     Returns:
         The outcome of each step, in order.
@@ -98,11 +98,11 @@ def run(
 
 
 def places(recipe: Recipe, out: Path, done: Sequence[Done]) -> list[Path]:
-    """The folders of a run that this recipe has filled, that of its own model first."""
-    found = {one.folder for one in done}
+    """The folders with outputs or scores of this recipe, that of its own model first."""
+    folders = {one.folder for one in done}
     if any(step.words.get("baseline") == recipe.model for step in recipe.steps):
-        found.add(out / DENSE)
-    return sorted(found, key=lambda place: (place.name != DENSE, place.name))
+        folders.add(out / DENSE)
+    return sorted(folders, key=lambda place: (place.name != DENSE, place.name))
 
 
 def _looked_at(
@@ -152,17 +152,17 @@ def _plans(work: Run, states: Mapping[str, bool], *, timed: bool) -> dict[str, d
         UsageError: A step does not fit the model, or a task is unknown.
         DataError: A model cannot be read.
     """
-    found = {}
+    plans = {}
     for step in work.recipe.steps:
         if step.verb == "eval":
             work.require_measurable(step)
         elif not states[step.name] and (step.parent is None or states[step.parent]):
             more = {} if step.verb == "pack" else {"timed": timed}
-            found[step.name] = _ready(PLANS, work, step)(**more)
+            plans[step.name] = _ready(PLANS, work, step)(**more)
         elif step.verb == "quantize":
             work.require_grid(step)
-    _require_room(work, found)
-    return found
+    _require_room(work, plans)
+    return plans
 
 
 def _require_room(work: Run, plans: Mapping[str, Mapping[str, Any]]) -> None:
@@ -239,20 +239,20 @@ def _alike(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _scored(work: Run, steps: Sequence[Step], *, again: bool) -> list[Done]:
-    """Measure models in one way, but for those that were measured so before.
+    """Measure models in one way, except for those that were measured in that way before.
 
     Args:
         work: The run.
-        steps: Those of one stage that have the same words.
-        again: Whether they are measured all the same.
+        steps: The steps of one stage that have the same words.
+        again: Whether to measure those, too.
     """
-    config, told = steps[0].config, _measurement(work, steps[0])
-    baseline = told["baseline"]
+    config, measured = steps[0].config, _measurement(work, steps[0])
+    baseline = measured["baseline"]
     begun = time.perf_counter()
     left: list[Step] = []
     found: list[Done] = []
     for step in steps:
-        if not again and _is_measured(work, step, told):
+        if not again and _is_measured(work, step, measured):
             found.append(Done(step=step, folder=_scores_of(work, step.parent), state="kept"))
         else:
             left.append(step)
@@ -263,11 +263,11 @@ def _scored(work: Run, steps: Sequence[Step], *, again: bool) -> list[Done]:
     if baseline is not None:
         first = next(scores)
         if baseline == work.recipe.model:
-            entry = told | {"baseline": None, "of": work.keys[None], **first.to_json()}
+            entry = measured | {"baseline": None, "of": work.keys[None], **first.to_json()}
             add_score(_scores_of(work, None), entry)
     for step, score in zip(left, scores, strict=True):
         folder = _scores_of(work, step.parent)
-        add_score(folder, told | {"of": work.keys[step.parent], **score.to_json()})
+        add_score(folder, measured | {"of": work.keys[step.parent], **score.to_json()})
         now = time.perf_counter()
         found.append(Done(step=step, folder=folder, state="made", seconds=now - begun))
         begun = now
@@ -275,17 +275,17 @@ def _scored(work: Run, steps: Sequence[Step], *, again: bool) -> list[Done]:
 
 
 def _measurement(work: Run, step: Step) -> dict[str, Any]:
-    """How a step measures, as it is kept beside its scores; no model is its own baseline."""
+    """How a step measures, as stored with its scores; no model is its own baseline."""
     baseline = step.words["baseline"]
     if step.parent is None and baseline == work.recipe.model:
         baseline = None
     return measurement(step.config, baseline) | {"read": work.read(step)}
 
 
-def _is_measured(work: Run, step: Step, told: Mapping[str, Any]) -> bool:
-    """Whether scores of the same model, measured in the same way, are there."""
+def _is_measured(work: Run, step: Step, measured: Mapping[str, Any]) -> bool:
+    """Whether the same model has scores that were measured in the same way."""
     saved = (entry.to_json() for entry in read_scores(_scores_of(work, step.parent)))
-    wanted = {**told, "of": work.keys[step.parent]}
+    wanted = {**measured, "of": work.keys[step.parent]}
     return any(all(entry.get(key) == wanted[key] for key in wanted) for entry in saved)
 
 
@@ -296,8 +296,8 @@ def _scores_of(work: Run, name: str | None) -> Path:
 
 def _again(recipe: Recipe, first: Sequence[Step]) -> set[str]:
     """The steps that are made again: the first ones, and all that begin with their outputs."""
-    found = {step.name for step in first if step.verb != "eval"}
+    again = {step.name for step in first if step.verb != "eval"}
     for step in recipe.steps:
-        if step.verb != "eval" and step.parent in found:
-            found.add(step.name)
-    return found
+        if step.verb != "eval" and step.parent in again:
+            again.add(step.name)
+    return again

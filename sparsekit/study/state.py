@@ -66,12 +66,12 @@ class Run:
         refuse_place(out)
         source = Checkpoint.open(resolve(recipe.model, progress))
         refuse_source(out, source.path)
-        found = cls(recipe=recipe, out=out, progress=progress, source=source)
-        found.keys[None] = _print_of_all(source, progress)
+        run = cls(recipe=recipe, out=out, progress=progress, source=source)
+        run.keys[None] = _print_of_all(source, progress)
         for step in recipe.steps:
             if step.verb != "eval":
-                found.keys[step.name] = sha256_json(found.depends(step))
-        return found
+                run.keys[step.name] = sha256_json(run.depends(step))
+        return run
 
     def depends(self, step: Step) -> dict[str, Any]:
         """Everything that decides the output of a step."""
@@ -83,26 +83,26 @@ class Run:
         }
 
     def read(self, step: Step) -> dict[str, str]:
-        """What a step reads beside its model: by word the sha256 of files, and models' weights."""
-        found = {}
+        """The other inputs of a step, by word: the sha256 of a file or of a model's weights."""
+        inputs = {}
         for word in FILES:
             path = Path(str(step.words.get(word)))
             if step.words.get(word) is not None and path.is_file():
-                found[word] = f"sha256 {self._sha256(path)}"
+                inputs[word] = f"sha256 {self._sha256(path)}"
         if (folder := step.words.get("include_path")) is not None:
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            found["include_path"] = f"sha256 {sha256_json([self._sha256(path) for path in files])}"
+            inputs["include_path"] = f"sha256 {sha256_json([self._sha256(path) for path in files])}"
         for word in MODELS:
             if step.words.get(word) is not None:
-                found[word] = self._print(step.words[word])
-        return found
+                inputs[word] = self._print(step.words[word])
+        return inputs
 
     def folder(self, name: str | None) -> Path:
-        """The folder of a step's output; of none, the recipe's model."""
+        """The folder of a step's output; None: that of the recipe's model."""
         return self.out / name if name is not None else self.source.path
 
     def model(self, name: str | None) -> str:
-        """What the verbs call the model that a step makes; of none, the recipe's word for it."""
+        """The name by which verbs read the output of a step; None: the recipe's model."""
         return str(self.folder(name)) if name is not None else self.recipe.model
 
     def record(self, step: Step) -> Path:
@@ -114,7 +114,7 @@ class Run:
 
         Args:
             step: The step.
-            again: Whether it is made again whatever is there, so that only a folder that is not of
+            again: Whether it is made again in any case; only a folder that does not belong to
                 this run is refused.
 
         Raises:
@@ -132,50 +132,50 @@ class Run:
             )
         if again:
             return False
-        told, now = Record.read(record), self.depends(step)
+        recorded, now = Record.read(record), self.depends(step)
         way_out = f"make it again with --from {step.name}"
-        if told.depends != now:
+        if recorded.depends != now:
             raise UsageError(
-                f"{folder} was made by another recipe: {_difference(told.depends, now)}",
+                f"{folder} was made by another recipe: {_difference(recorded.depends, now)}",
                 f"choose another --out, or {way_out}",
                 code="other-recipe",
             )
         try:
-            found = self._fingerprint(step.name)
+            fingerprint = self._fingerprint(step.name)
         except DataError as error:
             raise type(error)(error.message, way_out, code=error.code) from error
-        if told.fingerprint is None:  # killed before the record was complete
-            return found != told.before
-        if found != told.fingerprint:
+        if recorded.fingerprint is None:  # killed before the record was complete
+            return fingerprint != recorded.before
+        if fingerprint != recorded.fingerprint:
             raise DataError(
-                f"{folder} is not what the run wrote (fingerprint {found[:12]}…, it was "
-                f"{told.fingerprint[:12]}…)",
+                f"{folder} is not what the run wrote (fingerprint {fingerprint[:12]}…, it was "
+                f"{recorded.fingerprint[:12]}…)",
                 f"put its weights, config.json and tokenizer back, or {way_out}",
                 code="fingerprint-mismatch",
             )
-        return self._fingerprint(step.parent) in (None, told.parent)
+        return self._fingerprint(step.parent) in (None, recorded.parent)
 
     def replaces(self, step: Step) -> bool:
         """Whether a step's folder holds an earlier output of this run."""
         return self.folder(step.name).exists() and self.record(step).is_file()
 
     def intend(self, step: Step) -> None:
-        """Record that a step is to be made, of what, and what it replaces."""
+        """Record that a step is going to be made, from what, and what it replaces."""
         record = self.record(step)
-        told = Record(
+        intended = Record(
             depends=self.depends(step),
             fingerprint=None,
             before=self._before(step.name),
             parent=self._fingerprint(step.parent),
         )
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, told.model_dump(mode="json"))
+        write_json(record, intended.model_dump(mode="json"))
 
     def settle(self, step: Step) -> None:
         """Complete the record of a step whose output is complete."""
-        told = Record.read(self.record(step))
-        if told.fingerprint is None:
-            complete = told.model_copy(update={"fingerprint": self._fingerprint(step.name)})
+        intended = Record.read(self.record(step))
+        if intended.fingerprint is None:
+            complete = intended.model_copy(update={"fingerprint": self._fingerprint(step.name)})
             write_json(self.record(step), complete.model_dump(mode="json"))
 
     def locked(self) -> AbstractContextManager[None]:
@@ -228,7 +228,7 @@ class Run:
         return None
 
     def _fingerprint(self, name: str | None) -> str | None:
-        """That of what a step has made; None where nothing is made, and of the recipe's model."""
+        """The fingerprint of an output; None if there is none, and for the recipe's model."""
         folder = self.folder(name)
         if name is None or not folder.exists():
             return None
@@ -240,8 +240,8 @@ class Run:
 
     def _sha256(self, path: Path) -> str:
         """The sha256 of a file, which is read once."""
-        told = path.stat()
-        key = (str(path), told.st_size, told.st_mtime_ns)
+        stat = path.stat()
+        key = (str(path), stat.st_size, stat.st_mtime_ns)
         if key not in self.files:
             self.files[key] = sha256_file(path)
         return self.files[key]
@@ -256,23 +256,23 @@ class Run:
 
 
 def _print_of_all(source: Checkpoint, progress: Progress) -> str:
-    """The sha256 over all that decides what a model computes: weights, configuration, tokenizer.
+    """The sha256 over everything that a model computes with: weights, configuration, tokenizer.
 
     Raises:
         DataError: The model cannot be read.
     """
-    told = json.dumps(config_of(source.config), sort_keys=True, default=str)
-    return sha256_json([source.scan(progress), told, tokenizer_key(source)])
+    config = json.dumps(config_of(source.config), sort_keys=True, default=str)
+    return sha256_json([source.scan(progress), config, tokenizer_key(source)])
 
 
 class Record(BaseModel):
-    """What the output of a step depends on, and what it was."""
+    """The dependencies and the fingerprint of a step's output."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     depends: dict[str, JsonValue]
     fingerprint: str | None
-    """Of the output; None until it stands."""
+    """The fingerprint of the output; None until it is complete."""
     before: str | None
     """The fingerprint of the output that it replaces."""
     parent: str | None
@@ -285,7 +285,7 @@ class Record(BaseModel):
         Raises:
             DataError: The file is damaged.
         """
-        read_json(file)  # names what is no JSON
+        read_json(file)  # names the place of a syntax error
         try:
             return cls.model_validate_json(file.read_bytes(), strict=True)
         except ValidationError as error:
