@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,18 @@ SHAPE = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is `sampled`, leave every nth case in the default run."""
+    counts: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        if (sampled := item.get_closest_marker("sampled")) is not None:
+            place = (item.path, item.originalname)
+            if counts[place] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            counts[place] += 1
 
 
 @pytest.fixture(scope="session", autouse=True)

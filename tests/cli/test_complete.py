@@ -1,10 +1,9 @@
 """Shell completion, asked as the shells ask: by environment variables."""
 
-import os
 import subprocess
-import sys
 
 import pytest
+from forked import Answer, answers
 from verbs import commands
 
 from sparsekit import registry as methods
@@ -20,72 +19,70 @@ from sparsekit.weights.patterns import Pattern
 HEAVY = ("torch", "transformers", "numpy", "datasets", "huggingface_hub")
 
 
-def asked(**variables: str) -> subprocess.CompletedProcess:
-    """What sparsekit answers a shell."""
-    return subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "sparsekit"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **variables},
-        check=False,
+def asked(*variables: dict[str, str]) -> list[Answer]:
+    """What sparsekit answers a shell that sets these variables."""
+    return answers([([], more) for more in variables])
+
+
+OFFERS = [
+    ("sparsekit quan", ["quantize"]),
+    ("sparsekit prune m --meth", ["--method"]),
+    ("sparsekit prune m --method s", ["sparsegpt"]),
+    ("sparsekit prune m --refine ", ["armor", "dsnot"]),
+    ("sparsekit prune m --pattern 2", ["2:4", "2:8"]),
+    ("sparsekit prune m --then w", ["w8a8"]),
+    ("sparsekit prune m --calibration ", ["builtin", "self", "c4", "wikitext2"]),
+    ("sparsekit prune m --preset p", ["published"]),
+    ("sparsekit quantize m --grid f", ["fp8"]),
+    ("sparsekit quantize m --method ", ["awq", "gptq", "rtn"]),
+    ("sparsekit recover m --method ", ["auto", "ast", "cast", "fixed"]),
+    ("sparsekit recover m --dtype ", ["auto", "float32"]),
+    ("sparsekit eval m --text ", ["builtin", "c4", "wikitext2"]),
+    ("sparsekit convert m --format ", ["plain", "packed"]),
+    ("sparsekit bench recover --method f", ["fixed"]),
+    ("sparsekit run sparsegpt-", ["sparsegpt-ast", "sparsegpt-cast-int4"]),
+    ("sparsekit recipe show quic", ["quickstart"]),
+    ("sparsekit recipe cp quic", ["quickstart"]),
+    ("sparsekit recipe validate quickstart wanda-", ["wanda-dsnot-60"]),
+]
+
+
+@pytest.fixture(scope="module")
+def offers() -> list[Answer]:
+    """What bash is offered at the end of each line."""
+    return asked(
+        *(
+            {
+                "_SPARSEKIT_COMPLETE": "complete_bash",
+                "COMP_WORDS": line,
+                "COMP_CWORD": str(line.count(" ")),
+            }
+            for line, _ in OFFERS
+        )
     )
 
 
-def completed(line: str) -> list[str]:
-    """What bash offers at the end of a line."""
-    words = line.split(" ")
-    found = asked(
-        _SPARSEKIT_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1)
-    )
-    assert found.returncode == 0, found.stderr
-    imports = [text.rpartition("|")[2].strip() for text in found.stderr.splitlines()]
-    assert "typer" in imports
-    assert not {name.split(".")[0] for name in imports} & set(HEAVY)
-    return found.stdout.split()
-
-
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("sparsekit quan", ["quantize"]),
-        ("sparsekit prune m --meth", ["--method"]),
-        ("sparsekit prune m --method s", ["sparsegpt"]),
-        ("sparsekit prune m --refine ", ["armor", "dsnot"]),
-        ("sparsekit prune m --pattern 2", ["2:4", "2:8"]),
-        ("sparsekit prune m --then w", ["w8a8"]),
-        ("sparsekit prune m --calibration ", ["builtin", "self", "c4", "wikitext2"]),
-        ("sparsekit prune m --preset p", ["published"]),
-        ("sparsekit quantize m --grid f", ["fp8"]),
-        ("sparsekit quantize m --method ", ["awq", "gptq", "rtn"]),
-        ("sparsekit recover m --method ", ["auto", "ast", "cast", "fixed"]),
-        ("sparsekit recover m --dtype ", ["auto", "float32"]),
-        ("sparsekit eval m --text ", ["builtin", "c4", "wikitext2"]),
-        ("sparsekit convert m --format ", ["plain", "packed"]),
-        ("sparsekit bench recover --method f", ["fixed"]),
-        ("sparsekit run sparsegpt-", ["sparsegpt-ast", "sparsegpt-cast-int4"]),
-        ("sparsekit recipe show quic", ["quickstart"]),
-        ("sparsekit recipe cp quic", ["quickstart"]),
-        ("sparsekit recipe validate quickstart wanda-", ["wanda-dsnot-60"]),
-    ],
-)
-def test_word_is_completed_without_importing_torch(line, offered):
-    assert completed(line) == offered
+@pytest.mark.parametrize("number", range(len(OFFERS)), ids=lambda number: OFFERS[number][0])
+def test_word_is_completed_without_importing_torch(offers, number):
+    found = offers[number]
+    assert found.code == 0, found.stderr
+    assert found.stdout.split() == OFFERS[number][1]
+    assert "sparsekit" in found.packages
+    assert not found.packages & set(HEAVY)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_script_for_the_shell_is_given(shell):
-    found = asked(_SPARSEKIT_COMPLETE=f"source_{shell}")
-    assert found.returncode == 0
+    (found,) = asked({"_SPARSEKIT_COMPLETE": f"source_{shell}"})
+    assert found.code == 0
     assert "_SPARSEKIT_COMPLETE=complete_" + shell in found.stdout
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=found.stdout, text=True, check=True)
 
 
 def test_zsh_is_told_what_a_method_does():
-    found = asked(
-        _SPARSEKIT_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="sparsekit prune m --method wan"
-    )
+    words = "sparsekit prune m --method wan"
+    (found,) = asked({"_SPARSEKIT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words})
     summary = methods.describe("pruners", "wanda").summary
     assert '"wanda"' in found.stdout
     assert summary[:20] in found.stdout

@@ -7,63 +7,53 @@ import subprocess
 import sys
 
 import pytest
+from forked import Answer, answers
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy", "huggingface_hub")
 TIMES = 3.0
 
 
-def imported(*arguments: str) -> tuple[set[str], int, str]:
-    """The top-level packages that a command imports, its exit code, and what it says."""
-    found = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "sparsekit", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    lines = found.stderr.splitlines()
-    modules = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
-    said = [line for line in lines if not line.startswith("import time:")]
-    return (
-        {name.split(".")[0] for name in modules},
-        found.returncode,
-        found.stdout + "\n".join(said),
-    )
+ANSWERS = [
+    (["--help"], 0, "Prune Hugging Face"),
+    (["prune", "--help"], 0, "Example: sparsekit prune"),
+    (["eval", "--help"], 0, "Example: sparsekit eval"),
+    (["bench", "prune", "--help"], 0, "Example: sparsekit bench prune"),
+    (["methods"], 0, "wanda"),
+    (["methods", "wanda"], 0, "Sun et al. 2024"),
+    (["methods", "armor", "--json"], 0, '"can_follow": ["pack"]'),
+    (["--version"], 0, "transformers "),
+    (["prune", "m", "-o", "o", "--patern", "2:4"], 2, "--pattern"),
+    (["prune", "m", "-o", "o", "--method", "wandaa"], 2, "did you mean 'wanda'"),
+    (["prune", "m", "-o", "o", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
+    (["prune", "m", "-o", "o", "--method", "alps", "-O", "x=1"], 2, "alps has no option 'x'"),
+    (["prune", "m", "-o", "o", "--calibration", "no.txt"], 2, "no.txt does not exist"),
+    (["prune", "m", "-o", "o", "--dtype", "int4"], 2, "--dtype 'int4' is not known"),
+    (["eval", "m", "--limit", "0"], 2, "--limit must be at least 1"),
+    (["eval", "m", "--batch-size", "4"], 2, "--batch-size has no effect without --tasks"),
+    (["verify", "m", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
+    (["prune", "./m", "-o", "o"], 2, "no such model folder: ./m"),
+    (["prune", "dmo", "-o", "o"], 2, "did you mean 'demo'"),
+    (["prune", "demo", "-o", "/"], 2, "the output / is the current folder or contains it"),
+    (["eval", "demo", "--baseline", "/"], 2, "/ has no config.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def told() -> list[Answer]:
+    """The answers to all command lines above."""
+    return answers([(arguments, {}) for arguments, _, _ in ANSWERS])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "answer"),
-    [
-        (["--help"], 0, "Prune Hugging Face"),
-        (["prune", "--help"], 0, "Example: sparsekit prune"),
-        (["eval", "--help"], 0, "Example: sparsekit eval"),
-        (["bench", "prune", "--help"], 0, "Example: sparsekit bench prune"),
-        (["methods"], 0, "wanda"),
-        (["methods", "wanda"], 0, "Sun et al. 2024"),
-        (["methods", "armor", "--json"], 0, '"can_follow": ["pack"]'),
-        (["--version"], 0, "transformers "),
-        (["prune", "m", "-o", "o", "--patern", "2:4"], 2, "--pattern"),
-        (["prune", "m", "-o", "o", "--method", "wandaa"], 2, "did you mean 'wanda'"),
-        (["prune", "m", "-o", "o", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
-        (["prune", "m", "-o", "o", "--method", "alps", "-O", "x=1"], 2, "alps has no option 'x'"),
-        (["prune", "m", "-o", "o", "--calibration", "no.txt"], 2, "no.txt does not exist"),
-        (["prune", "m", "-o", "o", "--dtype", "int4"], 2, "--dtype 'int4' is not known"),
-        (["eval", "m", "--limit", "0"], 2, "--limit must be at least 1"),
-        (["eval", "m", "--batch-size", "4"], 2, "--batch-size has no effect without --tasks"),
-        (["verify", "m", "--pattern", "2/4"], 2, "pattern '2/4' is not understood"),
-        (["prune", "./m", "-o", "o"], 2, "no such model folder: ./m"),
-        (["prune", "dmo", "-o", "o"], 2, "did you mean 'demo'"),
-        (["prune", "demo", "-o", "/"], 2, "the output / is the current folder or contains it"),
-        (["eval", "demo", "--baseline", "/"], 2, "/ has no config.json"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    "number", range(len(ANSWERS)), ids=lambda number: " ".join(ANSWERS[number][0])
 )
-def test_answer_comes_without_importing_torch(arguments, code, answer):
-    packages, found, said = imported(*arguments)
-    assert answer in said
-    assert found == code
-    assert "typer" in packages  # the list of imports is really there
-    assert packages & set(HEAVY) == set()
+def test_answer_comes_without_importing_torch(told, number):
+    _, code, answer = ANSWERS[number]
+    found = told[number]
+    assert answer in found.stdout + found.stderr
+    assert found.code == code
+    assert "sparsekit" in found.packages  # the list of imports is really there
+    assert found.packages & set(HEAVY) == set()
 
 
 def spent(*arguments: str) -> float:
@@ -98,9 +88,9 @@ def test_an_answer_takes_little_more_than_the_libraries_of_the_command_line(argu
 
 
 def test_help_names_every_command():
-    _, _, said = imported("--help")
+    (found,) = answers([(["--help"], {})])
     for command in ("prune", "eval", "inspect", "verify", "methods", "demo", "bench"):
-        assert re.search(rf"^\s+{command}\s+\w", said, re.MULTILINE)
+        assert re.search(rf"^\s+{command}\s+\w", found.stdout, re.MULTILINE)
 
 
 def test_windows_is_refused_in_one_line():

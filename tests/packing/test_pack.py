@@ -74,6 +74,7 @@ def same_bytes(one, two) -> bool:
     )
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "name", ["llama", "qwen2", "gemma3", "phi3", "opt", "gpt2", "llama_sharded"]
 )
@@ -279,6 +280,7 @@ def coded(sparse, tmp_path):
     return folder
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
 def test_codes_come_back_too(coded, tmp_path, grid, pattern):
@@ -479,6 +481,7 @@ def with_branches(family, row_file, tmp_path):
     return folder
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("made_by", ["lowrank", "armor", "slorb"])
 def test_factors_are_kept_alone_and_multiplied_out(

@@ -532,6 +532,7 @@ def test_dense_form_that_is_pruned_again_by_another_method_passes(run, made, tmp
 # -------------------------------------------------------------------------------- interrupted runs
 
 
+@pytest.mark.sampled(3)
 @every_form
 @pytest.mark.parametrize("propagate", [None, True], ids=["plain", "propagate"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

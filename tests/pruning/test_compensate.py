@@ -69,6 +69,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", METHODS, ids=lambda o: o["method"])
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
 def test_every_method_loses_less_with_it_and_both_forms_agree(family, run, row_file, name, options):

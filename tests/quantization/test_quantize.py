@@ -104,6 +104,7 @@ def stock(folder, **options):
     return model.eval()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
@@ -207,6 +208,7 @@ def test_shards_get_an_index_of_what_is_in_them(run, copy_of, tmp_path):
     stock(out)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma3", "phi3", "opt"])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_other_families_load_too_and_are_what_they_were(run, family, row_file, name, method):
@@ -342,6 +344,7 @@ def test_an_unknown_grid_is_refused(run, sparse):
         run(sparse("2:4"), grid="int5")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("grid", ["int4-g16", "int8", "fp8"])
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])

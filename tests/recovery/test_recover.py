@@ -238,6 +238,7 @@ def test_text_of_the_teachers_own_needs_no_data(pruned, tmp_path):
     assert verify(str(found.out))["zeros"] == 9216
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["fixed", "ast"])
 @pytest.mark.parametrize(
     "words",
@@ -382,6 +383,7 @@ def test_training_lowers_the_divergence_from_the_teacher(pruned, tmp_path):
     assert last < 0.9 * first
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3", "qwen2", "llama_tied", "llama_sharded"])
 def test_families_are_trained_and_load_again(family, row_file, tmp_path, name, precision):
@@ -490,6 +492,7 @@ def test_evaluating_does_not_change_the_outcome(family, tmp_path):
     assert first == second
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "precision"), [("fixed", "no"), ("ast", "no"), ("ast", "bf16"), ("cast", "no")]
 )

@@ -169,6 +169,7 @@ def test_a_file_does_not_depend_on_the_batch_that_its_row_was_first_in(
     assert data[0] == data[1]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("stop", [1, 7])
 @pytest.mark.parametrize("method", ["fixed", "ast"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(

@@ -253,6 +253,7 @@ def test_loss_falls_as_in_the_published_run() -> None:
 # --------------------------------------------------------------------------- coordinate descent
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
 def test_ten_sweeps_reach_at_least_the_loss_of_1000_published_iterations(text: str) -> None:
     """With the published rate, on a weight of 16 x 32 in blocks of 8."""

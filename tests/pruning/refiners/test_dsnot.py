@@ -255,6 +255,7 @@ def test_units_of_the_threshold_are_proportional() -> None:
 # -------------------------------------------------------------------------- what always holds
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("same_sign", ["yes", "no"])
 @pytest.mark.parametrize(
     ("rows", "columns", "texts"),
