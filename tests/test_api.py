@@ -3,7 +3,6 @@
 import importlib.resources
 import inspect
 import json
-import re
 import shutil
 
 import pytest
@@ -81,7 +80,7 @@ def test_evaluate_saves_the_scores_that_the_command_saves(cli, family, pruned, r
     (model / SCORES).unlink()
     sparsekit.evaluate(model, baseline=family("llama"), text=rows, save=True)
     assert (model / SCORES).read_bytes() == theirs
-    with pytest.raises(UsageError, match=re.escape(str(family("llama")))):
+    with refused("not-by-sparsekit", str(family("llama")), kind=UsageError):
         sparsekit.evaluate([model, family("llama")], text=rows, save=True)
 
 
@@ -123,19 +122,19 @@ def test_the_package_says_that_it_is_typed():
 
 
 def test_a_wrong_word_is_an_error_with_its_reason(family, tmp_path):
-    with pytest.raises(UsageError, match="'wnada'"):
+    with refused("no-method", "'wnada'", kind=UsageError):
         sparsekit.prune(family("llama"), tmp_path / "out", method="wnada")
     for wrong in (UsageError, TypeError):
-        with pytest.raises(wrong, match="metod") as error:
+        with refused("no-option", "metod", kind=wrong) as error:
             sparsekit.prune(family("llama"), tmp_path / "out", metod="wanda")
         assert error.value.hint == "did you mean 'method'?"
-    with pytest.raises(UsageError, match=r"sparsity.*pattern 50%"):
+    with refused("no-option", "sparsity", "pattern 50%", kind=UsageError):
         sparsekit.prune(family("llama"), tmp_path / "out", sparsity=0.5)
-    with pytest.raises(UsageError, match=r"^samples: .*not '8'"):
+    with refused("wrong-type", "samples", "8", kind=UsageError):
         sparsekit.prune(family("llama"), tmp_path / "out", samples="8")
-    with pytest.raises(UsageError, match=r"^rank .*compensate lowrank"):
+    with refused("no-effect", "rank ", "compensate lowrank", kind=UsageError):
         sparsekit.prune(family("llama"), tmp_path / "out", rank="5%")
-    with pytest.raises(UsageError, match=r" overwrite"):
+    with refused("output-exists", " overwrite", kind=UsageError):
         sparsekit.prune(family("llama"), tmp_path, pattern="2:4", method="magnitude")
 
 

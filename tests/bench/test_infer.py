@@ -60,7 +60,7 @@ def test_numbers_that_measure_nothing_are_refused(pruned, change):
 
 def test_a_packed_model_that_is_expanded_takes_more_memory(pruned, tmp_path, monkeypatch):
     packed = pack(str(pruned), tmp_path / "packed").out
-    with pytest.raises(UsageError, match=r"--resident .*all"):
+    with refused("not-a-choice", "--resident", "'all'", kind=UsageError):
         bench_infer(InferConfig(resident="all"), [str(packed)])
     calls = []
     monkeypatch.setattr(infer, "expand", calls.append)
@@ -98,5 +98,5 @@ class _EndsTheReader:
 def test_a_model_that_does_not_fit_when_expanded_is_refused(pruned, tmp_path, monkeypatch):
     packed = pack(str(pruned), tmp_path / "packed").out
     monkeypatch.setattr("sparsekit.model.form_linear.available_memory", lambda: 1000)
-    with pytest.raises(DataError, match="expanded"):
+    with refused("not-enough-memory", kind=DataError):
         sparsekit.load(packed, "float32", "expand")

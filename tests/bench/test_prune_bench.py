@@ -54,7 +54,7 @@ def test_floor_is_refused_where_the_whole_model_does_not_fit(family, row_file, m
     monkeypatch.setattr("sparsekit.model.full_model.available_memory", lambda: 1000)
     monkeypatch.setattr(bench, "prune", None)  # a call would fail in another way
     config = PruneConfig(calibration=str(row_file))
-    with pytest.raises(DataError, match="--no-floor"):
+    with refused("not-enough-memory", "--no-floor", kind=DataError):
         bench_prune(config, str(family("llama")), repeat=1)
 
 

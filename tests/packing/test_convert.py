@@ -93,7 +93,7 @@ def test_weights_without_a_common_pattern_have_rows_and_no_pattern(tmp_path):
     told = {row["name"].split(".")[-2]: row.get("pattern") for row in entry["weights"]}
     assert told["q_proj"] is None
     assert set(told.values()) == {None, "2:4"}
-    with pytest.raises(UsageError, match="no history that names a pattern; pass --pattern"):
+    with refused("no-history", "--pattern", kind=UsageError):
         verify(str(out))
     [row] = compare([out]).rows
     assert row.pattern is None
@@ -107,7 +107,7 @@ def test_what_was_converted_before_there_were_rows_opens(tmp_path):
     (out / "sparsekit.json").write_text(json.dumps(told))
     assert compare([out]).rows[0].pattern is None
     assert verify(str(out), "2:4")["weights"] == 7
-    with pytest.raises(UsageError, match="no history that names a pattern"):
+    with refused("no-history", kind=UsageError):
         verify(str(out))
 
 
@@ -129,7 +129,7 @@ def test_a_converted_output_head_is_verified_too(tmp_path):
     save_file(found, out / "model.safetensors", {"format": "pt"})
     del told["fingerprint"]
     (out / "sparsekit.json").write_text(json.dumps(told))
-    with pytest.raises(PatternError, match=r"lm_head\.weight: row 3"):
+    with refused("pattern-violated", "lm_head.weight", "row 3", kind=PatternError):
         verify(str(out))
 
 
@@ -337,11 +337,11 @@ def test_a_missing_part_and_another_form_are_refused(tmp_path):
     )
     with refused("incomplete-checkpoint", "model.layers.0.mlp.up_proj.compressed", kind=DataError):
         convert(str(source), tmp_path / "plain")
-    with pytest.raises(DataError, match=r"which convert .*; sparsekit convert takes sparse-24"):
+    with refused("kind-not-taken", "convert", "sparse-24", kind=DataError):
         convert(str(LEGACY / "dense"), tmp_path / "plain")
     magnitude = prune(PruneConfig(method="magnitude"), str(LEGACY / "dense"), tmp_path / "sparse")
     packed = pack(str(magnitude.out), tmp_path / "packed").out
-    with pytest.raises(DataError, match=r"is packed, which convert .*; sparsekit unpack"):
+    with refused("kind-not-taken", "packed", "convert", "sparsekit unpack", kind=DataError):
         convert(str(packed), tmp_path / "plain")
 
 

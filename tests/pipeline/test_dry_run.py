@@ -103,9 +103,9 @@ def test_plans_of_unpack_and_convert_tell_the_bytes_that_are_then_written(pruned
     totals = convert(old, new).entry.to_json()["totals"]
     assert found["bytes_to_write"] == weights_of(new)
     assert (found["weights"], found["size"]) == (totals["weights"], totals["size"])
-    with pytest.raises(DataError, match=r"plain.*unpack"):
+    with refused("kind-not-taken", "plain", "unpack", kind=DataError):
         plan_unpack(str(pruned), tmp_path / "other")
-    with pytest.raises(DataError, match=r"plain.*convert"):
+    with refused("kind-not-taken", "plain", "convert", kind=DataError):
         plan_convert(str(pruned), tmp_path / "other")
 
 
@@ -132,7 +132,7 @@ def test_plans_refuse_what_the_runs_refuse(quantized, trained, family, pruned, t
     out, dense = tmp_path / "out", str(family("llama"))
     with refused("grid-does-not-divide", "48", kind=UsageError):
         plan_quantize(QuantizeConfig(method="rtn", grid="int4-g48"), dense, out)
-    with pytest.raises(DataError, match=re.escape(dense)):
+    with refused("not-sparse", dense, kind=DataError):
         plan_pack(dense, out)
     with refused("would-fill-zeros", "o_proj", kind=UsageError):
         plan_recover(replace(trained, skip=["o_proj"]), str(pruned), out)
@@ -143,7 +143,7 @@ def test_plans_refuse_what_the_runs_refuse(quantized, trained, family, pruned, t
         lambda: plan_recover(trained, str(pruned), out),
         lambda: plan_pack(str(pruned), out),
     ):
-        with pytest.raises(UsageError, match=r"\bout\b"):
+        with refused("output-exists", "/out", kind=UsageError):
             plan()
     assert [file.name for file in out.iterdir()] == ["thesis.txt"]
 

@@ -538,8 +538,8 @@ def test_inputs_that_overflow_are_an_error_that_names_the_weight(
         tensors[f"model.layers.{block}.mlp.{part}.weight"] *= 1e30
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = PruneConfig(method=method, calibration=str(row_file))
-    name = rf"model\.layers\.{block}\.mlp\.down_proj\.weight"
-    with pytest.raises(NumericalError, match=name):
+    name = f"model.layers.{block}.mlp.down_proj.weight"
+    with refused("not-finite", name, kind=NumericalError):
         prune(config, str(folder), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -562,7 +562,7 @@ def test_text_without_a_tokenizer_is_refused(family, tmp_path):
 def test_existing_output_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "model").mkdir()
-    with pytest.raises(UsageError, match=r"\bout\b"):
+    with refused("output-exists", "/out", kind=UsageError):
         prune(PruneConfig(), str(tmp_path / "model"), tmp_path / "out")
 
 
@@ -628,7 +628,7 @@ def test_plan_makes_the_same_checks_as_prune(family, row_file, tmp_path):
     with refused("pattern-does-not-divide", "66", kind=UsageError):
         plan_of(family, row_file, tmp_path, source=family("llama_odd"))
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match=r"\bout\b"):
+    with refused("output-exists", "/out", kind=UsageError):
         plan_of(family, row_file, tmp_path)
 
 
@@ -675,12 +675,12 @@ def test_peak_estimate_counts_the_rows_that_are_really_read(family, row_file, tm
 def test_dry_run_sees_that_a_model_to_sample_from_does_not_fit(family, tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekit.model.full_model.available_memory", lambda: 1000)
     config = PruneConfig(calibration="self")
-    with pytest.raises(DataError, match=r"'self'.*builtin"):
+    with refused("not-enough-memory", "'self'", "builtin", kind=DataError):
         plan(config, str(family("llama")), tmp_path / "out")
 
 
 def test_dry_run_sees_a_missing_tokenizer_before_any_weight(family, tmp_path):
-    with pytest.raises(DataError, match="tokenizer"):
+    with refused("no-tokenizer", kind=DataError):
         plan(PruneConfig(), str(family("llama_tied")), tmp_path / "out")
 
 

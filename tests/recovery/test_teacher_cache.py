@@ -226,7 +226,7 @@ def test_a_file_that_is_too_short_is_refused_before_the_first_step(config, prune
     recover(config, str(pruned), tmp_path / "first")
     file = files(tmp_path / "cache")[name_of(rows[3])]
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=name_of(rows[3])):
+    with refused("damaged-file", name_of(rows[3]), kind=DataError):
         recover(config, str(pruned), tmp_path / "second")
     assert not (tmp_path / "second.partial").exists()
 
@@ -238,7 +238,7 @@ def test_a_file_with_another_bit_is_refused_and_once_deleted_computed_again(
     file = files(tmp_path / "cache")[name_of(rows[3])]
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataError, match=name_of(rows[3])):
+    with refused("damaged-file", name_of(rows[3]), kind=DataError):
         recover(config, str(pruned), tmp_path / "second")
     file.unlink()
     second = recover(config, str(pruned), tmp_path / "second").out
@@ -336,7 +336,7 @@ def test_shards_are_refused(config, pruned, tmp_path):
 def test_an_interrupted_run_with_another_number_is_refused(config, pruned, tmp_path, top):
     with pytest.raises(KeyboardInterrupt):
         recover(config, str(pruned), tmp_path / "out", progress=StopsAt(3))
-    with pytest.raises(UsageError, match="teacher_top"):
+    with refused("other-recipe", "teacher_top", kind=UsageError):
         recover(replace(config, teacher_top=top), str(pruned), tmp_path / "out")
 
 
