@@ -45,7 +45,7 @@ def quantized_shapes(
     if format_of(grid) != PACKED:
         codes = torch.float8_e4m3fn if grid.floating else torch.int8
         return {"weight": (codes, shape), WEIGHT_SCALE: scale}
-    words = math.ceil(columns / (WORD_BITS // grid.bits))  # no code crosses a word
+    words = math.ceil(columns * grid.bits / WORD_BITS)
     packed = torch.int32, (rows, words)
     return {PACKED_WEIGHT: packed, WEIGHT_SCALE: scale, WEIGHT_SHAPE: (torch.int64, (2,))}
 
