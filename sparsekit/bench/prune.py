@@ -51,11 +51,7 @@ def bench_prune(
         scratch: Folder for the temporary output; None: the system's.
         progress: Reports each block.
     """
-    if repeat < 1:
-        raise UsageError(f"--repeat must be at least 1, not {repeat}", code="out-of-range")
-    if scratch is not None and not scratch.is_dir():
-        hint = "make it, or leave out the option"
-        raise UsageError(f"--scratch {scratch} is not a folder", hint, code="not-a-folder")
+    _check(repeat, scratch)
     source = Checkpoint.open(resolve(model, progress))
     if floor:
         dtype = compute_dtype(config.dtype, pick_device(config.device), source)
@@ -63,22 +59,20 @@ def bench_prune(
     rows = (config.rows or Calibration()).rows(source, progress)
     build_without_weights(source, torch.float32)  # loads transformers' code of this family
     before = psutil.Process().memory_info().rss
-    seconds: list[float] = []
-    floors: list[float] = []
-    peak = 0
+    seconds, floors, peak = [], [], 0
     for _ in range(repeat):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             started = time.perf_counter()
-            report = prune(config, model, Path(folder) / "out", progress=progress)
+            entry = prune(config, model, Path(folder) / "out", progress=progress).entry
             seconds.append(time.perf_counter() - started)
         peak = peak or max(0, peak_memory() - before)
         if floor:
-            floors.append(_forward_seconds(source, rows, report.entry.settings))
+            floors.append(_forward_seconds(source, rows, entry.settings))
     ratios = [pruned / plain for pruned, plain in zip(seconds, floors, strict=False)]
     return {
         "model": model,
         "method": config.title,
-        "pattern": report.entry.settings.pattern,
+        "pattern": entry.settings.pattern,
         "rows": list(rows.tokens.shape),
         "model_bytes": source.n_bytes,
         "blocks": source.config.get_text_config().num_hidden_layers,
@@ -86,12 +80,25 @@ def bench_prune(
         "floor_seconds": floors,
         "ratio": statistics.median(ratios) if ratios else None,
         "ratios": ratios,
-        "solve_seconds": sum(row.seconds for row in report.entry.weights),
+        "solve_seconds": sum(row.seconds for row in entry.weights),
         "peak_bytes_above_start": peak,
         "threads": torch.get_num_threads(),
-        "device": report.entry.settings.device,
-        "dtype": report.entry.settings.dtype,
+        "device": entry.settings.device,
+        "dtype": entry.settings.dtype,
     }
+
+
+def _check(repeat: int, scratch: Path | None) -> None:
+    """Refuse unusable options.
+
+    Raises:
+        UsageError: `repeat` is too small, or `scratch` is not a folder.
+    """
+    if repeat < 1:
+        raise UsageError(f"--repeat must be at least 1, not {repeat}", code="out-of-range")
+    if scratch is not None and not scratch.is_dir():
+        hint = "make it, or leave out the option"
+        raise UsageError(f"--scratch {scratch} is not a folder", hint, code="not-a-folder")
 
 
 @torch.no_grad()

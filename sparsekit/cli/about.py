@@ -104,7 +104,7 @@ def _show_methods(terminal: Terminal) -> None:
         rows,
     )
     if terminal.json or terminal.quiet or not sys.stdout.isatty():
-        terminal.result("\n".join(m.name for m in methods), [_as_json(m) for m in methods])
+        terminal.result("\n".join(m.name for m in methods), {"methods": [*map(_as_json, methods)]})
 
 
 def _show_method(terminal: Terminal, method: registry.Method) -> None:

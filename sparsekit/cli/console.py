@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -55,13 +55,12 @@ class Terminal:
         if not self.stderr.is_terminal:
             self.stderr.width = FILE_WIDTH
 
-    def result(self, text: Any, value: Any) -> None:
+    def result(self, text: Any, value: Mapping[str, Any]) -> None:
         """Write the result to stdout: `value` with --json, else `text`.
 
         Objects carry the version of the schema, which recipes/README.md documents.
         """
-        value = {"schema": SCHEMA, **value} if isinstance(value, dict) else value
-        self.document(text, value)
+        self.document(text, {"schema": SCHEMA, **value})
 
     def document(self, text: Any, value: Any) -> None:
         """Write a document with its own schema, such as a recipe, to stdout."""

@@ -36,10 +36,10 @@ def _computed(plan: Mapping[str, Any]) -> str:
     return f"{dtype} on {plan['device']}"
 
 
-def plan_costs(plan: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-    """Bytes to write and memory above the libraries of a recipe's step."""
+def plan_costs(plan: Mapping[str, Any] | None, ahead: int | None) -> tuple[str | None, str | None]:
+    """Bytes to write and memory above the libraries of a recipe's step; `ahead` without a plan."""
     if plan is None:
-        return None, None
+        return None, f"{_size(ahead)} and more" if ahead is not None else None
     memory = plan.get("peak_memory_estimate_bytes")
     shown = _size(memory) if memory else f"{_size(plan['peak_memory_at_least_bytes'])} and more"
     return _size(plan["bytes_to_write"]), shown

@@ -209,7 +209,7 @@ def show_run(terminal: Terminal, out: Path, done: Sequence["Done"], *, dry: bool
     rows = [
         (
             *(outcome.step.name, outcome.step.verb, outcome.state, _seconds(outcome)),
-            *(plan_costs(outcome.plan) if dry else ()),
+            *(plan_costs(outcome.plan, outcome.memory_ahead) if dry else ()),
             str(outcome.folder),
         )
         for outcome in done

@@ -4,13 +4,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sparsekit import registry as methods
+from sparsekit.checkpoint.checkpoint import Checkpoint
+from sparsekit.model.block_stream import BlockStream
+from sparsekit.model.device import compute_dtype, pick_device
 from sparsekit.pipeline.dry_run import begun, dtype_name
 from sparsekit.pipeline.forecast import forecast, peak_estimate
 from sparsekit.pipeline.selection import family_notes
 from sparsekit.progress import SILENT, Progress
 from sparsekit.quantization.block import quantize_block
 from sparsekit.quantization.config import QuantizeConfig
-from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize
+from sparsekit.quantization.prepare import QuantizeJob, prepare_quantize, stats_of
 
 
 def plan_quantize(
@@ -43,6 +47,14 @@ def plan_quantize(
         "device": str(job.stream.device),
         "dtype": dtype_name(job.stream.dtype),
     }
+
+
+def memory_ahead(config: QuantizeConfig, source: Checkpoint) -> int:
+    """Estimated memory, in bytes, of quantizing a model with the shapes of `source`."""
+    device = pick_device(config.device)
+    stream = BlockStream(source, device=device, dtype=compute_dtype(config.dtype, device, source))
+    quantizer = methods.load("quantizers", config.method, config.option)
+    return peak_estimate(stream, stats_of(quantizer, config.rows), config.rows)
 
 
 def _quantize_seconds(job: QuantizeJob, progress: Progress) -> float:

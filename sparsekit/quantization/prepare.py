@@ -42,12 +42,17 @@ class QuantizeJob:
     @property
     def want(self) -> Stats | None:
         """Sums over the inputs of weights; None: no forward pass."""
-        return (self.quantizer.needs or Stats.NORMS) if self.calibration else None
+        return stats_of(self.quantizer, self.calibration)
 
     @property
     def coded(self) -> bool:
         """Whether codes are stored, or the rounded numbers."""
         return self.config.format != "dense"
+
+
+def stats_of(quantizer: Quantizer, calibration: Calibration | None) -> Stats | None:
+    """Sums over the inputs of weights; None: no forward pass."""
+    return (quantizer.needs or Stats.NORMS) if calibration else None
 
 
 def prepare_quantize(

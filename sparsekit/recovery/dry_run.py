@@ -4,12 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sparsekit import registry as methods
+from sparsekit.checkpoint.checkpoint import Checkpoint
 from sparsekit.pipeline.dry_run import begun
 from sparsekit.progress import SILENT, Progress
-from sparsekit.recovery.config import RecoverConfig
+from sparsekit.recovery.config import AUTO, RecoverConfig
 from sparsekit.recovery.deadline import WRITTEN
-from sparsekit.recovery.memory_needs import pass_bytes, state_bytes
-from sparsekit.recovery.prepare import RecoverJob, prepare_recover
+from sparsekit.recovery.memory_needs import pass_bytes, state_bytes, training_bytes
+from sparsekit.recovery.prepare import RecoverJob, chosen, prepare_recover
 from sparsekit.recovery.speed import bench_recover
 from sparsekit.recovery.student import probe_steps
 
@@ -57,6 +59,15 @@ def plan_recover(
         "dtype": "float32",
         "mixed_precision": config.mixed_precision,
     }
+
+
+def memory_ahead(config: RecoverConfig, source: Checkpoint) -> int:
+    """Least memory, in bytes, of training a model with the shapes of `source` against it."""
+    if config.method == AUTO:
+        config, _ = chosen(config)
+    recoverer = methods.load("recoverers", config.method, config.option)
+    needed = config.kl_weight != 0 and config.teacher_top is None
+    return training_bytes(config, source, source if needed else None, recoverer)
 
 
 def _recover_seconds(job: RecoverJob, model: str, progress: Progress) -> float:

@@ -45,6 +45,7 @@ from sparsekit.text.rows import cap_length
 from sparsekit.weights.core_format import CoreFormat
 from sparsekit.weights.packed import factor_shapes
 
+ALONE = Processes()
 # The method of `--method auto`.
 BEST = "ast"
 
@@ -87,7 +88,7 @@ def prepare_recover(
     out: Path,
     *,
     overwrite: bool = False,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     saves: bool = True,
     progress: Progress = SILENT,
 ) -> RecoverJob:
@@ -98,7 +99,7 @@ def prepare_recover(
         model: A folder, hub id or `demo`.
         out: The folder to make.
         overwrite: Whether it may replace an earlier output.
-        processes: The processes that train together; None: this one.
+        processes: The processes that train together.
         saves: Whether to check disk space for saved states too.
         progress: Receives downloads.
 
@@ -107,14 +108,13 @@ def prepare_recover(
         DataError: A model cannot be read, or the teacher does not fit the model.
         StorageError: The disk has no room for the output.
     """
-    processes = processes or Processes()
     source = _open_model(model, out, overwrite=overwrite, progress=progress)
-    device = torch.device(pick_device(config.device))
     config, recoverer, notes = _completed(config, source)
     saved = state_bytes(source) if saves else 0
     if config.slorb is None:  # before patterns are searched in the weights, which takes minutes
         _require_disk(out, Layout.of(source), saved, config, source, recoverer)
-    stream = BlockStream(source, device=str(device), dtype=torch.float32)
+    device = pick_device(config.device)
+    stream = BlockStream(source, device=device, dtype=torch.float32)
     linear = stream.targets()
     targets, left = sparse_targets(config, source, linear)
     patterns = patterns_of(config, source, targets)
@@ -123,11 +123,9 @@ def prepare_recover(
         refuse_cuts(targets, patterns, config)
     layout = _layout(config, source, targets, patterns)
     _require_disk(out, layout, saved, config, source, recoverer)
-    teacher, teacher_name = None, ""
-    if config.kl_weight != 0 or config.slorb is not None or config.data == "self":
-        teacher_name = config.teacher or _parent(source) or model
-        teacher = _open_teacher(config, source, targets, teacher_name, out, progress)
-        refuse_silent_teacher(config, recoverer, source, teacher)
+    teacher, teacher_name = None, _teacher_name(config, source, model)
+    if teacher_name:
+        teacher = _open_teacher(config, recoverer, source, targets, teacher_name, out, progress)
     job = RecoverJob(
         config=config,
         recoverer=recoverer,
@@ -139,7 +137,7 @@ def prepare_recover(
         patterns=patterns,
         skipped=left,
         layout=layout,
-        device=device,
+        device=torch.device(device),
         notes=notes + _notes(config, source, stream),
     )
     _require_memory(job, processes)
@@ -214,8 +212,17 @@ def _completed(
     return config, recoverer, notes
 
 
+def _teacher_name(config: RecoverConfig, source: Checkpoint, model: str) -> str:
+    """The dense model as the user or the history names it; empty when nothing needs it."""
+    if config.kl_weight == 0 and config.slorb is None and config.data != "self":
+        return ""
+    dense = _dense(source)
+    return config.teacher or (dense and dense.path) or model
+
+
 def _open_teacher(
     config: RecoverConfig,
+    recoverer: Recoverer,
     source: Checkpoint,
     targets: Sequence[Target],
     teacher_name: str,
@@ -225,7 +232,8 @@ def _open_teacher(
     """Open the dense model.
 
     Raises:
-        UsageError: The output folder holds it, or `--teacher-top` exceeds its vocabulary.
+        UsageError: The output folder holds it, `--teacher-top` exceeds its vocabulary, or the loss
+            has no gradient.
         DataError: It cannot be read, or does not fit the model.
     """
     try:
@@ -239,13 +247,8 @@ def _open_teacher(
     refuse_more_than_the_vocabulary(config, teacher)
     if config.teacher is None:
         refuse_sparse_teacher(config, source, teacher, targets)
+    refuse_silent_teacher(config, recoverer, source, teacher)
     return teacher
-
-
-def _parent(source: Checkpoint) -> str | None:
-    """Path of the dense model at the start of the history; None without a history."""
-    dense = _dense(source)
-    return dense and dense.path
 
 
 def _dense(source: Checkpoint) -> Source | None:

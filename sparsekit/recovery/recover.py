@@ -95,15 +95,11 @@ def recover(
             processes.leave()
             return None
         log.publish(writer.partial)
-        recorded = _recorded(work, training, log)
+        totals, recorded = sparse_totals(weights), _recorded(work, training, log)
         report = output.publish(
-            RecoverEntry,
-            finished=finished,
-            totals=sparse_totals(weights),
-            weights=weights,
-            **recorded,
+            RecoverEntry, finished=finished, totals=totals, weights=weights, **recorded
         )
-        _forget(out)  # only now: until the output stands, all must be found again
+        _forget(out)  # only now: a run that is killed before resumes from it
     processes.leave()
     return report
 

@@ -19,8 +19,10 @@ from sparsekit.packing.pack import pack
 from sparsekit.progress import SILENT, Progress
 from sparsekit.pruning.dry_run import plan
 from sparsekit.pruning.prune import prune
+from sparsekit.quantization.dry_run import memory_ahead as quantize_memory
 from sparsekit.quantization.dry_run import plan_quantize
 from sparsekit.quantization.quantize import quantize
+from sparsekit.recovery.dry_run import memory_ahead as recover_memory
 from sparsekit.recovery.dry_run import plan_recover
 from sparsekit.recovery.recover import recover
 from sparsekit.scoring.evaluate import evaluations
@@ -30,6 +32,8 @@ from sparsekit.study.state import Run
 from sparsekit.study.steps import RECIPE, Step
 
 PLANS = {"prune": plan, "recover": plan_recover, "quantize": plan_quantize, "pack": plan_pack}
+# Memory of a verb on a model that does not exist yet, from the shapes of the recipe's model.
+MEMORY = {"recover": recover_memory, "quantize": quantize_memory}
 WRITERS = {"prune": prune, "recover": recover, "quantize": quantize, "pack": pack}
 
 
@@ -43,12 +47,16 @@ class Done:
     """`made`, `kept` (it was finished before) or, of a dry run, `to do`."""
     seconds: float = 0.0
     """Time of this run."""
+    memory_ahead: int | None = None
+    """Least memory of the step in bytes, in a dry run, if its model does not exist yet."""
     plan: Mapping[str, Any] | None = None
     """The step's plan, in a dry run, if its model exists already."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that there is, as JSON."""
-        planned = {} if self.plan is None else {"plan": dict(self.plan)}
+        planned: dict[str, Any] = {} if self.plan is None else {"plan": dict(self.plan)}
+        if self.memory_ahead is not None:
+            planned["peak_memory_at_least_bytes"] = self.memory_ahead
         return {
             **planned,
             "name": self.step.name,
@@ -119,7 +127,14 @@ def _looked_at(
         kept = there and _is_measured(work, step, _measurement(work, step))
     else:
         folder, plan, kept = work.folder(step.name), plans.get(step.name), states[step.name]
-    return Done(step=step, folder=folder, state="kept" if kept else "to do", plan=plan)
+    memory = MEMORY.get(step.verb) if not kept and plan is None else None
+    return Done(
+        step=step,
+        folder=folder,
+        state="kept" if kept else "to do",
+        plan=plan,
+        memory_ahead=memory(step.config, work.source) if memory else None,
+    )
 
 
 def _states(work: Run, first: Sequence[Step], start: str | None) -> dict[str, bool]:

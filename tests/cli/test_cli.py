@@ -660,7 +660,7 @@ def test_methods_lists_every_method_with_source_options_and_defaults(cli):
     kinds = ("pruners", "refiners", "recoverers", "quantizers")
     assert found.stdout.split() == [name for kind in kinds for name in methods.names(kind)]
     assert {"alps", "magnitude", "nowag", "ria", "sparsegpt", "wanda"} <= set(found.stdout.split())
-    listed = strict_json(cli("methods", "--json").stdout)
+    listed = strict_json(cli("methods", "--json").stdout)["methods"]
     for method in listed:
         assert method["summary"]
         assert "20" in method["source"]  # the year of the paper
