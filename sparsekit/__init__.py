@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,7 +28,9 @@ def __getattr__(name: str) -> Any:
     if name in ("evaluate", "prune", "quantize", "recover", "run"):
         return getattr(importlib.import_module(f"sparsekit.api.{name}"), name)
     if name == "__version__":
-        return importlib.metadata.version("sparsekit")
+        from importlib.metadata import version
+
+        return version("sparsekit")
     raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
 
 
