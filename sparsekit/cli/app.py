@@ -1,8 +1,10 @@
 """Verbs of the command line. A command parses, calls one stage, and shows its report."""
 
+import ast
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +37,7 @@ VERBS = {
     },
     "Run": {"run": "study:run", "recipe": "study:app", "demo": "study:demo"},
 }
-PLACES = {name: (panel, *at.split(":")) for panel, v in VERBS.items() for name, at in v.items()}
+PLACES = {name: at.split(":") for verbs in VERBS.values() for name, at in verbs.items()}
 
 
 class Commands(Mapping[str, Any]):
@@ -58,6 +60,25 @@ class Verbs(Group):
         super().__init__(**settings)
         self.commands = Commands()
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the verbs by panel, with summaries from the source files: none is imported."""
+        for panel, verbs in VERBS.items():
+            with formatter.section(panel):
+                formatter.write_dl([(name, summary(name)) for name in verbs])
+
+
+def summary(name: str) -> str:
+    """The first paragraph of a verb's docstring, or the help of its group."""
+    file, attribute = PLACES[name]
+    tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == attribute:
+            values = {word.arg: word.value for word in getattr(node.value, "keywords", ())}
+            return ast.literal_eval(values["help"])
+    raise LookupError(f"{file} has no {attribute}")
+
 
 @cache
 def _command(name: str) -> Any:
@@ -66,14 +87,12 @@ def _command(name: str) -> Any:
     Raises:
         KeyError: There is no such verb.
     """
-    panel, file, attribute = PLACES[name]
+    file, attribute = PLACES[name]
     verb = getattr(import_module(f"sparsekit.cli.{file}"), attribute)
     if isinstance(verb, typer.Typer):
-        group = typer.main.get_group(verb)
-        group.name, group.rich_help_panel = name, panel
-        return group
+        return typer.main.get_group(verb)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command(name, cls=Command, rich_help_panel=panel)(verb)
+    alone.command(name, cls=Command)(verb)
     return typer.main.get_command(alone)
 
 

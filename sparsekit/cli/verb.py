@@ -61,19 +61,15 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Commands whose help shows them by panel."""
+    """Commands whose help shows whole summaries."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands by panel."""
+        """Write the commands with their whole summaries."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for name, command in commands:
-            panel = getattr(command, "rich_help_panel", None)
-            title = panel if isinstance(panel, str) else "Commands"
-            panels.setdefault(title, []).append((name, command.get_short_help_str(SUMMARY)))
-        for title, records in panels.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(n, command.get_short_help_str(SUMMARY)) for n, command in commands]
+            )
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the commands in the order of their definition."""
