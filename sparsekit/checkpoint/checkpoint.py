@@ -27,12 +27,7 @@ from sparsekit.checkpoint.folder import (
 )
 from sparsekit.checkpoint.foreign import named_format
 from sparsekit.checkpoint.kind import Kind, kind_of, refusal
-from sparsekit.checkpoint.safetensors_file import (
-    TensorPlace,
-    read_header,
-    read_into,
-    read_tensor,
-)
+from sparsekit.checkpoint.safetensors_file import TensorPlace, read_header, read_into, read_tensor
 from sparsekit.errors import DamagedError, DataError
 from sparsekit.files import CHUNK, read_json, sha256_json
 from sparsekit.progress import SILENT, Progress

@@ -116,8 +116,7 @@ class Options(BaseModel):
         except ValidationError as error:
             raise _problems(type(self), error)[0].error from None
         # Not a field, so that two spellings of the same options are equal.
-        spelled = {key: word for key, word in words.items() if word is not None}
-        object.__setattr__(self, "_words", spelled)
+        object.__setattr__(self, "_words", {k: w for k, w in words.items() if w is not None})
 
     @property
     def words(self) -> Mapping[str, Any]:
@@ -132,7 +131,7 @@ class Options(BaseModel):
         except ValidationError as error:
             return _problems(cls, error)
         except SparsekitError:
-            return []  # conflicts between options are reported on construction
+            pass  # conflicts between options are reported on construction
         return []
 
     @classmethod
@@ -193,16 +192,12 @@ class ReadsRows(Options):
         if self.seed < 0:
             message = f"--seed must not be negative, not {self.seed}"
             raise UsageError(message, code="out-of-range")
-        unused = [
-            name for name in ("samples", "length", *others) if getattr(self, name) is not None
-        ]
+        names = ("samples", "length", *others)
+        unused = [f"--{name}" for name in names if getattr(self, name) is not None]
         if unused:
-            flags, have = (
-                " and ".join(f"--{name}" for name in unused),
-                "have" if unused[1:] else "has",
-            )
+            flags = f"{' and '.join(unused)} {'have' if unused[1:] else 'has'}"
             raise UsageError(
-                f"{title} reads no calibration: {flags} {have} no effect",
+                f"{title} reads no calibration: {flags} no effect",
                 "leave it out, or pass --calibration to measure the output error",
                 code="no-effect",
             )
@@ -236,8 +231,7 @@ def _problem(config: type[Options], key: str, errors: Sequence[Mapping[str, Any]
     if first["type"] == "greater_than_equal":
         required, code = f"must be at least {first['ctx']['ge']}", "out-of-range"
     else:
-        required = " or ".join(dict.fromkeys(details["msg"].lower() for details in errors))
-        code = "wrong-type"
+        required, code = " or ".join(dict.fromkeys(e["msg"].lower() for e in errors)), "wrong-type"
     text = f"{required}, not {given!r}"
     message = f"{flag} {text}" if required.startswith("must") else f"{flag}: {text}"
     return Problem(key=key, error=UsageError(message, code=code), reason=text, given=given)
