@@ -129,7 +129,7 @@ def test_pruned_entries_stay_exact_zeros_and_do_not_count_for_clipping():
 
 
 def test_a_hidden_entry_is_not_in_the_models_weight_and_still_follows_its_gradient():
-    """A2 and A3: the model sees mask * weight, and its gradient reaches all entries."""
+    """The model sees mask * weight, and its gradient reaches all entries."""
     weight = SparseWeight.of(parameter(4, 8), TWO_OF_FOUR, rule=Hiding())
     assert torch.equal(weight.parameter != 0, weight.mask)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
@@ -206,7 +206,7 @@ def test_a_transposed_parameter_has_its_groups_along_the_inputs():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_masks_are_the_best_choice_of_every_group_at_the_start_and_anew(transposed):
-    """A1 and D2: sizes decide, not signs; a selection forgets the mask before it."""
+    """Sizes decide, not signs; a selection forgets the mask before it."""
     plain = parameter(8, 4) if transposed else parameter(4, 8)
     inputs = torch.linspace(0.2, 2.0, 8)
     weight = SparseWeight.of(

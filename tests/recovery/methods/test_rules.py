@@ -35,7 +35,7 @@ def test_without_gradients_kept_entries_stay_and_the_others_go_toward_zero(rule)
         weight.parameter.grad = torch.zeros(4, 8)
         mine.step(1e-3, step / 10)
         moved = weight.weight - before
-        assert int((moved != 0).sum()) == 16  # D1: half of the entries, in every step
+        assert int((moved != 0).sum()) == 16  # half of the entries, in every step
         assert torch.equal(weight.weight[weight.mask], before[weight.mask])
         assert (moved * before.sign() < 0)[~weight.mask].all()
 

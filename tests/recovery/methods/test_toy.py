@@ -1,4 +1,4 @@
-"""CAST on one layer: the entries off the mask vanish, and the decay does it (C11-C13).
+"""CAST on one layer: the entries off the mask vanish, and the decay does it.
 
 The task: one layer of 32 inputs
 and 16 outputs, 64 random inputs and targets, 600 steps.
