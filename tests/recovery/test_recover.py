@@ -350,7 +350,7 @@ def test_families_are_trained_and_load_again(family, row_file, tmp_path, name, p
 def test_what_is_on_disk_computes_what_the_trained_model_did(
     family, row_file, rows, tmp_path, method, name, monkeypatch
 ):
-    """A10 and C10, to the bit: the removal of what is hidden, and the way to a float32 disk."""
+    """To the bit: the removal of what is hidden, and the way to a float32 disk."""
     unsettled(monkeypatch)
     states, finish = [], stage.finish
 

@@ -28,7 +28,7 @@ def gradient(step: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("rule", [Annealed(1e-2, 0.25, coupled=False), Continuous(1e-2)])
 def test_without_gradients_kept_entries_stay_and_the_others_go_toward_zero(rule):
-    """A4 and C3; this one fails with the sign of the released GPT-2 code."""
+    """Fails with the sign of the released GPT-2 code."""
     mine, weight = start(rule)
     for step in range(1, 6):
         before = weight.weight.clone()
