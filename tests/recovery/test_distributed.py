@@ -219,8 +219,9 @@ def compare_masks(rank, folder):
 
 
 @pytest.mark.slow
-def test_processes_whose_masks_differ_are_refused(tmp_path):
+def test_processes_whose_masks_differ_are_refused(tmp_path, monkeypatch):
     """Masks are compared, not their sums, which are equal for all masks of a pattern."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this file
     torch.multiprocessing.spawn(compare_masks, (tmp_path,), nprocs=2)
 
 
